@@ -1,0 +1,323 @@
+"""What is said over HTTP: request and response models, and the encoding of vectors (docs/protocol.md, sections 3, 6).
+
+Requests are strict: unknown fields, and numbers sent as strings, floats or booleans, are refused. Imports neither
+torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+MAX_NONCE = 2**63 - 1
+MAX_TEXT = 1024
+VECTOR_DTYPE = np.dtype("<f2")
+
+Nonce = Annotated[int, Field(ge=0, le=MAX_NONCE, description="0 to 2^63 - 1")]
+Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+
+
+def _http_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError("must be an http:// or https:// URL with a host")
+    return url.rstrip("/")
+
+
+CallbackUrl = Annotated[str, Field(max_length=4096), AfterValidator(_http_url)]
+
+
+# --- vectors ----------------------------------------------------------------------------------------------------
+
+
+def encode_vector(vector: np.ndarray) -> str:
+    """Base64 of the little-endian float16 bytes of `vector` [k_dim]."""
+    return base64.b64encode(np.ascontiguousarray(vector, dtype=VECTOR_DTYPE).tobytes()).decode("ascii")
+
+
+def decode_vector(vector_b64: str, k_dim: int) -> np.ndarray | None:
+    """The float16 [k_dim] that `encode_vector` wrote, or None where the text is not one of that length."""
+    try:
+        raw = base64.b64decode(vector_b64, validate=True)
+    except (binascii.Error, ValueError):
+        return None
+    if len(raw) != k_dim * VECTOR_DTYPE.itemsize:
+        return None
+    return np.frombuffer(raw, dtype=VECTOR_DTYPE)
+
+
+# --- what is computed -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VectorSpec:
+    """All that an artifact vector depends on, besides its nonce and the model."""
+
+    block_hash: str
+    public_key: str
+    seq_len: int
+    k_dim: int
+    poc_stronger_rng: bool = False
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """Vectors (float16 [k_dim]) by nonce, and the nonces whose computation gave a NaN or Inf."""
+
+    vectors: dict[int, np.ndarray]
+    not_computed_nonces: list[int]
+
+
+@dataclass(frozen=True)
+class NonceSequence:
+    """The nonces of one node, without gap or repeat (section 5)."""
+
+    node_id: int
+    node_count: int
+    group_id: int = 0
+    n_groups: int = 1
+
+    def slice(self, start: int, count: int) -> list[int]:
+        """Nonces number `start` to `start + count - 1` of this node."""
+        first = self.node_id + self.group_id * self.node_count
+        step = self.n_groups * self.node_count
+        return [first + i * step for i in range(start, start + count)]
+
+
+# --- requests ---------------------------------------------------------------------------------------------------
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Params(_Strict):
+    """What the model is asked to compute."""
+
+    model: Text = Field(description="a served model name")
+    seq_len: int = Field(ge=1, description="tokens a nonce")
+    k_dim: int = Field(default=12, ge=1, description="length of an artifact vector")
+
+
+class _RoundFields(_Strict):
+    block_hash: Text
+    block_height: int = Field(ge=0, le=MAX_NONCE)
+    public_key: Text
+    node_id: int = Field(ge=0, le=MAX_NONCE)
+    node_count: int = Field(ge=1, le=MAX_NONCE)
+    group_id: int = Field(default=0, ge=0, le=MAX_NONCE)
+    n_groups: int = Field(default=1, ge=1, le=MAX_NONCE)
+    batch_size: int = Field(
+        default=32, ge=1, le=1_000_000, description="nonces a batch; a larger batch than fits is cut"
+    )
+    params: Params
+    url: CallbackUrl | None = Field(
+        default=None, description="callbacks are POSTed to {url}/generated or {url}/validated"
+    )
+    poc_stronger_rng: bool = False
+
+    @model_validator(mode="after")
+    def _ids_in_range(self) -> _RoundFields:
+        if self.node_id >= self.node_count:
+            raise ValueError(f"node_id {self.node_id} must be less than node_count {self.node_count}")
+        if self.group_id >= self.n_groups:
+            raise ValueError(f"group_id {self.group_id} must be less than n_groups {self.n_groups}")
+        return self
+
+    @property
+    def spec(self) -> VectorSpec:
+        """What the vectors of this request depend on."""
+        return VectorSpec(
+            self.block_hash, self.public_key, self.params.seq_len, self.params.k_dim, self.poc_stronger_rng
+        )
+
+
+class InitGenerateRequest(_RoundFields):
+    """Body of POST /init/generate: continuous generation of artifacts."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_protocol(cls, body: Any) -> Any:
+        if isinstance(body, dict):
+            if "r_target" in body and "params" in body:
+                raise ValueError("send params (artifact round) or r_target (threshold round), not both")
+            if "r_target" in body:
+                raise ValueError("this release has no threshold rounds; send params for an artifact round")
+        return body
+
+    @property
+    def nonces(self) -> NonceSequence:
+        """The nonces that this node goes through."""
+        return NonceSequence(self.node_id, self.node_count, self.group_id, self.n_groups)
+
+
+class Artifact(_Strict):
+    """A nonce and its vector: base64 of k_dim little-endian float16."""
+
+    nonce: Nonce
+    vector_b64: str
+
+
+class Validation(_Strict):
+    """Received artifacts to compare with recomputed ones."""
+
+    artifacts: list[Artifact]
+
+
+class StatTest(_Strict):
+    """Thresholds of a validation."""
+
+    dist_threshold: float = Field(default=0.02, ge=0, allow_inf_nan=False, description="L2 distance of a mismatch")
+    p_mismatch: float = Field(default=0.001, ge=0, le=1, description="mismatch rate of an honest host")
+    fraud_threshold: float = Field(default=0.01, ge=0, le=1, description="p-value below which a host is a fraud")
+
+
+class GenerateRequest(_RoundFields):
+    """Body of POST /generate: artifacts of given nonces, or the validation of received ones.
+
+    Callbacks go to `url` for a queued request; with `wait` the answer itself is the result.
+    """
+
+    nonces: list[Nonce]
+    wait: bool = Field(default=False, description="true: answer with the result; false: queue and poll")
+    validation: Validation | None = None
+    stat_test: StatTest = Field(default_factory=StatTest)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_default(cls, body: Any) -> Any:
+        if isinstance(body, dict) and body.get("stat_test", ...) is None:
+            return {key: value for key, value in body.items() if key != "stat_test"}
+        return body
+
+    @model_validator(mode="after")
+    def _nonces_once(self) -> GenerateRequest:
+        _refuse_duplicates("nonces", self.nonces)
+        if self.validation is not None:
+            _refuse_duplicates("validation.artifacts", [artifact.nonce for artifact in self.validation.artifacts])
+        return self
+
+
+def _refuse_duplicates(field: str, nonces: list[int]) -> None:
+    seen: set[int] = set()
+    for nonce in nonces:
+        if nonce in seen:
+            raise ValueError(f"{field}: nonce {nonce} appears more than once")
+        seen.add(nonce)
+
+
+# --- answers ----------------------------------------------------------------------------------------------------
+
+
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
+class Encoding(BaseModel):
+    """How vectors are encoded."""
+
+    dtype: Literal["f16"] = "f16"
+    k_dim: int
+    endian: Literal["le"] = "le"
+
+
+class PowStatus(BaseModel):
+    status: Literal["GENERATING", "STOPPED"]
+
+
+class OkAnswer(BaseModel):
+    status: Literal["OK"] = "OK"
+    pow_status: PowStatus
+
+
+class QueuedAnswer(BaseModel):
+    status: Literal["queued"] = "queued"
+    request_id: str
+    queued_count: int
+
+
+class PendingAnswer(BaseModel):
+    status: Literal["queued", "running"]
+    request_id: str
+
+
+class ArtifactsAnswer(BaseModel):
+    """`not_computed_nonces` is there only if a computation gave a NaN or Inf."""
+
+    status: Literal["completed"] = "completed"
+    request_id: str
+    artifacts: list[Artifact]
+    encoding: Encoding
+    not_computed_nonces: list[int] | None = Field(default=None, exclude_if=_is_none)
+
+
+class ValidationAnswer(BaseModel):
+    """`not_computed_nonces` is there only if this host could not compute some; they are not in `n_total`."""
+
+    status: Literal["completed"] = "completed"
+    request_id: str
+    n_total: int
+    n_mismatch: int
+    mismatch_nonces: list[int]
+    p_value: float
+    fraud_detected: bool
+    not_computed_nonces: list[int] | None = Field(default=None, exclude_if=_is_none)
+
+
+class FailedAnswer(BaseModel):
+    status: Literal["failed"] = "failed"
+    request_id: str
+    error: str
+
+
+Completed = ArtifactsAnswer | ValidationAnswer
+GenerateAnswer = QueuedAnswer | PendingAnswer | ArtifactsAnswer | ValidationAnswer | FailedAnswer
+
+
+class RoundConfig(BaseModel):
+    block_hash: str
+    block_height: int
+    public_key: str
+    node_id: int
+    node_count: int
+    group_id: int
+    n_groups: int
+    seq_len: int
+    k_dim: int
+
+
+class RoundStats(BaseModel):
+    total_processed: int = Field(description="nonces computed or found not computable since the round began")
+    nonces_per_second: float
+
+
+class StatusAnswer(BaseModel):
+    """`error` is there only if the last round ended by a failure."""
+
+    status: Literal["IDLE", "GENERATING"]
+    config: RoundConfig | None
+    stats: RoundStats | None
+    error: str | None = Field(default=None, exclude_if=_is_none)
+
+
+class ErrorAnswer(BaseModel):
+    """Every refusal: a sentence, or (422) FastAPI's list of what is wrong where."""
+
+    detail: str | list[Any]
+
+
+def chunks(nonces: list[int], size: int) -> Iterator[list[int]]:
+    """`nonces` in order, in lists of at most `size`."""
+    for start in range(0, len(nonces), size):
+        yield nonces[start : start + size]

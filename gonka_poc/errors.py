@@ -1,0 +1,76 @@
+"""What can go wrong, and how each case is answered over HTTP.
+
+PoCError
+├── RequestError             400  a value breaks a limit of this server
+├── ConflictError            409  the request does not fit what the server is or does
+├── NotFoundError            404  no such request
+├── BodyTooLargeError        413  the body is over POC_MAX_BODY_BYTES
+├── QueueFullError           429  the queue of nonces is full
+├── ComputeError             500  a worker failed on this computation
+├── UnsupportedServerError   501  this model or server configuration cannot give a correct vector
+└── EngineUnavailableError   503  the engine or the way to its workers is missing
+"""
+
+from __future__ import annotations
+
+
+class PoCError(Exception):
+    """Base of every error that this package raises on purpose. The text says what, which value, what to do."""
+
+    http_status = 500
+
+
+class RequestError(PoCError):
+    """A value of the request breaks a limit of this server."""
+
+    http_status = 400
+
+
+class ConflictError(PoCError):
+    """The request does not fit the model that is served, or the round that runs."""
+
+    http_status = 409
+
+
+class NotFoundError(PoCError):
+    """There is no such request, or its result has expired."""
+
+    http_status = 404
+
+
+class BodyTooLargeError(PoCError):
+    """The request body is over the limit."""
+
+    http_status = 413
+
+
+class QueueFullError(PoCError):
+    """Accepting the request would take the queue over its limit of nonces."""
+
+    http_status = 429
+
+
+class ComputeError(PoCError):
+    """A worker failed while it computed a batch."""
+
+    http_status = 500
+
+
+class UnsupportedServerError(PoCError):
+    """This model, vLLM release or server configuration cannot give a correct vector, so none is given."""
+
+    http_status = 501
+
+
+class EngineUnavailableError(PoCError):
+    """The engine, or the way to call its workers, is missing."""
+
+    http_status = 503
+
+
+def error_by_name(name: str, message: str) -> PoCError:
+    """The error that a worker named in its answer; a name that is not ours becomes a ComputeError."""
+    classes = {cls.__name__: cls for cls in PoCError.__subclasses__()}
+    if name in classes:
+        return classes[name](message)
+    return ComputeError(f"{name}: {message}")

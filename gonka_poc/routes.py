@@ -1,0 +1,129 @@
+"""The HTTP API under /api/v1/pow (docs/protocol.md, section 6)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+
+from gonka_poc import __version__
+from gonka_poc.data import (
+    Completed,
+    ErrorAnswer,
+    FailedAnswer,
+    GenerateAnswer,
+    GenerateRequest,
+    InitGenerateRequest,
+    OkAnswer,
+    PendingAnswer,
+    PowStatus,
+    QueuedAnswer,
+    StatusAnswer,
+)
+from gonka_poc.errors import PoCError
+from gonka_poc.generate_queue import GenerateJob
+from gonka_poc.service import PoCService
+
+PREFIX = "/api/v1/pow"
+MAX_LISTED_ERRORS = 20
+DISCONNECT_POLL_SEC = 0.5
+
+logger = logging.getLogger("vllm.gonka_poc.routes")
+
+
+def service_of(request: Request) -> PoCService:
+    """The service of the app that this request came to."""
+    return request.app.state.poc_service
+
+
+Service = Annotated[PoCService, Depends(service_of)]
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": ErrorAnswer} for status in statuses}
+
+
+router = APIRouter(prefix=PREFIX, tags=["proof of compute"])
+
+
+@router.post("/init/generate", responses=_errors(400, 409, 413, 500, 501, 503))
+async def init_generate(body: InitGenerateRequest, service: Service) -> OkAnswer:
+    """Start continuous generation of this node's nonces; 409 if a round runs."""
+    await service.init_generate(body)
+    return OkAnswer(pow_status=PowStatus(status="GENERATING"))
+
+
+@router.post("/generate", responses=_errors(400, 409, 413, 429, 500, 501, 503))
+async def generate(body: GenerateRequest, request: Request, service: Service) -> GenerateAnswer:
+    """Artifacts of given nonces, or the validation of received ones; `wait` true: inline, false: queued."""
+    job = await service.submit(body)
+    if not body.wait:
+        return QueuedAnswer(request_id=job.request_id, queued_count=len(body.nonces))
+    return await _outcome_while_connected(job, request, service)
+
+
+@router.get("/generate/{request_id}", responses=_errors(404))
+async def generate_result(request_id: str, service: Service) -> PendingAnswer | Completed | FailedAnswer:
+    """State or result of a queued request; 404 if unknown or expired."""
+    return service.queue.get(request_id).answer()
+
+
+@router.get("/status")
+async def status(service: Service) -> StatusAnswer:
+    """What generates now."""
+    return service.status()
+
+
+@router.post("/stop")
+async def stop(service: Service) -> OkAnswer:
+    """Stop the round and drop queued requests."""
+    service.stop()
+    return OkAnswer(pow_status=PowStatus(status="STOPPED"))
+
+
+async def _outcome_while_connected(job: GenerateJob, request: Request, service: PoCService) -> Completed:
+    """The outcome of a job; its work ends when its client hangs up."""
+    try:
+        while not job.outcome.done():
+            await asyncio.wait([job.outcome], timeout=DISCONNECT_POLL_SEC)
+            if await request.is_disconnected():
+                break
+    finally:
+        service.queue.drop(job, "the client hung up")
+    return job.outcome.result()
+
+
+async def answer_poc_error(request: Request, error: Exception) -> JSONResponse:
+    """A PoCError as its HTTP status and a sentence."""
+    status = error.http_status if isinstance(error, PoCError) else 500
+    if status >= 500:
+        logger.error("%s %s: %s", request.method, request.url.path, error)
+    return JSONResponse({"detail": str(error)}, status_code=status)
+
+
+async def answer_invalid_request(request: Request, error: Exception) -> JSONResponse:
+    """422 with what is wrong where; not what was sent, which can be megabytes."""
+    assert isinstance(error, RequestValidationError)
+    listed = [{key: item[key] for key in ("type", "loc", "msg")} for item in error.errors()[:MAX_LISTED_ERRORS]]
+    return JSONResponse({"detail": listed}, status_code=422)
+
+
+def make_app(service: PoCService) -> FastAPI:
+    """The PoC application: served by PoCMiddleware inside vLLM's own."""
+    app = FastAPI(
+        title="gonka_poc",
+        version=__version__,
+        description="Proof of compute beside vLLM's own API.",
+        openapi_url=f"{PREFIX}/openapi.json",
+        docs_url=f"{PREFIX}/docs",
+        redoc_url=None,
+    )
+    app.state.poc_service = service
+    app.include_router(router)
+    app.add_exception_handler(PoCError, answer_poc_error)
+    app.add_exception_handler(RequestValidationError, answer_invalid_request)
+    return app

@@ -1,0 +1,124 @@
+"""PoCService: the state of proof of compute in one server, and what each API call does with it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from gonka_poc.callbacks import CallbackSender
+from gonka_poc.config import Settings
+from gonka_poc.data import (
+    ArtifactsAnswer,
+    BatchResult,
+    Completed,
+    Encoding,
+    GenerateRequest,
+    InitGenerateRequest,
+    StatusAnswer,
+    encode_vector,
+)
+from gonka_poc.errors import ConflictError, RequestError
+from gonka_poc.generate_queue import GenerateJob, GenerateQueue
+from gonka_poc.manager import PoCManagerV1
+from gonka_poc.rounds import GenerateRound
+
+STOPPED = "stopped by POST /stop"
+
+
+class PoCService:
+    """One object a server app; everything of it that changes lives here or below."""
+
+    def __init__(self, manager: PoCManagerV1, settings: Settings) -> None:
+        self._manager = manager
+        self._settings = settings
+        self._round: GenerateRound | None = None
+        self._starting = asyncio.Lock()
+        self._no_round = asyncio.Event()
+        self._no_round.set()
+        self._background: set[asyncio.Task[Any]] = set()
+        self.callbacks = CallbackSender(settings)
+        self.queue = GenerateQueue(manager, settings, self._no_round, self._send_completed)
+
+    async def init_generate(self, request: InitGenerateRequest) -> None:
+        """Start a round. Raises ConflictError if one runs, and what PoCManagerV1.check raises."""
+        async with self._starting:
+            if self._round is not None and self._round.active:
+                raise ConflictError("a round is already generating; POST /api/v1/pow/stop ends it")
+            await self._manager.check(request.params)
+            self._round = GenerateRound(
+                self._manager, request, lambda result: self._send_generated(request, result), self._settings
+            )
+            self._no_round.clear()
+            self._keep(self._round.task).add_done_callback(lambda task: self._round_ended(task))
+
+    async def submit(self, request: GenerateRequest) -> GenerateJob:
+        """Queue a request for given nonces.
+
+        Raises RequestError (nonce sets differ), QueueFullError, and what PoCManagerV1.check raises.
+        """
+        if request.validation is not None:
+            received = {artifact.nonce for artifact in request.validation.artifacts}
+            wrong = sorted(received.symmetric_difference(request.nonces))
+            if wrong:
+                raise RequestError(
+                    f"the nonces of validation.artifacts must be the same set as nonces; {len(wrong)} differ, "
+                    f"the first is {wrong[0]}"
+                )
+        await self._manager.check(request.params)
+        return self.queue.submit(request)
+
+    def status(self) -> StatusAnswer:
+        """The round that generates, or IDLE; and why the last round ended, if by a failure."""
+        current = self._round
+        if current is not None and current.active:
+            return StatusAnswer(status="GENERATING", config=current.config, stats=current.stats)
+        return StatusAnswer(status="IDLE", config=None, stats=None, error=current.error if current else None)
+
+    def stop(self) -> None:
+        """End the round and drop queued requests; what was computed is still delivered."""
+        if self._round is not None:
+            self._round.stop()
+        self._no_round.set()
+        self.queue.clear(STOPPED)
+
+    async def close(self) -> None:
+        """End everything, delivering what can be delivered now."""
+        self.stop()
+        await self.queue.close()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await self.callbacks.close()
+
+    def _keep(self, task: asyncio.Task[Any]) -> asyncio.Task[Any]:
+        """Hold a reference to a task until it ends; the event loop itself holds none."""
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+    def _round_ended(self, task: asyncio.Task[Any]) -> None:
+        if self._round is None or self._round.task is task:
+            self._no_round.set()
+            self._keep(asyncio.ensure_future(self._manager.release()))
+
+    def _send_generated(self, request: InitGenerateRequest, result: BatchResult) -> None:
+        if request.url is not None:
+            artifacts = [{"nonce": n, "vector_b64": encode_vector(vector)} for n, vector in result.vectors.items()]
+            self.callbacks.add_artifacts(request.url, _generated_envelope(request), artifacts)
+
+    def _send_completed(self, job: GenerateJob, answer: Completed) -> None:
+        request = job.request
+        if request.url is None or request.wait:
+            return
+        if isinstance(answer, ArtifactsAnswer):
+            envelope = {**_generated_envelope(request), "request_id": job.request_id}
+            self.callbacks.add_artifacts(request.url, envelope, [a.model_dump() for a in answer.artifacts])
+        else:
+            payload = {**_identity(request), **answer.model_dump(exclude={"status"})}
+            self.callbacks.add_validated(request.url, payload)
+
+
+def _identity(request: InitGenerateRequest | GenerateRequest) -> dict[str, Any]:
+    return request.model_dump(include={"block_hash", "block_height", "public_key", "node_id"})
+
+
+def _generated_envelope(request: InitGenerateRequest | GenerateRequest) -> dict[str, Any]:
+    return {**_identity(request), "encoding": Encoding(k_dim=request.params.k_dim).model_dump()}

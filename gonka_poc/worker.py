@@ -1,0 +1,60 @@
+"""What runs in vLLM's worker processes. Other software names `gonka_poc.worker.PoCWorkerExtension` by this path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from gonka_poc.data import VectorSpec
+from gonka_poc.errors import PoCError
+
+
+class PoCWorkerExtension:
+    """Worker extension (`--worker-extension-cls`): vLLM adds these methods to each of its workers.
+
+    Answers and arguments are plain values that vLLM carries without pickle. Every attribute starts with `poc_`:
+    an extension may share no name with the worker. A refusal is answered as {"error": {"type", "message"}}, so
+    that its class survives the way back; any other exception is left to vLLM to log and report.
+    """
+
+    def poc_describe(self) -> dict[str, Any]:
+        """PoCModelRunner.describe: refuses here, before any batch, if this server cannot give correct vectors."""
+        return poc_answer(lambda: poc_runner_of(self).describe())
+
+    def poc_compute(self, spec: dict[str, Any], nonces: list[int]) -> dict[str, Any] | None:
+        """PoCModelRunner.compute with `spec` holding the fields of VectorSpec."""
+        return poc_answer(lambda: poc_runner_of(self).compute(VectorSpec(**spec), nonces))
+
+    def poc_release(self) -> None:
+        """PoCModelRunner.release, if there is a runner."""
+        runner = getattr(self, "poc_runner", None)
+        if runner is not None:
+            runner.release()
+
+
+def poc_call(worker: Any, method: str, *args: Any) -> Any:
+    """Call a method of PoCWorkerExtension on a worker that was started without it.
+
+    This is what `collective_rpc` carries where VLLM_ALLOW_INSECURE_SERIALIZATION=1 lets it carry a function.
+    """
+    worker = vars(worker).get("worker", worker)
+    return getattr(PoCWorkerExtension, method)(worker, *args)
+
+
+def poc_runner_of(worker: Any) -> Any:
+    """The worker's PoCModelRunner, made at the first call."""
+    runner = getattr(worker, "poc_runner", None)
+    if runner is None:
+        from gonka_poc.poc_model_runner import PoCModelRunner
+        from gonka_poc.vllm_compat import WorkerView
+
+        runner = worker.poc_runner = PoCModelRunner(WorkerView(worker))
+    return runner
+
+
+def poc_answer(compute: Callable[[], Any]) -> Any:
+    """The result of `compute`, or its refusal as a value."""
+    try:
+        return compute()
+    except PoCError as error:
+        return {"error": {"type": type(error).__name__, "message": str(error)}}
