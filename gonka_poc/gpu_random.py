@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import TypeAlias
 
 try:
     import torch
@@ -28,7 +29,7 @@ NUM_NONCE_REFLECTIONS = 8
 PROJECTION_DIM = 8192
 EPS = 1e-8
 
-Device = torch.device | str | None
+Device: TypeAlias = torch.device | str | None
 
 
 # --- seeds and hashes (section 1) -------------------------------------------------------------------------------

@@ -69,9 +69,9 @@ def reflect_output(output: Any, vector: torch.Tensor, index: int) -> Any:
 
     parts = output if isinstance(output, (tuple, list)) else (output,)
     if not any(map(is_hidden, parts)):
+        seen = [tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__ for x in parts]
         raise UnsupportedServerError(
-            f"decoder layer {index} returned no hidden state of size {vector.shape[0]}: looked at {type(output).__name__} "
-            f"of {[tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__ for x in parts]}"
+            f"decoder layer {index} returned no hidden state of size {vector.shape[0]}; it returned {seen}"
         )
     reflected = [householder(x, vector) if is_hidden(x) else x for x in parts]
     return type(output)(reflected) if isinstance(output, (tuple, list)) else reflected[0]

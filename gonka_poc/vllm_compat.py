@@ -64,7 +64,7 @@ class ApiView:
 
     def __init__(self, app: Any) -> None:
         state = app.state
-        self.client = getattr(state, "engine_client", None)
+        self.client: Any = getattr(state, "engine_client", None)
         if self.client is None:
             raise EngineUnavailableError("the engine is not ready yet; try again when GET /health answers 200")
         config = getattr(state, "vllm_config", None) or self.client.vllm_config
