@@ -125,7 +125,10 @@ class WorkerView:
         self.dtype = self._config.model_config.dtype
         self.hidden_size: int = self._config.model_config.get_hidden_size()
         self.model = self._runner.get_model() if hasattr(self._runner, "get_model") else self._runner.model
-        self._layers = self._config.compilation_config.static_forward_context
+        # a speculator's layers are registered too, but they take no part in the model's forward
+        own = set(map(id, self.model.modules()))
+        registered = self._config.compilation_config.static_forward_context
+        self._layers = {name: layer for name, layer in registered.items() if id(layer) in own}
         self._scratch: dict[Any, Any] = {}
         _refuse_unsupported(self._config, self._attention_layers())
         self._forward_options = _forward_options(self._config)

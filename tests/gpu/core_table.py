@@ -14,7 +14,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,10 +90,12 @@ def largest_l2(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @contextlib.contextmanager
-def server(model: Path, logs: Path, name: str, dtype: str, memory: float, *more: str) -> Iterator[str]:
+def server(
+    model: Path, logs: Path, name: str, dtype: str, memory: float, *more: str, env: Mapping[str, str] | None = None
+) -> Iterator[str]:
     args = ["--served-model-name", "m", "--dtype", dtype, "--max-model-len", "2048"]
     args += ["--gpu-memory-utilization", str(memory), *more]
-    with ServerProcess(model, log_file=logs / f"{name}.log", args=args, startup_timeout=400) as process:
+    with ServerProcess(model, log_file=logs / f"{name}.log", args=args, env=env, startup_timeout=400) as process:
         yield process.url
 
 
@@ -108,7 +110,10 @@ def golden_rows(report: Report, logs: Path) -> None:
         model, dtype, extra = variant
         rows = []
         name = f"golden-{model}-{dtype}{extra.replace(' ', '-')}"
-        with server(DATA / "models" / model, logs, name, dtype, 0.08, "--enforce-eager", *extra.split()) as url:
+        # a stated cache size: servers that start side by side would disturb each other's memory profiling
+        options = ["--enforce-eager", "--kv-cache-memory-bytes", "1G", *(extra.split() if extra[:2] == "--" else [])]
+        env = {"VLLM_USE_V2_MODEL_RUNNER": "0"} if extra == "V1 model runner" else {}
+        with server(DATA / "models" / model, logs, name, dtype, 0.08, *options, env=env) as url:
             for case in (c for c in cases if c["model"] == model):
                 spec = VectorSpec(
                     case["block_hash"], case["public_key"], case["seq_len"], case["k_dim"], case["poc_stronger_rng"]
@@ -127,7 +132,7 @@ def golden_rows(report: Report, logs: Path) -> None:
         return rows
 
     variants = [(model, dtype, "") for model in GOLDEN_MODELS for dtype in ("float16", "bfloat16")]
-    variants += [("qwen3", "float16", "--attention-backend TRITON_ATTN")]
+    variants += [("qwen3", "float16", "--attention-backend TRITON_ATTN"), ("qwen3", "float16", "V1 model runner")]
     with ThreadPoolExecutor(max_workers=len(variants)) as pool:
         for variant, future in [(v, pool.submit(one, v)) for v in variants]:
             try:
