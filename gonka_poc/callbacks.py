@@ -124,7 +124,7 @@ class CallbackSender:
             self._client = httpx.AsyncClient(timeout=timeout, follow_redirects=False, trust_env=False)
         try:
             response = await self._client.post(f"{url}/{message.path}", json=message.body())
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # ValueError: a host that cannot be encoded
             logger.warning("PoC callback to %r failed: %s: %s", url, type(error).__name__, error)
             return False
         if not response.is_success:

@@ -5,11 +5,7 @@ from __future__ import annotations
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from gonka_poc.errors import PoCError
-
-
-class SettingsError(PoCError):
-    """A POC_* variable has a value that cannot be used; the text names it."""
+from gonka_poc.errors import SettingsError
 
 
 class Settings(BaseSettings):
@@ -17,14 +13,20 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="POC_", frozen=True)
 
-    callback_interval_sec: float = Field(default=5.0, gt=0, description="seconds between two callbacks of one receiver")
-    callback_timeout_sec: float = Field(default=30.0, gt=0, description="seconds that a receiver has to answer")
+    callback_interval_sec: float = Field(
+        default=5.0, gt=0, allow_inf_nan=False, description="seconds between two callbacks of one receiver"
+    )
+    callback_timeout_sec: float = Field(
+        default=30.0, gt=0, allow_inf_nan=False, description="seconds that a receiver has to answer"
+    )
     chat_backoff_sec: float = Field(
-        default=0.05, gt=0, description="seconds to wait before asking again whether chat is idle"
+        default=0.05, gt=0, allow_inf_nan=False, description="seconds to wait before asking again whether chat is idle"
     )
     max_body_bytes: int = Field(default=32 * 1024 * 1024, ge=1024, description="largest request body, bytes")
     max_queued_nonces: int = Field(default=100_000, ge=1, description="nonces that may wait in the queue")
-    result_ttl_sec: float = Field(default=300.0, gt=0, description="seconds that a finished result can be polled")
+    result_ttl_sec: float = Field(
+        default=300.0, gt=0, allow_inf_nan=False, description="seconds that a finished result can be polled"
+    )
 
 
 def load_settings() -> Settings:

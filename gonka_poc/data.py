@@ -11,8 +11,8 @@ import binascii
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
+import httpx
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -26,12 +26,14 @@ Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 
 def _http_url(url: str) -> str:
     try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
+        parsed = httpx.URL(url)  # the client that will use it is the one to understand it
+        printable = url.isprintable() and " " not in url
+        usable = printable and parsed.scheme in ("http", "https") and bool(parsed.host)
+        usable = usable and (parsed.port is None or 0 < parsed.port < 65536)
+    except (httpx.InvalidURL, ValueError):
         usable = False
-    if not usable:
-        raise ValueError("must be an http:// or https:// URL with a host")
+    if not usable or parsed.query or parsed.fragment:
+        raise ValueError("must be an http:// or https:// URL with a host, without query and fragment")
     return url.rstrip("/")
 
 
@@ -233,21 +235,29 @@ class Encoding(BaseModel):
 
 
 class PowStatus(BaseModel):
+    """State after a call that changed it."""
+
     status: Literal["GENERATING", "STOPPED"]
 
 
 class OkAnswer(BaseModel):
+    """Answer of /init/generate and /stop."""
+
     status: Literal["OK"] = "OK"
     pow_status: PowStatus
 
 
 class QueuedAnswer(BaseModel):
+    """A request was queued; poll its `request_id`."""
+
     status: Literal["queued"] = "queued"
     request_id: str
     queued_count: int
 
 
 class PendingAnswer(BaseModel):
+    """A queued request that has not ended."""
+
     status: Literal["queued", "running"]
     request_id: str
 
@@ -276,6 +286,8 @@ class ValidationAnswer(BaseModel):
 
 
 class FailedAnswer(BaseModel):
+    """A queued request that ended without a result."""
+
     status: Literal["failed"] = "failed"
     request_id: str
     error: str
@@ -286,6 +298,8 @@ GenerateAnswer = QueuedAnswer | PendingAnswer | ArtifactsAnswer | ValidationAnsw
 
 
 class RoundConfig(BaseModel):
+    """The round that generates."""
+
     block_hash: str
     block_height: int
     public_key: str
@@ -298,6 +312,8 @@ class RoundConfig(BaseModel):
 
 
 class RoundStats(BaseModel):
+    """Progress of the round that generates."""
+
     total_processed: int = Field(description="nonces computed or found not computable since the round began")
     nonces_per_second: float
 

@@ -7,6 +7,8 @@ PoCError
 ├── BodyTooLargeError        413  the body is over POC_MAX_BODY_BYTES
 ├── QueueFullError           429  the queue of nonces is full
 ├── ComputeError             500  a worker failed on this computation
+├── SettingsError            500  a POC_* variable cannot be used; the server does not start
+├── ServerStartError         500  a server that a command started did not come up; never over HTTP
 ├── UnsupportedServerError   501  this model or server configuration cannot give a correct vector
 └── EngineUnavailableError   503  the engine or the way to its workers is missing
 """
@@ -54,6 +56,14 @@ class ComputeError(PoCError):
     """A worker failed while it computed a batch."""
 
     http_status = 500
+
+
+class SettingsError(PoCError):
+    """A POC_* variable has a value that cannot be used; the text names it."""
+
+
+class ServerStartError(PoCError):
+    """A server ended, or did not answer, while it was starting; the text has the end of its log."""
 
 
 class UnsupportedServerError(PoCError):

@@ -82,10 +82,13 @@ class PoCManagerV1:
         return _unpack(results[0], nonces, spec.k_dim)
 
     async def release(self) -> None:
-        """Let the workers drop what they keep between the batches of a round."""
+        """Let the workers drop what they keep between the batches of a round; a failure is only logged."""
         if self._prepared and not self._view.is_dead():
-            async with self._lock:
-                await self._call("poc_release")
+            try:
+                async with self._lock:
+                    await self._call("poc_release")
+            except PoCError as error:
+                logger.warning("PoC scratch memory was not released: %s", error)
 
     async def _call(self, method: str, *args: Any) -> list[Any]:
         """Answers of all workers. By method name where the worker extension is loaded, else by function."""

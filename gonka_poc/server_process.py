@@ -11,18 +11,15 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
 
-from gonka_poc.errors import PoCError
+from gonka_poc.errors import ServerStartError
 
-CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+CPU_ENVIRONMENT = MappingProxyType({"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"})
 GRACE_SEC = 20.0
-
-
-class ServerStartError(PoCError):
-    """The server ended, or did not answer, while it was starting; the text has the end of its log."""
 
 
 def free_port() -> int:
