@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# Sets up gonka_poc. Run it from a checkout; `bash install.sh --help` tells what it can do.
+#
+# What it does not do: ask questions, need root, or write outside this checkout (all of it is in .venv; `rm -rf .venv`
+# takes it back).
+#
+# Variables:
+#   TORCH_CPU_INDEX   where torch's CPU build is looked for if pip as configured does not find it
+#                     (default: PyTorch's own CPU wheel index; for a mirror)
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+Usage: bash install.sh --cpu [options]
+
+  --cpu           try it on a machine without a GPU: sets up .venv in this checkout (vLLM for CPU and gonka_poc;
+                  about 4 GB, some minutes the first time), then runs the demo and exits with its status
+  --setup-only    with --cpu: set up .venv, do not run the demo
+  --python P      with --cpu: the Python to use, 3.11 to 3.14, as a path or a name on PATH
+                  (default: the first on PATH for which pip finds torch's CPU build)
+  --help          print this text
+
+Exit status: 0 done, 1 failed, 2 wrong usage; after the set-up, the demo's.
+TEXT
+}
+
+wrong_usage() {
+    err "$1"
+    note "bash install.sh --help tells what there is"
+    exit 2
+}
+
+main() {
+    local here
+    here=$(dirname -- "${BASH_SOURCE[0]:-install.sh}")
+    unset CDPATH
+    ROOT=$(cd -- "$here" && pwd -P)
+    if [[ ! -r $ROOT/scripts/common.sh ]]; then
+        printf 'error: %s/scripts is missing; run install.sh from a checkout of the project\n' "$ROOT" >&2
+        exit 1
+    fi
+    # shellcheck source=scripts/common.sh
+    source "$ROOT/scripts/common.sh"
+    ensure_stdin
+
+    local target="" setup_only="" python=""
+    while (($# > 0)); do
+        case $1 in
+        --cpu) target=cpu ;;
+        --setup-only) setup_only=yes ;;
+        --python)
+            (($# > 1)) && [[ -n $2 ]] || wrong_usage "--python needs a value"
+            python=$2
+            shift
+            ;;
+        --python=?*) python=${1#--python=} ;;
+        --help | -h)
+            usage
+            exit 0
+            ;;
+        *) wrong_usage "unknown option: $1" ;;
+        esac
+        shift
+    done
+
+    case $target in
+    cpu) install_cpu ;;
+    *)
+        err "installation on a GPU host comes with the GPU installers, which are not part of this version"
+        note "to try it without a GPU: bash install.sh --cpu"
+        exit 1
+        ;;
+    esac
+}
+
+# Reads main's locals setup_only and python.
+install_cpu() {
+    # shellcheck source=scripts/cpu_venv.sh
+    source "$ROOT/scripts/cpu_venv.sh"
+    set_up_venv project "$python"
+    if [[ -n $setup_only ]]; then
+        say "ready; the demo: bash install.sh --cpu"
+        return
+    fi
+    say "demo: $VENV/bin/gonka-poc demo"
+    export_engine_environment
+    exec "$VENV/bin/gonka-poc" demo
+}
+
+# Last, so that a half-downloaded file does nothing.
+main "$@"

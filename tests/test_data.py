@@ -1,0 +1,337 @@
+"""Encoding of vectors, the nonces of a node, and what a request may say."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import MODEL, generate_body, round_body
+from pydantic import ValidationError
+
+from gonka_poc.data import (
+    MAX_NONCE,
+    MAX_TEXT,
+    ArtifactsAnswer,
+    Encoding,
+    GenerateRequest,
+    InitGenerateRequest,
+    NonceSequence,
+    StatTest,
+    VectorSpec,
+    chunks,
+    decode_vector,
+    encode_vector,
+)
+
+GOLDEN = json.loads((Path(__file__).parent / "data" / "primitives.json").read_text())["encode"]
+MISSING = object()
+
+
+def changed(body: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """`body` with the field at `path` (dots go deeper) set to `value`, or left out."""
+    name, _, rest = path.partition(".")
+    result = dict(body)
+    if rest:
+        result[name] = changed(body.get(name) or {}, rest, value)
+    elif value is MISSING:
+        del result[name]
+    else:
+        result[name] = value
+    return result
+
+
+# --- vectors ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_golden_encoding(case):
+    assert encode_vector(np.array(case["vector"])) == case["b64"]
+    assert decode_vector(case["b64"], len(case["vector"])).tolist() == case["vector"]
+
+
+@pytest.mark.parametrize("dtype", ["<f2", ">f2", "<f4", ">f8"])
+def test_encoding_is_little_endian_float16_whatever_it_is_given(dtype):
+    vector = np.array([1.0, -2.0, 0.1, 65504.0, 6e-8], dtype=dtype)
+    raw = base64.b64decode(encode_vector(vector[::2]))
+    assert raw == vector[::2].astype("<f2").tobytes()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "AAAA",
+        "AAA",
+        "AAAAAAA",
+        "AAAAAAA=AAAA",
+        "AAAAAAA==",
+        "AAAAAAA=\n",
+        " AAAAAAA=",
+        "AAAA AAA=",
+        "-_AAAAA=",
+        "AAAAAA\u00e9=",
+        "\ud800AAAAAA=",
+        "A" * 1_000_000,
+    ],
+)
+def test_what_is_not_two_float16_is_no_vector(text):
+    assert decode_vector("AAAAAA==", 2) is not None
+    assert decode_vector(text, 2) is None
+
+
+def test_a_vector_of_another_length_is_no_vector():
+    encoded = encode_vector(np.ones(12))
+    assert [k_dim for k_dim in range(30) if decode_vector(encoded, k_dim) is not None] == [12]
+
+
+# --- nonces -----------------------------------------------------------------------------------------------------
+
+
+def test_nonces_by_the_formula():
+    sequence = NonceSequence(node_id=2, node_count=5, group_id=1, n_groups=3)
+    assert sequence.slice(0, 4) == [2 + 1 * 5 + i * 15 for i in range(4)]
+
+
+@pytest.mark.parametrize(("node_count", "n_groups"), [(1, 1), (3, 1), (1, 4), (3, 2), (5, 7)])
+def test_all_nodes_and_groups_together_leave_no_gap_and_repeat_nothing(node_count, n_groups):
+    owners = [(node, group) for node in range(node_count) for group in range(n_groups)]
+    nonces = [n for node, group in owners for n in NonceSequence(node, node_count, group, n_groups).slice(0, 20)]
+    assert sorted(nonces) == list(range(20 * node_count * n_groups))
+
+
+def test_slices_join():
+    sequence = NonceSequence(1, 3)
+    assert sequence.slice(0, 2) + sequence.slice(2, 5) + sequence.slice(7, 1) == sequence.slice(0, 8)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(2, [[5, 3], [9, 1], [4]]), (5, [[5, 3, 9, 1, 4]]), (9, [[5, 3, 9, 1, 4]])]
+)
+def test_chunks_keep_the_order(size, expected):
+    assert list(chunks([5, 3, 9, 1, 4], size)) == expected
+    assert list(chunks([], size)) == []
+
+
+# --- requests that are accepted ---------------------------------------------------------------------------------
+
+
+def test_defaults_of_a_round():
+    request = InitGenerateRequest.model_validate(changed(round_body(), "params.k_dim", MISSING))
+    assert (request.group_id, request.n_groups, request.batch_size) == (0, 1, 32)
+    assert (request.params.k_dim, request.url, request.poc_stronger_rng) == (12, None, False)
+
+
+def test_defaults_of_a_request_for_nonces():
+    request = GenerateRequest.model_validate(generate_body([4, 2]))
+    assert (request.nonces, request.wait, request.validation) == ([4, 2], False, None)
+    stat_test = request.stat_test
+    assert (stat_test.dist_threshold, stat_test.p_mismatch, stat_test.fraud_threshold) == (0.02, 0.001, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("nonces", []),
+        ("nonces", [MAX_NONCE, 0]),
+        ("nonces", list(range(10_000))),
+        ("stat_test", None),
+        ("stat_test", {}),
+        ("stat_test.p_mismatch", 0),
+        ("validation", None),
+        ("validation.artifacts", []),
+        ("validation.artifacts", [{"nonce": 0, "vector_b64": "not base64 \ud800"}]),
+        ("url", None),
+        ("url", "http://127.0.0.1:9000"),
+        ("url", "https://[::1]:9000/a/b"),
+        ("wait", True),
+        ("poc_stronger_rng", True),
+        ("block_height", 0),
+        ("block_hash", "x" * MAX_TEXT),
+        ("public_key", "ключ"),
+        ("params.k_dim", 1),
+        ("params.seq_len", 1),
+        ("batch_size", 1),
+    ],
+)
+def test_good_requests_for_nonces(path, value):
+    GenerateRequest.model_validate(changed(generate_body([0]), path, value))
+
+
+def test_stat_test_null_is_the_default():
+    assert GenerateRequest.model_validate(generate_body([0], stat_test=None)).stat_test == StatTest()
+
+
+@pytest.mark.parametrize("url", ["http://host", "http://host/", "http://host//"])
+def test_callback_urls_lose_their_last_slash(url):
+    assert InitGenerateRequest.model_validate(round_body(url=url)).url == "http://host"
+
+
+def test_spec_and_nonces_of_a_request():
+    request = InitGenerateRequest.model_validate(
+        round_body(node_id=1, node_count=2, group_id=2, n_groups=3, poc_stronger_rng=True)
+    )
+    assert request.spec == VectorSpec("block", "key", seq_len=4, k_dim=3, poc_stronger_rng=True)
+    assert request.nonces == NonceSequence(node_id=1, node_count=2, group_id=2, n_groups=3)
+
+
+# --- requests that are refused ----------------------------------------------------------------------------------
+
+TEXTS = ["block_hash", "public_key", "params.model"]
+COUNTS = ["block_height", "node_id", "node_count", "group_id", "n_groups", "batch_size", "params.k_dim"]
+COUNTS += ["params.seq_len"]
+REQUIRED = ["block_hash", "block_height", "public_key", "node_id", "node_count", "params", "params.model"]
+REQUIRED += ["params.seq_len"]
+
+BAD = [
+    *[(path, MISSING) for path in REQUIRED],
+    *[(path, value) for path in TEXTS for value in ("", "x" * (MAX_TEXT + 1), "\ud800", 1, None, ["x"], b"x")],
+    *[(path, value) for path in COUNTS for value in (-1, 1.0, "1", True, None, math.nan, [1])],
+    *[(path, 2**63) for path in COUNTS if not path.startswith("params")],
+    *[(path, 0) for path in ("node_count", "n_groups", "batch_size", "params.k_dim", "params.seq_len")],
+    *[(path, 1) for path in ("node_id", "group_id")],  # node_count and n_groups are 1
+    *[("params", value) for value in (None, [], "x", {})],
+    *[("poc_stronger_rng", value) for value in (None, 1, "true")],
+    ("surprise", 1),
+    ("params.surprise", 1),
+    ("params.poc_stronger_rng", True),
+    *[
+        ("url", url)
+        for url in (
+            "",
+            "host",
+            "//host",
+            "ftp://host",
+            "file:///etc/passwd",
+            "javascript:alert(1)",
+            "http://",
+            "http:///path",
+            "http://host:port",
+            "http://host:0",
+            "http://host:70000",
+            "http://[::1",
+            "http://\ud800",
+            "http://host/" + "x" * 4096,
+            1,
+            ["http://host"],
+        )
+    ],
+    # accepted, these would fail at each attempt to deliver, for ever
+    *[("url", url) for url in (" http://host", "http://ho st", "http://host\n", "http://ho\tst", "http://\x00")],
+    *[("url", url) for url in ("http://xn--a", "http://\u200b.com", "http://host/a\x7f")],
+    # "/generated" would become a part of the query or of the fragment
+    *[("url", url) for url in ("http://host/?token=1", "http://host/#part")],
+]
+
+BAD_FOR_NONCES = [
+    ("nonces", MISSING),
+    *[("nonces", value) for value in (None, 1, "1", {"0": 1}, [None], [[1]])],
+    *[("nonces", [0, value]) for value in (-1, 2**63, 2**4000, 0, 1.0, 1.5, "1", True, math.nan, math.inf)],
+    *[("wait", value) for value in (None, 1, "true")],
+    *[("validation", value) for value in ([], {}, {"artifacts": None}, {"artifacts": [], "surprise": 1})],
+    *[
+        ("validation.artifacts", [artifact])
+        for artifact in (
+            {"nonce": 0},
+            {"vector_b64": "AAAA"},
+            {"nonce": 0, "vector_b64": "AAAA", "surprise": 1},
+            {"nonce": "0", "vector_b64": "AAAA"},
+            {"nonce": -1, "vector_b64": "AAAA"},
+            {"nonce": 0, "vector_b64": None},
+            {"nonce": 0, "vector_b64": [0.5]},
+        )
+    ],
+    ("validation.artifacts", [{"nonce": 0, "vector_b64": text} for text in ("AAAA", "AAAB")]),
+    *[("stat_test", value) for value in ([], 1, {"surprise": 1})],
+    *[
+        (f"stat_test.{name}", value)
+        for name in ("dist_threshold", "p_mismatch", "fraud_threshold")
+        for value in (-0.1, math.nan, math.inf, "0.1", None, True)
+    ],
+    *[(f"stat_test.{name}", 1.1) for name in ("p_mismatch", "fraud_threshold")],
+]
+
+
+def _id(value: Any) -> str:
+    return "missing" if value is MISSING else ascii(value)[:24].strip("'")
+
+
+def refusal(model: type, body: dict[str, Any]) -> str:
+    with pytest.raises(ValidationError) as error:
+        model.model_validate(body)
+    return str(error.value.errors(include_input=False, include_context=False))
+
+
+@pytest.mark.parametrize(("path", "value"), BAD, ids=_id)
+def test_bad_requests(path, value):
+    """Refused alike by both kinds of request, naming the field."""
+    for model, body in ((InitGenerateRequest, round_body()), (GenerateRequest, generate_body([0]))):
+        model.model_validate(body)
+        assert path.rpartition(".")[2] in refusal(model, changed(body, path, value))
+
+
+@pytest.mark.parametrize(("path", "value"), BAD_FOR_NONCES, ids=_id)
+def test_bad_requests_for_nonces(path, value):
+    body = changed(generate_body([0]), path, value)
+    assert path.split(".")[0] in refusal(GenerateRequest, body)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("nonces", [3, 5, 3], "nonce 3 appears more than once"),
+        ("node_id", 4, "node_id 4 must be less than node_count 1"),
+        ("group_id", 4, "group_id 4 must be less than n_groups 1"),
+        ("url", "ftp://host", "http:// or https://"),
+        ("nonces", [2**63], str(MAX_NONCE)),
+        ("params.seq_len", 0, "greater than or equal to 1"),
+        ("block_hash", "x" * (MAX_TEXT + 1), f"at most {MAX_TEXT}"),
+    ],
+)
+def test_a_refusal_names_the_limit(path, value, says):
+    assert says in refusal(GenerateRequest, changed(generate_body([0]), path, value))
+
+
+@pytest.mark.parametrize("key", ["\ud800", "wait", "nonces", "validation", "request_id"])
+def test_a_round_has_no_other_fields(key):
+    refusal(InitGenerateRequest, round_body(**{key: 1}))
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (round_body(r_target=1.4), "not both"),
+        (changed(round_body(r_target=1.4), "params", MISSING), "no threshold rounds"),
+        (changed(round_body(), "params", MISSING), "params"),
+    ],
+    ids=["both", "r_target", "neither"],
+)
+def test_a_round_is_of_one_protocol(body, says):
+    assert says in refusal(InitGenerateRequest, body)
+
+
+@pytest.mark.parametrize("body", [None, [], "x", 1])
+def test_a_body_that_is_no_object(body):
+    refusal(InitGenerateRequest, body)
+    refusal(GenerateRequest, body)
+
+
+def test_requests_do_not_change():
+    request = GenerateRequest.model_validate(generate_body([0]))
+    with pytest.raises(ValidationError):
+        request.params.model = "other"
+    assert request.params.model == MODEL
+
+
+# --- answers ----------------------------------------------------------------------------------------------------
+
+
+def test_not_computed_nonces_are_said_only_if_there_are_any():
+    answer = ArtifactsAnswer(request_id="1", artifacts=[], encoding=Encoding(k_dim=3))
+    plain = {"status": "completed", "request_id": "1", "artifacts": []}
+    assert answer.model_dump() == {**plain, "encoding": {"dtype": "f16", "k_dim": 3, "endian": "le"}}
+    assert answer.model_copy(update={"not_computed_nonces": [5]}).model_dump()["not_computed_nonces"] == [5]

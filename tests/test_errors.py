@@ -1,0 +1,39 @@
+"""The errors and the statuses that clients know them by."""
+
+from __future__ import annotations
+
+import pytest
+
+from gonka_poc import errors
+from gonka_poc.errors import ComputeError, PoCError, error_by_name
+
+STATUSES = {
+    "RequestError": 400,
+    "ConflictError": 409,
+    "NotFoundError": 404,
+    "BodyTooLargeError": 413,
+    "QueueFullError": 429,
+    "ComputeError": 500,
+    "UnsupportedServerError": 501,
+    "EngineUnavailableError": 503,
+}
+
+
+def test_status_of_each_error():
+    found = {name: cls.http_status for name, cls in vars(errors).items() if name.endswith("Error") and name != "PoCError"}
+    assert found == STATUSES
+    assert PoCError.http_status == 500
+
+
+@pytest.mark.parametrize("name", STATUSES)
+def test_an_error_keeps_its_class_over_the_wire(name):
+    error = error_by_name(name, "what was wrong")
+    assert type(error) is getattr(errors, name)
+    assert str(error) == "what was wrong"
+
+
+@pytest.mark.parametrize("name", ["ValueError", "PoCError", "SystemExit", ""])
+def test_a_name_that_is_not_ours_is_a_compute_error(name):
+    error = error_by_name(name, "what was wrong")
+    assert type(error) is ComputeError
+    assert str(error) == f"{name}: what was wrong"

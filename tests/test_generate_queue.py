@@ -1,0 +1,318 @@
+"""GenerateQueue: order, limits, waiting, and what becomes of each job."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+from cachetools import TTLCache
+from fakes import BUSY, FakeManager, generate_body, made_up_vector, until
+
+from gonka_poc.config import Settings
+from gonka_poc.data import ArtifactsAnswer, FailedAnswer, GenerateRequest, PendingAnswer, encode_vector
+from gonka_poc.errors import ComputeError, ConflictError, NotFoundError, PoCError, QueueFullError
+from gonka_poc.generate_queue import GenerateQueue
+
+SETTINGS = Settings(chat_backoff_sec=0.001, max_queued_nonces=10)
+
+
+def request(nonces, **changes) -> GenerateRequest:
+    return GenerateRequest.model_validate(generate_body(list(nonces), **changes))
+
+
+@pytest.fixture
+async def make():
+    """Makes a queue; `.completed` is what it handed to on_completed."""
+    queues: list[GenerateQueue] = []
+
+    def make_queue(manager: FakeManager) -> SimpleNamespace:
+        no_round = asyncio.Event()
+        no_round.set()
+        completed: list = []
+        queue = GenerateQueue(manager, SETTINGS, no_round, lambda job, answer: completed.append((job, answer)))
+        queues.append(queue)
+        return SimpleNamespace(queue=queue, no_round=no_round, completed=completed)
+
+    yield make_queue
+    for queue in queues:
+        await queue.close()
+
+
+# --- what is computed -------------------------------------------------------------------------------------------
+
+
+async def test_artifacts_of_the_nonces_in_their_order(make):
+    manager = FakeManager()
+    made = make(manager)
+    job = made.queue.submit(request([9, 2, 7, 4, 11, 0]))
+    answer = await job.outcome
+    assert [artifact.nonce for artifact in answer.artifacts] == [9, 2, 7, 4, 11, 0]
+    for artifact in answer.artifacts:
+        assert artifact.vector_b64 == encode_vector(made_up_vector(job.request.spec, artifact.nonce))
+    assert (answer.request_id, answer.encoding.k_dim, answer.not_computed_nonces) == (job.request_id, 3, None)
+    assert made.completed == [(job, answer)]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "asked"), [(32, [[0, 1, 2, 3], [4]]), (2, [[0, 1], [2, 3], [4]]), (4, [[0, 1, 2, 3], [4]])]
+)
+async def test_a_job_is_cut_into_micro_batches(make, batch_size, asked):
+    manager = FakeManager()
+    await make(manager).queue.submit(request(range(5), batch_size=batch_size)).outcome
+    assert manager.asked == asked
+
+
+async def test_no_nonces_complete_at_once(make):
+    manager = FakeManager()
+    answer = await make(manager).queue.submit(request([])).outcome
+    assert answer.artifacts == []
+    assert manager.asked == []
+
+
+async def test_a_batch_that_chat_displaced_is_tried_again(make):
+    manager = FakeManager()
+    manager.script.extend([BUSY, BUSY, "ok", BUSY, "ok"])
+    answer = await make(manager).queue.submit(request(range(6))).outcome
+    assert [artifact.nonce for artifact in answer.artifacts] == list(range(6))
+    assert manager.asked == [[0, 1, 2, 3]] * 3 + [[4, 5]] * 2
+
+
+async def test_nonces_that_cannot_be_computed_are_reported(make):
+    manager = FakeManager()
+    manager.nan_nonces = {1, 5}
+    answer = await make(manager).queue.submit(request(range(6))).outcome
+    assert [artifact.nonce for artifact in answer.artifacts] == [0, 2, 3, 4]
+    assert answer.not_computed_nonces == [1, 5]
+
+
+async def test_validation(make):
+    manager = FakeManager()
+    manager.nan_nonces = {4}
+    spec = request([]).spec
+    vectors = {n: encode_vector(made_up_vector(spec, n)) for n in range(5)} | {2: "not base64!"}
+    artifacts = [{"nonce": n, "vector_b64": vectors[n]} for n in (4, 3, 2, 1, 0)]
+    answer = await make(manager).queue.submit(request(range(5), validation={"artifacts": artifacts})).outcome
+    assert (answer.n_total, answer.n_mismatch, answer.mismatch_nonces) == (4, 1, [2])
+    assert answer.not_computed_nonces == [4]
+    assert answer.p_value == pytest.approx(1 - 0.999**4)
+    assert answer.fraud_detected
+
+
+# --- order ------------------------------------------------------------------------------------------------------
+
+
+async def test_first_in_first_out(make):
+    manager = FakeManager(batches=0)
+    queue = make(manager).queue
+    jobs = [queue.submit(request(nonces)) for nonces in ([5, 6], [3], [4, 1])]
+    await until(lambda: manager.asked)
+    assert [job.answer() for job in jobs] == [
+        PendingAnswer(status=status, request_id=job.request_id)
+        for job, status in zip(jobs, ("running", "queued", "queued"), strict=True)
+    ]
+    manager.allow(3)
+    await asyncio.gather(*(job.outcome for job in jobs))
+    assert manager.asked == [[5, 6], [3], [4, 1]]
+
+
+async def test_jobs_wait_while_a_round_generates(make):
+    manager = FakeManager()
+    made = make(manager)
+    made.no_round.clear()
+    job = made.queue.submit(request([1]))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert manager.asked == []
+    made.no_round.set()
+    await job.outcome
+
+
+async def test_a_round_that_begins_goes_before_the_next_micro_batch(make):
+    manager = FakeManager(batches=0)
+    made = make(manager)
+    job = made.queue.submit(request(range(6)))
+    await until(lambda: manager.asked)
+    made.no_round.clear()
+    manager.allow(5)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert manager.asked == [[0, 1, 2, 3]]
+    made.no_round.set()
+    assert len((await job.outcome).artifacts) == 6
+
+
+async def test_the_queue_works_again_after_it_was_empty(make):
+    queue = make(FakeManager()).queue
+    for nonce in range(3):
+        assert (await queue.submit(request([nonce])).outcome).artifacts[0].nonce == nonce
+        for _ in range(5):
+            await asyncio.sleep(0)  # the worker task sees that nothing is left, and ends
+
+
+# --- the limit --------------------------------------------------------------------------------------------------
+
+
+async def test_the_queue_takes_so_many_nonces_and_no_more(make):
+    manager = FakeManager(batches=0)
+    queue = make(manager).queue
+    queue.submit(request(range(6)))
+    last = queue.submit(request(range(4)))
+    assert queue.queued_nonces == 10
+    with pytest.raises(QueueFullError, match=r"1 nonces do not fit: 10 are queued, the limit is 10 .*MAX_QUEUED"):
+        queue.submit(request([0]))
+    queue.submit(request([]))
+    queue.drop(last, "for room")
+    queue.submit(request(range(4)))
+
+
+async def test_a_request_over_the_limit_is_refused_alone_too(make):
+    queue = make(FakeManager()).queue
+    with pytest.raises(QueueFullError):
+        queue.submit(request(range(11)))
+    assert queue.queued_nonces == 0
+
+
+@pytest.mark.parametrize("script", ["ok", ComputeError("a worker failed")])
+async def test_a_job_that_ended_makes_room(make, script):
+    manager = FakeManager()
+    manager.script.append(script)
+    queue = make(manager).queue
+    await asyncio.wait([queue.submit(request(range(10))).outcome])
+    assert queue.queued_nonces == 0
+    await queue.submit(request(range(10))).outcome
+
+
+# --- polling ----------------------------------------------------------------------------------------------------
+
+
+async def test_a_result_can_be_polled_until_it_expires(make):
+    now = 1000.0
+    queue = make(FakeManager()).queue
+    queue._finished = TTLCache(maxsize=float("inf"), ttl=SETTINGS.result_ttl_sec, timer=lambda: now)
+    job = queue.submit(request([1]))
+    assert queue.get(job.request_id) is job
+    answer = await job.outcome
+    now += SETTINGS.result_ttl_sec - 1
+    assert queue.get(job.request_id).answer() == answer
+    now += 2
+    with pytest.raises(NotFoundError, match=rf"{job.request_id}.*more than 300 s ago"):
+        queue.get(job.request_id)
+
+
+async def test_a_job_that_still_waits_does_not_expire(make):
+    now = 1000.0
+    made = make(FakeManager())
+    made.queue._finished = TTLCache(maxsize=float("inf"), ttl=SETTINGS.result_ttl_sec, timer=lambda: now)
+    made.no_round.clear()
+    job = made.queue.submit(request([1]))
+    now += 10 * SETTINGS.result_ttl_sec
+    assert isinstance(made.queue.get(job.request_id).answer(), PendingAnswer)
+
+
+async def test_an_unknown_request(make):
+    with pytest.raises(NotFoundError, match="'no-such-id'"):
+        make(FakeManager()).queue.get("no-such-id")
+
+
+async def test_ids_are_not_reused(make):
+    queue = make(FakeManager()).queue
+    assert len({queue.submit(request([])).request_id for _ in range(100)}) == 100
+
+
+# --- failures ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("failure", "error"),
+    [(ComputeError("a worker failed"), "a worker failed"), (ZeroDivisionError("oops"), "ZeroDivisionError: oops")],
+)
+async def test_a_failed_job_says_why_and_the_next_one_works(make, failure, error):
+    manager = FakeManager()
+    manager.script.extend(["ok", failure])
+    made = make(manager)
+    failed, good = made.queue.submit(request(range(6))), made.queue.submit(request([7]))
+    assert [artifact.nonce for artifact in (await good.outcome).artifacts] == [7]
+    assert failed.answer() == FailedAnswer(request_id=failed.request_id, error=error)
+    assert made.queue.get(failed.request_id) is failed
+    with pytest.raises(PoCError, match=error):
+        await failed.outcome
+    assert [job for job, _ in made.completed] == [good]
+
+
+async def test_a_job_whose_result_cannot_be_handed_on_fails(make):
+    made = make(FakeManager())
+    made.queue._on_completed = lambda job, answer: 1 / 0
+    job = made.queue.submit(request([1]))
+    await asyncio.wait([job.outcome])
+    assert job.answer().error == "ZeroDivisionError: division by zero"
+
+
+# --- ending jobs ------------------------------------------------------------------------------------------------
+
+
+async def test_clear_fails_every_job_with_the_reason(make):
+    manager = FakeManager(batches=0)
+    made = make(manager)
+    jobs = [made.queue.submit(request([nonce])) for nonce in range(3)]
+    await until(lambda: manager.asked)
+    made.queue.clear("stopped by hand")
+    for job in jobs:
+        assert made.queue.get(job.request_id).answer() == FailedAnswer(request_id=job.request_id, error="stopped by hand")
+        with pytest.raises(ConflictError, match="^stopped by hand$"):
+            await job.outcome
+    assert made.queue.queued_nonces == 0
+
+
+async def test_a_dropped_job_computes_no_further_batch_and_delivers_nothing(make):
+    manager = FakeManager(batches=0)
+    made = make(manager)
+    dropped, following = made.queue.submit(request(range(8))), made.queue.submit(request([9]))
+    await until(lambda: manager.asked)
+    made.queue.drop(dropped, "the client hung up")
+    manager.allow(2)
+    assert isinstance(await following.outcome, ArtifactsAnswer)
+    assert manager.asked == [[0, 1, 2, 3], [9]]
+    assert [job for job, _ in made.completed] == [following]
+    assert dropped.answer().error == "the client hung up"
+
+
+async def test_a_job_dropped_before_its_turn_is_never_computed(make):
+    manager = FakeManager(batches=0)
+    queue = make(manager).queue
+    jobs = [queue.submit(request([nonce])) for nonce in range(3)]
+    queue.drop(jobs[1], "not needed")
+    manager.allow(2)
+    await asyncio.gather(jobs[0].outcome, jobs[2].outcome)
+    assert manager.asked == [[0], [2]]
+
+
+async def test_a_job_dropped_behind_a_round_is_never_computed(make):
+    manager = FakeManager()
+    made = make(manager)
+    made.no_round.clear()
+    dropped, following = made.queue.submit(request([1])), made.queue.submit(request([2]))
+    await until(lambda: dropped.state == "running")
+    made.queue.drop(dropped, "the client hung up")
+    made.no_round.set()
+    await following.outcome
+    assert manager.asked == [[2]]
+
+
+async def test_dropping_a_job_that_completed_changes_nothing(make):
+    queue = make(FakeManager()).queue
+    job = queue.submit(request([1]))
+    answer = await job.outcome
+    queue.drop(job, "too late")
+    assert job.answer() == answer
+    assert queue.get(job.request_id) is job
+
+
+async def test_close_ends_everything(make):
+    manager = FakeManager(batches=0)
+    queue = make(manager).queue
+    jobs = [queue.submit(request([nonce])) for nonce in range(2)]
+    await until(lambda: manager.asked)
+    await queue.close()
+    assert [job.answer().error for job in jobs] == ["the server is shutting down"] * 2
+    assert queue.queued_nonces == 0

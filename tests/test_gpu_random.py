@@ -1,0 +1,259 @@
+"""gpu_random against the golden numbers, and against slow versions that are obviously right."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gonka_poc import gpu_random as gr
+
+GOLDEN = json.loads((Path(__file__).parent / "data" / "primitives.json").read_text())
+TOLERANCE = 1e-6
+
+
+def cases(name: str) -> pytest.MarkDecorator:
+    """One test for each golden case of that name."""
+    found = GOLDEN[name]
+    return pytest.mark.parametrize("case", found if isinstance(found, list) else [found])
+
+
+def assert_close(computed: torch.Tensor, golden: list) -> None:
+    torch.testing.assert_close(computed, torch.tensor(golden, dtype=computed.dtype), rtol=0, atol=TOLERANCE)
+
+
+def who(case: dict) -> tuple[str, str]:
+    return case["block_hash"], case["public_key"]
+
+
+def murmur3_by_hand(key: int, seed: int) -> int:
+    """One 4-byte block of MurmurHash3_x86_32, without the length XOR, in plain integers."""
+    k = key * 0xCC9E2D51 % 2**32
+    k = (k * 2**15 + k // 2**17) % 2**32
+    k = k * 0x1B873593 % 2**32
+    h = seed ^ k
+    h = (h * 2**13 + h // 2**19) % 2**32
+    h = (h * 5 + 0xE6546B64) % 2**32
+    h ^= h >> 16
+    h = h * 0x85EBCA6B % 2**32
+    h ^= h >> 13
+    h = h * 0xC2B2AE35 % 2**32
+    return h ^ h >> 16
+
+
+# --- golden numbers ---------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_golden_number_has_a_test():
+    tested = "seed_from_string murmur3_32 uniform normal inputs layer_householder pick haar sign_flips"
+    tested += " nonce_reflections target random_projection permutation encode"  # encode: test_data.py
+    assert set(GOLDEN) == set(tested.split())
+
+
+@pytest.mark.parametrize(("text", "seed"), GOLDEN["seed_from_string"].items())
+def test_golden_seed(text, seed):
+    assert gr.seed_from_string(text) == seed
+
+
+@cases("murmur3_32")
+def test_golden_murmur3(case):
+    assert gr.murmur3_32(torch.tensor(case["keys"]), case["seed"]).tolist() == case["hashes"]
+
+
+@cases("uniform")
+def test_golden_uniform(case):
+    assert_close(gr.uniform([case["seed"]], case["n"])[0], case["values"])
+
+
+@cases("normal")
+def test_golden_normal(case):
+    assert_close(gr.normal([case["seed"]], case["n"])[0], case["values"])
+
+
+@cases("inputs")
+def test_golden_inputs(case):
+    dtype = getattr(torch, case["dtype"])
+    inputs = gr.nonce_inputs(
+        *who(case), [case["nonce"]], case["seq_len"], case["dim"], dtype, stronger_rng=case["poc_stronger_rng"]
+    )
+    assert inputs.dtype == dtype
+    assert_close(inputs[0], case["values"])
+
+
+@cases("layer_householder")
+def test_golden_layer_reflection(case):
+    assert_close(gr.layer_reflection(case["block_hash"], case["layer"], case["dim"]), case["values"])
+
+
+@cases("pick")
+def test_golden_pick(case):
+    assert gr.pick_indices(*who(case), [case["nonce"]], case["dim"], case["k"])[0].tolist() == case["indices"]
+
+
+@cases("haar")
+def test_golden_rotation(case):
+    """Relative to the vector's norm: with the norm of 25 that one case has, float32 rounding alone is 3e-6."""
+    x = torch.tensor(case["x"])
+    rotated = gr.rotate(*who(case), [case["nonce"]], x.unsqueeze(0))[0]
+    assert_close(rotated / x.norm(), [y / float(x.norm()) for y in case["y"]])
+
+
+@cases("sign_flips")
+def test_golden_sign_flips(case):
+    assert gr.sign_flips(*who(case), case["nonce"], case["dim"]).tolist() == case["values"]
+
+
+@cases("nonce_reflections")
+def test_golden_nonce_reflections(case):
+    reflections = gr.nonce_reflections(*who(case), case["nonce"], case["dim"])
+    assert reflections.shape[0] == case["count"]
+    assert_close(reflections, case["values"])
+
+
+@cases("target")
+def test_golden_target(case):
+    assert_close(gr.target(case["block_hash"], case["dim"])[:8], case["first8"])
+
+
+@cases("random_projection")
+def test_golden_random_projection(case):
+    projection = gr.random_projection(case["block_hash"], case["hidden_size"])
+    assert projection.shape == (case["output_dim"], case["hidden_size"])
+    assert_close(projection[0], case["row0"])
+
+
+@cases("permutation")
+def test_golden_permutation(case):
+    assert gr.permutation(*who(case), case["nonce"], case["vocab_size"]).tolist() == case["indices"]
+
+
+# --- hashes and normals -----------------------------------------------------------------------------------------
+
+_EDGES = [0, 1, 2**31 - 1, 2**31, 2**32 - 1]
+_WORDS = _EDGES + random.Random(1).choices(range(2**32), k=95)
+
+
+def test_murmur3_is_the_one_written_by_hand():
+    hashes = gr.murmur3_32(torch.tensor(_WORDS), torch.tensor(_WORDS).unsqueeze(-1))
+    expected = [[murmur3_by_hand(key, seed) for key in _WORDS] for seed in _WORDS]
+    assert hashes.tolist() == expected
+    assert gr.murmur3_32(torch.tensor(_WORDS), 2**32 - 1).tolist() == expected[_EDGES.index(2**32 - 1)]
+
+
+def test_sub_seeds_are_the_whole_digest():
+    seeds = gr.sub_seeds_from_string("abc")
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # SHA-256 of abc, FIPS 180-2
+    assert "".join(f"{seed:08x}" for seed in seeds) == digest
+    assert seeds[0] == gr.seed_from_string("abc")
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 33])
+def test_normal_is_all_cosines_then_all_sines(n):
+    half = math.ceil(n / 2)
+    u = [murmur3_by_hand(i, 99) / 2**32 for i in range(2 * half)]
+    pairs = [(math.sqrt(-2 * math.log(max(u[i], 1e-10))), 2 * math.pi * u[half + i]) for i in range(half)]
+    expected = [r * math.cos(a) for r, a in pairs] + [r * math.sin(a) for r, a in pairs]
+    values = gr.normal([99], n)
+    assert values.shape == (1, n)
+    np.testing.assert_allclose(values[0], expected[:n], rtol=0, atol=5e-6)
+
+
+def test_normal_of_a_hash_of_zero_is_finite(monkeypatch):
+    monkeypatch.setattr(gr, "uniform", lambda seeds, n, device=None: torch.zeros(len(seeds), n))
+    assert gr.normal([0], 4)[0].tolist() == pytest.approx([math.sqrt(-2 * math.log(1e-10))] * 2 + [0.0, 0.0])
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "hidden_size"),
+    [(1, 3), (3, 3), (5, 7), (4, 16)],
+    ids=["fewer than 8", "9 of 8 x 2", "not divisible by 8", "divisible by 8"],
+)
+def test_stronger_rng_is_eight_segments(seq_len, hidden_size):
+    n = seq_len * hidden_size
+    length = math.ceil(n / 8)
+    expected: list[float] = []
+    for seed in gr.sub_seeds_from_string("b_k_nonce5"):
+        expected += gr.normal([seed], min(length, n - len(expected)))[0].tolist() if len(expected) < n else []
+    inputs = gr.nonce_inputs("b", "k", [5], seq_len, hidden_size, torch.float32, stronger_rng=True)
+    assert inputs.shape == (1, seq_len, hidden_size)
+    assert inputs.flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("stronger_rng", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_inputs_are_cast_last(dtype, stronger_rng):
+    exact, cast = (gr.nonce_inputs("b", "k", [1, 2], 3, 33, d, None, stronger_rng) for d in (torch.float32, dtype))
+    assert cast.dtype == dtype
+    assert torch.equal(cast, exact.to(dtype))
+
+
+# --- the artifact vector ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("hidden_size", "k_dim"), [(64, 1), (64, 2), (64, 12), (64, 64), (1000, 31)])
+def test_picked_are_all_but_the_last_in_order_of_index(hidden_size, k_dim):
+    picked = gr.pick_indices("b", "k", range(20), hidden_size, k_dim).tolist()
+    for nonce, indices in enumerate(picked):
+        seed = gr.seed_from_string(f"b_k_nonce_{nonce}_pick_{k_dim}")
+        by_score = sorted(range(hidden_size), key=lambda j: murmur3_by_hand(j, seed))
+        assert indices == [*sorted(by_score[: k_dim - 1]), by_score[k_dim - 1]]
+
+
+@pytest.mark.parametrize("k_dim", [1, 2, 12])
+def test_artifact_vector_step_by_step(k_dim):
+    hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(3))
+    for nonce, vector in enumerate(gr.artifact_vectors("b", "k", range(3), hidden, k_dim)):
+        x = hidden[nonce].double().numpy()
+        x = x / (np.linalg.norm(x) + 1e-8)
+        y = x[gr.pick_indices("b", "k", [nonce], 64, k_dim)[0].numpy()]
+        for j in range(k_dim - 1):
+            seed = gr.seed_from_string(f"b_k_nonce_{nonce}_haar_hh_{k_dim}_{j}")
+            v = gr.normal([seed], k_dim)[0].double().numpy()
+            v = v / (np.linalg.norm(v) + 1e-30)
+            y = y - 2 * (y @ v) * v
+        y = y / (np.linalg.norm(y) + 1e-8)
+        np.testing.assert_allclose(vector, y, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_spoils_its_row_and_no_other(bad):
+    hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(3))
+    good = gr.artifact_vectors("b", "k", [0, 1, 2], hidden, 4)
+    not_picked = next(j for j in range(64) if j not in gr.pick_indices("b", "k", [1], 64, 4)[0])
+    hidden[1, not_picked] = bad
+    vectors = gr.artifact_vectors("b", "k", [0, 1, 2], hidden, 4)
+    assert vectors[1].isnan().all()
+    assert torch.equal(vectors[[0, 2]], good[[0, 2]])
+
+
+def _artifact_rows(nonces: list[int]) -> torch.Tensor:
+    hidden = [torch.randn(64, generator=torch.Generator().manual_seed(nonce)) for nonce in nonces]
+    return gr.artifact_vectors("b", "k", nonces, torch.stack(hidden), 12)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        lambda nonces: gr.uniform(nonces, 33),
+        lambda nonces: gr.normal(nonces, 33),
+        lambda nonces: gr.nonce_inputs("b", "k", nonces, 3, 11, torch.float32),
+        lambda nonces: gr.nonce_inputs("b", "k", nonces, 3, 11, torch.float32, stronger_rng=True),
+        lambda nonces: gr.pick_indices("b", "k", nonces, 64, 12),
+        _artifact_rows,
+    ],
+    ids=["uniform", "normal", "inputs", "inputs, stronger", "pick", "artifact"],
+)
+def test_a_row_does_not_depend_on_its_batch(rows):
+    alone = {nonce: rows([nonce])[0] for nonce in range(8)}
+    for order in itertools.islice(itertools.permutations(range(8)), 0, None, 9973):
+        for nonce, row in zip(order, rows(list(order)), strict=True):
+            torch.testing.assert_close(row, alone[nonce], rtol=0, atol=TOLERANCE)

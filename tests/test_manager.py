@@ -1,0 +1,263 @@
+"""PoCManagerV1 over a server without an engine: how it calls, what it refuses, what it makes of answers."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+
+import numpy as np
+import pytest
+from fakes import MODEL, FakeManager, FakeView, made_up_vector
+
+from gonka_poc.data import Params, VectorSpec
+from gonka_poc.errors import (
+    ComputeError,
+    ConflictError,
+    EngineUnavailableError,
+    PoCError,
+    RequestError,
+    UnsupportedServerError,
+)
+from gonka_poc.manager import PoCManagerV1
+from gonka_poc.vllm_compat import ApiView
+from gonka_poc.worker import poc_call
+
+SPEC = VectorSpec("block", "key", seq_len=4, k_dim=3, poc_stronger_rng=True)
+SPEC_FIELDS = {"block_hash": "block", "public_key": "key", "seq_len": 4, "k_dim": 3, "poc_stronger_rng": True}
+ROW = np.ones(3, dtype="<f2").tobytes()
+NAN_ROW = np.array([1, np.nan, 1], dtype="<f2").tobytes()
+
+
+def params(**changes) -> Params:
+    return Params(**{"model": MODEL, "seq_len": 4, "k_dim": 3, **changes})
+
+
+def refused(name: str, message: str = "too hot") -> dict:
+    return {"error": {"type": name, "message": message}}
+
+
+@pytest.mark.parametrize(("fake", "real"), [(FakeManager, PoCManagerV1), (FakeView, ApiView)])
+def test_the_fakes_are_called_like_what_they_stand_for(fake, real):
+    for name in [name for name in vars(real) if not name.startswith("_")]:
+        ours, theirs = (list(inspect.signature(getattr(cls, name)).parameters) for cls in (fake, real))
+        assert [p for p in ours if p != "self"] == [p for p in theirs if p != "self"], name
+
+
+# --- how workers are called -------------------------------------------------------------------------------------
+
+
+async def test_by_name_where_the_extension_is_loaded():
+    view = FakeView(by_name=True, by_function=True)
+    await PoCManagerV1(view).compute(SPEC, [5, 3])
+    assert view.calls == [("poc_compute", (SPEC_FIELDS, [5, 3]))]
+
+
+async def test_by_function_where_it_is_not():
+    view = FakeView(by_name=False, by_function=True)
+    result = await PoCManagerV1(view).compute(SPEC, [5, 3])
+    assert view.calls == [(poc_call, ("poc_compute", SPEC_FIELDS, [5, 3]))]
+    assert list(result.vectors) == [5, 3]
+
+
+@pytest.mark.parametrize("call", [lambda m: m.prepare(), lambda m: m.check(params()), lambda m: m.compute(SPEC, [1])])
+async def test_without_either_both_settings_are_named(call):
+    view = FakeView(by_name=False, by_function=False)
+    with pytest.raises(EngineUnavailableError) as error:
+        await call(PoCManagerV1(view))
+    assert "--worker-extension-cls gonka_poc.worker.PoCWorkerExtension" in str(error.value)
+    assert "VLLM_ALLOW_INSECURE_SERIALIZATION=1" in str(error.value)
+    assert view.calls == []
+
+
+async def test_calls_never_overlap():
+    view = FakeView()
+    manager = PoCManagerV1(view)
+    await manager.prepare()
+    await asyncio.gather(*(manager.compute(SPEC, [n]) for n in range(4)), manager.release())
+    assert len(view.calls) == 6
+    assert view.max_running == 1
+
+
+async def test_a_call_that_is_cancelled_does_not_block_the_next():
+    manager = PoCManagerV1(FakeView())
+    task = asyncio.create_task(manager.compute(SPEC, [1]))
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert task.cancelled()
+    assert await asyncio.wait_for(manager.compute(SPEC, [1]), 5)
+
+
+# --- chat goes first --------------------------------------------------------------------------------------------
+
+
+async def test_nothing_is_computed_while_chat_is_served():
+    view = FakeView()
+    view.chat_is_served = True
+    assert await PoCManagerV1(view).compute(SPEC, [1]) is None
+    assert view.calls == []
+
+
+async def test_chat_that_began_while_a_batch_waited_goes_first():
+    view = FakeView()
+    manager = PoCManagerV1(view)
+    first, second = (asyncio.create_task(manager.compute(SPEC, [n])) for n in range(2))
+    while not view.num_running:
+        await asyncio.sleep(0)
+    view.chat_is_served = True
+    assert list((await first).vectors) == [0]
+    assert await second is None
+
+
+# --- answers ----------------------------------------------------------------------------------------------------
+
+
+async def test_vectors_by_nonce():
+    result = await PoCManagerV1(FakeView()).compute(SPEC, [5, 3])
+    assert list(result.vectors) == [5, 3]
+    for nonce, vector in result.vectors.items():
+        assert vector.tolist() == made_up_vector(SPEC, nonce).tolist()
+    assert result.not_computed_nonces == []
+
+
+async def test_rows_with_nan_are_dropped_and_logged(caplog):
+    view = FakeView()
+    view.answers = [{"vectors": ROW + NAN_ROW + ROW, "finite": [True, False, True]}]
+    result = await PoCManagerV1(view).compute(SPEC, [5, 3, 9])
+    assert list(result.vectors) == [5, 9]
+    assert result.not_computed_nonces == [3]
+    assert "dropped 1 nonces with NaN or Inf: [3]" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [{"vectors": ROW, "finite": [True, True]}, {"vectors": ROW * 2, "finite": [True]}, {"vectors": b"", "finite": []}],
+)
+async def test_an_answer_of_another_size_is_never_taken(answer):
+    view = FakeView()
+    view.answers = [answer]
+    with pytest.raises((ComputeError, ValueError)):
+        await PoCManagerV1(view).compute(SPEC, [5, 3])
+
+
+@pytest.mark.parametrize("answering", [0, 2])
+async def test_exactly_one_worker_must_answer(answering):
+    view = FakeView()
+    view.answers = [None, *[{"vectors": ROW, "finite": [True]}] * answering]
+    with pytest.raises(ComputeError, match=f"{answering} of {answering + 1} did"):
+        await PoCManagerV1(view).compute(SPEC, [5])
+
+
+@pytest.mark.parametrize("error", [RequestError, UnsupportedServerError, EngineUnavailableError])
+@pytest.mark.parametrize("rank", [0, 1])
+async def test_a_refusal_of_a_worker_keeps_its_class(error, rank):
+    view = FakeView()
+    view.answers = [None, None]
+    view.answers[rank] = refused(error.__name__)
+    with pytest.raises(error, match="^too hot$"):
+        await PoCManagerV1(view).compute(SPEC, [5])
+
+
+async def test_an_exception_in_a_worker_is_a_compute_error():
+    view = FakeView()
+    view.failure = RuntimeError("out of memory")
+    with pytest.raises(ComputeError, match="out of memory"):
+        await PoCManagerV1(view).compute(SPEC, [5])
+    view.failure = None
+    assert await PoCManagerV1(view).compute(SPEC, [5])
+
+
+async def test_a_dead_engine_is_said_to_be_dead():
+    view = FakeView()
+    view.failure, view.dead = RuntimeError("EngineCore died"), True
+    with pytest.raises(EngineUnavailableError, match="the engine is dead: EngineCore died; restart"):
+        await PoCManagerV1(view).compute(SPEC, [5])
+
+
+async def test_an_error_of_our_own_passes_unchanged():
+    view = FakeView()
+    view.failure = ConflictError("as it is")
+    with pytest.raises(ConflictError, match="^as it is$"):
+        await PoCManagerV1(view).compute(SPEC, [5])
+
+
+# --- check and prepare ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"model": "other"}, ConflictError, "'other' is not served here; served: 'tiny', '/models/tiny'"),
+        ({"k_dim": 17}, RequestError, "k_dim 17 .* hidden size of 16"),
+        ({"seq_len": 65}, RequestError, "seq_len 65 .* maximum length of 64"),
+        ({"seq_len": 49}, RequestError, "seq_len 49 .* batch of 48 tokens; .*--max-num-batched-tokens"),
+    ],
+)
+async def test_check_names_the_limit(changes, error, says):
+    view = FakeView()
+    with pytest.raises(error, match=says):
+        await PoCManagerV1(view).check(params(**changes))
+    assert view.calls == []
+
+
+@pytest.mark.parametrize("changes", [{}, {"model": "/models/tiny"}, {"k_dim": 16}, {"seq_len": 48}])
+async def test_check_accepts_what_is_at_the_limit(changes):
+    await PoCManagerV1(FakeView()).check(params(**changes))
+
+
+async def test_workers_are_described_once():
+    view = FakeView()
+    manager = PoCManagerV1(view)
+    for _ in range(3):
+        await manager.check(params())
+    assert view.calls == [("poc_describe", ())]
+
+
+@pytest.mark.parametrize("failure", [UnsupportedServerError("no layers"), RuntimeError("later")])
+async def test_prepare_is_tried_again_after_a_failure(failure):
+    view = FakeView()
+    manager = PoCManagerV1(view)
+    view.failure = failure
+    with pytest.raises(PoCError):
+        await manager.check(params())
+    view.failure = None
+    await manager.check(params())
+    await manager.check(params())
+    assert len(view.calls) == 2
+
+
+async def test_a_worker_that_refuses_to_be_described():
+    view = FakeView()
+    view.answers = [{"rank": 0}, refused("UnsupportedServerError", "no decoder layers")]
+    manager = PoCManagerV1(view)
+    for _ in range(2):
+        with pytest.raises(UnsupportedServerError, match="no decoder layers"):
+            await manager.check(params())
+
+
+@pytest.mark.parametrize(("seq_len", "size"), [(1, 5), (9, 5), (10, 4), (24, 2), (25, 1), (48, 1), (64, 1)])
+def test_micro_batch_size(seq_len, size):
+    """48 tokens and 5 sequences at most."""
+    assert PoCManagerV1(FakeView()).micro_batch_size(seq_len) == size
+
+
+# --- release ----------------------------------------------------------------------------------------------------
+
+
+async def test_release_reaches_the_workers():
+    view = FakeView()
+    manager = PoCManagerV1(view)
+    await manager.prepare()
+    await manager.release()
+    assert view.calls[-1] == ("poc_release", ())
+
+
+@pytest.mark.parametrize(("prepared", "dead"), [(False, False), (True, True)])
+async def test_release_leaves_workers_alone_that_keep_nothing(prepared, dead):
+    view = FakeView()
+    manager = PoCManagerV1(view)
+    if prepared:
+        await manager.prepare()
+    view.dead = dead
+    await manager.release()
+    assert ("poc_release", ()) not in view.calls

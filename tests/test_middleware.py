@@ -1,0 +1,307 @@
+"""PoCMiddleware around small ASGI applications: what it takes, what it hands on, and its limits."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import pytest
+from fakes import FakeView, generate_body, round_body, until
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from gonka_poc import middleware
+from gonka_poc.config import SettingsError
+from gonka_poc.errors import UnsupportedServerError
+from gonka_poc.middleware import PoCMiddleware
+from gonka_poc.routes import PREFIX
+
+LIMIT = 2048
+
+
+async def echo(request: Request) -> Response:
+    body = await request.body()
+    return Response(body, 418, {"x-method": request.method, "x-path": request.url.path, "x-query": request.url.query})
+
+
+def make_host() -> Starlette:
+    app = Starlette(routes=[Route("/{path:path}", echo, methods=["GET", "POST", "PUT"])])
+    app.add_middleware(PoCMiddleware)
+    return app
+
+
+@pytest.fixture(autouse=True)
+def view(monkeypatch):
+    """The middleware finds this server in place of an engine."""
+    view = FakeView()
+    monkeypatch.setenv("POC_MAX_BODY_BYTES", str(LIMIT))
+    monkeypatch.setattr(middleware, "installed_version", lambda: "0.32.0")
+    monkeypatch.setattr(middleware, "ApiView", lambda app: view)
+    return view
+
+
+@pytest.fixture
+async def client():
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=make_host()), base_url="http://test") as client:
+        yield client
+
+
+async def test_proof_is_served(client):
+    response = await client.post(f"{PREFIX}/generate", json=generate_body([3, 1], wait=True))
+    assert response.status_code == 200
+    assert [artifact["nonce"] for artifact in response.json()["artifacts"]] == [3, 1]
+    assert (await client.get(f"{PREFIX}/status")).json()["status"] == "IDLE"
+    assert (await client.get(f"{PREFIX}/openapi.json")).status_code == 200
+    assert (await client.get(PREFIX)).status_code == 404
+    assert (await client.get(f"{PREFIX}/")).status_code == 404
+
+
+async def test_one_service_an_application():
+    """A round of one server is not seen by another in the same process."""
+    hosts = [httpx.AsyncClient(transport=httpx.ASGITransport(app=make_host()), base_url="http://test") for _ in range(2)]
+    await hosts[0].post(f"{PREFIX}/init/generate", json=round_body())
+    statuses = [(await host.get(f"{PREFIX}/status")).json()["status"] for host in hosts]
+    await hosts[0].post(f"{PREFIX}/stop")
+    assert statuses == ["GENERATING", "IDLE"]
+
+
+# --- everything else --------------------------------------------------------------------------------------------
+
+OTHER_PATHS = ["/", "/health", "/v1/chat/completions", "/api/v1/po", "/api/v1/powder", "/api/v1", "/x/api/v1/pow/status"]
+
+
+@pytest.mark.parametrize("path", OTHER_PATHS)
+async def test_other_requests_arrive_as_they_were_sent(client, path):
+    body = b"\x00" * (2 * LIMIT)  # POC_MAX_BODY_BYTES is no limit of theirs
+    response = await client.put(f"{path}?q=1", content=body)
+    assert (response.status_code, response.content) == (418, body)
+    headers = response.headers
+    assert (headers["x-method"], headers["x-path"], headers["x-query"]) == ("PUT", path, "q=1")
+
+
+@pytest.mark.parametrize(
+    "scope",
+    [
+        *[{"type": "http", "path": path} for path in OTHER_PATHS],
+        {"type": "websocket", "path": "/v1/realtime"},
+        {"type": "websocket", "path": f"{PREFIX}/status"},
+        {"type": "something.new"},
+    ],
+    ids=lambda scope: f"{scope['type']} {scope.get('path')}",
+)
+async def test_other_scopes_are_handed_on_untouched(scope):
+    got: list[tuple] = []
+
+    async def inner(*args: Any) -> None:
+        got.append(args)
+
+    before = dict(scope)
+    receive, send = object(), object()
+    await PoCMiddleware(inner)(scope, receive, send)
+    ((inner_scope, inner_receive, inner_send),) = got
+    assert inner_scope is scope
+    assert inner_receive is receive
+    assert inner_send is send
+    assert scope == before
+
+
+async def test_errors_of_the_application_pass():
+    async def inner(*args: Any) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await PoCMiddleware(inner)({"type": "http", "path": "/"}, None, None)
+
+
+# --- where it is mounted ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("root_path", "path", "status"),
+    [
+        ("", f"{PREFIX}/status", 200),
+        ("/proxy", f"/proxy{PREFIX}/status", 200),
+        ("/proxy", f"{PREFIX}/status", 200),  # vLLM's --root-path: the proxy cut it off
+        ("/proxy", f"/other{PREFIX}/status", 418),
+        ("", f"/proxy{PREFIX}/status", 418),
+    ],
+)
+async def test_root_path(root_path, path, status):
+    transport = httpx.ASGITransport(app=make_host(), root_path=root_path)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        assert (await client.get(path)).status_code == status
+
+
+# --- an engine that is not there --------------------------------------------------------------------------------
+
+
+async def test_503_until_the_engine_is_ready(client, view, monkeypatch):
+    def not_ready(app: Any) -> Any:
+        return real_view(app) if view is None else view
+
+    from gonka_poc.vllm_compat import ApiView as real_view
+
+    monkeypatch.setattr(middleware, "ApiView", real_view)
+    for method, path in (("GET", "/status"), ("POST", "/generate"), ("GET", "/no-such-path")):
+        response = await client.request(method, f"{PREFIX}{path}")
+        assert response.status_code == 503
+        assert "not ready" in response.json()["detail"]
+    assert (await client.get("/health")).status_code == 418
+    monkeypatch.setattr(middleware, "ApiView", lambda app: view)
+    assert (await client.get(f"{PREFIX}/status")).status_code == 200
+
+
+def test_a_setting_that_cannot_be_used_stops_the_start(monkeypatch):
+    monkeypatch.setenv("POC_RESULT_TTL_SEC", "soon")
+    with pytest.raises(SettingsError, match="POC_RESULT_TTL_SEC='soon'"):
+        PoCMiddleware(echo)
+
+
+def test_a_vllm_that_is_not_supported_stops_the_start(monkeypatch):
+    def refuse() -> str:
+        raise UnsupportedServerError("vLLM 0.1.0 is installed")
+
+    monkeypatch.setattr(middleware, "installed_version", refuse)
+    with pytest.raises(UnsupportedServerError, match="0\\.1\\.0"):
+        PoCMiddleware(echo)
+
+
+# --- bodies that are too large ----------------------------------------------------------------------------------
+
+
+def padded(size: int) -> bytes:
+    body = json.dumps(generate_body([1], wait=True)).encode()
+    return body + b" " * (size - len(body))
+
+
+async def chunked(body: bytes) -> Any:
+    for start in range(0, len(body), 100):
+        yield body[start : start + 100]
+
+
+@pytest.mark.parametrize("as_content", [bytes, chunked], ids=["content-length", "chunked"])
+@pytest.mark.parametrize(("size", "status"), [(LIMIT, 200), (LIMIT + 1, 413), (50 * LIMIT, 413)])
+async def test_the_limit_of_a_body(client, view, as_content, size, status):
+    headers = {"content-type": "application/json"}
+    response = await client.post(f"{PREFIX}/generate", content=as_content(padded(size)), headers=headers)
+    assert response.status_code == status
+    if status == 413:
+        assert f"over {LIMIT} bytes (POC_MAX_BODY_BYTES)" in response.json()["detail"]
+        assert not view.calls
+    assert (await client.get(f"{PREFIX}/status")).status_code == 200
+
+
+async def post_in_chunks(app: Any, content_length: int | None, chunk: bytes) -> tuple[int, int]:
+    """Status, and how many chunks were read of a body that has no end."""
+    headers = [(b"content-type", b"application/json")]
+    if content_length is not None:
+        headers.append((b"content-length", str(content_length).encode()))
+    scope = {"type": "http", "method": "POST", "path": f"{PREFIX}/generate", "query_string": b"", "headers": headers}
+    sent: list[dict] = []
+    num_read = 0
+
+    async def receive() -> dict:
+        nonlocal num_read
+        num_read += 1
+        return {"type": "http.request", "body": chunk, "more_body": True}
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    await asyncio.wait_for(app(scope, receive, send), 5)
+    return sent[0]["status"], num_read
+
+
+@pytest.mark.parametrize("content_length", [LIMIT + 1, 10**15, None, 10])
+async def test_a_body_without_end_is_answered(content_length):
+    """With any declared length: none of a client's chunks is kept, and only so many are read."""
+    status, num_read = await post_in_chunks(make_host(), content_length, b"x" * 512)
+    assert status == 413
+    assert num_read * 512 <= (middleware.DRAIN_FACTOR + 1) * LIMIT
+
+
+async def test_a_sender_that_is_gone_while_its_body_is_drained(client):
+    async def receive() -> dict:
+        return {"type": "http.disconnect"}
+
+    sent: list[dict] = []
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    headers = [(b"content-length", str(10**9).encode())]
+    scope = {"type": "http", "method": "POST", "path": f"{PREFIX}/generate", "query_string": b"", "headers": headers}
+    await asyncio.wait_for(make_host()(scope, receive, send), 5)
+    assert sent[0]["status"] == 413
+
+
+# --- the end ----------------------------------------------------------------------------------------------------
+
+
+class Lifespan:
+    """An application that knows only its lifespan, and the server that starts and stops it."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.messages: asyncio.Queue[dict] = asyncio.Queue()
+
+    async def app(self, scope: dict, receive: Any, send: Any) -> None:
+        while not self.events or self.events[-1] != "lifespan.shutdown":
+            self.events.append((await receive())["type"])
+            await send({"type": self.events[-1] + ".complete"})
+
+
+async def test_shutdown_ends_the_service_before_the_application():
+    lifespan = Lifespan()
+    sent: list[dict] = []
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    served = PoCMiddleware(lifespan.app)
+    task = asyncio.create_task(served({"type": "lifespan"}, lifespan.messages.get, send))
+    lifespan.messages.put_nowait({"type": "lifespan.startup"})
+    await until(lambda: sent)
+
+    async def receive() -> dict:
+        return {"type": "http.request", "body": json.dumps(round_body()).encode()}
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": f"{PREFIX}/init/generate", "query_string": b""}
+    await served({**scope, "headers": headers, "app": None}, receive, send)
+    assert sent[1]["status"] == 200
+    service = served._service
+    assert service.status().status == "GENERATING"
+
+    closed: list[list[str]] = []
+    close = service.close
+
+    async def close_and_note() -> None:
+        await close()
+        closed.append(list(lifespan.events))
+
+    service.close = close_and_note
+    lifespan.messages.put_nowait({"type": "lifespan.shutdown"})
+    await asyncio.wait_for(task, 5)
+    assert closed == [["lifespan.startup"]]
+    assert lifespan.events == ["lifespan.startup", "lifespan.shutdown"]
+    assert [message["type"] for message in sent if message["type"].startswith("lifespan")] == [
+        "lifespan.startup.complete",
+        "lifespan.shutdown.complete",
+    ]
+    assert service.status().status == "IDLE"
+
+
+async def test_shutdown_of_a_server_that_was_never_asked():
+    lifespan = Lifespan()
+
+    async def send(message: dict) -> None: ...
+
+    lifespan.messages.put_nowait({"type": "lifespan.startup"})
+    lifespan.messages.put_nowait({"type": "lifespan.shutdown"})
+    await asyncio.wait_for(PoCMiddleware(lifespan.app)({"type": "lifespan"}, lifespan.messages.get, send), 5)
+    assert lifespan.events == ["lifespan.startup", "lifespan.shutdown"]

@@ -1,0 +1,180 @@
+"""GenerateRound: which nonces come next, and when they count as done."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+from fakes import BUSY, FakeManager, made_up_vector, round_body, until
+
+from gonka_poc.config import Settings
+from gonka_poc.data import BatchResult, InitGenerateRequest
+from gonka_poc.errors import ComputeError
+from gonka_poc.rounds import GenerateRound
+
+SETTINGS = Settings(chat_backoff_sec=0.001)
+
+
+class Delivered(list[BatchResult]):
+    """What a round delivered; `failure` is raised instead of taking more."""
+
+    failure: Exception | None = None
+
+    def take(self, result: BatchResult) -> None:
+        if self.failure is not None:
+            raise self.failure
+        self.append(result)
+
+    @property
+    def nonces(self) -> list[int]:
+        return [nonce for result in self for nonce in result.vectors]
+
+
+def start(manager: FakeManager, delivered: Delivered, **changes) -> GenerateRound:
+    return GenerateRound(manager, InitGenerateRequest.model_validate(round_body(**changes)), delivered.take, SETTINGS)
+
+
+async def finish(current: GenerateRound, manager: FakeManager) -> None:
+    """Stop a round that waits for `manager` to compute its next batch."""
+    current.stop()
+    manager.allow(1)
+    await current.task
+
+
+async def test_nonces_in_order_with_chat_in_between():
+    manager, delivered = FakeManager(batches=4), Delivered()
+    manager.script.extend(["ok", BUSY, BUSY, "ok", BUSY, "ok", "ok"])
+    current = start(manager, delivered, node_id=1, node_count=3)
+    await until(lambda: len(delivered) == 4)
+    await finish(current, manager)
+    assert delivered.nonces == [1 + 3 * i for i in range(20)]
+    batches = [result_nonces for result_nonces in manager.asked if result_nonces]
+    first, second, third = [1, 4, 7, 10], [13, 16, 19, 22], [25, 28, 31, 34]
+    assert batches[:6] == [first, second, second, second, third, third]
+    assert current.error is None
+
+
+async def test_vectors_are_those_of_the_request():
+    manager, delivered = FakeManager(batches=1), Delivered()
+    current = start(manager, delivered)
+    await until(lambda: delivered)
+    await finish(current, manager)
+    for nonce, vector in delivered[0].vectors.items():
+        assert vector.tolist() == made_up_vector(current.request.spec, nonce).tolist()
+
+
+@pytest.mark.parametrize(("batch_size", "asked"), [(1, [0]), (3, [0, 1, 2]), (4, [0, 1, 2, 3]), (32, [0, 1, 2, 3])])
+async def test_a_batch_is_at_most_a_micro_batch(batch_size, asked):
+    manager = FakeManager(batches=0)
+    current = start(manager, Delivered(), batch_size=batch_size)
+    await until(lambda: manager.asked)
+    await finish(current, manager)
+    assert manager.asked == [asked]
+
+
+async def test_a_nonce_counts_when_it_is_delivered():
+    manager, delivered = FakeManager(batches=0), Delivered()
+    current = start(manager, delivered)
+    for batches in range(3):
+        await until(lambda n=batches: len(manager.asked) == n + 1)
+        assert current.stats.total_processed == 4 * batches == len(delivered.nonces)
+        manager.allow(1)
+    await finish(current, manager)
+
+
+async def test_a_batch_that_cannot_be_delivered_ends_the_round_uncounted():
+    manager, delivered = FakeManager(batches=2), Delivered()
+    delivered.failure = OSError("disk full")
+    current = start(manager, delivered)
+    await current.task
+    assert current.error == "OSError: disk full"
+    assert current.stats.total_processed == 0
+    assert not current.active
+    assert manager.asked == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("failure", "error"),
+    [(ComputeError("a worker failed"), "a worker failed"), (ZeroDivisionError("oops"), "ZeroDivisionError: oops")],
+)
+async def test_a_failed_batch_ends_the_round(caplog, failure, error):
+    manager, delivered = FakeManager(), Delivered()
+    manager.script.extend(["ok", failure])
+    current = start(manager, delivered)
+    await current.task
+    assert current.error == error
+    assert current.stats.total_processed == 4 == len(delivered.nonces)
+    assert not current.active
+    assert "PoC round failed after 4 nonces" in caplog.text
+
+
+async def test_nonces_that_cannot_be_computed_are_done():
+    manager, delivered = FakeManager(batches=2), Delivered()
+    manager.nan_nonces = {1, 6}
+    current = start(manager, delivered)
+    await until(lambda: len(delivered) == 2)
+    assert current.stats.total_processed == 8
+    assert delivered.nonces == [0, 2, 3, 4, 5, 7]
+    assert [result.not_computed_nonces for result in delivered] == [[1], [6]]
+    await finish(current, manager)
+
+
+async def test_stop_delivers_the_batch_in_flight_and_starts_no_other():
+    manager, delivered = FakeManager(batches=0), Delivered()
+    current = start(manager, delivered)
+    await until(lambda: manager.asked)
+    current.stop()
+    assert not current.active
+    manager.allow(5)
+    await current.task
+    assert delivered.nonces == [0, 1, 2, 3]
+    assert len(manager.asked) == 1
+    assert current.error is None
+
+
+async def test_stop_ends_a_round_that_waits_for_chat():
+    manager = FakeManager()
+    manager.script.extend([BUSY] * 1_000_000)
+    current = start(manager, Delivered())
+    await until(lambda: len(manager.asked) > 2)
+    assert current.active
+    current.stop()
+    await asyncio.wait_for(current.task, 5)
+    assert current.stats.total_processed == 0
+
+
+async def test_stop_before_the_first_batch():
+    manager = FakeManager()
+    current = start(manager, Delivered())
+    current.stop()
+    await current.task
+    assert manager.asked == []
+
+
+async def test_config_as_status_shows_it():
+    manager = FakeManager(batches=0)
+    current = start(manager, Delivered(), node_id=1, node_count=2, group_id=2, n_groups=3, url="http://host")
+    assert current.config.model_dump() == {
+        "block_hash": "block",
+        "block_height": 7,
+        "public_key": "key",
+        "node_id": 1,
+        "node_count": 2,
+        "group_id": 2,
+        "n_groups": 3,
+        "seq_len": 4,
+        "k_dim": 3,
+    }
+    await finish(current, manager)
+
+
+async def test_progress_is_logged(caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr("gonka_poc.rounds.REPORT_INTERVAL_SEC", 0.0)
+    manager, delivered = FakeManager(batches=2), Delivered()
+    current = start(manager, delivered)
+    await until(lambda: len(manager.asked) == 3)
+    await finish(current, manager)
+    assert "Generated: 4 nonces" in caplog.text
+    assert "Generated: 8 nonces" in caplog.text
