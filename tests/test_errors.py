@@ -14,13 +14,17 @@ STATUSES = {
     "BodyTooLargeError": 413,
     "QueueFullError": 429,
     "ComputeError": 500,
+    "SettingsError": 500,
+    "ServerStartError": 500,
     "UnsupportedServerError": 501,
     "EngineUnavailableError": 503,
 }
 
 
 def test_status_of_each_error():
-    found = {name: cls.http_status for name, cls in vars(errors).items() if name.endswith("Error") and name != "PoCError"}
+    found = {
+        name: cls.http_status for name, cls in vars(errors).items() if name.endswith("Error") and name != "PoCError"
+    }
     assert found == STATUSES
     assert PoCError.http_status == 500
 

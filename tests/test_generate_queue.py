@@ -258,7 +258,9 @@ async def test_clear_fails_every_job_with_the_reason(make):
     await until(lambda: manager.asked)
     made.queue.clear("stopped by hand")
     for job in jobs:
-        assert made.queue.get(job.request_id).answer() == FailedAnswer(request_id=job.request_id, error="stopped by hand")
+        assert made.queue.get(job.request_id).answer() == FailedAnswer(
+            request_id=job.request_id, error="stopped by hand"
+        )
         with pytest.raises(ConflictError, match="^stopped by hand$"):
             await job.outcome
     assert made.queue.queued_nonces == 0

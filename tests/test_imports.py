@@ -122,5 +122,7 @@ def test_no_module_holds_mutable_state():
         for names, value in module_level_values(tree.body)
         if is_mutable(value) and names not in ALLOWED
     ]
-    found += [f"{file.name}: global" for file, tree in trees() for node in ast.walk(tree) if isinstance(node, ast.Global)]
+    found += [
+        f"{file.name}: global" for file, tree in trees() for node in ast.walk(tree) if isinstance(node, ast.Global)
+    ]
     assert found == []

@@ -62,7 +62,9 @@ async def test_proof_is_served(client):
 
 async def test_one_service_an_application():
     """A round of one server is not seen by another in the same process."""
-    hosts = [httpx.AsyncClient(transport=httpx.ASGITransport(app=make_host()), base_url="http://test") for _ in range(2)]
+    hosts = [
+        httpx.AsyncClient(transport=httpx.ASGITransport(app=make_host()), base_url="http://test") for _ in range(2)
+    ]
     await hosts[0].post(f"{PREFIX}/init/generate", json=round_body())
     statuses = [(await host.get(f"{PREFIX}/status")).json()["status"] for host in hosts]
     await hosts[0].post(f"{PREFIX}/stop")
@@ -71,7 +73,15 @@ async def test_one_service_an_application():
 
 # --- everything else --------------------------------------------------------------------------------------------
 
-OTHER_PATHS = ["/", "/health", "/v1/chat/completions", "/api/v1/po", "/api/v1/powder", "/api/v1", "/x/api/v1/pow/status"]
+OTHER_PATHS = [
+    "/",
+    "/health",
+    "/v1/chat/completions",
+    "/api/v1/po",
+    "/api/v1/powder",
+    "/api/v1",
+    "/x/api/v1/pow/status",
+]
 
 
 @pytest.mark.parametrize("path", OTHER_PATHS)

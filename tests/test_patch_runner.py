@@ -634,7 +634,8 @@ UNKNOWN = {
         replaced(
             "direct_2025",
             POPEN,
-            "        if not env:\n            pass\n        elif subprocess.Popen(command, env=env):\n            pass\n",
+            "        if not env:\n            pass\n"
+            "        elif subprocess.Popen(command, env=env):\n            pass\n",
         ),
     ),
     "not Python": ("cannot compile", replaced("direct_2025", "def start(self):", "def start(self)")),

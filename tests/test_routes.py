@@ -356,7 +356,9 @@ async def test_a_round_from_start_to_stop(api):
     status = (await api.client.get("/status")).json()
     assert status["status"] == "GENERATING"
     names = ("block_hash", "block_height", "public_key", "node_id", "node_count", "group_id", "n_groups")
-    assert status["config"] == dict(zip((*names, "seq_len", "k_dim"), ("block", 7, "key", 1, 2, 0, 1, 4, 3), strict=True))
+    assert status["config"] == dict(
+        zip((*names, "seq_len", "k_dim"), ("block", 7, "key", 1, 2, 0, 1, 4, 3), strict=True)
+    )
     assert status["stats"]["total_processed"] == 8
     assert status["stats"]["nonces_per_second"] > 0
     assert api.manager.asked == [[1, 3, 5, 7], [9, 11, 13, 15], [17, 19, 21, 23]]

@@ -79,7 +79,8 @@ def test_distances_are_not_rounded_to_float16():
 )
 def test_p_value_is_the_upper_tail(n_mismatch, n_total, p_mismatch):
     tail = sum(
-        math.comb(n_total, i) * p_mismatch**i * (1 - p_mismatch) ** (n_total - i) for i in range(n_mismatch, n_total + 1)
+        math.comb(n_total, i) * p_mismatch**i * (1 - p_mismatch) ** (n_total - i)
+        for i in range(n_mismatch, n_total + 1)
     )
     assert binomial_p_value(n_mismatch, n_total, p_mismatch) == pytest.approx(tail, rel=1e-9)
 
