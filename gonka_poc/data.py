@@ -10,7 +10,7 @@ import base64
 import binascii
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import httpx
 import numpy as np
@@ -20,6 +20,7 @@ MAX_NONCE = 2**63 - 1
 MAX_TEXT = 1024
 VECTOR_DTYPE = np.dtype("<f2")
 
+Item = TypeVar("Item")
 Nonce = Annotated[int, Field(ge=0, le=MAX_NONCE, description="0 to 2^63 - 1")]
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 
@@ -333,7 +334,7 @@ class ErrorAnswer(BaseModel):
     detail: str | list[Any]
 
 
-def chunks(nonces: list[int], size: int) -> Iterator[list[int]]:
-    """`nonces` in order, in lists of at most `size`."""
-    for start in range(0, len(nonces), size):
-        yield nonces[start : start + size]
+def chunks(items: list[Item], size: int) -> Iterator[list[Item]]:
+    """`items` in order, in lists of at most `size`."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

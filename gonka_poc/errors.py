@@ -9,6 +9,8 @@ PoCError
 ├── ComputeError             500  a worker failed on this computation
 ├── SettingsError            500  a POC_* variable cannot be used; the server does not start
 ├── ServerStartError         500  a server that a command started did not come up; never over HTTP
+├── ArtifactFileError        500  a file of artifacts cannot be read or written; never over HTTP
+├── ServerAnswerError        500  a server that a command asked refused or is not there; never over HTTP
 ├── UnsupportedServerError   501  this model or server configuration cannot give a correct vector
 └── EngineUnavailableError   503  the engine or the way to its workers is missing
 """
@@ -64,6 +66,14 @@ class SettingsError(PoCError):
 
 class ServerStartError(PoCError):
     """A server ended, or did not answer, while it was starting; the text has the end of its log."""
+
+
+class ArtifactFileError(PoCError):
+    """A file of artifacts cannot be read or written, or is not one."""
+
+
+class ServerAnswerError(PoCError):
+    """The server that a command asked refused, or cannot be reached; the text has its answer."""
 
 
 class UnsupportedServerError(PoCError):

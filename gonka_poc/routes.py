@@ -30,6 +30,7 @@ from gonka_poc.service import PoCService
 
 PREFIX = "/api/v1/pow"
 MAX_LISTED_ERRORS = 20
+MAX_ERROR_TEXT = 300
 DISCONNECT_POLL_SEC = 0.5
 
 logger = logging.getLogger("vllm.gonka_poc.routes")
@@ -108,8 +109,16 @@ async def answer_poc_error(request: Request, error: Exception) -> JSONResponse:
 async def answer_invalid_request(request: Request, error: Exception) -> JSONResponse:
     """422 with what is wrong where; not what was sent, which can be megabytes."""
     assert isinstance(error, RequestValidationError)
-    listed = [{key: item[key] for key in ("type", "loc", "msg")} for item in error.errors()[:MAX_LISTED_ERRORS]]
+    listed = [
+        {"type": item["type"], "loc": [_shortened(part) for part in item["loc"]], "msg": _shortened(item["msg"])}
+        for item in error.errors()[:MAX_LISTED_ERRORS]
+    ]
     return JSONResponse({"detail": listed}, status_code=422)
+
+
+def _shortened(part: str | int) -> str | int:
+    """An unknown field is named by what was sent."""
+    return part[:MAX_ERROR_TEXT] if isinstance(part, str) else part
 
 
 def make_app(service: PoCService) -> FastAPI:

@@ -54,12 +54,19 @@ def validate_artifacts(
     Nonces that this host could not compute itself are no evidence: they are reported and leave the total.
     """
     mismatches = [n for n, vector in computed.items() if is_mismatch(received[n], vector, stat_test.dist_threshold)]
-    p_value = binomial_p_value(len(mismatches), len(computed), stat_test.p_mismatch)
+    return judge(len(computed), mismatches, not_computed_nonces, stat_test)
+
+
+def judge(
+    n_total: int, mismatch_nonces: Sequence[int], not_computed_nonces: Sequence[int], stat_test: StatTest
+) -> Verdict:
+    """The verdict over `n_total` nonces that were compared, `mismatch_nonces` of which differ."""
+    p_value = binomial_p_value(len(mismatch_nonces), n_total, stat_test.p_mismatch)
     return Verdict(
-        n_total=len(computed),
-        n_mismatch=len(mismatches),
-        mismatch_nonces=mismatches,
+        n_total=n_total,
+        n_mismatch=len(mismatch_nonces),
+        mismatch_nonces=list(mismatch_nonces),
         not_computed_nonces=list(not_computed_nonces),
         p_value=p_value,
-        fraud_detected=len(computed) > 0 and p_value < stat_test.fraud_threshold,
+        fraud_detected=n_total > 0 and p_value < stat_test.fraud_threshold,
     )

@@ -64,7 +64,6 @@ class FakeManager:
         self.script: deque[str | Exception] = deque()
         self.nan_nonces: set[int] = set()
         self.refusal: PoCError | None = None
-        self.release_error: PoCError | None = None
         self.num_released = 0
         self._permits = None if batches is None else asyncio.Semaphore(batches)
 
@@ -100,8 +99,6 @@ class FakeManager:
 
     async def release(self) -> None:
         self.num_released += 1
-        if self.release_error is not None:
-            raise self.release_error
 
 
 class FakeView:

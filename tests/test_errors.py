@@ -16,6 +16,8 @@ STATUSES = {
     "ComputeError": 500,
     "SettingsError": 500,
     "ServerStartError": 500,
+    "ArtifactFileError": 500,
+    "ServerAnswerError": 500,
     "UnsupportedServerError": 501,
     "EngineUnavailableError": 503,
 }

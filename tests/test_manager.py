@@ -261,3 +261,12 @@ async def test_release_leaves_workers_alone_that_keep_nothing(prepared, dead):
     view.dead = dead
     await manager.release()
     assert ("poc_release", ()) not in view.calls
+
+
+async def test_a_release_that_fails_is_only_logged(caplog):
+    view = FakeView()
+    manager = PoCManagerV1(view)
+    await manager.prepare()
+    view.failure = RuntimeError("worker died")
+    await manager.release()
+    assert "worker died" in caplog.text

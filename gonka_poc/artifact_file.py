@@ -1,0 +1,71 @@
+"""A file of artifacts: what was asked, and the vectors, in the form that the network exchanges references in."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gonka_poc.data import Artifact, StatTest
+from gonka_poc.errors import ArtifactFileError
+
+
+class ArtifactFile(BaseModel):
+    """JSON: model, seq_len, k_dim, block_hash, block_height, public_key, node_id, node_count, stat_test, artifacts.
+
+    `poc_stronger_rng` is written too; a file without it means false. Fields that others add are left out.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str
+    seq_len: int = Field(ge=1)
+    k_dim: int = Field(ge=1)
+    block_hash: str
+    block_height: int = 0
+    public_key: str
+    node_id: int = 0
+    node_count: int = 1
+    poc_stronger_rng: bool = False
+    stat_test: StatTest = Field(default_factory=StatTest)
+    artifacts: list[Artifact] = Field(default_factory=list)
+
+    @property
+    def asked(self) -> dict[str, object]:
+        """All that the vectors depend on; two files with the same can be joined."""
+        return self.model_dump(exclude={"artifacts", "stat_test", "block_height", "node_id", "node_count"})
+
+
+def read_artifact_file(path: Path) -> ArtifactFile:
+    """Raises ArtifactFileError saying what is wrong where."""
+    try:
+        content = ArtifactFile.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ArtifactFileError(f"cannot read {path}: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the text"
+        raise ArtifactFileError(f"{path} is not a file of artifacts: {where}: {first['msg']}") from error
+    nonces = [artifact.nonce for artifact in content.artifacts]
+    if len(set(nonces)) != len(nonces):
+        raise ArtifactFileError(f"{path}: a nonce appears more than once")
+    return content
+
+
+def write_artifact_file(path: Path, content: ArtifactFile) -> None:
+    """Replace `path` as a whole: a reader sees the old file or the new one. Raises ArtifactFileError."""
+    scratch = None
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            scratch = Path(file.name)
+            file.write(content.model_dump_json(indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.chmod(0o644)
+        scratch.replace(path)
+    except OSError as error:
+        if scratch is not None:
+            scratch.unlink(missing_ok=True)
+        raise ArtifactFileError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,305 @@
+"""The command line: a thin shell over the client and the demo. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from gonka_poc import __version__
+from gonka_poc.artifact_file import ArtifactFile, read_artifact_file, write_artifact_file
+from gonka_poc.client import PoCClient
+from gonka_poc.data import MAX_NONCE, Artifact
+from gonka_poc.demo import run_demo
+from gonka_poc.errors import ArtifactFileError, PoCError
+
+PASS, ERROR, FRAUD = 0, 1, 2
+MAX_NONCES = 10_000_000
+# a file of this many more artifacts is written again, so that a killed command loses little
+SAVE_EVERY = 2_000
+
+
+# --- what commands share ----------------------------------------------------------------------------------------
+
+
+class Nonces(click.ParamType):
+    """`0-99`, `7`, or several of both with commas: a list of nonces without repeats."""
+
+    name = "NONCES"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> list[int]:
+        """The nonces in the order written. Fails with what is wrong."""
+        if isinstance(value, list):
+            return value
+        nonces: dict[int, None] = {}
+        for part in value.split(","):
+            first, dash, last = part.strip().partition("-")
+            if not first.isdecimal() or (dash and not last.isdecimal()):
+                self.fail(f"{part!r} is neither a nonce nor a range like 0-99", param, ctx)
+            start, end = int(first), int(last if dash else first)
+            if end < start or end > MAX_NONCE:
+                self.fail(f"{part!r}: a range goes upwards, and to {MAX_NONCE} at most", param, ctx)
+            if end - start >= MAX_NONCES:
+                self.fail(f"{part!r}: more than {MAX_NONCES} nonces; make several files", param, ctx)
+            nonces.update(dict.fromkeys(range(start, end + 1)))
+        return list(nonces)
+
+
+def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command that talks to a server."""
+    command = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, for machines.")(command)
+    return click.option(
+        "--url", default="http://127.0.0.1:8000", show_default=True, envvar="GONKA_POC_URL", help="Where the server is."
+    )(command)
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        """Nonces a second."""
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f} nonces/s", style="progress.data.speed")
+
+
+@contextmanager
+def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr with nonces/s and time left; gives the function that moves it on."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def say(text: str) -> None:
+    """A line on stderr."""
+    click.echo(text, err=True)
+
+
+def print_json(value: Any) -> None:
+    """JSON on stdout."""
+    click.echo(json.dumps(value, indent=1))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="gonka-poc")
+def app() -> None:
+    """Proof of compute on vLLM: ask a server for artifacts, validate them, see and stop a round."""
+
+
+# --- commands ---------------------------------------------------------------------------------------------------
+
+
+@app.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, for machines.")
+def demo(as_json: bool) -> int:
+    """The whole job on this machine, without a GPU: generate, chat, restart, validate, catch two frauds.
+
+    \b
+    gonka-poc demo
+    """
+    rows = run_demo(lambda text: say(f"==> {text}"))
+    ok = all(row.ok for row in rows)
+    if as_json:
+        print_json({"ok": ok, "steps": [dataclasses.asdict(row) for row in rows]})
+    else:
+        table = Table("step", "result", "rate", "verdict")
+        for row in rows:
+            table.add_row(row.step, row.result, row.rate, "as it must be" if row.ok else "WRONG")
+        Console().print(table)
+    return PASS if ok else ERROR
+
+
+@app.command()
+@click.option("--nonces", type=Nonces(), required=True, help="For example 0-99 or 3,7,100-199.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The file to write.")
+@click.option("--model", help="A served model name [default: the one that is served]")
+@click.option("--seq-len", type=click.IntRange(1), default=1024, show_default=True, help="Tokens a nonce.")
+@click.option("--k-dim", type=click.IntRange(1), default=12, show_default=True, help="Length of a vector.")
+@click.option("--block-hash", default="test-block", show_default=True)
+@click.option("--block-height", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--public-key", default="test-key", show_default=True)
+@click.option("--stronger-rng", is_flag=True, help="Ask for poc_stronger_rng.")
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Nonces a request.")
+@server_options
+def generate(
+    nonces: list[int],
+    out: Path,
+    model: str | None,
+    seq_len: int,
+    k_dim: int,
+    block_hash: str,
+    block_height: int,
+    public_key: str,
+    stronger_rng: bool,
+    batch_size: int,
+    url: str,
+    as_json: bool,
+) -> int:
+    """Compute artifacts of NONCES into a file. What the file already holds is not computed again.
+
+    \b
+    gonka-poc generate --nonces 0-99 --out artifacts.json --block-hash HASH --public-key KEY
+    """
+    with PoCClient(url) as client:
+        file = ArtifactFile(
+            model=model or client.model_name(),
+            seq_len=seq_len,
+            k_dim=k_dim,
+            block_hash=block_hash,
+            block_height=block_height,
+            public_key=public_key,
+            poc_stronger_rng=stronger_rng,
+        )
+        file.artifacts.extend(_already_there(out, file))
+        there = {artifact.nonce for artifact in file.artifacts}
+        missing = [nonce for nonce in nonces if nonce not in there]
+        write_artifact_file(out, file)  # now, so that a path that cannot be written costs no computation
+        saved = len(file.artifacts)
+
+        def keep(artifacts: list[Artifact]) -> None:
+            nonlocal saved
+            file.artifacts.extend(artifacts)
+            if len(file.artifacts) - saved >= SAVE_EVERY:
+                write_artifact_file(out, file)
+                saved = len(file.artifacts)
+
+        not_computed: list[int] = []
+        try:
+            with progress_bar("generating", len(missing)) as progress:
+                not_computed = client.generate(file, missing, batch_size, keep, progress)
+        except BaseException:
+            say(f"{len(file.artifacts)} artifacts are kept in {out}; the same command goes on from there")
+            raise
+        finally:
+            write_artifact_file(out, file)
+    if as_json:
+        print_json({"file": str(out), "artifacts": len(file.artifacts), "not_computed_nonces": not_computed})
+    else:
+        click.echo(f"{len(file.artifacts)} artifacts in {out}")
+        if not_computed:
+            click.echo(f"{len(not_computed)} nonces gave NaN or Inf and have no artifact: {not_computed}")
+    return PASS
+
+
+def _already_there(out: Path, wanted: ArtifactFile) -> list[Artifact]:
+    if not out.exists():
+        return []
+    existing = read_artifact_file(out)
+    different = [name for name, value in wanted.asked.items() if existing.asked[name] != value]
+    if different:
+        raise ArtifactFileError(f"{out} exists and has another {', '.join(different)}; name another --out")
+    return existing.artifacts
+
+
+@app.command()
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--model", help="The name under which the server has the file's model [default: the file's]")
+@click.option("--dist-threshold", type=click.FloatRange(0), help="L2 distance of a mismatch [default: the file's]")
+@click.option("--p-mismatch", type=click.FloatRange(0, 1), help="Mismatch rate of an honest host [default: the file's]")
+@click.option("--fraud-threshold", type=click.FloatRange(0, 1), help="p-value of a fraud [default: the file's]")
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Nonces a request.")
+@server_options
+def validate(
+    file: Path,
+    model: str | None,
+    dist_threshold: float | None,
+    p_mismatch: float | None,
+    fraud_threshold: float | None,
+    batch_size: int,
+    url: str,
+    as_json: bool,
+) -> int:
+    """Recompute the artifacts of FILE. Exit status: 0 pass, 2 fraud, 1 error (also where nothing was compared).
+
+    \b
+    gonka-poc validate artifacts.json --url http://127.0.0.1:8000
+    """
+    content = read_artifact_file(file)
+    if not content.artifacts:
+        raise ArtifactFileError(f"{file} holds no artifacts; there is nothing to validate")
+    given = {"dist_threshold": dist_threshold, "p_mismatch": p_mismatch, "fraud_threshold": fraud_threshold}
+    stat_test = content.stat_test.model_copy(update={k: v for k, v in given.items() if v is not None})
+    if model is not None:
+        content = content.model_copy(update={"model": model})
+    with PoCClient(url) as client, progress_bar("validating", len(content.artifacts)) as progress:
+        verdict = client.validate(content, stat_test, batch_size, progress)
+    if as_json:
+        print_json(dataclasses.asdict(verdict))
+    else:
+        name = "FRAUD" if verdict.fraud_detected else "pass" if verdict.n_total else "nothing could be compared"
+        click.echo(f"{name}: {verdict.n_mismatch} of {verdict.n_total} differ, p = {verdict.p_value:.3g}")
+        if verdict.not_computed_nonces:
+            click.echo(f"not computed here, so not compared: {verdict.not_computed_nonces}")
+    if not verdict.n_total:
+        return ERROR
+    return FRAUD if verdict.fraud_detected else PASS
+
+
+@app.command()
+@server_options
+def status(url: str, as_json: bool) -> int:
+    """What the server generates now.
+
+    \b
+    gonka-poc status --url http://127.0.0.1:8000
+    """
+    with PoCClient(url, timeout=30) as client:
+        answer = client.status()
+    if as_json:
+        print_json(answer.model_dump())
+        return PASS
+    table = Table.grid(padding=(0, 2))
+    table.add_row("status", answer.status)
+    for part in (answer.config, answer.stats):
+        for name, value in part or ():
+            table.add_row(name, f"{value:.2f}" if isinstance(value, float) else Text(str(value)))
+    if answer.error:
+        table.add_row("the last round ended", Text(answer.error))
+    Console().print(table)
+    return PASS
+
+
+@app.command()
+@server_options
+def stop(url: str, as_json: bool) -> int:
+    """Stop the round and drop queued requests.
+
+    \b
+    gonka-poc stop --url http://127.0.0.1:8000
+    """
+    with PoCClient(url, timeout=30) as client:
+        client.stop()
+    if as_json:
+        print_json({"status": "STOPPED"})
+    else:
+        click.echo("stopped")
+    return PASS
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command and exit with its status; wrong usage is 1, because 2 means fraud."""
+    try:
+        status = app.main(args, prog_name="gonka-poc", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        status = ERROR
+    except (click.Abort, KeyboardInterrupt):
+        say("stopped")
+        status = 130
+    except PoCError as error:
+        say(f"{type(error).__name__}: {error}")
+        status = ERROR
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
