@@ -1,4 +1,4 @@
-"""What the engine tests share: server configurations, an HTTP client of one server, golden cases, a callback receiver."""
+"""What the engine tests share: server configurations, a client of one server, golden cases, a callback receiver."""
 
 from __future__ import annotations
 
@@ -89,6 +89,21 @@ class Servers:
         self._config = self.process = None
 
 
+# vLLM's own module started directly, with a worker extension for tests that vLLM's development routes can call
+PROBED = ServerConfig(
+    args=(
+        "--enforce-eager",
+        "--enable-prefix-caching",
+        "--max-num-batched-tokens",
+        "512",
+        "--num-gpu-blocks-override=64",
+    ),
+    env=(("VLLM_SERVER_DEV_MODE", "1"), ("POC_CALLBACK_INTERVAL_SEC", "0.2")),
+    extension="tests.engine.extension.Probe",
+    direct=True,
+)
+
+
 # --- requests ---------------------------------------------------------------------------------------------------
 
 
@@ -175,9 +190,7 @@ def decoded(vectors_b64: Sequence[str], k_dim: int) -> np.ndarray:
 
 def golden_distance(client: Client, case: Mapping[str, Any], **changes: Any) -> float:
     """The largest L2 distance between the server's vectors of a golden case and the golden ones."""
-    return max_distance(
-        client.vectors(case, case["nonces"], **changes), decoded(case["vectors_b64"], case["k_dim"])
-    )
+    return max_distance(client.vectors(case, case["nonces"], **changes), decoded(case["vectors_b64"], case["k_dim"]))
 
 
 def max_distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -17,9 +17,7 @@ from tests.engine.support import (
     max_distance,
 )
 
-CONFIGS = [
-    ServerConfig(model, dtype) for model in ("qwen3", "llama", "qwen3_moe") for dtype in ("float32", "float16")
-]
+CONFIGS = [ServerConfig(model, dtype) for model in ("qwen3", "llama", "qwen3_moe") for dtype in ("float32", "float16")]
 
 
 @pytest.fixture(scope="module", params=CONFIGS, ids=lambda config: f"{config.model}-{config.dtype}")

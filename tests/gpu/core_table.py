@@ -184,10 +184,10 @@ def shape_rows(report: Report, logs: Path, work: Path) -> None:
         model = make_qwen3_06b(work / f"qwen3-0.6b-{dtype_name}", dtype)
         references = {
             "torch float32": oracle_vectors(model, spec, nonces, torch.float32, "cuda"),
-            f"torch {dtype_name}": oracle_vectors(model, spec, nonces, dtype, "cuda"),
+            "torch, same dtype": oracle_vectors(model, spec, nonces, dtype, "cuda"),
         }
         torch.cuda.empty_cache()
-        own_rounding = largest_l2(references[f"torch {dtype_name}"], references["torch float32"])
+        own_rounding = largest_l2(references["torch, same dtype"], references["torch float32"])
         vectors = {}
         for mode, options in (("eager", ["--enforce-eager"]), ("compiled, CUDA graphs", [])):
             name = f"qwen3-0.6b-{dtype_name}-{mode.split(',')[0]}"

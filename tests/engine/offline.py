@@ -1,0 +1,63 @@
+"""A script: artifact vectors and greedy tokens of several models, one after another in this process.
+
+    python -m tests.engine.offline JOBS.json ANSWERS.json
+
+JOBS is a list of {model, spec, nonces}, ANSWERS a list of {vectors, tokens_before, tokens_after}. vLLM's offline
+class in one process starts a model in seconds, where a server needs half a minute.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+import numpy as np
+from vllm import LLM, SamplingParams
+from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+from gonka_poc.data import VECTOR_DTYPE
+
+PROMPT = {"prompt_token_ids": list(range(3, 43))}
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """One model: chat, vectors, chat."""
+    llm = LLM(
+        job["model"],
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=256,
+        max_num_batched_tokens=256,
+        distributed_executor_backend="uni",
+        worker_extension_cls="gonka_poc.worker.PoCWorkerExtension",
+        enable_prefix_caching=False,
+    )
+
+    def tokens() -> list[int]:
+        return list(llm.generate(PROMPT, GREEDY, use_tqdm=False)[0].outputs[0].token_ids)
+
+    try:
+        before = tokens()
+        (answer,) = llm.collective_rpc("poc_compute", args=(job["spec"], job["nonces"]))
+        if "error" in answer:
+            return answer
+        vectors = np.frombuffer(answer["vectors"], dtype=VECTOR_DTYPE).reshape(len(job["nonces"]), -1)
+        return {"vectors": vectors.astype(float).tolist(), "tokens_before": before, "tokens_after": tokens()}
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
+
+
+def main() -> None:
+    jobs, answers = (Path(name) for name in sys.argv[1:])
+    answers.write_text(json.dumps([run(job) for job in json.loads(jobs.read_text())]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""The ways to the workers other than the worker extension: a function sent to them, or none at all."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.engine.support import (
+    GOLDEN_LIMIT,
+    POW,
+    Client,
+    ServerConfig,
+    Servers,
+    body_of,
+    golden_cases,
+    golden_distance,
+)
+
+CASES = golden_cases("qwen3")
+
+
+@pytest.mark.parametrize("allowed", [True, False], ids=["function", "neither"])
+def test_without_the_worker_extension(servers: Servers, allowed: bool) -> None:
+    env = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1" if allowed else "0"}
+    server = servers.get(ServerConfig(extension=None, direct=True, env=tuple(env.items())))
+    chat = server.chat()
+    if allowed:
+        for case in CASES:
+            assert golden_distance(server, case) < GOLDEN_LIMIT["float32"]
+    else:
+        assert_refused_with_both_settings(server)
+    assert server.chat() == chat
+
+
+def assert_refused_with_both_settings(server: Client) -> None:
+    body = body_of(CASES[0])
+    for path in ("generate", "init/generate"):
+        response = server.post(f"{POW}/{path}", json=body)
+        assert response.status_code == 503, response.text
+        detail = response.json()["detail"]
+        assert "--worker-extension-cls gonka_poc.worker.PoCWorkerExtension" in detail
+        assert "VLLM_ALLOW_INSECURE_SERIALIZATION=1" in detail
+        body.pop("nonces")
+    assert server.status() == {"status": "IDLE", "config": None, "stats": None}
