@@ -10,6 +10,7 @@ import base64
 import binascii
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import Annotated, Any, Literal, TypeVar
 
 import httpx
@@ -72,6 +73,24 @@ class VectorSpec:
     seq_len: int
     k_dim: int
     poc_stronger_rng: bool = False
+
+
+class Randomization(str, Enum):
+    """How a threshold round makes the forward its own (section 4)."""
+
+    SIGN_FLIPS = "sign_flips"
+    LAYER_HOOKS = "layer_hooks"
+    PERMUTATION = "permutation"
+
+
+@dataclass(frozen=True)
+class DistanceSpec:
+    """All that a threshold distance depends on, besides its nonce and the model."""
+
+    block_hash: str
+    public_key: str
+    seq_len: int
+    randomization: str
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ NUM_SUB_SEEDS = 8
 NUM_NONCE_REFLECTIONS = 8
 PROJECTION_DIM = 8192
 EPS = 1e-8
+PIECE = 2**22  # values of a large draw that are made at once
 
 Device: TypeAlias = torch.device | str | None
 
@@ -72,16 +73,24 @@ def _hash_rows(seeds: Sequence[int], n: int, device: Device) -> torch.Tensor:
 
 def uniform(seeds: Sequence[int], n: int, device: Device = None) -> torch.Tensor:
     """float32 [len(seeds), n] in [0, 1]: hash / 2^32 (a hash next to 2^32 rounds up to 1)."""
-    return _hash_rows(seeds, n, device).to(torch.float32) / 4294967296.0
+    return _to_uniform(_hash_rows(seeds, n, device))
+
+
+def _to_uniform(hashes: torch.Tensor) -> torch.Tensor:
+    return hashes.to(torch.float32) / 4294967296.0
 
 
 def normal(seeds: Sequence[int], n: int, device: Device = None) -> torch.Tensor:
     """Standard normal values by Box-Muller, float32 [len(seeds), n]: all cosines, then all sines."""
     half = (n + 1) // 2
     u = uniform(seeds, 2 * half, device)
-    radius = torch.sqrt(-2.0 * torch.log(u[:, :half].clamp_min(1e-10)))
-    angle = (2.0 * math.pi) * u[:, half:]
-    return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)[:, :n]
+    return torch.cat(_box_muller(u[:, :half], u[:, half:]), dim=-1)[:, :n]
+
+
+def _box_muller(u1: torch.Tensor, u2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    radius = torch.sqrt(-2.0 * torch.log(u1.clamp_min(1e-10)))
+    angle = (2.0 * math.pi) * u2
+    return radius * torch.cos(angle), radius * torch.sin(angle)
 
 
 def householder(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -198,12 +207,61 @@ def target(block_hash: str, dim: int = PROJECTION_DIM, device: Device = None) ->
 
 
 def random_projection(block_hash: str, hidden_size: int, device: Device = None) -> torch.Tensor:
-    """The random head of a round: float32 [8192, hidden_size]."""
-    values = normal([seed_from_string(f"{block_hash}_lm_head")], hidden_size * PROJECTION_DIM, device)[0]
-    return 0.02 * values.view(PROJECTION_DIM, hidden_size)
+    """The random head of a round: float32 [8192, hidden_size].
+
+    Made in pieces: the int64 intermediates of the whole would need eight times its memory beside a served model.
+    """
+    seed = seed_from_string(f"{block_hash}_lm_head")
+    half = hidden_size * PROJECTION_DIM // 2
+    out = torch.empty(2 * half, dtype=torch.float32, device=device)
+    for start in range(0, half, PIECE):
+        stop = min(start + PIECE, half)
+        first = torch.arange(start, stop, dtype=torch.int64, device=device)
+        cosines, sines = _box_muller(_to_uniform(murmur3_32(first, seed)), _to_uniform(murmur3_32(first + half, seed)))
+        out[start:stop] = cosines
+        out[half + start : half + stop] = sines
+    return out.mul_(0.02).view(PROJECTION_DIM, hidden_size)
 
 
 def permutation(block_hash: str, public_key: str, nonce: int, vocab_size: int, device: Device = None) -> torch.Tensor:
     """The order in which a nonce reads the logits: int64 [vocab_size], a stable argsort of the hashes."""
     seed = seed_from_string(f"{block_hash}_{public_key}_nonce_{nonce}_permutations")
     return torch.argsort(_hash_rows([seed], vocab_size, device)[0], stable=True)
+
+
+def projected_distances(
+    block_hash: str,
+    public_key: str,
+    nonces: Sequence[int],
+    hidden: torch.Tensor,
+    flip_signs: bool,
+    projection: torch.Tensor,
+    target_vector: torch.Tensor,
+) -> torch.Tensor:
+    """Distances of the model's outputs at the last position to the target, in [0, 2]: float32 [len(nonces)].
+
+    `hidden` is of any dtype [len(nonces), hidden_size], `projection` the round's `random_projection`,
+    `target_vector` its `target`. NaN where a value of `hidden` is not finite.
+    """
+    size = hidden.shape[-1]
+    x = hidden.to(torch.float32)
+    if flip_signs:
+        x = x * torch.stack([sign_flips(block_hash, public_key, nonce, size, x.device) for nonce in nonces])
+    x = unit(x, EPS)
+    reflections = torch.stack([nonce_reflections(block_hash, public_key, nonce, size, x.device) for nonce in nonces])
+    for r in range(NUM_NONCE_REFLECTIONS):
+        x = householder(x, reflections[:, r])
+    return _distances(x @ projection.T, target_vector)
+
+
+def permuted_distances(
+    block_hash: str, public_key: str, nonces: Sequence[int], logits: torch.Tensor, target_vector: torch.Tensor
+) -> torch.Tensor:
+    """Distances of the permuted logits (any dtype [len(nonces), vocab_size]) to the target of that size."""
+    size = logits.shape[-1]
+    orders = torch.stack([permutation(block_hash, public_key, nonce, size, logits.device) for nonce in nonces])
+    return _distances(logits.to(torch.float32).gather(-1, orders), target_vector)
+
+
+def _distances(x: torch.Tensor, target_vector: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(unit(x) - target_vector, dim=-1)

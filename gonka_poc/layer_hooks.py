@@ -1,4 +1,4 @@
-"""Reflection of every decoder layer's output (docs/protocol.md, section 3, step 1)."""
+"""Reflection of every decoder layer's output (docs/protocol.md, section 3, step 1; section 4, layer_hooks)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gonka_poc.errors import UnsupportedServerError
-from gonka_poc.gpu_random import householder
+from gonka_poc.gpu_random import EPS, householder, unit
 
 
 class LayerReflections:
@@ -17,14 +17,18 @@ class LayerReflections:
 
     `layers` maps a global layer index to its module, `vectors` the same indices to float32 [hidden_size] unit
     vectors on the layers' device. Every tensor that a layer returns with hidden_size as its last dimension
-    (`hidden_states`, and `residual` where there is one) is reflected. On a clean exit each layer must have run
+    (`hidden_states`, and `residual` where there is one) is reflected, with `normalise` after it was divided by its
+    norm (threshold protocol). On a clean exit each layer must have run
     exactly once (UnsupportedServerError otherwise): hooks that were bypassed would mean vectors that look right
     and are wrong. All hooks are gone after the exit, whatever was raised.
     """
 
-    def __init__(self, layers: Mapping[int, nn.Module], vectors: Mapping[int, torch.Tensor]) -> None:
+    def __init__(
+        self, layers: Mapping[int, nn.Module], vectors: Mapping[int, torch.Tensor], normalise: bool = False
+    ) -> None:
         self._layers = layers
         self._vectors = vectors
+        self._normalise = normalise
         self._calls = dict.fromkeys(layers, 0)
         self._handles: list[Any] = []
 
@@ -56,13 +60,16 @@ class LayerReflections:
 
         def reflect(module: nn.Module, args: Any, output: Any) -> Any:
             self._calls[index] += 1
-            return reflect_output(output, vector, index)
+            return reflect_output(output, vector, index, self._normalise)
 
         return reflect
 
 
-def reflect_output(output: Any, vector: torch.Tensor, index: int) -> Any:
-    """`output` of layer `index` with each of its hidden-state tensors reflected; everything else as it was."""
+def reflect_output(output: Any, vector: torch.Tensor, index: int, normalise: bool = False) -> Any:
+    """`output` of layer `index` with each of its hidden-state tensors reflected; everything else as it was.
+
+    `normalise` divides each token's hidden state by (its norm + 1e-8) first, in the tensor's dtype.
+    """
 
     def is_hidden(x: Any) -> bool:
         return isinstance(x, torch.Tensor) and x.is_floating_point() and x.shape[-1:] == vector.shape
@@ -73,5 +80,5 @@ def reflect_output(output: Any, vector: torch.Tensor, index: int) -> Any:
         raise UnsupportedServerError(
             f"decoder layer {index} returned no hidden state of size {vector.shape[0]}; it returned {seen}"
         )
-    reflected = [householder(x, vector) if is_hidden(x) else x for x in parts]
+    reflected = [householder(unit(x, EPS) if normalise else x, vector) if is_hidden(x) else x for x in parts]
     return type(output)(reflected) if isinstance(output, (tuple, list)) else reflected[0]

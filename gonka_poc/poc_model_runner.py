@@ -1,18 +1,29 @@
-"""A PoC batch on one worker: embeddings in, reflected prefill, vectors out."""
+"""A PoC batch on one worker: embeddings in, reflected prefill, vectors or distances out."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from gonka_poc.data import VECTOR_DTYPE, VectorSpec
+from gonka_poc.data import VECTOR_DTYPE, DistanceSpec, Randomization, VectorSpec
 from gonka_poc.errors import RequestError, UnsupportedServerError
-from gonka_poc.gpu_random import artifact_vectors, layer_reflection, nonce_inputs
+from gonka_poc.gpu_random import (
+    PROJECTION_DIM,
+    artifact_vectors,
+    layer_reflection,
+    nonce_inputs,
+    permuted_distances,
+    projected_distances,
+    random_projection,
+    target,
+)
 from gonka_poc.layer_hooks import LayerReflections
 from gonka_poc.vllm_compat import WorkerView
 
@@ -57,14 +68,23 @@ class EmbeddingInjectionHook:
         return args, {**kwargs, "inputs_embeds": self._embeddings}
 
 
+@dataclass
+class _Round:
+    """What the batches of one block hash share, made when it is first needed and kept on the device."""
+
+    block_hash: str
+    reflections: dict[int, torch.Tensor]
+    projection: torch.Tensor | None = None
+    target: torch.Tensor | None = None
+
+
 class PoCModelRunner:
     """Computes PoC batches on the worker behind `view`; one object a worker, made at its first PoC call."""
 
     def __init__(self, view: WorkerView) -> None:
         self._view = view
         self._layers = view.decoder_layers()
-        self._block_hash: str | None = None
-        self._reflections: dict[int, torch.Tensor] = {}
+        self._round: _Round | None = None
         # asked for now, so that a model that cannot be used is refused before the first batch
         EmbeddingInjectionHook(view.model, None)
 
@@ -80,31 +100,74 @@ class PoCModelRunner:
         Returns {"vectors": bytes, little-endian float16 [len(nonces), k_dim], "finite": list[bool]}; a row that
         is not finite must not be sent. Every rank makes the same inputs and runs its part of the same forward.
         """
-        view = self._view
-        if spec.k_dim > view.hidden_size:
-            raise RequestError(f"k_dim {spec.k_dim} is larger than the model's hidden size {view.hidden_size}")
-        try:
-            hidden = self._last_hidden_states(spec, nonces)
-            if hidden is None or not view.is_output_rank:
+        size = self._view.hidden_size
+        if spec.k_dim > size:
+            raise RequestError(f"k_dim {spec.k_dim} is larger than the model's hidden size {size}")
+
+        def vectors() -> torch.Tensor | None:
+            hooks = self._reflections(spec.block_hash)
+            hidden = self._last_hidden_states(spec, nonces, hooks, spec.poc_stronger_rng)
+            if hidden is None or not self._view.is_output_rank:
                 return None
-            vectors = artifact_vectors(spec.block_hash, spec.public_key, nonces, hidden, spec.k_dim)
-            values = vectors.cpu().numpy()
+            return artifact_vectors(spec.block_hash, spec.public_key, nonces, hidden, spec.k_dim)
+
+        values = self._computed(vectors)
+        if values is None:
+            return None
+        finite = np.isfinite(values).all(axis=-1).tolist()
+        return {"vectors": values.astype(VECTOR_DTYPE).tobytes(), "finite": finite}
+
+    @torch.inference_mode()
+    def compute_distances(self, spec: DistanceSpec, nonces: Sequence[int]) -> list[float] | None:
+        """Threshold distances of `nonces` on the output rank, NaN where a value was not finite; None elsewhere."""
+        mode = Randomization(spec.randomization)
+
+        def distances() -> torch.Tensor | None:
+            hooked = mode is Randomization.LAYER_HOOKS
+            hooks = self._reflections(spec.block_hash, normalise=True) if hooked else contextlib.nullcontext()
+            hidden = self._last_hidden_states(spec, nonces, hooks)
+            if hidden is None:
+                return None
+            who = (spec.block_hash, spec.public_key, nonces)
+            if mode is Randomization.PERMUTATION:
+                logits = self._view.logits(hidden)  # every tensor parallel rank takes part
+                if not self._view.is_output_rank:
+                    return None
+                return permuted_distances(*who, logits, self._target(spec.block_hash, logits.shape[-1]))
+            if not self._view.is_output_rank:
+                return None
+            flip = mode is Randomization.SIGN_FLIPS
+            target_vector = self._target(spec.block_hash, PROJECTION_DIM)
+            return projected_distances(*who, hidden, flip, self._projection(spec.block_hash), target_vector)
+
+        values = self._computed(distances)
+        return None if values is None else values.tolist()
+
+    def release(self) -> None:
+        """Drop what is kept between calls: the scratch KV cache and the tensors of the round."""
+        self._round = None
+        self._view.release()
+
+    def _computed(self, compute: Callable[[], torch.Tensor | None]) -> np.ndarray | None:
+        """The values of `compute` on the host. Nothing stays behind where it fails."""
+        try:
+            values = compute()
+            on_host = None if values is None else values.cpu().numpy()
         except BaseException:
             self.release()
             raise
-        finite = np.isfinite(values).all(axis=-1)
-        if not finite.all():
+        if on_host is not None and not np.isfinite(on_host).all():
             # a NaN left in the scratch cache could reach another nonce through masked attention (0 * NaN)
-            view.release()
-        return {"vectors": values.astype(VECTOR_DTYPE).tobytes(), "finite": finite.tolist()}
+            self._view.release()
+        return on_host
 
-    def release(self) -> None:
-        """Drop what is kept between calls: the scratch KV cache and the round's reflection vectors."""
-        self._block_hash = None
-        self._reflections = {}
-        self._view.release()
-
-    def _last_hidden_states(self, spec: VectorSpec, nonces: Sequence[int]) -> torch.Tensor | None:
+    def _last_hidden_states(
+        self,
+        spec: VectorSpec | DistanceSpec,
+        nonces: Sequence[int],
+        hooks: contextlib.AbstractContextManager[Any],
+        stronger_rng: bool = False,
+    ) -> torch.Tensor | None:
         """The model's output at the last position: [len(nonces), hidden_size] on the last pipeline rank."""
         view = self._view
         embeddings = None
@@ -117,12 +180,9 @@ class PoCModelRunner:
                 view.hidden_size,
                 view.dtype,
                 view.device,
-                spec.poc_stronger_rng,
+                stronger_rng,
             ).flatten(0, 1)
-        with (
-            LayerReflections(self._layers, self._round_reflections(spec.block_hash)),
-            EmbeddingInjectionHook(view.model, embeddings),
-        ):
+        with hooks, EmbeddingInjectionHook(view.model, embeddings):
             output = view.prefill(len(nonces), spec.seq_len)
         if output is None:
             return None
@@ -133,10 +193,27 @@ class PoCModelRunner:
             )
         return output.view(len(nonces), spec.seq_len, view.hidden_size)[:, -1]
 
-    def _round_reflections(self, block_hash: str) -> dict[int, torch.Tensor]:
-        """The reflection vector of each layer, made once a block hash: float32 [hidden_size]."""
-        if self._block_hash != block_hash:
+    # -- what a round shares --
+
+    def _reflections(self, block_hash: str, normalise: bool = False) -> LayerReflections:
+        """The hooks of every layer of this rank, with the vectors of `block_hash`."""
+        return LayerReflections(self._layers, self._round_of(block_hash).reflections, normalise)
+
+    def _projection(self, block_hash: str) -> torch.Tensor:
+        current = self._round_of(block_hash)
+        if current.projection is None:
+            current.projection = random_projection(block_hash, self._view.hidden_size, self._view.device)
+        return current.projection
+
+    def _target(self, block_hash: str, size: int) -> torch.Tensor:
+        current = self._round_of(block_hash)
+        if current.target is None or len(current.target) != size:
+            current.target = target(block_hash, size, self._view.device)
+        return current.target
+
+    def _round_of(self, block_hash: str) -> _Round:
+        if self._round is None or self._round.block_hash != block_hash:
             size, device = self._view.hidden_size, self._view.device
-            self._reflections = {i: layer_reflection(block_hash, i, size, device) for i in self._layers}
-            self._block_hash = block_hash
-        return self._reflections
+            vectors = {i: layer_reflection(block_hash, i, size, device) for i in self._layers}
+            self._round = _Round(block_hash, vectors)
+        return self._round

@@ -209,6 +209,14 @@ class WorkerView:
         # a model that also feeds a speculator returns (hidden states, auxiliary hidden states)
         return output[0] if isinstance(output, tuple) else output
 
+    def logits(self, hidden: Any) -> Any:
+        """The model's own logits of `hidden` [n, hidden_size]: [n, vocab_size] on the output rank.
+
+        Every tensor parallel rank of the last stage must call this; ranks that are not given the gathered logits
+        get None.
+        """
+        return self.model.compute_logits(hidden)
+
     def release(self) -> None:
         """Drop the scratch KV cache."""
         self._scratch.clear()

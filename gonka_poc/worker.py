@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gonka_poc.data import VectorSpec
+from gonka_poc.data import DistanceSpec, VectorSpec
 from gonka_poc.errors import PoCError
 
 
@@ -24,6 +24,10 @@ class PoCWorkerExtension:
     def poc_compute(self, spec: dict[str, Any], nonces: list[int]) -> dict[str, Any] | None:
         """PoCModelRunner.compute with `spec` holding the fields of VectorSpec."""
         return poc_answer(lambda: poc_runner_of(self).compute(VectorSpec(**spec), nonces))
+
+    def poc_compute_distances(self, spec: dict[str, Any], nonces: list[int]) -> list[float] | dict[str, Any] | None:
+        """PoCModelRunner.compute_distances with `spec` holding the fields of DistanceSpec."""
+        return poc_answer(lambda: poc_runner_of(self).compute_distances(DistanceSpec(**spec), nonces))
 
     def poc_release(self) -> None:
         """PoCModelRunner.release, if there is a runner."""
