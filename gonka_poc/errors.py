@@ -9,8 +9,10 @@ PoCError
 ├── ComputeError             500  a worker failed on this computation
 ├── SettingsError            500  a POC_* variable cannot be used; the server does not start
 ├── ServerStartError         500  a server that a command started did not come up; never over HTTP
+├── OutboxError              500  the file of POC_OUTBOX_PATH cannot be used
 ├── UnsupportedServerError   501  this model or server configuration cannot give a correct vector
-└── EngineUnavailableError   503  the engine or the way to its workers is missing
+├── EngineUnavailableError   503  the engine or the way to its workers is missing
+└── OutboxFullError          507  the outbox has no room, or cannot be written now
 """
 
 from __future__ import annotations
@@ -66,6 +68,10 @@ class ServerStartError(PoCError):
     """A server ended, or did not answer, while it was starting; the text has the end of its log."""
 
 
+class OutboxError(PoCError):
+    """The file that POC_OUTBOX_PATH names is no outbox of this release, or cannot be opened."""
+
+
 class UnsupportedServerError(PoCError):
     """This model, vLLM release or server configuration cannot give a correct vector, so none is given."""
 
@@ -76,6 +82,12 @@ class EngineUnavailableError(PoCError):
     """The engine, or the way to call its workers, is missing."""
 
     http_status = 503
+
+
+class OutboxFullError(PoCError):
+    """The outbox is at its cap, the disk is full, or the file cannot be written now; what it has is safe."""
+
+    http_status = 507
 
 
 def error_by_name(name: str, message: str) -> PoCError:

@@ -57,6 +57,7 @@ class PoCMiddleware:
 
     def _make_poc_app(self, vllm_app: Any) -> ASGIApp:
         self._service = PoCService(PoCManagerV1(ApiView(vllm_app)), self._settings)
+        self._service.start()
         self._poc_app = make_app(self._service)
         return self._poc_app
 

@@ -16,8 +16,10 @@ STATUSES = {
     "ComputeError": 500,
     "SettingsError": 500,
     "ServerStartError": 500,
+    "OutboxError": 500,
     "UnsupportedServerError": 501,
     "EngineUnavailableError": 503,
+    "OutboxFullError": 507,
 }
 
 

@@ -39,6 +39,7 @@ def view(monkeypatch):
     """The middleware finds this server in place of an engine."""
     view = FakeView()
     monkeypatch.setenv("POC_MAX_BODY_BYTES", str(LIMIT))
+    monkeypatch.setenv("POC_OUTBOX_PATH", ":memory:")
     monkeypatch.setattr(middleware, "installed_version", lambda: "0.32.0")
     monkeypatch.setattr(middleware, "ApiView", lambda app: view)
     return view
