@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 
@@ -54,8 +55,9 @@ class CallbackClient:
 
 async def _beginning(response: httpx.Response) -> str:
     """The first bytes of the body; the rest, which could be any amount, is not read."""
-    async for chunk in response.aiter_raw(MAX_REASON_BYTES):
-        return chunk.decode("utf-8", "replace")
+    with suppress(httpx.HTTPError):  # the status has come, and decides
+        async for chunk in response.aiter_bytes(MAX_REASON_BYTES):
+            return chunk.decode("utf-8", "replace")
     return ""
 
 
