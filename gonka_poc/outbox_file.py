@@ -68,9 +68,9 @@ def connect(path: str, create: bool) -> sqlite3.Connection:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # URLs in it may hold a password
         elif not Path(path).exists():
             raise OutboxError(f"there is no outbox {path!r} (POC_OUTBOX_PATH)")
-        _refuse_foreign(path)
-        # two servers that start at once: SQLite does not wait for a lock while it changes to WAL
+        # servers that start at once: one makes the file, and SQLite does not wait for a lock while it changes to WAL
         with _locked(f"{path}.lock-open", wait=True):
+            _refuse_foreign(path)
             return _prepared(path)
     except (OSError, sqlite3.Error) as error:
         raise OutboxError(
