@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -122,7 +123,8 @@ class CallbackSender:
         def work() -> T:
             result = operation(*args)
             if count:
-                self.counts = self._outbox.counts()
+                with suppress(sqlite3.Error):  # what was done is done, counted or not
+                    self.counts = self._outbox.counts()
             return result
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

@@ -544,6 +544,17 @@ def test_a_disk_that_is_full(tmp_path):
     assert "cannot be written" in result["said"]
 
 
+def test_an_outbox_that_was_large_gives_its_space_back(open_outbox, path, monkeypatch):
+    """Once it is empty, and but for a reserve."""
+    monkeypatch.setattr(outbox_module, "MAX_FREE_PAGES", 20)
+    box = open_outbox()
+    box.add_artifacts(URL, {}, artifacts(*range(10_000)))
+    (pages,) = box._db.execute("PRAGMA page_count").fetchone()
+    drain(box)
+    assert pages > 100
+    assert box._db.execute("PRAGMA page_count").fetchone()[0] < 20
+
+
 # --- memory, and the file, over many rows -----------------------------------------------------------------------
 
 MANY_ROWS = """
