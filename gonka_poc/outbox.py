@@ -14,10 +14,11 @@ OutboxFullError where nothing could be written; then nothing was. They block, an
 from __future__ import annotations
 
 import json
+import sqlite3
 import time
 import uuid
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,7 +166,8 @@ class Outbox:
             self._db.execute("DELETE FROM batch WHERE id = ? AND status = 'pending'", (batch_id,))
             empty = self._db.execute("SELECT NOT EXISTS (SELECT 1 FROM batch)").fetchone()[0]
         if empty and self._db.execute("PRAGMA freelist_count").fetchone()[0] > MAX_FREE_PAGES:
-            self._db.execute("PRAGMA incremental_vacuum").fetchall()
+            with suppress(sqlite3.OperationalError):
+                self._db.executescript("PRAGMA incremental_vacuum")  # `execute` would free a single page
 
     def failed(self, batch_id: int, reason: str) -> None:
         """A try failed; there will be another."""

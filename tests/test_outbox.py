@@ -604,7 +604,7 @@ print(json.dumps({
 
 def test_memory_is_flat_over_many_rows(path):
     """OUTBOX_TEST_ROWS=1000000 is the same at full length."""
-    rows = int(os.environ.get("OUTBOX_TEST_ROWS", "64000"))
+    rows = int(os.environ.get("OUTBOX_TEST_ROWS", "48000"))
     done = subprocess.run(
         [sys.executable, "-c", MANY_ROWS, path, str(rows)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
