@@ -1,8 +1,8 @@
-"""Callbacks: what a round or a queued request computed, POSTed to the URL that it named.
+"""Callbacks: what a round or a queued request computed, POSTed from the outbox to the URL that it named.
 
-Messages of one receiver go out in order, at most one batch every POC_CALLBACK_INTERVAL_SEC seconds, and are kept
-until the receiver answers 2xx. They are kept in memory: what was not delivered when the server ends is lost, and
-said so in the log.
+Batches of one receiver go out in order, every POC_CALLBACK_INTERVAL_SEC seconds, at least once: until the receiver
+answers 2xx, or refuses with a 4xx, which parks the batch. A receiver that does not answer is tried as long as a round
+for it generates, and POC_OUTBOX_GRACE_SEC seconds beyond; after that its batches are kept for the next start.
 """
 
 from __future__ import annotations
@@ -10,106 +10,216 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections import deque
-from dataclasses import dataclass, field
-from typing import Any
+import sqlite3
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeVar
 
-import httpx
-
+from gonka_poc.callback_client import CallbackClient
 from gonka_poc.config import Settings
+from gonka_poc.errors import OutboxFullError
+from gonka_poc.outbox import Batch, Outbox
 
 logger = logging.getLogger("vllm.gonka_poc.callbacks")
 
 MAX_BACKOFF_SEC = 60.0
-MAX_ARTIFACTS_A_MESSAGE = 10_000
+ROOM_POLL_SEC = 1.0
+
+T = TypeVar("T")
 
 
-@dataclass
-class _Message:
-    path: str
-    payload: dict[str, Any]
-    artifacts: list[dict[str, Any]] | None = None
-
-    def body(self) -> dict[str, Any]:
-        return self.payload if self.artifacts is None else {**self.payload, "artifacts": self.artifacts}
-
-
-@dataclass
-class _Receiver:
-    messages: deque[_Message] = field(default_factory=deque)
-    in_flight: _Message | None = None
-    task: asyncio.Task[None] | None = None
+def _never() -> bool:
+    return False
 
 
 class CallbackSender:
-    """One task a receiver, so that a slow receiver delays no other."""
+    """One task a receiver, so that a slow receiver delays no other. The outbox is used in one thread of its own.
 
-    def __init__(self, settings: Settings) -> None:
+    `is_live` says whether a round for a receiver generates.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        outbox: Outbox,
+        is_live: Callable[[str], bool] = lambda url: False,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self.problem: str | None = None
+        """Why the outbox takes nothing now; None if it does."""
+        self.counts = outbox.counts()
+        """What is in the outbox, as of the last time that it was used."""
         self._settings = settings
-        self._receivers: dict[str, _Receiver] = {}
-        self._client: httpx.AsyncClient | None = None
+        self._outbox = outbox
+        self._is_live = is_live
+        self._clock = clock
+        self._sleep = sleep
+        self._thread = ThreadPoolExecutor(1, "poc-outbox")
+        self._client = CallbackClient(settings.callback_timeout_sec)
+        self._watcher: asyncio.Task[None] | None = None
+        self._receivers: dict[str, asyncio.Task[None]] = {}
+        self._deadlines: dict[str, float] = {}
+        self._closed = False
 
-    @property
-    def num_pending(self) -> int:
-        """Messages that no receiver has taken yet."""
-        return sum(len(receiver.messages) for receiver in self._receivers.values())
+    def start(self) -> None:
+        """Begin to deliver; what an earlier server left, too."""
+        self._watcher = asyncio.create_task(self._watch(), name="poc-outbox")
 
-    def add_artifacts(self, url: str, envelope: dict[str, Any], artifacts: list[dict[str, Any]]) -> None:
-        """Queue artifacts for `{url}/generated`; those of one envelope travel together."""
-        if not artifacts:
-            return
-        messages = self._receivers.setdefault(url, _Receiver()).messages
-        last = messages[-1] if messages else None
-        if (
-            last is not None
-            and last is not self._receivers[url].in_flight
-            and last.artifacts is not None
-            and last.payload == envelope
-            and len(last.artifacts) + len(artifacts) <= MAX_ARTIFACTS_A_MESSAGE
-        ):
-            last.artifacts.extend(artifacts)
-        else:
-            messages.append(_Message("generated", envelope, list(artifacts)))
-        self._ensure_task(url)
+    async def check_room(self) -> None:
+        """Raise OutboxFullError where new work could not be stored."""
+        await self._write(self._outbox.check_room, give_up=lambda: True)
+        self._has_room()
 
-    def add_validated(self, url: str, payload: dict[str, Any]) -> None:
-        """Queue the outcome of a validation for `{url}/validated`."""
-        self._receivers.setdefault(url, _Receiver()).messages.append(_Message("validated", payload))
+    async def add_artifacts(
+        self,
+        url: str,
+        envelope: dict[str, Any],
+        artifacts: list[dict[str, Any]],
+        give_up: Callable[[], bool] = _never,
+    ) -> None:
+        """Store artifacts for `{url}/generated`; those of one envelope travel together. Returns when they are durable.
+
+        Waits for room where there is none; raises OutboxFullError once `give_up` says so.
+        """
+        if artifacts:
+            await self._write(self._outbox.add_artifacts, url, envelope, artifacts, give_up=give_up)
+            self._has_room()
+            self._ensure_task(url)
+
+    async def add_validated(self, url: str, payload: dict[str, Any], give_up: Callable[[], bool] = _never) -> None:
+        """Store the outcome of a validation for `{url}/validated`, like `add_artifacts`."""
+        await self._write(self._outbox.add_validated, url, payload, give_up=give_up)
+        self._has_room()
         self._ensure_task(url)
 
     async def close(self) -> None:
-        """Try once more to deliver what is left, then end."""
-        for url, receiver in self._receivers.items():
-            if receiver.task is not None:
-                receiver.task.cancel()
-                await asyncio.gather(receiver.task, return_exceptions=True)
-            while receiver.messages and await self._post(url, receiver.messages[0]):
-                receiver.messages.popleft()
-            if receiver.messages:
-                logger.error("PoC: %d callbacks to %r were not delivered and are lost", len(receiver.messages), url)
-        if self._client is not None:
-            await self._client.aclose()
+        """Try once more to deliver what is left, for as long as one receiver may take, then end."""
+        if self._closed:
+            return
+        self._closed = True
+        await _cancelled([task for task in (self._watcher, *self._receivers.values()) if task is not None])
+        last_tries = [asyncio.create_task(self._send_all(url)) for url in await self._run(self._outbox.receivers)]
+        if last_tries:
+            await asyncio.wait(last_tries, timeout=self._settings.callback_timeout_sec)
+            await _cancelled(last_tries)
+        if self.counts.pending_batches and self._outbox.is_durable:
+            logger.warning("PoC: %d callbacks stay in %r for the next start", *self._left())
+        elif self.counts.pending_batches:
+            logger.error("PoC: %d callbacks were not delivered and are lost with %r", *self._left())
+        await self._client.close()
+        await self._run(self._outbox.close, count=False)
+        self._thread.shutdown(wait=False)
+
+    def _left(self) -> tuple[int, str]:
+        return self.counts.pending_batches, self._outbox.path
+
+    # --- the outbox, in its thread ------------------------------------------------------------------------------
+
+    async def _run(self, operation: Callable[..., T], *args: Any, count: bool = True) -> T:
+        def work() -> T:
+            result = operation(*args)
+            if count:
+                with suppress(sqlite3.Error):  # what was done is done, counted or not
+                    self.counts = self._outbox.counts()
+            return result
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    async def _write(self, operation: Callable[..., T], *args: Any, give_up: Callable[[], bool] = _never) -> T:
+        """Write, as soon as there is room."""
+        while True:
+            try:
+                return await self._run(operation, *args)
+            except OutboxFullError as error:
+                if self.problem is None:
+                    logger.error("PoC: %s", error)
+                self.problem = str(error)
+                if give_up():
+                    raise
+            await self._sleep(ROOM_POLL_SEC)
+
+    def _has_room(self) -> None:
+        if self.problem is not None:
+            logger.warning("PoC: the outbox takes callbacks again")
+        self.problem = None
+
+    async def _watch(self) -> None:
+        """What others do to the outbox: a server that ended leaves batches, `gonka-poc outbox retry` revives some."""
+        taken_up = False
+        while True:
+            try:
+                if not taken_up:
+                    await self._write(self._outbox.take_up)
+                    taken_up = True
+                if self.problem is not None:
+                    await self.check_room()
+                await self._write(self._outbox.adopt)
+                for url in await self._run(self._outbox.receivers):
+                    if url not in self._receivers:
+                        self._ensure_task(url)
+            except OutboxFullError as error:
+                self.problem = str(error)
+            except Exception:
+                logger.exception("PoC: the outbox cannot be read")
+            await self._sleep(self._settings.callback_interval_sec)
+
+    # --- the receivers ------------------------------------------------------------------------------------------
 
     def _ensure_task(self, url: str) -> None:
-        receiver = self._receivers[url]
-        if receiver.task is None or receiver.task.done():
-            receiver.task = asyncio.create_task(self._deliver(url, receiver), name="poc-callbacks")
+        self._deadlines[url] = self._clock() + self._settings.outbox_grace_sec
+        task = self._receivers.get(url)
+        if task is None or task.done():
+            task = self._receivers[url] = asyncio.create_task(self._deliver(url), name="poc-callbacks")
+            task.add_done_callback(partial(self._ended, url))
 
-    async def _deliver(self, url: str, receiver: _Receiver) -> None:
-        failures = 0
-        while receiver.messages:
-            await asyncio.sleep(self._pause(failures))
-            for _ in range(len(receiver.messages)):
-                receiver.in_flight = receiver.messages[0]
-                try:
-                    delivered = await self._post(url, receiver.in_flight)
-                finally:
-                    receiver.in_flight = None
-                if not delivered:
-                    failures += 1
-                    break
-                receiver.messages.popleft()
-                failures = 0
+    def _ended(self, url: str, task: asyncio.Task[None]) -> None:
+        if self._receivers.get(url) is task:
+            del self._receivers[url], self._deadlines[url]
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("PoC callbacks to %r failed", url, exc_info=task.exception())
+
+    async def _deliver(self, url: str) -> None:
+        failures, retry_after = 0, 0.0
+        while await self._run(self._outbox.newest, url) is not None:
+            await self._sleep(max(self._pause(failures), retry_after))
+            wanted = await self._send_all(url)
+            if wanted is None:
+                failures, retry_after = 0, 0.0
+                continue
+            failures, retry_after = failures + 1, wanted
+            if self._is_live(url):
+                self._deadlines[url] = self._clock() + self._settings.outbox_grace_sec
+            elif self._clock() >= self._deadlines[url]:
+                await self._write(self._outbox.keep, url)
+                logger.warning("PoC: callbacks to %r are kept for the next start, or `gonka-poc outbox retry`", url)
+                return
+
+    async def _send_all(self, url: str) -> float | None:
+        """Send what there is now; None if the receiver dealt with all of it, else for how long it is to be left."""
+        newest = await self._run(self._outbox.newest, url)
+        while newest is not None and (batch := await self._write(self._outbox.next_batch, url, newest)):
+            wanted = await self._send(batch)
+            if wanted is not None:
+                return wanted
+        return None
+
+    async def _send(self, batch: Batch) -> float | None:
+        answer = await self._client.post(batch)
+        if answer.taken:
+            await self._write(self._outbox.delivered, batch.id)
+            return None
+        if answer.refused:
+            logger.error("PoC callback %d to %r is parked: %r", batch.id, batch.url, answer.reason)
+            await self._write(self._outbox.park, batch.id, answer.reason)
+            return None
+        logger.warning("PoC callback %d to %r failed: %r", batch.id, batch.url, answer.reason)
+        with suppress(OutboxFullError):  # the count of tries is for people; the batch stays as it is
+            await self._run(self._outbox.failed, batch.id, answer.reason)
+        return answer.retry_after_sec
 
     def _pause(self, failures: int) -> float:
         interval = self._settings.callback_interval_sec
@@ -117,16 +227,8 @@ class CallbackSender:
             return interval
         return min(max(MAX_BACKOFF_SEC, interval), interval * 2 ** min(failures, 16)) * random.uniform(0.5, 1.0)
 
-    async def _post(self, url: str, message: _Message) -> bool:
-        if self._client is None:
-            # no redirects: a receiver is where it was said to be; no proxies of the environment, for the same reason
-            timeout = self._settings.callback_timeout_sec
-            self._client = httpx.AsyncClient(timeout=timeout, follow_redirects=False, trust_env=False)
-        try:
-            response = await self._client.post(f"{url}/{message.path}", json=message.body())
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # ValueError: a host that cannot be encoded
-            logger.warning("PoC callback to %r failed: %s: %s", url, type(error).__name__, error)
-            return False
-        if not response.is_success:
-            logger.warning("PoC callback to %r was answered %d", url, response.status_code)
-        return response.is_success
+
+async def _cancelled(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

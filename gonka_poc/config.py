@@ -24,6 +24,17 @@ class Settings(BaseSettings):
     )
     max_body_bytes: int = Field(default=32 * 1024 * 1024, ge=1024, description="largest request body, bytes")
     max_queued_nonces: int = Field(default=100_000, ge=1, description="nonces that may wait in the queue")
+    outbox_grace_sec: float = Field(
+        default=600.0, gt=0, allow_inf_nan=False, description="seconds that a receiver is tried after its round ended"
+    )
+    outbox_max_bytes: int = Field(
+        default=10 * 1024**3, ge=256 * 1024, description="size of undelivered callbacks at which new work is refused"
+    )
+    outbox_path: str = Field(
+        default="$XDG_STATE_HOME/gonka_poc/outbox.sqlite3",
+        min_length=1,
+        description="file of undelivered callbacks (`$XDG_STATE_HOME`: `~/.local/state`); `:memory:` keeps no file",
+    )
     result_ttl_sec: float = Field(
         default=300.0, gt=0, allow_inf_nan=False, description="seconds that a finished result can be polled"
     )

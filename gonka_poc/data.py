@@ -339,7 +339,7 @@ class RoundStats(BaseModel):
 
 
 class StatusAnswer(BaseModel):
-    """`error` is there only if the last round ended by a failure."""
+    """`error` is there only if the last round ended by a failure, or what is computed cannot be stored now."""
 
     status: Literal["IDLE", "GENERATING"]
     config: RoundConfig | None

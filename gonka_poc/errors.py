@@ -11,8 +11,10 @@ PoCError
 ├── ServerStartError         500  a server that a command started did not come up; never over HTTP
 ├── ArtifactFileError        500  a file of artifacts cannot be read or written; never over HTTP
 ├── ServerAnswerError        500  a server that a command asked refused or is not there; never over HTTP
+├── OutboxError              500  the file of POC_OUTBOX_PATH cannot be used
 ├── UnsupportedServerError   501  this model or server configuration cannot give a correct vector
-└── EngineUnavailableError   503  the engine or the way to its workers is missing
+├── EngineUnavailableError   503  the engine or the way to its workers is missing
+└── OutboxFullError          507  the outbox has no room, or cannot be written now
 """
 
 from __future__ import annotations
@@ -76,6 +78,10 @@ class ServerAnswerError(PoCError):
     """The server that a command asked refused, or cannot be reached; the text has its answer."""
 
 
+class OutboxError(PoCError):
+    """The file that POC_OUTBOX_PATH names is no outbox of this release, or cannot be opened."""
+
+
 class UnsupportedServerError(PoCError):
     """This model, vLLM release or server configuration cannot give a correct vector, so none is given."""
 
@@ -86,6 +92,12 @@ class EngineUnavailableError(PoCError):
     """The engine, or the way to call its workers, is missing."""
 
     http_status = 503
+
+
+class OutboxFullError(PoCError):
+    """The outbox is at its cap, the disk is full, or the file cannot be written now; what it has is safe."""
+
+    http_status = 507
 
 
 def error_by_name(name: str, message: str) -> PoCError:

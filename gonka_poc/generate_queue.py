@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Literal
 
 from cachetools import TTLCache
@@ -55,8 +55,8 @@ class GenerateJob:
 class GenerateQueue:
     """One worker task computes jobs in order; finished ones can be polled for POC_RESULT_TTL_SEC seconds.
 
-    `no_round` is set while no round generates; jobs wait for it before each micro-batch. `on_completed` is called
-    with each job that completed.
+    `no_round` is set while no round generates; jobs wait for it before each micro-batch. `on_completed` is awaited
+    with each job that completed, before its answer can be polled.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class GenerateQueue:
         manager: PoCManagerV1,
         settings: Settings,
         no_round: asyncio.Event,
-        on_completed: Callable[[GenerateJob, Completed], None],
+        on_completed: Callable[[GenerateJob, Completed], Awaitable[None]],
     ) -> None:
         self._manager = manager
         self._settings = settings
@@ -127,7 +127,7 @@ class GenerateQueue:
                 result = await self._compute(job)
                 if not job.outcome.done():
                     answer = _answer(job, result)
-                    self._on_completed(job, answer)
+                    await self._on_completed(job, answer)
                     self._end(job, answer)
             except PoCError as error:
                 logger.error("PoC request %s failed: %s", job.request_id, error)

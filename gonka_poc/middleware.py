@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gonka_poc.config import Settings, load_settings
-from gonka_poc.errors import BodyTooLargeError, PoCError
+from gonka_poc.errors import BodyTooLargeError, EngineUnavailableError, OutboxError, PoCError
 from gonka_poc.manager import PoCManagerV1
 from gonka_poc.routes import PREFIX, make_app
 from gonka_poc.service import PoCService
@@ -36,7 +36,7 @@ class PoCMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await self._app(scope, self._closing(receive), send)
+            await self._app(scope, self._with_service(receive, send, scope.get("app")), send)
         elif scope["type"] == "http" and _is_poc_path(scope):
             await self._serve(scope, receive, send)
         else:
@@ -45,7 +45,7 @@ class PoCMiddleware:
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         limit = self._settings.max_body_bytes
         try:
-            # the engine is known only once the server runs, so the service is made at the first request
+            # where the engine was not known when the server started, the service is made at the first request
             poc_app = self._poc_app or self._make_poc_app(scope["app"])
             if int(Headers(scope=scope).get("content-length") or 0) > limit:
                 await _drain(receive, DRAIN_FACTOR * limit)
@@ -57,19 +57,33 @@ class PoCMiddleware:
 
     def _make_poc_app(self, vllm_app: Any) -> ASGIApp:
         self._service = PoCService(PoCManagerV1(ApiView(vllm_app)), self._settings)
+        self._service.start()
         self._poc_app = make_app(self._service)
         return self._poc_app
 
-    def _closing(self, receive: Receive) -> Receive:
-        """`receive` of the lifespan: the service ends before the engine does."""
+    def _with_service(self, receive: Receive, send: Send, vllm_app: Any) -> Receive:
+        """`receive` of the lifespan: the service starts with the server, to deliver callbacks that an earlier one left
+        without waiting for a request, and ends before the engine does.
 
-        async def receive_and_close() -> Message:
+        An outbox that cannot be used ends the start.
+        """
+
+        async def receive_with_service() -> Message:
             message = await receive()
-            if message["type"] == "lifespan.shutdown" and self._service is not None:
+            if message["type"] == "lifespan.startup" and vllm_app is not None:
+                try:
+                    self._make_poc_app(vllm_app)
+                except EngineUnavailableError:
+                    pass  # asked again at the first request
+                except OutboxError as error:
+                    # said in so many words: a server takes a mere exception for an application without a lifespan
+                    await send({"type": "lifespan.startup.failed", "message": f"gonka_poc: {error}"})
+                    raise
+            elif message["type"] == "lifespan.shutdown" and self._service is not None:
                 await self._service.close()
             return message
 
-        return receive_and_close
+        return receive_with_service
 
 
 def _is_poc_path(scope: Scope) -> bool:

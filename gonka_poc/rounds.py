@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from gonka_poc.config import Settings
 from gonka_poc.data import BatchResult, InitGenerateRequest, RoundConfig, RoundStats
@@ -27,7 +27,7 @@ class GenerateRound:
         self,
         manager: PoCManagerV1,
         request: InitGenerateRequest,
-        deliver: Callable[[BatchResult], None],
+        deliver: Callable[[BatchResult], Awaitable[None]],
         settings: Settings,
     ) -> None:
         self.request = request
@@ -79,7 +79,7 @@ class GenerateRound:
                 if result is None:
                     await asyncio.sleep(self._settings.chat_backoff_sec)
                 else:
-                    self._deliver(result)
+                    await self._deliver(result)
                     self._done += len(nonces)
                 if time.monotonic() >= next_report:
                     self._report()

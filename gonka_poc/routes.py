@@ -51,14 +51,14 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 router = APIRouter(prefix=PREFIX, tags=["proof of compute"])
 
 
-@router.post("/init/generate", responses=_errors(400, 409, 413, 500, 501, 503))
+@router.post("/init/generate", responses=_errors(400, 409, 413, 500, 501, 503, 507))
 async def init_generate(body: InitGenerateRequest, service: Service) -> OkAnswer:
     """Start continuous generation of this node's nonces; 409 if a round runs."""
     await service.init_generate(body)
     return OkAnswer(pow_status=PowStatus(status="GENERATING"))
 
 
-@router.post("/generate", responses=_errors(400, 409, 413, 429, 500, 501, 503))
+@router.post("/generate", responses=_errors(400, 409, 413, 429, 500, 501, 503, 507))
 async def generate(body: GenerateRequest, request: Request, service: Service) -> GenerateAnswer:
     """Artifacts of given nonces, or the validation of received ones; `wait` true: inline, false: queued."""
     job = await service.submit(body)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 from gonka_poc.callbacks import CallbackSender
@@ -20,6 +21,7 @@ from gonka_poc.data import (
 from gonka_poc.errors import ConflictError, RequestError
 from gonka_poc.generate_queue import GenerateJob, GenerateQueue
 from gonka_poc.manager import PoCManagerV1
+from gonka_poc.outbox import Outbox
 from gonka_poc.rounds import GenerateRound
 
 STOPPED = "stopped by POST /stop"
@@ -36,15 +38,26 @@ class PoCService:
         self._no_round = asyncio.Event()
         self._no_round.set()
         self._background: set[asyncio.Task[Any]] = set()
-        self.callbacks = CallbackSender(settings)
+        self.callbacks = CallbackSender(
+            settings, Outbox(settings.outbox_path, settings.outbox_max_bytes), self._generates_for
+        )
         self.queue = GenerateQueue(manager, settings, self._no_round, self._send_completed)
 
+    def start(self) -> None:
+        """Begin to deliver callbacks, first of all those that an earlier server left."""
+        self.callbacks.start()
+
     async def init_generate(self, request: InitGenerateRequest) -> None:
-        """Start a round. Raises ConflictError if one runs, and what PoCManagerV1.check raises."""
+        """Start a round.
+
+        Raises ConflictError if one runs, OutboxFullError, and what PoCManagerV1.check raises.
+        """
         async with self._starting:
             if self._round is not None and self._round.active:
                 raise ConflictError("a round is already generating; POST /api/v1/pow/stop ends it")
             await self._manager.check(request.params)
+            if request.url is not None:
+                await self.callbacks.check_room()
             self._round = GenerateRound(
                 self._manager, request, lambda result: self._send_generated(request, result), self._settings
             )
@@ -54,7 +67,7 @@ class PoCService:
     async def submit(self, request: GenerateRequest) -> GenerateJob:
         """Queue a request for given nonces.
 
-        Raises RequestError (nonce sets differ), QueueFullError, and what PoCManagerV1.check raises.
+        Raises RequestError (nonce sets differ), QueueFullError, OutboxFullError, and what PoCManagerV1.check raises.
         """
         if request.validation is not None:
             received = {artifact.nonce for artifact in request.validation.artifacts}
@@ -65,14 +78,17 @@ class PoCService:
                     f"the first is {wrong[0]}"
                 )
         await self._manager.check(request.params)
+        if request.url is not None and not request.wait:
+            await self.callbacks.check_room()
         return self.queue.submit(request)
 
     def status(self) -> StatusAnswer:
-        """The round that generates, or IDLE; and why the last round ended, if by a failure."""
-        current = self._round
+        """The round that generates, or IDLE; and what keeps the outbox from taking more, or ended the last round."""
+        current, problem = self._round, self.callbacks.problem
         if current is not None and current.active:
-            return StatusAnswer(status="GENERATING", config=current.config, stats=current.stats)
-        return StatusAnswer(status="IDLE", config=None, stats=None, error=current.error if current else None)
+            return StatusAnswer(status="GENERATING", config=current.config, stats=current.stats, error=problem)
+        error = problem or (current.error if current else None)
+        return StatusAnswer(status="IDLE", config=None, stats=None, error=error)
 
     def stop(self) -> None:
         """End the round and drop queued requests; what was computed is still delivered."""
@@ -99,21 +115,30 @@ class PoCService:
             self._no_round.set()
             self._keep(asyncio.ensure_future(self._manager.release()))
 
-    def _send_generated(self, request: InitGenerateRequest, result: BatchResult) -> None:
+    def _generates_for(self, url: str) -> bool:
+        return self._round is not None and self._round.active and self._round.request.url == url
+
+    async def _send_generated(self, request: InitGenerateRequest, result: BatchResult) -> None:
+        """Returns when the artifacts are durable; while there is no room for them, their round waits here."""
         if request.url is not None:
             artifacts = [{"nonce": n, "vector_b64": encode_vector(vector)} for n, vector in result.vectors.items()]
-            self.callbacks.add_artifacts(request.url, _generated_envelope(request), artifacts)
+            stopped = partial(self._has_stopped, request)
+            await self.callbacks.add_artifacts(request.url, _generated_envelope(request), artifacts, stopped)
 
-    def _send_completed(self, job: GenerateJob, answer: Completed) -> None:
+    def _has_stopped(self, request: InitGenerateRequest) -> bool:
+        return self._round is None or self._round.request is not request or not self._round.active
+
+    async def _send_completed(self, job: GenerateJob, answer: Completed) -> None:
         request = job.request
         if request.url is None or request.wait:
             return
         if isinstance(answer, ArtifactsAnswer):
             envelope = {**_generated_envelope(request), "request_id": job.request_id}
-            self.callbacks.add_artifacts(request.url, envelope, [a.model_dump() for a in answer.artifacts])
+            artifacts = [a.model_dump() for a in answer.artifacts]
+            await self.callbacks.add_artifacts(request.url, envelope, artifacts, job.outcome.done)
         else:
             payload = {**_identity(request), **answer.model_dump(exclude={"status"})}
-            self.callbacks.add_validated(request.url, payload)
+            await self.callbacks.add_validated(request.url, payload, job.outcome.done)
 
 
 def _identity(request: InitGenerateRequest | GenerateRequest) -> dict[str, Any]:

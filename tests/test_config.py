@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from gonka_poc.config import Settings, SettingsError, load_settings
 
 NAMES = list(Settings.model_fields)
+NUMBERS = [name for name in NAMES if Settings.model_fields[name].annotation is not str]
 
 
 @pytest.fixture(autouse=True)
@@ -25,18 +26,22 @@ def test_defaults():
         "chat_backoff_sec": 0.05,
         "max_body_bytes": 32 * 1024 * 1024,
         "max_queued_nonces": 100_000,
+        "outbox_grace_sec": 600.0,
+        "outbox_max_bytes": 10 * 1024**3,
+        "outbox_path": "$XDG_STATE_HOME/gonka_poc/outbox.sqlite3",
         "result_ttl_sec": 300.0,
     }
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_setting_is_read_from_its_variable(monkeypatch, name):
-    monkeypatch.setenv(f"POC_{name.upper()}", "4321")
-    assert load_settings().model_dump() == {**Settings().model_dump(), name: 4321}
-    assert getattr(load_settings(), name) == 4321
+    value = 4321_000 if name in NUMBERS else "4321000"
+    monkeypatch.setenv(f"POC_{name.upper()}", "4321000")
+    assert load_settings().model_dump() == {**Settings().model_dump(), name: value}
+    assert getattr(load_settings(), name) == value
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("value", ["", "many", "-1", "0", "nan"])
 def test_a_value_that_cannot_be_used_is_named(monkeypatch, name, value):
     monkeypatch.setenv(f"POC_{name.upper()}", value)
@@ -44,7 +49,15 @@ def test_a_value_that_cannot_be_used_is_named(monkeypatch, name, value):
         load_settings()
 
 
-@pytest.mark.parametrize("name", ["callback_interval_sec", "callback_timeout_sec", "chat_backoff_sec"])
+def test_a_path_that_is_empty_is_named(monkeypatch):
+    monkeypatch.setenv("POC_OUTBOX_PATH", "")
+    with pytest.raises(SettingsError, match="POC_OUTBOX_PATH='': "):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    "name", ["callback_interval_sec", "callback_timeout_sec", "chat_backoff_sec", "outbox_grace_sec"]
+)
 def test_no_pause_is_endless(monkeypatch, name):
     monkeypatch.setenv(f"POC_{name.upper()}", "inf")
     with pytest.raises(SettingsError, match=f"POC_{name.upper()}"):

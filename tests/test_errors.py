@@ -18,8 +18,10 @@ STATUSES = {
     "ServerStartError": 500,
     "ArtifactFileError": 500,
     "ServerAnswerError": 500,
+    "OutboxError": 500,
     "UnsupportedServerError": 501,
     "EngineUnavailableError": 503,
+    "OutboxFullError": 507,
 }
 
 

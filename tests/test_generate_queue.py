@@ -30,7 +30,11 @@ async def make():
         no_round = asyncio.Event()
         no_round.set()
         completed: list = []
-        queue = GenerateQueue(manager, SETTINGS, no_round, lambda job, answer: completed.append((job, answer)))
+
+        async def complete(*job_and_answer) -> None:
+            completed.append(job_and_answer)
+
+        queue = GenerateQueue(manager, SETTINGS, no_round, complete)
         queues.append(queue)
         return SimpleNamespace(queue=queue, no_round=no_round, completed=completed)
 

@@ -14,10 +14,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from gonka_poc import middleware
+from gonka_poc import callback_client, middleware
 from gonka_poc.config import SettingsError
-from gonka_poc.errors import UnsupportedServerError
+from gonka_poc.errors import EngineUnavailableError, OutboxError, UnsupportedServerError
 from gonka_poc.middleware import PoCMiddleware
+from gonka_poc.outbox import Outbox
+from gonka_poc.outbox_admin import summary
 from gonka_poc.routes import PREFIX
 
 LIMIT = 2048
@@ -39,6 +41,7 @@ def view(monkeypatch):
     """The middleware finds this server in place of an engine."""
     view = FakeView()
     monkeypatch.setenv("POC_MAX_BODY_BYTES", str(LIMIT))
+    monkeypatch.setenv("POC_OUTBOX_PATH", ":memory:")
     monkeypatch.setattr(middleware, "installed_version", lambda: "0.32.0")
     monkeypatch.setattr(middleware, "ApiView", lambda app: view)
     return view
@@ -315,3 +318,69 @@ async def test_shutdown_of_a_server_that_was_never_asked():
     lifespan.messages.put_nowait({"type": "lifespan.shutdown"})
     await asyncio.wait_for(PoCMiddleware(lifespan.app)({"type": "lifespan"}, lifespan.messages.get, send), 5)
     assert lifespan.events == ["lifespan.startup", "lifespan.shutdown"]
+
+
+# --- the outbox of an earlier server ----------------------------------------------------------------------------
+
+
+async def lifespan_of(host: Starlette, until_then: Any) -> list[dict]:
+    """Start `host`, wait for `until_then`, stop it; what it sent."""
+    messages: asyncio.Queue[dict] = asyncio.Queue()
+    sent: list[dict] = []
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    messages.put_nowait({"type": "lifespan.startup"})
+    task = asyncio.create_task(host({"type": "lifespan"}, messages.get, send))
+    await until(until_then)
+    messages.put_nowait({"type": "lifespan.shutdown"})
+    await asyncio.wait_for(task, 5)
+    return sent
+
+
+async def test_a_server_that_starts_delivers_what_an_earlier_one_left(monkeypatch, tmp_path):
+    """Nobody asks it anything."""
+    path, posted = str(tmp_path / "outbox"), []
+    earlier = Outbox(path, 10**9)
+    earlier.add_artifacts("http://receiver", {}, [{"nonce": 1, "vector_b64": "AAAA"}])
+    earlier.close()
+
+    def receive(request: httpx.Request) -> httpx.Response:
+        posted.append(json.loads(request.content))
+        return httpx.Response(200)
+
+    real = httpx.AsyncClient
+    mocked = httpx.MockTransport(receive)
+    monkeypatch.setattr(callback_client.httpx, "AsyncClient", lambda **options: real(transport=mocked, **options))
+    monkeypatch.setenv("POC_OUTBOX_PATH", path)
+    monkeypatch.setenv("POC_CALLBACK_INTERVAL_SEC", "0.001")
+    sent = await lifespan_of(make_host(), lambda: not summary(path))
+    assert posted == [{"artifacts": [{"nonce": 1, "vector_b64": "AAAA"}]}]
+    assert [message["type"] for message in sent] == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+
+
+async def test_an_outbox_that_cannot_be_used_stops_the_start(monkeypatch, tmp_path):
+    (tmp_path / "outbox").write_text("my notes")
+    monkeypatch.setenv("POC_OUTBOX_PATH", str(tmp_path / "outbox"))
+    sent: list[dict] = []
+
+    async def receive() -> dict:
+        return {"type": "lifespan.startup"}
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    with pytest.raises(OutboxError, match="is not an outbox"):
+        await make_host()({"type": "lifespan"}, receive, send)
+    assert [message["type"] for message in sent] == ["lifespan.startup.failed"]
+    assert (tmp_path / "outbox").read_text() == "my notes"
+
+
+async def test_a_server_whose_engine_comes_later_starts(monkeypatch):
+    def not_ready(app: Any) -> Any:
+        raise EngineUnavailableError("the engine is not ready yet")
+
+    monkeypatch.setattr(middleware, "ApiView", not_ready)
+    sent = await lifespan_of(make_host(), lambda: True)
+    assert [message["type"] for message in sent] == ["lifespan.startup.complete", "lifespan.shutdown.complete"]

@@ -21,7 +21,7 @@ class Delivered(list[BatchResult]):
 
     failure: Exception | None = None
 
-    def take(self, result: BatchResult) -> None:
+    async def take(self, result: BatchResult) -> None:
         if self.failure is not None:
             raise self.failure
         self.append(result)

@@ -18,7 +18,9 @@ from gonka_poc.errors import ComputeError, ConflictError, EngineUnavailableError
 from gonka_poc.routes import PREFIX, make_app
 from gonka_poc.service import PoCService
 
-SETTINGS = Settings(chat_backoff_sec=0.001, callback_interval_sec=0.001, max_queued_nonces=50_000)
+SETTINGS = Settings(
+    chat_backoff_sec=0.001, callback_interval_sec=0.001, max_queued_nonces=50_000, outbox_path=":memory:"
+)
 SPEC = VectorSpec("block", "key", seq_len=4, k_dim=3)
 ROUTES = {
     ("POST", "/init/generate"),
@@ -46,7 +48,7 @@ async def api(monkeypatch):
     monkeypatch.setattr(routes, "DISCONNECT_POLL_SEC", 0.001)
     manager = FakeManager(batches=0)
     service = PoCService(manager, SETTINGS)
-    service.callbacks._client = httpx.AsyncClient(transport=httpx.MockTransport(receive))
+    service.callbacks._client._client = httpx.AsyncClient(transport=httpx.MockTransport(receive))
     transport = httpx.ASGITransport(app=make_app(service))
     async with httpx.AsyncClient(transport=transport, base_url=f"http://test{PREFIX}") as client:
         yield SimpleNamespace(client=client, manager=manager, service=service, posted=posted)
@@ -499,7 +501,7 @@ async def test_no_callback_without_a_url_or_with_wait(api):
     await api.client.post("/generate", json=generate_body([1], url="http://receiver", wait=True))
     await api.client.post("/generate", json=generate_body([2]))
     await until(lambda: api.service.queue.queued_nonces == 0)
-    assert api.service.callbacks.num_pending == 0
+    assert api.service.callbacks.counts.pending_batches == 0
     assert api.posted == []
 
 

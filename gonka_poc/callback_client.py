@@ -1,0 +1,75 @@
+"""One POST of a callback: where it may go, how long it may take, and what of the answer matters."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from email.utils import parsedate_to_datetime
+from typing import NamedTuple
+
+import httpx
+
+from gonka_poc.outbox import Batch
+
+MAX_RETRY_AFTER_SEC = 300.0
+MAX_REASON_BYTES = 200
+
+
+class Answer(NamedTuple):
+    """What a receiver made of a batch."""
+
+    taken: bool
+    refused: bool
+    """A 4xx: it would not take it the next time either. Not 408 and 429, which ask for another try."""
+    retry_after_sec: float = 0.0
+    reason: str | None = None
+    """Why it was not taken; text of the receiver, so never to be printed unescaped."""
+
+
+class CallbackClient:
+    """Goes where it was told: no redirects, and no proxies of the environment."""
+
+    def __init__(self, timeout_sec: float) -> None:
+        self._client = httpx.AsyncClient(timeout=timeout_sec, follow_redirects=False, trust_env=False)
+
+    async def post(self, batch: Batch) -> Answer:
+        """Send a batch; a receiver that cannot be reached is one that did not take it."""
+        headers = {"Content-Type": "application/json", "Idempotency-Key": batch.key}
+        request = self._client.stream("POST", f"{batch.url}/{batch.path}", content=batch.body, headers=headers)
+        try:
+            async with request as response:
+                if response.is_success:
+                    return Answer(taken=True, refused=False)
+                status = response.status_code
+                retry_after = response.headers.get("retry-after") if status in (429, 503) else None
+                reason = f"answered {status}: {await _beginning(response)}"
+                refused = 400 <= status < 500 and status not in (408, 429)
+                return Answer(False, refused, seconds_to_wait(retry_after), reason)
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # ValueError: a host that cannot be encoded
+            return Answer(taken=False, refused=False, reason=f"{type(error).__name__}: {error}")
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
+
+
+async def _beginning(response: httpx.Response) -> str:
+    """The first bytes of the body; the rest, which could be any amount, is not read."""
+    with suppress(httpx.HTTPError):  # the status has come, and decides
+        async for chunk in response.aiter_bytes(MAX_REASON_BYTES):
+            return chunk.decode("utf-8", "replace")
+    return ""
+
+
+def seconds_to_wait(retry_after: str | None) -> float:
+    """A Retry-After header, seconds or a date, as seconds from now within our bound; 0 for none or nonsense."""
+    if not retry_after:
+        return 0.0
+    try:
+        if retry_after.isdecimal():
+            seconds = float(retry_after)
+        else:
+            seconds = parsedate_to_datetime(retry_after).timestamp() - time.time()
+    except (ValueError, OverflowError):
+        return 0.0
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER_SEC)

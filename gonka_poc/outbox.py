@@ -1,0 +1,228 @@
+"""The outbox: callbacks in an SQLite file, from the moment they are computed until their receiver took them.
+
+A batch is what one POST carries. Its status is one of
+
+    open      takes further artifacts of the same envelope
+    pending   fixed, because it is being sent: each try has the same body and the same idempotency key
+    kept      was not delivered within the grace time; pending after a restart, a retry, or new work for its receiver
+    parked    the receiver refused it (4xx); pending again only after a retry
+
+and a batch that was delivered is deleted. Batches of a receiver are sent in the order of their ids. Methods raise
+OutboxFullError where nothing could be written; then nothing was. They block, and one thread at a time may call them.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from gonka_poc.errors import OutboxFullError
+from gonka_poc.outbox_file import FORMAT_VERSION, IN_MEMORY, Slot, connect, outbox_path, transaction
+
+MAX_ARTIFACTS_A_BATCH = 10_000
+# free pages that an empty outbox keeps: room to write even if something else fills the disk
+MAX_FREE_PAGES = 16_384
+TO_SEND = "status IN ('open', 'pending')"
+TAKE_UP = "UPDATE batch SET status = 'pending' WHERE slot = ? AND status = 'kept'"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is POSTed: `body` to `{url}/{path}`, with `key` as Idempotency-Key."""
+
+    id: int
+    url: str
+    path: str
+    key: str
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What is in the outbox; of all servers that share it."""
+
+    pending_batches: int
+    pending_artifacts: int
+    parked_batches: int
+    parked_artifacts: int
+
+
+class Outbox:
+    """One server's part of the outbox file."""
+
+    def __init__(self, setting: str, max_bytes: int) -> None:
+        """Open or make the file that POC_OUTBOX_PATH names. Raises OutboxError where it cannot be used."""
+        self.path = outbox_path(setting)
+        self._max_bytes = max_bytes
+        self._db = connect(self.path, create=True)
+        self._slot = Slot(self.path)
+
+    @property
+    def is_durable(self) -> bool:
+        """Whether what is in it outlives the server."""
+        return self.path != IN_MEMORY
+
+    def close(self) -> None:
+        """Leave the file, with all that is in it, to the next server."""
+        self._db.close()
+        self._slot.close()
+
+    # --- what goes in -------------------------------------------------------------------------------------------
+
+    def add_artifacts(self, url: str, envelope: dict[str, Any], artifacts: Sequence[dict[str, Any]]) -> None:
+        """Store artifacts for `{url}/generated`; when this returns they are on disk."""
+        payload = _json(envelope)
+        with self._transaction():
+            last = self._db.execute(
+                f"SELECT id, status, path, payload, num_artifacts FROM batch WHERE slot = ? AND url = ? AND {TO_SEND} "
+                "ORDER BY id DESC LIMIT 1",
+                (self._slot.number, url),
+            ).fetchone()
+            batch_id, size = (last[0], last[4]) if last else (0, 0)
+            fits = size + len(artifacts) <= MAX_ARTIFACTS_A_BATCH
+            if last is None or last[1:4] != ("open", "generated", payload) or not fits:
+                batch_id, size = self._insert(url, "generated", payload, "open"), 0
+            self._db.executemany(
+                "INSERT INTO artifact (batch_id, position, nonce, vector_b64) VALUES (?, ?, ?, ?)",
+                ((batch_id, size + i, item["nonce"], item["vector_b64"]) for i, item in enumerate(artifacts)),
+            )
+            self._db.execute("UPDATE batch SET num_artifacts = ? WHERE id = ?", (size + len(artifacts), batch_id))
+            self._added(url)
+
+    def add_validated(self, url: str, payload: dict[str, Any]) -> None:
+        """Store the outcome of a validation for `{url}/validated`."""
+        with self._transaction():
+            self._insert(url, "validated", _json(payload), "pending")
+            self._added(url)
+
+    def check_room(self) -> None:
+        """Raise OutboxFullError where new work could not be stored: under a hundredth of the cap is free."""
+        with self._transaction():
+            self._db.execute(f"PRAGMA user_version = {FORMAT_VERSION}")  # a write, to see whether there can be one
+            self._refuse_above(self._max_bytes - self._max_bytes // 100)
+
+    def _insert(self, url: str, path: str, payload: str, status: str) -> int:
+        cursor = self._db.execute(
+            "INSERT INTO batch (slot, url, path, payload, key, status, created_at) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (self._slot.number, url, path, payload, str(uuid.uuid4()), status, time.time()),
+        )
+        assert cursor.lastrowid is not None
+        return cursor.lastrowid
+
+    def _added(self, url: str) -> None:
+        # a receiver that is sent to again is sent what was kept for it first
+        self._db.execute(
+            "UPDATE batch SET status = 'pending' WHERE slot = ? AND url = ? AND status = 'kept'",
+            (self._slot.number, url),
+        )
+        self._refuse_above(self._max_bytes)
+
+    def _refuse_above(self, limit: int) -> None:
+        """Inside a transaction, so that servers that share the file cannot pass the cap together."""
+        pages, free, page_size = (
+            self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
+        )
+        if (pages - free) * page_size > limit:
+            raise OutboxFullError(
+                f"the outbox {self.path!r} is full: {(pages - free) * page_size} of {self._max_bytes} bytes "
+                "(POC_OUTBOX_MAX_BYTES); nothing is dropped, so receivers have to take what is in it first"
+            )
+
+    # --- what goes out ------------------------------------------------------------------------------------------
+
+    def newest(self, url: str) -> int | None:
+        """The id of the last batch to send to `url`; None if there is none."""
+        query = f"SELECT max(id) FROM batch WHERE slot = ? AND url = ? AND {TO_SEND}"
+        return self._db.execute(query, (self._slot.number, url)).fetchone()[0]
+
+    def next_batch(self, url: str, newest: int) -> Batch | None:
+        """The first batch to send to `url`, up to the id `newest`. What is in it does not change any more."""
+        with self._transaction():
+            row = self._db.execute(
+                f"SELECT id, status, path, key, payload FROM batch WHERE slot = ? AND url = ? AND {TO_SEND} "
+                "AND id <= ? ORDER BY id LIMIT 1",
+                (self._slot.number, url, newest),
+            ).fetchone()
+            if row is None:
+                return None
+            batch_id, status, path, key, payload = row
+            if status == "open":
+                self._db.execute("UPDATE batch SET status = 'pending' WHERE id = ? AND status = 'open'", (batch_id,))
+        body = json.loads(payload)
+        if path == "generated":
+            query = "SELECT nonce, vector_b64 FROM artifact WHERE batch_id = ? ORDER BY position"
+            body["artifacts"] = [{"nonce": n, "vector_b64": v} for n, v in self._db.execute(query, (batch_id,))]
+        return Batch(batch_id, url, path, key, _json(body).encode())
+
+    def delivered(self, batch_id: int) -> None:
+        """The receiver took the batch: it is gone."""
+        with self._transaction():
+            self._db.execute("DELETE FROM batch WHERE id = ? AND status = 'pending'", (batch_id,))
+            empty = self._db.execute("SELECT NOT EXISTS (SELECT 1 FROM batch)").fetchone()[0]
+        if empty and self._db.execute("PRAGMA freelist_count").fetchone()[0] > MAX_FREE_PAGES:
+            with suppress(sqlite3.OperationalError):
+                self._db.executescript("PRAGMA incremental_vacuum")  # `execute` would free a single page
+
+    def failed(self, batch_id: int, reason: str) -> None:
+        """A try failed; there will be another."""
+        self._tried(batch_id, "pending", reason)
+
+    def park(self, batch_id: int, reason: str) -> None:
+        """The receiver refused the batch: it is not tried again before `retry_parked`."""
+        self._tried(batch_id, "parked", reason)
+
+    def _tried(self, batch_id: int, status: str, reason: str) -> None:
+        with self._transaction():
+            self._db.execute(
+                "UPDATE batch SET status = ?, attempts = attempts + 1, reason = ?, tried_at = ? "
+                "WHERE id = ? AND status = 'pending'",
+                (status, reason, time.time(), batch_id),
+            )
+
+    def keep(self, url: str) -> None:
+        """The grace time of a receiver is over: leave its batches where they are."""
+        with self._transaction():
+            self._db.execute(
+                f"UPDATE batch SET status = 'kept' WHERE slot = ? AND url = ? AND {TO_SEND}", (self._slot.number, url)
+            )
+
+    # --- whose it is --------------------------------------------------------------------------------------------
+
+    def take_up(self) -> None:
+        """At the start of a server: what an earlier one kept is to be sent again."""
+        with self._transaction():
+            self._db.execute(TAKE_UP, (self._slot.number,))
+
+    def adopt(self) -> None:
+        """Take over the batches of servers that ended."""
+        mine = self._slot.number
+        for (slot,) in self._db.execute("SELECT DISTINCT slot FROM batch WHERE slot <> ?", (mine,)).fetchall():
+            with self._slot.orphaned(slot) as orphaned:
+                if orphaned:
+                    with self._transaction():
+                        self._db.execute("UPDATE batch SET slot = ? WHERE slot = ?", (mine, slot))
+                        self._db.execute(TAKE_UP, (mine,))
+
+    def receivers(self) -> list[str]:
+        """The URLs that there is something to send to, the one that waits longest first."""
+        query = f"SELECT url FROM batch WHERE slot = ? AND {TO_SEND} GROUP BY url ORDER BY min(id)"
+        return [url for (url,) in self._db.execute(query, (self._slot.number,))]
+
+    def counts(self) -> Counts:
+        """What is in the outbox."""
+        query = "SELECT status = 'parked', count(*), sum(num_artifacts) FROM batch GROUP BY status = 'parked'"
+        found = {parked: (batches, artifacts) for parked, batches, artifacts in self._db.execute(query)}
+        return Counts(*found.get(0, (0, 0)), *found.get(1, (0, 0)))
+
+    def _transaction(self) -> AbstractContextManager[None]:
+        return transaction(self._db, self.path)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))

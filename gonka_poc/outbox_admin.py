@@ -1,0 +1,67 @@
+"""What `gonka-poc outbox list|retry|purge` do; also while servers use the file, which see it within seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from sqlite3 import Connection
+from typing import Any
+
+from gonka_poc.outbox_file import connect, outbox_path, transaction
+
+
+@dataclass(frozen=True)
+class BatchInfo:
+    """A batch of the outbox; times are seconds since 1970, `reason` is why its last try failed."""
+
+    id: int
+    url: str
+    path: str
+    key: str
+    status: str
+    num_artifacts: int
+    attempts: int
+    reason: str | None
+    created_at: float
+    tried_at: float | None
+
+
+def summary(path: str) -> list[BatchInfo]:
+    """What the outbox at `path` (as POC_OUTBOX_PATH) holds, oldest first. Raises OutboxError where there is none."""
+    with closing(connect(outbox_path(path), create=False)) as db:
+        return [BatchInfo(*row) for row in db.execute(f"SELECT {', '.join(BatchInfo.__annotations__)} FROM batch")]
+
+
+def retry_parked(path: str, url: str | None = None, ids: list[int] | None = None) -> int:
+    """Send parked and kept batches again: all, or those of a receiver or with these ids; how many they are."""
+    with _changing(path) as db:
+        where, values = _chosen(("parked", "kept"), url, ids)
+        return db.execute(f"UPDATE batch SET status = 'pending' WHERE {where}", values).rowcount
+
+
+def purge(path: str, url: str | None = None, ids: list[int] | None = None, undelivered: bool = False) -> int:
+    """Delete parked batches, and with `undelivered` those that are still to be sent as well; how many they are."""
+    with _changing(path) as db:
+        statuses = ("parked", "kept", "pending", "open") if undelivered else ("parked",)
+        where, values = _chosen(statuses, url, ids)
+        return db.execute(f"DELETE FROM batch WHERE {where}", values).rowcount
+
+
+@contextmanager
+def _changing(path: str) -> Iterator[Connection]:
+    file = outbox_path(path)
+    with closing(connect(file, create=False)) as db, transaction(db, file):
+        yield db
+
+
+def _chosen(statuses: tuple[str, ...], url: str | None, ids: list[int] | None) -> tuple[str, list[Any]]:
+    """The condition, with its values, of batches in one of `statuses`."""
+    parts, values = [f"status IN ({', '.join('?' * len(statuses))})"], list[Any](statuses)
+    if url is not None:
+        parts.append("url = ?")
+        values.append(url)
+    if ids is not None:
+        parts.append(f"id IN ({', '.join('?' * len(ids))})")
+        values.extend(ids)
+    return " AND ".join(parts), values

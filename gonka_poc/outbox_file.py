@@ -1,0 +1,191 @@
+"""The outbox file: where it lies, what makes a SQLite file ours, and which server a batch in it belongs to.
+
+Several servers of one host (one a GPU, say) share one file. Each holds a slot, a small number, by a lock on a file
+beside it; its batches carry that number. The kernel drops the lock with the process, however that ends, so a batch
+whose slot nobody holds has lost its server, and any other server may take it over. No lease to renew, no clock to
+trust, no port in a file name that a restart on another port would not find again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from gonka_poc.errors import OutboxError, OutboxFullError
+
+IN_MEMORY = ":memory:"
+APPLICATION_ID = 0x506F4378  # "PoCx": no other program's file
+FORMAT_VERSION = 1
+BUSY_TIMEOUT_SEC = 30.0
+MAX_SLOTS = 1024
+
+SCHEMA = """
+CREATE TABLE batch (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    slot INTEGER NOT NULL,
+    url TEXT NOT NULL,
+    path TEXT NOT NULL CHECK (path IN ('generated', 'validated')),
+    payload TEXT NOT NULL,
+    key TEXT NOT NULL UNIQUE,
+    status TEXT NOT NULL CHECK (status IN ('open', 'pending', 'kept', 'parked')),
+    num_artifacts INTEGER NOT NULL DEFAULT 0,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    reason TEXT,
+    created_at REAL NOT NULL,
+    tried_at REAL
+);
+CREATE INDEX batch_to_send ON batch (slot, url, id) WHERE status IN ('open', 'pending');
+CREATE TABLE artifact (
+    batch_id INTEGER NOT NULL REFERENCES batch (id) ON DELETE CASCADE,
+    position INTEGER NOT NULL,
+    nonce INTEGER NOT NULL,
+    vector_b64 TEXT NOT NULL,
+    PRIMARY KEY (batch_id, position)
+) WITHOUT ROWID;
+"""
+
+
+def outbox_path(setting: str) -> str:
+    """The file that POC_OUTBOX_PATH means: `~` and `$XDG_STATE_HOME` (or its default) written out."""
+    state_home = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return os.path.expanduser(setting.replace("$XDG_STATE_HOME", state_home))
+
+
+def connect(path: str, create: bool) -> sqlite3.Connection:
+    """A connection to the outbox at `path`. Raises OutboxError where there is none, or another program's file.
+
+    A file that is not ours is only read, never opened as a database, so nothing of it changes.
+    """
+    try:
+        if path == IN_MEMORY:
+            return _prepared(path)
+        if create:
+            Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # URLs in it may hold a password
+        elif not Path(path).exists():
+            raise OutboxError(f"there is no outbox {path!r} (POC_OUTBOX_PATH)")
+        # servers that start at once: one makes the file, and SQLite does not wait for a lock while it changes to WAL
+        with _locked(f"{path}.lock-open", wait=True):
+            _refuse_foreign(path)
+            return _prepared(path)
+    except (OSError, sqlite3.Error) as error:
+        raise OutboxError(
+            f"the outbox {path!r} cannot be opened: {error}; set POC_OUTBOX_PATH to a file on a local disk that this "
+            f"user may write, or to {IN_MEMORY} to do without"
+        ) from error
+
+
+def _refuse_foreign(path: str) -> None:
+    # the header is right in the file itself, never only in the WAL: the schema is made before WAL is switched on
+    with open(path, "rb") as file:
+        header = file.read(100)
+    if not header:
+        return
+    application_id, version = (int.from_bytes(header[at : at + 4], "big") for at in (68, 60))
+    if not header.startswith(b"SQLite format 3\0") or application_id != APPLICATION_ID:
+        raise OutboxError(f"{path!r} is not an outbox; it was left as it is. Set POC_OUTBOX_PATH to another file")
+    if version != FORMAT_VERSION:
+        raise OutboxError(
+            f"the outbox {path!r} has format {version}, this release reads {FORMAT_VERSION}; deliver it with the "
+            "release that wrote it, or set POC_OUTBOX_PATH to another file"
+        )
+
+
+def _prepared(path: str) -> sqlite3.Connection:
+    # one thread at a time uses the connection, but not always the one that made it
+    db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_SEC, isolation_level=None, check_same_thread=False)
+    try:
+        if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            db.executescript(
+                f"BEGIN; PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {FORMAT_VERSION}; "
+                f"{SCHEMA} COMMIT;"
+            )
+        mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+        if path != IN_MEMORY and mode != "wal":
+            raise sqlite3.OperationalError(f"the file system takes no write-ahead log (journal mode {mode})")
+        # FULL, one fsync a commit: what was committed survives a power cut too. NORMAL would lose the last commits.
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA foreign_keys = ON")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+@contextmanager
+def transaction(db: sqlite3.Connection, path: str) -> Iterator[None]:
+    """All that is written inside, or nothing of it. Raises OutboxFullError where it cannot be written."""
+    try:
+        # the write lock first, so that what is read inside is still so when it is changed
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+    except sqlite3.OperationalError as error:
+        raise OutboxFullError(
+            f"the outbox {path!r} cannot be written: {error}; free disk space, or set POC_OUTBOX_PATH"
+        ) from error
+
+
+@contextmanager
+def _locked(path: str, wait: bool) -> Iterator[bool]:
+    """Holds the lock file `path`; yields whether it was to be had."""
+    fd = _lock(path, wait)
+    try:
+        yield fd is not None
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+
+def _lock(path: str, wait: bool) -> int | None:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        os.close(fd)
+        if isinstance(error, BlockingIOError):
+            return None
+        raise
+    return fd
+
+
+class Slot:
+    """This server's place in an outbox file: the lowest number that no living server holds."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._fd: int | None = None
+        self.number = 0
+        if path == IN_MEMORY:
+            return
+        try:
+            for self.number in range(MAX_SLOTS):
+                self._fd = _lock(self._lock_path(self.number), wait=False)
+                if self._fd is not None:
+                    return
+        except OSError as error:
+            raise OutboxError(f"the outbox {path!r} cannot be locked: {error}") from error
+        raise OutboxError(f"{MAX_SLOTS} servers use the outbox {path!r}; set POC_OUTBOX_PATH to another file")
+
+    def orphaned(self, number: int) -> AbstractContextManager[bool]:
+        """Context: whether slot `number` has no server; none can take it before the context ends."""
+        return _locked(self._lock_path(number), wait=False)
+
+    def close(self) -> None:
+        """Give the place up."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def _lock_path(self, number: int) -> str:
+        return f"{self._path}.lock-{number}"

@@ -1,0 +1,620 @@
+"""The outbox file: what is in it after any sequence of operations, and which files are refused."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import re
+import sqlite3
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from gonka_poc import outbox as outbox_module
+from gonka_poc.errors import OutboxError, OutboxFullError
+from gonka_poc.outbox import Batch, Counts, Outbox
+from gonka_poc.outbox_admin import purge, retry_parked, summary
+from gonka_poc.outbox_file import APPLICATION_ID, FORMAT_VERSION, outbox_path
+
+URL = "http://receiver"
+CAP = 10**9
+VECTOR = "A" * 32  # k_dim 12
+ROOT = Path(__file__).parent.parent
+
+
+def artifacts(*nonces: int) -> list[dict]:
+    return [{"nonce": nonce, "vector_b64": VECTOR} for nonce in nonces]
+
+
+def nonces_of(batch: Batch) -> list[int]:
+    return [artifact["nonce"] for artifact in json.loads(batch.body)["artifacts"]]
+
+
+def take(box: Outbox, url: str = URL) -> Batch | None:
+    """The next batch, whatever was added so far."""
+    newest = box.newest(url)
+    return None if newest is None else box.next_batch(url, newest)
+
+
+def drain(box: Outbox, url: str = URL) -> list[Batch]:
+    batches = []
+    while (batch := take(box, url)) is not None:
+        batches.append(batch)
+        box.delivered(batch.id)
+    return batches
+
+
+@pytest.fixture
+def path(tmp_path) -> str:
+    return str(tmp_path / "outbox.sqlite3")
+
+
+@pytest.fixture
+def open_outbox(path):
+    """Opens the outbox at `path`; everything opened is closed after the test."""
+    boxes: list[Outbox] = []
+
+    def opened(setting: str = path, max_bytes: int = CAP) -> Outbox:
+        boxes.append(Outbox(setting, max_bytes))
+        return boxes[-1]
+
+    yield opened
+    for box in boxes:
+        box.close()
+
+
+# --- one server -------------------------------------------------------------------------------------------------
+
+
+def test_what_went_in_comes_out_after_a_restart(open_outbox, path):
+    box = open_outbox()
+    box.add_artifacts(URL, {"block_hash": "é\ud83d"}, artifacts(2**63 - 1, 0))
+    box.add_validated(URL, {"request_id": "r"})
+    box.close()
+    first, second = drain(open_outbox())
+    assert json.loads(first.body) == {"block_hash": "é\ud83d", "artifacts": artifacts(2**63 - 1, 0)}
+    assert (first.url, first.path) == (URL, "generated")
+    assert json.loads(second.body) == {"request_id": "r"}
+    assert second.path == "validated"
+    assert summary(path) == []
+
+
+def test_a_batch_is_the_same_at_each_try(open_outbox):
+    """Also after a restart between two tries, and with further artifacts of its envelope added in between."""
+    box = open_outbox()
+    box.add_artifacts(URL, {}, artifacts(1, 2))
+    first = take(box)
+    box.add_artifacts(URL, {}, artifacts(3))
+    box.failed(first.id, "answered 500")
+    assert take(box) == first
+    box.close()
+    box = open_outbox()
+    box.add_artifacts(URL, {}, artifacts(4))
+    assert take(box) == first
+    box.delivered(first.id)
+    second = take(box)
+    assert nonces_of(second) == [3, 4]
+    assert second.key != first.key
+
+
+def test_receivers_do_not_mix(open_outbox):
+    box = open_outbox()
+    for nonce in range(6):
+        box.add_artifacts(f"http://{nonce % 3}", {}, artifacts(nonce))
+    assert box.receivers() == ["http://0", "http://1", "http://2"]
+    assert [nonces_of(batch) for url in box.receivers() for batch in drain(box, url)] == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_newer_batches_wait_for_the_next_interval(open_outbox):
+    box = open_outbox()
+    box.add_artifacts(URL, {}, artifacts(1))
+    newest = box.newest(URL)
+    box.delivered(box.next_batch(URL, newest).id)
+    box.add_artifacts(URL, {}, artifacts(2))
+    assert box.next_batch(URL, newest) is None
+
+
+def test_each_change_is_guarded_by_the_present_state(open_outbox, path):
+    """What the command line changed while a batch was on its way is not changed back by the answer to it."""
+    box = open_outbox()
+    box.add_validated(URL, {})
+    batch = take(box)
+    box.park(batch.id, "answered 400")
+    for change in (box.delivered, lambda i: box.failed(i, "late"), lambda i: box.park(i, "late")):
+        change(batch.id)
+        (info,) = summary(path)
+        assert (info.status, info.reason, info.attempts) == ("parked", "answered 400", 1)
+    assert purge(path) == 1
+    box.delivered(batch.id)
+    assert summary(path) == []
+
+
+def test_a_stored_status_is_one_that_is_known(open_outbox):
+    box = open_outbox()
+    box.add_validated(URL, {})
+    with pytest.raises(sqlite3.IntegrityError, match="CHECK"):
+        box._db.execute("UPDATE batch SET status = 'lost'")
+
+
+@pytest.mark.parametrize("query", ["SELECT max(id) FROM batch WHERE", "SELECT id FROM batch WHERE id < 9 AND"])
+def test_the_next_batch_is_found_by_an_index(open_outbox, query):
+    """Whatever the number of parked batches."""
+    rows = open_outbox()._db.execute(
+        f"EXPLAIN QUERY PLAN {query} slot = ? AND url = ? AND {outbox_module.TO_SEND} ORDER BY id", (0, URL)
+    )
+    assert "USING INDEX batch_to_send (slot=? AND url=?" in str(list(rows))
+
+
+# --- random operations against a model --------------------------------------------------------------------------
+
+
+@dataclass
+class ModelBatch:
+    url: str
+    payload: dict
+    status: str
+    nonces: list[int] | None = None
+    attempts: int = 0
+
+
+@dataclass
+class Model:
+    """What the outbox holds, said in lists."""
+
+    batches: list[ModelBatch] = field(default_factory=list)
+    limit: int = 7
+
+    def to_send(self, url: str) -> list[ModelBatch]:
+        return [batch for batch in self.batches if batch.url == url and batch.status in ("open", "pending")]
+
+    def add(self, url: str, payload: dict, nonces: list[int] | None) -> None:
+        last = self.to_send(url)[-1:]
+        if nonces is None:
+            self.batches.append(ModelBatch(url, payload, "pending"))
+        elif last and last[0].status == "open" and last[0].payload == payload and self._fits(last[0], nonces):
+            last[0].nonces.extend(nonces)
+        else:
+            self.batches.append(ModelBatch(url, payload, "open", list(nonces)))
+        self.change(url, ("kept",), "pending")
+
+    def _fits(self, batch: ModelBatch, nonces: list[int]) -> bool:
+        return len(batch.nonces) + len(nonces) <= self.limit
+
+    def change(self, url: str | None, statuses: tuple[str, ...], status: str) -> int:
+        changed = [b for b in self.batches if b.status in statuses and url in (None, b.url)]
+        for batch in changed:
+            batch.status = status
+        return len(changed)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_operations_against_a_model(open_outbox, path, monkeypatch, seed):
+    rng, model = random.Random(seed), Model()
+    monkeypatch.setattr(outbox_module, "MAX_ARTIFACTS_A_BATCH", model.limit)
+    box, nonce = open_outbox(), 0
+    urls = ["http://a", "http://b"]
+    keys: dict[int, str] = {}
+    for _ in range(300):
+        url = rng.choice(urls)
+        operation = rng.choice(["add"] * 5 + ["validated", "send", "send", "send", "keep", "retry", "purge", "reopen"])
+        if operation == "add":
+            count = rng.randrange(1, 10)
+            payload = {"block_height": rng.randrange(2)}
+            box.add_artifacts(url, payload, artifacts(*range(nonce, nonce + count)))
+            model.add(url, payload, list(range(nonce, nonce + count)))
+            nonce += count
+        elif operation == "validated":
+            box.add_validated(url, {"n_total": nonce})
+            model.add(url, {"n_total": nonce}, None)
+        elif operation == "send":
+            batch, expected = take(box, url), (model.to_send(url) or [None])[0]
+            assert (batch is None) == (expected is None)
+            if batch is not None:
+                body = {**expected.payload}
+                if expected.nonces is not None:
+                    body["artifacts"] = artifacts(*expected.nonces)
+                assert json.loads(batch.body) == body
+                assert keys.setdefault(batch.id, batch.key) == batch.key
+                expected.status = "pending"
+                outcome = rng.choice(["delivered", "failed", "park", "lost"])
+                if outcome == "delivered":
+                    box.delivered(batch.id)
+                    model.batches.remove(expected)
+                elif outcome != "lost":
+                    getattr(box, outcome)(batch.id, "reason")
+                    expected.attempts += 1
+                    expected.status = "parked" if outcome == "park" else "pending"
+        elif operation == "keep":
+            box.keep(url)
+            model.change(url, ("open", "pending"), "kept")
+        elif operation == "retry":
+            assert retry_parked(path, url=url) == model.change(url, ("parked", "kept"), "pending")
+        elif operation == "purge" and rng.random() < 0.3:
+            assert purge(path, url=url) == model.change(url, ("parked",), "purged")
+            model.batches = [batch for batch in model.batches if batch.status != "purged"]
+        elif operation == "reopen":
+            box.close()
+            box = open_outbox()
+            if rng.random() < 0.5:
+                box.take_up()
+                model.change(None, ("kept",), "pending")
+        held = [(info.url, info.status, info.num_artifacts, info.attempts) for info in summary(path)]
+        assert held == [(b.url, b.status, len(b.nonces or []), b.attempts) for b in model.batches]
+    assert len(set(keys.values())) == len(keys)
+    (num_artifacts,) = box._db.execute("SELECT count(*) FROM artifact").fetchone()
+    assert num_artifacts == sum(len(batch.nonces or []) for batch in model.batches)
+
+
+# --- the command line's functions -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def filled(open_outbox):
+    """Two batches of each status but open: ids 1, 2 parked, 3, 4 kept, 5, 6 pending; the first of each for URL."""
+    box, statuses = open_outbox(), ["parked", "parked", "kept", "kept", "pending", "pending"]
+    for nonce in range(6):
+        url = URL if nonce % 2 == 0 else "http://other"
+        box.add_artifacts(url, {"block_height": nonce}, artifacts(nonce))
+    for nonce, status in enumerate(statuses):
+        box._db.execute("UPDATE batch SET status = ? WHERE id = ?", (status, nonce + 1))
+    return box
+
+
+@pytest.mark.parametrize(
+    ("chosen", "ids"),
+    [
+        *(({}, [1, 2, 3, 4]), ({"url": URL}, [1, 3]), ({"url": "http://nobody"}, [])),
+        *(({"ids": [2, 3, 5]}, [2, 3]), ({"ids": []}, []), ({"url": URL, "ids": [2, 3]}, [3])),
+    ],
+)
+def test_retry(filled, path, chosen, ids):
+    before = {info.id for info in summary(path) if info.status == "pending"}
+    assert retry_parked(path, **chosen) == len(ids)
+    assert {info.id for info in summary(path) if info.status == "pending"} == before | set(ids)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "ids"),
+    [
+        *(({}, [1, 2]), ({"url": URL}, [1]), ({"ids": [2, 3, 5]}, [2])),
+        *(({"undelivered": True}, [1, 2, 3, 4, 5, 6]), ({"undelivered": True, "url": URL}, [1, 3, 5])),
+    ],
+)
+def test_purge(filled, path, chosen, ids):
+    assert purge(path, **chosen) == len(ids)
+    left = [info.id for info in summary(path)]
+    assert left == [i for i in range(1, 7) if i not in ids]
+    assert filled._db.execute("SELECT count(*) FROM artifact").fetchone() == (len(left),)
+
+
+def test_counts(filled):
+    assert filled.counts() == Counts(4, 4, 2, 2)
+
+
+@pytest.mark.parametrize("function", [summary, retry_parked, purge])
+def test_without_a_file_none_is_made(function, path):
+    with pytest.raises(OutboxError, match=r"there is no outbox .*POC_OUTBOX_PATH"):
+        function(path)
+    assert not Path(path).exists()
+
+
+# --- which file -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "state_home", "expected"),
+    [
+        ("$XDG_STATE_HOME/gonka_poc/outbox.sqlite3", None, "/home/me/.local/state/gonka_poc/outbox.sqlite3"),
+        ("$XDG_STATE_HOME/gonka_poc/outbox.sqlite3", "", "/home/me/.local/state/gonka_poc/outbox.sqlite3"),
+        ("$XDG_STATE_HOME/gonka_poc/outbox.sqlite3", "/state", "/state/gonka_poc/outbox.sqlite3"),
+        ("~/outbox", "/state", "/home/me/outbox"),
+        ("/data/outbox", "/state", "/data/outbox"),
+        (":memory:", "/state", ":memory:"),
+    ],
+)
+def test_the_file_that_a_setting_means(monkeypatch, setting, state_home, expected):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    if state_home is not None:
+        monkeypatch.setenv("XDG_STATE_HOME", state_home)
+    assert outbox_path(setting) == expected
+
+
+def test_the_file_is_made_with_its_folder_and_for_its_user_only(open_outbox, tmp_path):
+    open_outbox(str(tmp_path / "a" / "b" / "outbox"))
+    assert (tmp_path / "a" / "b" / "outbox").stat().st_mode & 0o777 == 0o600
+
+
+def test_in_memory_leaves_no_file(open_outbox, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    box = open_outbox(":memory:")
+    box.add_artifacts(URL, {}, artifacts(1))
+    assert not box.is_durable
+    assert len(drain(box)) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_committed_is_on_disk(open_outbox):
+    pragma = open_outbox()._db.execute
+    assert pragma("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert pragma("PRAGMA synchronous").fetchone() == (2,)  # FULL
+
+
+def foreign_database(path: str) -> None:
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE batch (id INTEGER PRIMARY KEY, slot, url, status)")
+    db.close()
+
+
+def newer_outbox(path: str) -> None:
+    Outbox(path, CAP).close()
+    db = sqlite3.connect(path)
+    db.execute(f"PRAGMA user_version = {FORMAT_VERSION + 1}")
+    db.close()
+
+
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (foreign_database, "is not an outbox; it was left as it is"),
+        (lambda path: Path(path).write_text("my notes"), "is not an outbox; it was left as it is"),
+        (lambda path: Path(path).write_bytes(b"\0" * 4096), "is not an outbox; it was left as it is"),
+        (newer_outbox, f"has format {FORMAT_VERSION + 1}, this release reads {FORMAT_VERSION}"),
+        (lambda path: Path(path).mkdir(), "cannot be opened: .*local disk that this user may write"),
+    ],
+    ids=["a database", "text", "zeros", "a newer format", "a folder"],
+)
+def test_a_file_that_is_not_ours_is_refused_untouched(path, write, said):
+    write(path)
+    before = file_states(path)
+    for use in (lambda: Outbox(path, CAP), lambda: summary(path), lambda: purge(path, undelivered=True)):
+        with pytest.raises(OutboxError, match=said) as refusal:
+            use()
+        assert "POC_OUTBOX_PATH" in str(refusal.value)
+    assert file_states(path) == before
+
+
+def file_states(path: str) -> dict[str, tuple[int, bytes]]:
+    """Time of change and content of every file there."""
+    files = [file for file in Path(path).parent.rglob("*") if ".lock-" not in file.name]
+    return {str(f): (f.stat().st_mtime_ns, f.read_bytes() if f.is_file() else b"") for f in files}
+
+
+def test_the_format_is_told_in_the_header(open_outbox, path):
+    """Also while nothing was moved from the write-ahead log into the file."""
+    open_outbox().add_artifacts(URL, {}, artifacts(1))
+    header = Path(path).read_bytes()[:100]
+    assert int.from_bytes(header[68:72], "big") == APPLICATION_ID
+    assert int.from_bytes(header[60:64], "big") == FORMAT_VERSION
+
+
+def test_a_file_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutboxError, match=r"cannot be opened: .*POC_OUTBOX_PATH"):
+        Outbox(str(tmp_path / "file" / "outbox"), CAP)
+
+
+# --- several servers --------------------------------------------------------------------------------------------
+
+
+def test_servers_that_share_a_file_send_only_their_own(open_outbox):
+    one, two = open_outbox(), open_outbox()
+    one.add_artifacts(URL, {}, artifacts(1))
+    two.add_artifacts(URL, {}, artifacts(2))
+    for box in (one, two):
+        box.adopt()
+    assert [nonces_of(batch) for batch in drain(two)] == [[2]]
+    assert [nonces_of(batch) for batch in drain(one)] == [[1]]
+
+
+def test_batches_of_a_server_that_ended_are_taken_over_once(open_outbox, path):
+    one, two, three = open_outbox(), open_outbox(), open_outbox()
+    two.add_artifacts(URL, {}, artifacts(1))
+    two.park(take(two).id, "answered 400")
+    two.add_artifacts(URL, {}, artifacts(2))
+    key = take(two).key
+    two.keep(URL)
+    two.close()
+    three.adopt()
+    one.adopt()
+    assert one.receivers() == []
+    (batch,) = drain(three)
+    assert (nonces_of(batch), batch.key) == ([2], key)
+    assert retry_parked(path) == 1
+    assert [nonces_of(batch) for batch in drain(three)] == [[1]]
+
+
+def test_a_server_that_starts_again_has_the_place_that_it_left(open_outbox):
+    boxes = [open_outbox() for _ in range(3)]
+    assert [box._slot.number for box in boxes] == [0, 1, 2]
+    boxes[1].add_artifacts(URL, {}, artifacts(1))
+    boxes[1].close()
+    assert [nonces_of(batch) for batch in drain(open_outbox())] == [[1]]
+
+
+def test_many_servers_that_start_at_once(path):
+    """Each makes the file, or finds it whole."""
+    boxes: list[Outbox] = []
+    threads = [threading.Thread(target=lambda: boxes.append(Outbox(path, CAP))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(box._slot.number for box in boxes) == list(range(8))
+    for box in boxes:
+        box.add_artifacts(URL, {}, artifacts(box._slot.number))
+    assert sorted(nonces_of(batch)[0] for box in boxes for batch in drain(box)) == list(range(8))
+    for box in boxes:
+        box.close()
+
+
+# --- room -------------------------------------------------------------------------------------------------------
+
+
+def fill(boxes: list[Outbox]) -> tuple[int, OutboxFullError]:
+    """How many artifacts go into outboxes, in turn, until one refuses, and how it says so."""
+    for turn in itertools.count():
+        try:
+            boxes[turn % len(boxes)].add_artifacts(URL, {}, artifacts(*range(100 * turn, 100 * turn + 100)))
+        except OutboxFullError as error:
+            return 100 * turn, error
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+def test_the_cap_refuses_new_work_and_drops_nothing(open_outbox, path, servers):
+    """Servers that share a file share its cap."""
+    cap = 512 * 1024
+    boxes = [open_outbox(max_bytes=cap) for _ in range(servers)]
+    stored, error = fill(boxes)
+    assert re.search(r"is full: \d+ of 524288 bytes \(POC_OUTBOX_MAX_BYTES\)", str(error))
+    assert 8_000 < stored < 12_000
+    assert os.path.getsize(path) <= cap + 64 * 1024
+    for box in boxes:
+        with pytest.raises(OutboxFullError):
+            box.check_room()
+    assert sorted(n for box in boxes for batch in drain(box) for n in nonces_of(batch)) == list(range(stored))
+    boxes[0].check_room()
+    boxes[0].add_artifacts(URL, {}, artifacts(1))
+
+
+def test_new_work_is_refused_before_running_work(open_outbox):
+    box = open_outbox(max_bytes=2**19)
+    while True:
+        try:
+            box.check_room()
+        except OutboxFullError:
+            break
+        box.add_artifacts(URL, {}, artifacts(*range(50)))
+    box.add_artifacts(URL, {}, artifacts(*range(50)))
+
+
+FULL_DISK = """
+import json, os, sys
+from gonka_poc.errors import OutboxFullError
+from gonka_poc.outbox import Outbox
+disk = sys.argv[1]
+with open(disk + "/other", "wb") as other:
+    other.write(bytes(512 * 1024))
+box, stored, said = Outbox(disk + "/outbox", 10**9), 0, ""
+try:
+    while True:
+        box.add_artifacts("http://receiver", {}, [{"nonce": stored + i, "vector_b64": "A" * 32} for i in range(50)])
+        stored += 50
+except OutboxFullError as error:
+    said = str(error)
+refused = 0
+for _ in range(3):
+    try:
+        box.add_artifacts("http://receiver", {}, [{"nonce": -1, "vector_b64": "A" * 32} for i in range(50)])
+    except OutboxFullError:
+        refused += 1
+os.remove(disk + "/other")
+box.add_artifacts("http://receiver", {}, [{"nonce": stored, "vector_b64": "A" * 32}])
+got = []
+while (newest := box.newest("http://receiver")) is not None:
+    batch = box.next_batch("http://receiver", newest)
+    got += [artifact["nonce"] for artifact in json.loads(batch.body)["artifacts"]]
+    box.delivered(batch.id)
+print(json.dumps({"stored": stored, "said": said, "refused": refused, "whole": got == list(range(stored + 1))}))
+"""
+
+
+def test_a_disk_that_is_full(tmp_path):
+    """On a real file system, of 1 MiB: what does not fit is refused whole, and goes in once there is room."""
+    command = f'mount -t tmpfs -o size=1m tmpfs {tmp_path} && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", command, "sh", sys.executable, "-c", FULL_DISK, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode and ("unshare" in done.stderr or "mount" in done.stderr):
+        pytest.skip(f"no file system of our own here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["stored"] > 500
+    assert result["whole"]
+    assert result["refused"] == 3
+    assert "cannot be written" in result["said"]
+
+
+def test_an_outbox_that_was_large_gives_its_space_back(open_outbox, path, monkeypatch):
+    """Once it is empty, and but for a reserve."""
+    monkeypatch.setattr(outbox_module, "MAX_FREE_PAGES", 20)
+    box = open_outbox()
+    box.add_artifacts(URL, {}, artifacts(*range(10_000)))
+    (pages,) = box._db.execute("PRAGMA page_count").fetchone()
+    drain(box)
+    assert pages > 100
+    assert box._db.execute("PRAGMA page_count").fetchone()[0] < 20
+
+
+# --- memory, and the file, over many rows -----------------------------------------------------------------------
+
+MANY_ROWS = """
+import json, os, sys, time
+from gonka_poc.outbox import Outbox
+
+path, rows = sys.argv[1], int(sys.argv[2])
+box = Outbox(path, 10**10)
+
+def resident():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+def write(count):
+    for start in range(0, count, 32):
+        batch = [{"nonce": n, "vector_b64": "A" * 32} for n in range(start, start + 32)]
+        box.add_artifacts("http://receiver", {"block_hash": "b"}, batch)
+
+def drain(highest):
+    nonce = 0
+    while (newest := box.newest("http://receiver")) is not None:
+        batch = box.next_batch("http://receiver", newest)
+        for artifact in json.loads(batch.body)["artifacts"]:
+            assert artifact["nonce"] == nonce
+            nonce += 1
+        box.delivered(batch.id)
+        highest = max(highest, resident())
+    return nonce, highest
+
+write(20_480)
+before = max(resident(), drain(0)[1])
+started = time.monotonic()
+write(rows)
+written, full = time.monotonic(), os.path.getsize(path)
+drained, highest = drain(resident())
+print(json.dumps({
+    "drained": drained,
+    "grown": highest - before,
+    "file": full,
+    "file_left": os.path.getsize(path),
+    "wal": os.path.getsize(path + "-wal"),
+    "write_sec": written - started,
+    "drain_sec": time.monotonic() - written,
+}))
+"""
+
+
+def test_memory_is_flat_over_many_rows(path):
+    """OUTBOX_TEST_ROWS=1000000 is the same at full length."""
+    rows = int(os.environ.get("OUTBOX_TEST_ROWS", "48000"))
+    done = subprocess.run(
+        [sys.executable, "-c", MANY_ROWS, path, str(rows)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    print(result)
+    assert result["drained"] == rows
+    assert result["grown"] < 10 * 2**20
+    assert result["wal"] < 64 * 2**20
+    assert result["file_left"] <= 64 * 2**20 + 10 * 2**20  # what is kept free for a disk that fills up, and the schema
