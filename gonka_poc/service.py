@@ -19,7 +19,9 @@ from gonka_poc.data import (
 )
 from gonka_poc.errors import ConflictError, RequestError
 from gonka_poc.generate_queue import GenerateJob, GenerateQueue
+from gonka_poc.history import RecentErrors
 from gonka_poc.manager import PoCManagerV1
+from gonka_poc.metrics import Metrics
 from gonka_poc.rounds import GenerateRound
 
 STOPPED = "stopped by POST /stop"
@@ -28,9 +30,12 @@ STOPPED = "stopped by POST /stop"
 class PoCService:
     """One object a server app; everything of it that changes lives here or below."""
 
-    def __init__(self, manager: PoCManagerV1, settings: Settings) -> None:
+    def __init__(self, manager: PoCManagerV1, settings: Settings, metrics: Metrics | None = None) -> None:
+        self.metrics = metrics or Metrics()
+        self.recent_errors = RecentErrors()
         self._manager = manager
         self._settings = settings
+        self._callback_rules = settings.callback_rules
         self._round: GenerateRound | None = None
         self._starting = asyncio.Lock()
         self._no_round = asyncio.Event()
@@ -38,11 +43,19 @@ class PoCService:
         self._background: set[asyncio.Task[Any]] = set()
         self.callbacks = CallbackSender(settings)
         self.queue = GenerateQueue(manager, settings, self._no_round, self._send_completed)
+        self.metrics.queue_nonces = lambda: self.queue.queued_nonces
+        self.metrics.outbox_pending = lambda: self.callbacks.num_pending
+        self.metrics.state = lambda: self.status().status
 
     async def init_generate(self, request: InitGenerateRequest) -> None:
-        """Start a round. Raises ConflictError if one runs, and what PoCManagerV1.check raises."""
+        """Start a round.
+
+        Raises ConflictError if one runs, RequestError for a refused callback URL, and what PoCManagerV1.check raises.
+        """
+        if request.url is not None:
+            self._callback_rules.check_url(request.url)
         async with self._starting:
-            if self._round is not None and self._round.active:
+            if self.generating:
                 raise ConflictError("a round is already generating; POST /api/v1/pow/stop ends it")
             await self._manager.check(request.params)
             self._round = GenerateRound(
@@ -54,8 +67,11 @@ class PoCService:
     async def submit(self, request: GenerateRequest) -> GenerateJob:
         """Queue a request for given nonces.
 
-        Raises RequestError (nonce sets differ), QueueFullError, and what PoCManagerV1.check raises.
+        Raises RequestError (callback URL refused, nonce sets differ), QueueFullError, and what PoCManagerV1.check
+        raises.
         """
+        if request.url is not None:
+            self._callback_rules.check_url(request.url)
         if request.validation is not None:
             received = {artifact.nonce for artifact in request.validation.artifacts}
             wrong = sorted(received.symmetric_difference(request.nonces))
@@ -66,6 +82,16 @@ class PoCService:
                 )
         await self._manager.check(request.params)
         return self.queue.submit(request)
+
+    @property
+    def settings(self) -> Settings:
+        """What the server was started with."""
+        return self._settings
+
+    @property
+    def generating(self) -> bool:
+        """Whether a round generates."""
+        return self._round is not None and self._round.active
 
     def status(self) -> StatusAnswer:
         """The round that generates, or IDLE; and why the last round ended, if by a failure."""
