@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from gonka_poc.errors import RequestError
+from gonka_poc.errors import RequestError, printable
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -84,8 +84,8 @@ class CallbackRules:
             try:
                 if entry.startswith("*."):
                     suffixes.append("." + _plain_name(entry[2:]))
-                elif "/" in entry or _as_address(entry) is not None:
-                    networks.append(ipaddress.ip_network(entry.strip("[]")))
+                elif "/" in entry or _as_address(_unbracketed(entry)) is not None:
+                    networks.append(ipaddress.ip_network(_unbracketed(entry)))
                 else:
                     url = httpx.URL(f"http://{entry}")
                     if url.path != "/" or url.userinfo or url.query or url.fragment or _is_number(url):
@@ -110,7 +110,7 @@ class CallbackRules:
             parsed = httpx.URL(url)
             name = _name_of(parsed)
         except (httpx.InvalidURL, ValueError) as error:
-            raise RequestError(f"the callback URL {url!a} cannot be used: {error}") from error
+            raise RequestError(f"the callback URL {url!a} cannot be used: {printable(str(error))}") from error
         if parsed.scheme not in ("http", "https"):
             raise RequestError(f"the callback URL {url!a} must begin with http:// or https://")
         address = _as_address(name)
@@ -220,9 +220,13 @@ def _plain_name(name: str) -> str:
     return name
 
 
+def _unbracketed(text: str) -> str:
+    return text[1:-1] if text.startswith("[") and text.endswith("]") else text
+
+
 def _as_address(name: str) -> Address | None:
     try:
-        return ipaddress.ip_address(name.strip("[]"))
+        return ipaddress.ip_address(name)
     except ValueError:
         return None
 

@@ -91,3 +91,8 @@ def error_by_name(name: str, message: str) -> PoCError:
     if name in classes:
         return classes[name](message)
     return ComputeError(f"{name}: {message}")
+
+
+def printable(text: str) -> str:
+    """`text` in printable ASCII: everything else escaped, so that it cannot look like another line of a log."""
+    return "".join(char if " " <= char <= "~" else ascii(char)[1:-1] for char in text)

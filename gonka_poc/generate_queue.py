@@ -24,8 +24,7 @@ from gonka_poc.data import (
     chunks,
     encode_vector,
 )
-from gonka_poc.errors import ConflictError, NotFoundError, PoCError, QueueFullError
-from gonka_poc.history import printable
+from gonka_poc.errors import ConflictError, NotFoundError, PoCError, QueueFullError, printable
 from gonka_poc.manager import PoCManagerV1
 from gonka_poc.validation import validate_artifacts
 

@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from gonka_poc.errors import printable
+
 BUCKET_SEC = 10
 NUM_BUCKETS = 180
 MAX_ERRORS = 20
@@ -89,8 +91,3 @@ class RecentErrors(logging.Handler):
     def remove(self) -> None:
         """Listen no more."""
         logging.getLogger("vllm.gonka_poc").removeHandler(self)
-
-
-def printable(text: str) -> str:
-    """`text` in printable ASCII: everything else escaped, so that it cannot look like another line of a log."""
-    return "".join(char if " " <= char <= "~" else ascii(char)[1:-1] for char in text)

@@ -18,8 +18,8 @@ from gonka_poc.errors import (
     PoCError,
     RequestError,
     error_by_name,
+    printable,
 )
-from gonka_poc.history import printable
 from gonka_poc.metrics import Metrics
 from gonka_poc.vllm_compat import INSECURE_SERIALIZATION, WORKER_EXTENSION, ApiView
 from gonka_poc.worker import poc_call

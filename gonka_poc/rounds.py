@@ -9,8 +9,7 @@ from collections.abc import Callable
 
 from gonka_poc.config import Settings
 from gonka_poc.data import BatchResult, InitGenerateRequest, RoundConfig, RoundStats
-from gonka_poc.errors import PoCError
-from gonka_poc.history import printable
+from gonka_poc.errors import PoCError, printable
 from gonka_poc.manager import PoCManagerV1
 
 logger = logging.getLogger("vllm.gonka_poc.rounds")

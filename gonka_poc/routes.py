@@ -25,9 +25,8 @@ from gonka_poc.data import (
     QueuedAnswer,
     StatusAnswer,
 )
-from gonka_poc.errors import PoCError
+from gonka_poc.errors import PoCError, printable
 from gonka_poc.generate_queue import GenerateJob
-from gonka_poc.history import printable
 from gonka_poc.service import PoCService
 
 PREFIX = "/api/v1/pow"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import traceback
 
 import pytest
 from pydantic import ValidationError
 
 from gonka_poc.config import Settings, SettingsError, load_settings
 
-NAMES = list(Settings.model_fields)
+TEXTS = ("api_token", "callback_allow", "priority")
+NAMES = [name for name in Settings.model_fields if name not in TEXTS]
 
 
 @pytest.fixture(autouse=True)
@@ -20,11 +22,14 @@ def _plain_environment(monkeypatch):
 
 def test_defaults():
     assert load_settings().model_dump() == {
+        "api_token": None,
+        "callback_allow": "",
         "callback_interval_sec": 5.0,
         "callback_timeout_sec": 30.0,
         "chat_backoff_sec": 0.05,
         "max_body_bytes": 32 * 1024 * 1024,
         "max_queued_nonces": 100_000,
+        "priority": "chat",
         "result_ttl_sec": 300.0,
     }
 
@@ -42,6 +47,50 @@ def test_a_value_that_cannot_be_used_is_named(monkeypatch, name, value):
     monkeypatch.setenv(f"POC_{name.upper()}", value)
     with pytest.raises(SettingsError, match=f"POC_{name.upper()}='{value}': "):
         load_settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("api_token", "s3cret"), ("callback_allow", "a.example, 10.0.0.0/8"), ("priority", "poc")]
+)
+def test_each_text_is_read_from_its_variable(monkeypatch, name, value):
+    monkeypatch.setenv(f"POC_{name.upper()}", value)
+    settings = load_settings()
+    found = settings.api_token.get_secret_value() if name == "api_token" else getattr(settings, name)
+    assert found == value
+    assert settings.model_copy(update={name: getattr(Settings(), name)}).model_dump(exclude={name}) == (
+        Settings().model_dump(exclude={name})
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("priority", ""),
+        ("priority", "CHAT"),
+        ("priority", "both"),
+        ("callback_allow", "a.example, 10.0.0.1/8"),
+        ("callback_allow", "http://a.example"),
+    ],
+)
+def test_a_text_that_cannot_be_used_is_named(monkeypatch, name, value):
+    monkeypatch.setenv(f"POC_{name.upper()}", value)
+    with pytest.raises(SettingsError, match=f"POC_{name.upper()}='{value}': "):
+        load_settings()
+
+
+@pytest.mark.parametrize("value", ["", " ", "two words", "tab\t", "caf\u00e9", "line\nbreak"])
+def test_a_token_that_cannot_be_used_is_not_shown(monkeypatch, value):
+    monkeypatch.setenv("POC_API_TOKEN", value)
+    with pytest.raises(SettingsError, match=r"POC_API_TOKEN: .*printable ASCII") as caught:
+        load_settings()
+    shown = "".join(traceback.format_exception(caught.value))
+    assert not value.strip() or value not in shown
+
+
+def test_the_token_is_in_no_text_of_the_settings(monkeypatch):
+    monkeypatch.setenv("POC_API_TOKEN", "s3cret")
+    settings = load_settings()
+    assert "s3cret" not in f"{settings} {settings!r} {settings.model_dump()} {settings.model_dump_json()}"
 
 
 @pytest.mark.parametrize("name", ["callback_interval_sec", "callback_timeout_sec", "chat_backoff_sec"])
