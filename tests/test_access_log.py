@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from typing import Any
 
-import httpx
 import pytest
-import uvicorn
-from fakes import FakeView
-from prometheus_client import CollectorRegistry
-from starlette.applications import Starlette
-from starlette.responses import PlainTextResponse
-from starlette.routing import Route
+from live_server import LiveServer
 
-from gonka_poc import middleware
 from gonka_poc.access_log import ACCESS_LOGGER, PollFilter
-from gonka_poc.middleware import POLLED, PoCMiddleware
+from gonka_poc.middleware import POLLED
 from gonka_poc.routes import PREFIX
-from gonka_poc.server_process import free_port
 
 
 class Clock:
@@ -97,28 +88,11 @@ def test_what_is_kept_does_not_grow(polls):
 
 def test_a_real_server_while_it_runs(monkeypatch, caplog):
     """uvicorn writes one line of many polls, every line of other requests, and the filter ends with the server."""
-    monkeypatch.setattr(middleware, "installed_version", lambda: "0.32.0")
-    monkeypatch.setattr(middleware, "ApiView", lambda app: FakeView())
-    monkeypatch.setattr(middleware, "REGISTRY", CollectorRegistry())
     monkeypatch.setattr(logging.getLogger(ACCESS_LOGGER), "propagate", True)
     caplog.set_level(logging.INFO, ACCESS_LOGGER)
-    app = Starlette(routes=[Route(path, lambda request: PlainTextResponse("")) for path in ("/health", "/v1/models")])
-    app.add_middleware(PoCMiddleware)
-    port = free_port()
-    config = uvicorn.Config(app, port=port, log_config=None)
-    server = uvicorn.Server(config)
-
-    async def poll() -> None:
-        serving = asyncio.create_task(server.serve())
-        while not server.started:
-            await asyncio.sleep(0.01)
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
-            for path in ("/health", f"{PREFIX}/status", "/v1/models") * 5:
-                assert (await client.get(path)).status_code == 200
-        server.should_exit = True
-        await serving
-
-    asyncio.run(asyncio.wait_for(poll(), 20))
+    with LiveServer() as server:
+        for path in ("/health", f"{PREFIX}/status", "/v1/models") * 5:
+            assert server.get(path).status_code == 200
     paths = [record.args[2] for record in caplog.records if record.name == ACCESS_LOGGER]
     assert sorted(paths) == sorted(["/health", f"{PREFIX}/status", *["/v1/models"] * 5])
-    assert not any(isinstance(f, PollFilter) for f in logging.getLogger(ACCESS_LOGGER).filters)
+    assert not any(isinstance(item, PollFilter) for item in logging.getLogger(ACCESS_LOGGER).filters)

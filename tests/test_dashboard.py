@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import re
-import threading
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -14,11 +12,9 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from browser import Page, open_page
 from fakes import FakeView, generate_body, round_body, until
-from prometheus_client import CollectorRegistry
-from starlette.applications import Starlette
+from live_server import LiveServer
 
 from gonka_poc import middleware
 from gonka_poc.config import Settings
@@ -26,9 +22,7 @@ from gonka_poc.data import GenerateRequest, InitGenerateRequest
 from gonka_poc.history import BUCKET_SEC, NUM_BUCKETS, History
 from gonka_poc.manager import PoCManagerV1
 from gonka_poc.metrics import Metrics
-from gonka_poc.middleware import PoCMiddleware
 from gonka_poc.routes import PREFIX, make_app
-from gonka_poc.server_process import free_port
 from gonka_poc.service import PoCService
 
 HTML = files("gonka_poc").joinpath("dashboard.html").read_text(encoding="utf-8")
@@ -148,33 +142,6 @@ def test_text_stands_out(scheme, ground, text):
 # --- in a browser -----------------------------------------------------------------------------------------------
 
 
-class LiveServer:
-    """The middleware in a real HTTP server, in a thread, with made-up history."""
-
-    def __init__(self, port: int | None = None) -> None:
-        self.port = port or free_port()
-        self.url = f"http://127.0.0.1:{self.port}{URL}"
-        self._app = Starlette()
-        self._app.add_middleware(PoCMiddleware)
-        self._server = uvicorn.Server(uvicorn.Config(self._app, port=self.port, log_config=None))
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve()))
-
-    def __enter__(self) -> LiveServer:
-        self._thread.start()
-        while not self._server.started:
-            assert self._thread.is_alive()
-        return self
-
-    def __exit__(self, *exc_info: Any) -> None:
-        self._server.should_exit = True
-        self._thread.join(10)
-        assert not self._thread.is_alive()
-
-    def post(self, path: str, body: dict[str, Any] | None = None) -> None:
-        response = httpx.post(f"http://127.0.0.1:{self.port}{PREFIX}{path}", json=body, trust_env=False)
-        assert response.status_code == 200, response.text
-
-
 def made_up_metrics() -> Metrics:
     """Half an hour of work: a ramp, a pause for chat, and a steady end."""
     now = 1000.0
@@ -189,15 +156,6 @@ def made_up_metrics() -> Metrics:
     now += BUCKET_SEC
     history.current()
     return metrics
-
-
-@pytest.fixture(autouse=True)
-def view(monkeypatch) -> FakeView:
-    view = FakeView()
-    monkeypatch.setattr(middleware, "installed_version", lambda: "0.32.0")
-    monkeypatch.setattr(middleware, "ApiView", lambda app: view)
-    monkeypatch.setattr(middleware, "REGISTRY", CollectorRegistry())
-    return view
 
 
 @pytest.fixture(scope="module")
@@ -215,14 +173,14 @@ def page(browser: Page) -> Page:
     return browser
 
 
-def test_a_browser_shows_the_figures(page: Page, view: FakeView, monkeypatch, tmp_path: Path):
+def test_a_browser_shows_the_figures(page: Page, monkeypatch, tmp_path: Path):
     monkeypatch.setattr(middleware, "Metrics", made_up_metrics)
     with LiveServer() as server:
         server.post("/generate", generate_body(list(range(5))))
         server.post("/init/generate", round_body(block_height=123, node_id=2, node_count=5))
         server.post("/generate", generate_body(list(range(1234))))
         logging.getLogger("vllm.gonka_poc.test").error("%s", NASTY)
-        page.open(server.url)
+        page.open(server.url + URL)
         page.until("!document.getElementById('status').hidden")
         shown = page.text()
         for words in ("GENERATING", "block 123, node 2 of 5", "1,234", "chat goes first", "3 dropped as NaN", NASTY):
@@ -242,8 +200,9 @@ def test_a_browser_shows_the_figures(page: Page, view: FakeView, monkeypatch, tm
         page.display(width=360, height=740)
         page.screenshot(tmp_path / "phone.png")
         assert page.value("document.documentElement.scrollWidth") == 360
+        assert page.value("document.querySelector('#chart text').getBoundingClientRect().height") >= 12
         assert page.complaints == []
-        assert {url for url in page.requests if url != "data:,"} == {server.url, f"{server.url}/data"}
+        assert {url for url in page.requests if url != "data:,"} == {server.url + URL, f"{server.url}{URL}/data"}
         server.post("/stop")
         page.until("document.getElementById('state').textContent === 'IDLE'")  # by itself
 
@@ -252,7 +211,7 @@ def test_a_browser_shows_the_figures(page: Page, view: FakeView, monkeypatch, tm
 def test_the_page_follows_the_colour_scheme(page: Page, scheme):
     with LiveServer() as server:
         page.display(scheme=scheme)
-        page.open(server.url)
+        page.open(server.url + URL)
         colour = page.value("getComputedStyle(document.body).backgroundColor")
     levels = [int(level) for level in re.findall(r"\d+", colour)]
     assert (min(levels) > 200) if scheme == "light" else (max(levels) < 60)
@@ -266,7 +225,7 @@ def test_the_page_asks_for_the_token(page: Page, monkeypatch):
         page.value("document.querySelector('#token-form button').click()")
 
     with LiveServer() as server:
-        page.open(server.url)
+        page.open(server.url + URL)
         page.until("!document.getElementById('token-form').hidden")
         assert "POC_API_TOKEN" in page.text()
         assert "State" not in page.text()
@@ -284,7 +243,7 @@ def test_the_page_asks_for_the_token(page: Page, monkeypatch):
 def test_the_page_says_when_the_server_is_gone(page: Page, tmp_path: Path):
     message = "document.getElementById('message')"
     with LiveServer() as server:
-        page.open(server.url)
+        page.open(server.url + URL)
         page.until("!document.getElementById('status').hidden")
         assert page.value(f"{message}.hidden")
     page.until(f"!{message}.hidden && {message}.textContent.includes('does not answer')")
