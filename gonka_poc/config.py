@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from pydantic import Field, ValidationError
+from typing import Literal
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from gonka_poc.access import CallbackRules
 from gonka_poc.errors import SettingsError
 
 
 class Settings(BaseSettings):
     """Each field is the environment variable POC_<NAME>; the README's table is checked against this class."""
 
-    model_config = SettingsConfigDict(env_prefix="POC_", frozen=True)
+    # a value can be the token, and a traceback shows the error of pydantic too
+    model_config = SettingsConfigDict(env_prefix="POC_", frozen=True, hide_input_in_errors=True)
 
+    api_token: SecretStr | None = Field(
+        default=None, description="bearer token that /api/v1/pow/* asks for; none: open to all who reach the port"
+    )
+    callback_allow: str = Field(
+        default="",
+        description="hosts, host:port, *.suffix, addresses and CIDR ranges, separated by commas, that callbacks may go "
+        "to; empty: every host but link-local and cloud metadata addresses, which are always refused",
+    )
     callback_interval_sec: float = Field(
         default=5.0, gt=0, allow_inf_nan=False, description="seconds between two callbacks of one receiver"
     )
@@ -35,9 +47,30 @@ class Settings(BaseSettings):
         min_length=1,
         description="file of undelivered callbacks (`$XDG_STATE_HOME`: `~/.local/state`); `:memory:` keeps no file",
     )
+    priority: Literal["chat", "poc"] = Field(
+        default="chat", description="who waits; `poc`: chat and completions get 503 while a round generates"
+    )
     result_ttl_sec: float = Field(
         default=300.0, gt=0, allow_inf_nan=False, description="seconds that a finished result can be polled"
     )
+
+    @field_validator("api_token")
+    @classmethod
+    def _token_fits_a_header(cls, token: SecretStr | None) -> SecretStr | None:
+        if token is not None and not all("!" <= char <= "~" for char in token.get_secret_value() or " "):
+            raise ValueError("must be printable ASCII without spaces, and not empty; unset it to ask for no token")
+        return token
+
+    @field_validator("callback_allow")
+    @classmethod
+    def _rules_can_be_read(cls, entries: str) -> str:
+        CallbackRules.parse(entries)
+        return entries
+
+    @property
+    def callback_rules(self) -> CallbackRules:
+        """`callback_allow`, understood."""
+        return CallbackRules.parse(self.callback_allow)
 
 
 def load_settings() -> Settings:
@@ -45,5 +78,10 @@ def load_settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        lines = [f"POC_{str(e['loc'][0]).upper()}={e['input']!r}: {e['msg']}" for e in error.errors()]
+        lines = [f"{_shown(str(e['loc'][0]), e['input'])}: {e['msg']}" for e in error.errors()]
         raise SettingsError("settings that cannot be used: " + "; ".join(lines)) from error
+
+
+def _shown(field: str, value: object) -> str:
+    name = f"POC_{field.upper()}"
+    return name if field == "api_token" else f"{name}={value!r}"

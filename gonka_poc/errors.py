@@ -2,6 +2,7 @@
 
 PoCError
 ├── RequestError             400  a value breaks a limit of this server
+├── UnauthorizedError        401  the request does not show the server's token
 ├── ConflictError            409  the request does not fit what the server is or does
 ├── NotFoundError            404  no such request
 ├── BodyTooLargeError        413  the body is over POC_MAX_BODY_BYTES
@@ -30,6 +31,12 @@ class RequestError(PoCError):
     """A value of the request breaks a limit of this server."""
 
     http_status = 400
+
+
+class UnauthorizedError(PoCError):
+    """The request does not show POC_API_TOKEN."""
+
+    http_status = 401
 
 
 class ConflictError(PoCError):
@@ -106,3 +113,8 @@ def error_by_name(name: str, message: str) -> PoCError:
     if name in classes:
         return classes[name](message)
     return ComputeError(f"{name}: {message}")
+
+
+def printable(text: str) -> str:
+    """`text` in printable ASCII: everything else escaped, so that it cannot look like another line of a log."""
+    return "".join(char if " " <= char <= "~" else ascii(char)[1:-1] for char in text)

@@ -24,7 +24,7 @@ from gonka_poc.data import (
     chunks,
     encode_vector,
 )
-from gonka_poc.errors import ConflictError, NotFoundError, PoCError, QueueFullError
+from gonka_poc.errors import ConflictError, NotFoundError, PoCError, QueueFullError, printable
 from gonka_poc.manager import PoCManagerV1
 from gonka_poc.validation import validate_artifacts
 
@@ -130,7 +130,7 @@ class GenerateQueue:
                     await self._on_completed(job, answer)
                     self._end(job, answer)
             except PoCError as error:
-                logger.error("PoC request %s failed: %s", job.request_id, error)
+                logger.error("PoC request %s failed: %s", job.request_id, printable(str(error)))
                 self._end(job, error)
             except Exception as error:
                 logger.exception("PoC request %s failed", job.request_id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import time
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from gonka_poc.errors import (
     PoCError,
     RequestError,
     error_by_name,
+    printable,
 )
+from gonka_poc.metrics import Metrics
 from gonka_poc.vllm_compat import INSECURE_SERIALIZATION, WORKER_EXTENSION, ApiView
 from gonka_poc.worker import poc_call
 
@@ -28,8 +31,9 @@ logger = logging.getLogger("vllm.gonka_poc.manager")
 class PoCManagerV1:
     """Drives the workers through `collective_rpc`, one micro-batch at a time; chat goes first."""
 
-    def __init__(self, view: ApiView) -> None:
+    def __init__(self, view: ApiView, metrics: Metrics | None = None) -> None:
         self._view = view
+        self._metrics = metrics or Metrics()
         self._lock = asyncio.Lock()
         self._prepared = False
 
@@ -74,12 +78,17 @@ class PoCManagerV1:
         """
         async with self._lock:
             if self._view.has_unfinished_requests():
+                self._metrics.skipped()
                 return None
+            started = time.monotonic()
             answers = await self._call("poc_compute", dataclasses.asdict(spec), nonces)
+            seconds = time.monotonic() - started
         results = [answer for answer in answers if answer is not None]
         if len(results) != 1:
             raise ComputeError(f"one worker must answer with the vectors; {len(results)} of {len(answers)} did")
-        return _unpack(results[0], nonces, spec.k_dim)
+        result = _unpack(results[0], nonces, spec.k_dim)
+        self._metrics.computed(len(result.vectors), len(result.not_computed_nonces), seconds)
+        return result
 
     async def release(self) -> None:
         """Let the workers drop what they keep between the batches of a round; a failure is only logged."""
@@ -88,7 +97,7 @@ class PoCManagerV1:
                 async with self._lock:
                     await self._call("poc_release")
             except PoCError as error:
-                logger.warning("PoC scratch memory was not released: %s", error)
+                logger.warning("PoC scratch memory was not released: %s", printable(str(error)))
 
     async def _call(self, method: str, *args: Any) -> list[Any]:
         """Answers of all workers. By method name where the worker extension is loaded, else by function."""

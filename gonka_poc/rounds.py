@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 from gonka_poc.config import Settings
 from gonka_poc.data import BatchResult, InitGenerateRequest, RoundConfig, RoundStats
-from gonka_poc.errors import PoCError
+from gonka_poc.errors import PoCError, printable
 from gonka_poc.manager import PoCManagerV1
 
 logger = logging.getLogger("vllm.gonka_poc.rounds")
@@ -87,7 +87,7 @@ class GenerateRound:
             logger.info("PoC round stopped after %d nonces", self._done)
         except PoCError as error:
             self.error = str(error)
-            logger.error("PoC round failed after %d nonces: %s", self._done, error)
+            logger.error("PoC round failed after %d nonces: %s", self._done, printable(self.error))
         except Exception as error:
             self.error = f"{type(error).__name__}: {error}"
             logger.exception("PoC round failed after %d nonces", self._done)

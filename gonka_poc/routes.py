@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 
 from gonka_poc import __version__
+from gonka_poc.dashboard import DashboardData, dashboard_data, dashboard_page
 from gonka_poc.data import (
     Completed,
     ErrorAnswer,
@@ -24,7 +25,7 @@ from gonka_poc.data import (
     QueuedAnswer,
     StatusAnswer,
 )
-from gonka_poc.errors import PoCError
+from gonka_poc.errors import PoCError, printable
 from gonka_poc.generate_queue import GenerateJob
 from gonka_poc.service import PoCService
 
@@ -48,7 +49,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorAnswer} for status in statuses}
 
 
-router = APIRouter(prefix=PREFIX, tags=["proof of compute"])
+router = APIRouter(prefix=PREFIX, tags=["proof of compute"], responses=_errors(401))
 
 
 @router.post("/init/generate", responses=_errors(400, 409, 413, 500, 501, 503, 507))
@@ -86,6 +87,18 @@ async def stop(service: Service) -> OkAnswer:
     return OkAnswer(pow_status=PowStatus(status="STOPPED"))
 
 
+@router.get("/dashboard", response_class=HTMLResponse)
+async def dashboard() -> HTMLResponse:
+    """The status page; it asks for the token itself where there is one."""
+    return dashboard_page()
+
+
+@router.get("/dashboard/data")
+async def dashboard_figures(service: Service) -> DashboardData:
+    """What the status page shows, as JSON."""
+    return dashboard_data(service)
+
+
 async def _outcome_while_connected(job: GenerateJob, request: Request, service: PoCService) -> Completed:
     """The outcome of a job; its work ends when its client hangs up."""
     try:
@@ -102,7 +115,7 @@ async def answer_poc_error(request: Request, error: Exception) -> JSONResponse:
     """A PoCError as its HTTP status and a sentence."""
     status = error.http_status if isinstance(error, PoCError) else 500
     if status >= 500:
-        logger.error("%s %s: %s", request.method, request.url.path, error)
+        logger.error("%s %a: %s", request.method, request.url.path, printable(str(error)))
     return JSONResponse({"detail": str(error)}, status_code=status)
 
 

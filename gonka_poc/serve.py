@@ -28,6 +28,12 @@ def server_arguments(args: Sequence[str]) -> list[str]:
     if len(rest) == len(args):
         return rest
     installed_version()
+    counts = _values(rest, "--api-server-count") or _values(rest, "-asc")
+    if counts and counts[-1] != "1":
+        raise UnsupportedServerError(
+            f"--api-server-count {counts[-1]}: each API process would run rounds and callbacks of its own; leave it "
+            "out, or give 1"
+        )
     if MIDDLEWARE not in _values(rest, "--middleware"):
         rest += ["--middleware", MIDDLEWARE]
     extensions = _values(rest, "--worker-extension-cls")

@@ -20,7 +20,9 @@ from gonka_poc.data import (
 )
 from gonka_poc.errors import ConflictError, RequestError
 from gonka_poc.generate_queue import GenerateJob, GenerateQueue
+from gonka_poc.history import RecentErrors
 from gonka_poc.manager import PoCManagerV1
+from gonka_poc.metrics import Metrics
 from gonka_poc.outbox import Outbox
 from gonka_poc.rounds import GenerateRound
 
@@ -30,9 +32,12 @@ STOPPED = "stopped by POST /stop"
 class PoCService:
     """One object a server app; everything of it that changes lives here or below."""
 
-    def __init__(self, manager: PoCManagerV1, settings: Settings) -> None:
+    def __init__(self, manager: PoCManagerV1, settings: Settings, metrics: Metrics | None = None) -> None:
+        self.metrics = metrics or Metrics()
+        self.recent_errors = RecentErrors()
         self._manager = manager
         self._settings = settings
+        self._callback_rules = settings.callback_rules
         self._round: GenerateRound | None = None
         self._starting = asyncio.Lock()
         self._no_round = asyncio.Event()
@@ -42,6 +47,9 @@ class PoCService:
             settings, Outbox(settings.outbox_path, settings.outbox_max_bytes), self._generates_for
         )
         self.queue = GenerateQueue(manager, settings, self._no_round, self._send_completed)
+        self.metrics.queue_nonces = lambda: self.queue.queued_nonces
+        self.metrics.outbox_pending = lambda: self.callbacks.counts.pending_batches
+        self.metrics.state = lambda: self.status().status
 
     def start(self) -> None:
         """Begin to deliver callbacks, first of all those that an earlier server left."""
@@ -50,10 +58,13 @@ class PoCService:
     async def init_generate(self, request: InitGenerateRequest) -> None:
         """Start a round.
 
-        Raises ConflictError if one runs, OutboxFullError, and what PoCManagerV1.check raises.
+        Raises ConflictError if one runs, RequestError for a refused callback URL, OutboxFullError, and what
+        PoCManagerV1.check raises.
         """
+        if request.url is not None:
+            self._callback_rules.check_url(request.url)
         async with self._starting:
-            if self._round is not None and self._round.active:
+            if self.generating:
                 raise ConflictError("a round is already generating; POST /api/v1/pow/stop ends it")
             await self._manager.check(request.params)
             if request.url is not None:
@@ -67,8 +78,11 @@ class PoCService:
     async def submit(self, request: GenerateRequest) -> GenerateJob:
         """Queue a request for given nonces.
 
-        Raises RequestError (nonce sets differ), QueueFullError, OutboxFullError, and what PoCManagerV1.check raises.
+        Raises RequestError (callback URL refused, nonce sets differ), QueueFullError, OutboxFullError, and what
+        PoCManagerV1.check raises.
         """
+        if request.url is not None:
+            self._callback_rules.check_url(request.url)
         if request.validation is not None:
             received = {artifact.nonce for artifact in request.validation.artifacts}
             wrong = sorted(received.symmetric_difference(request.nonces))
@@ -81,6 +95,16 @@ class PoCService:
         if request.url is not None and not request.wait:
             await self.callbacks.check_room()
         return self.queue.submit(request)
+
+    @property
+    def settings(self) -> Settings:
+        """What the server was started with."""
+        return self._settings
+
+    @property
+    def generating(self) -> bool:
+        """Whether a round generates."""
+        return self._round is not None and self._round.active
 
     def status(self) -> StatusAnswer:
         """The round that generates, or IDLE; and what keeps the outbox from taking more, or ended the last round."""

@@ -60,7 +60,11 @@ def can_skip_compiled() -> bool:
 
 
 class ApiView:
-    """What the API process knows of its server: `app` is vLLM's FastAPI application."""
+    """What the API process knows of its server: `app` is vLLM's FastAPI application.
+
+    Raises EngineUnavailableError before the engine is there, UnsupportedServerError if there are several API
+    processes.
+    """
 
     def __init__(self, app: Any) -> None:
         state = app.state
@@ -68,6 +72,7 @@ class ApiView:
         if self.client is None:
             raise EngineUnavailableError("the engine is not ready yet; try again when GET /health answers 200")
         config = getattr(state, "vllm_config", None) or self.client.vllm_config
+        _refuse_several_api_processes(config.parallel_config)
         self._config = config
         self._serving_models = getattr(state, "openai_serving_models", None)
         self.max_model_len: int = config.model_config.max_model_len
@@ -105,6 +110,20 @@ class ApiView:
     async def call_workers(self, method: Any, args: tuple[Any, ...]) -> list[Any]:
         """`collective_rpc` of a method name or a function: one answer a worker."""
         return await self.client.collective_rpc(method, args=args)
+
+
+def _refuse_several_api_processes(parallel_config: Any) -> None:
+    """Raise UnsupportedServerError where a request would reach one of several API processes.
+
+    `vllm serve` starts one API process for each data-parallel replica if it is not told otherwise, and tells each
+    how many there are (0.14 to 0.33).
+    """
+    count = getattr(parallel_config, "_api_process_count", 1)
+    if count > 1:
+        raise UnsupportedServerError(
+            f"this server has {count} API processes, each of which would run rounds, queues and callbacks of its own "
+            "and see a part of the chats only; start it with --api-server-count 1"
+        )
 
 
 # --- workers ----------------------------------------------------------------------------------------------------

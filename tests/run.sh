@@ -18,6 +18,23 @@ check() {
     fi
 }
 
+# The status page is tested in a browser. Where none can be installed here, its test fails and says what is missing.
+ensure_chromium() {
+    local name
+    for name in chromium chromium-browser google-chrome; do
+        ! command -v "$name" >/dev/null || return 0
+    done
+    if ((EUID != 0)) || ! command -v apt-get >/dev/null; then
+        warn "no Chromium on PATH, and it takes root and apt-get to install one here"
+        return 0
+    fi
+    export DEBIAN_FRONTEND=noninteractive
+    if ! step "package lists" apt-get update; then
+        return 0
+    fi
+    step "Chromium, for the test of the status page" apt-get install -y --no-install-recommends chromium || true
+}
+
 main() {
     local here result
     here=$(dirname -- "${BASH_SOURCE[0]}")
@@ -29,6 +46,7 @@ main() {
     source "$ROOT/scripts/cpu_venv.sh"
     ensure_stdin
     set_up_venv tests
+    ensure_chromium
     export_engine_environment
     cd -- "$ROOT"
     PATH="$VENV/bin:$PATH"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import traceback
 
 import pytest
 from pydantic import ValidationError
 
 from gonka_poc.config import Settings, SettingsError, load_settings
 
-NAMES = list(Settings.model_fields)
-NUMBERS = [name for name in NAMES if Settings.model_fields[name].annotation is not str]
+TEXTS = ("api_token", "callback_allow", "outbox_path", "priority")
+NAMES = [name for name in Settings.model_fields if name not in TEXTS]
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +22,8 @@ def _plain_environment(monkeypatch):
 
 def test_defaults():
     assert load_settings().model_dump() == {
+        "api_token": None,
+        "callback_allow": "",
         "callback_interval_sec": 5.0,
         "callback_timeout_sec": 30.0,
         "chat_backoff_sec": 0.05,
@@ -29,19 +32,20 @@ def test_defaults():
         "outbox_grace_sec": 600.0,
         "outbox_max_bytes": 10 * 1024**3,
         "outbox_path": "$XDG_STATE_HOME/gonka_poc/outbox.sqlite3",
+        "priority": "chat",
         "result_ttl_sec": 300.0,
     }
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_setting_is_read_from_its_variable(monkeypatch, name):
-    value = 4321_000 if name in NUMBERS else "4321000"
+    value = 4321_000
     monkeypatch.setenv(f"POC_{name.upper()}", "4321000")
     assert load_settings().model_dump() == {**Settings().model_dump(), name: value}
     assert getattr(load_settings(), name) == value
 
 
-@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", ["", "many", "-1", "0", "nan"])
 def test_a_value_that_cannot_be_used_is_named(monkeypatch, name, value):
     monkeypatch.setenv(f"POC_{name.upper()}", value)
@@ -53,6 +57,56 @@ def test_a_path_that_is_empty_is_named(monkeypatch):
     monkeypatch.setenv("POC_OUTBOX_PATH", "")
     with pytest.raises(SettingsError, match="POC_OUTBOX_PATH='': "):
         load_settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("api_token", "s3cret"),
+        ("callback_allow", "a.example, 10.0.0.0/8"),
+        ("priority", "poc"),
+        ("outbox_path", "/data/outbox"),
+    ],
+)
+def test_each_text_is_read_from_its_variable(monkeypatch, name, value):
+    monkeypatch.setenv(f"POC_{name.upper()}", value)
+    settings = load_settings()
+    found = settings.api_token.get_secret_value() if name == "api_token" else getattr(settings, name)
+    assert found == value
+    assert settings.model_copy(update={name: getattr(Settings(), name)}).model_dump(exclude={name}) == (
+        Settings().model_dump(exclude={name})
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("priority", ""),
+        ("priority", "CHAT"),
+        ("priority", "both"),
+        ("callback_allow", "a.example, 10.0.0.1/8"),
+        ("callback_allow", "http://a.example"),
+    ],
+)
+def test_a_text_that_cannot_be_used_is_named(monkeypatch, name, value):
+    monkeypatch.setenv(f"POC_{name.upper()}", value)
+    with pytest.raises(SettingsError, match=f"POC_{name.upper()}='{value}': "):
+        load_settings()
+
+
+@pytest.mark.parametrize("value", ["", " ", "two words", "tab\t", "caf\u00e9", "line\nbreak"])
+def test_a_token_that_cannot_be_used_is_not_shown(monkeypatch, value):
+    monkeypatch.setenv("POC_API_TOKEN", value)
+    with pytest.raises(SettingsError, match=r"POC_API_TOKEN: .*printable ASCII") as caught:
+        load_settings()
+    shown = "".join(traceback.format_exception(caught.value))
+    assert not value.strip() or value not in shown
+
+
+def test_the_token_is_in_no_text_of_the_settings(monkeypatch):
+    monkeypatch.setenv("POC_API_TOKEN", "s3cret")
+    settings = load_settings()
+    assert "s3cret" not in f"{settings} {settings!r} {settings.model_dump()} {settings.model_dump_json()}"
 
 
 @pytest.mark.parametrize(

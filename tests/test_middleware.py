@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from fakes import FakeView, generate_body, round_body, until
+from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from vllm.config import ParallelConfig
 
 from gonka_poc import callback_client, middleware
-from gonka_poc.config import SettingsError
 from gonka_poc.errors import EngineUnavailableError, OutboxError, UnsupportedServerError
 from gonka_poc.middleware import PoCMiddleware
 from gonka_poc.outbox import Outbox
 from gonka_poc.outbox_admin import summary
 from gonka_poc.routes import PREFIX
+from gonka_poc.server_process import free_port
+from gonka_poc.vllm_compat import ApiView
 
 LIMIT = 2048
 
@@ -44,6 +50,7 @@ def view(monkeypatch):
     monkeypatch.setenv("POC_OUTBOX_PATH", ":memory:")
     monkeypatch.setattr(middleware, "installed_version", lambda: "0.32.0")
     monkeypatch.setattr(middleware, "ApiView", lambda app: view)
+    monkeypatch.setattr(middleware, "REGISTRY", CollectorRegistry())
     return view
 
 
@@ -153,12 +160,7 @@ async def test_root_path(root_path, path, status):
 
 
 async def test_503_until_the_engine_is_ready(client, view, monkeypatch):
-    def not_ready(app: Any) -> Any:
-        return real_view(app) if view is None else view
-
-    from gonka_poc.vllm_compat import ApiView as real_view
-
-    monkeypatch.setattr(middleware, "ApiView", real_view)
+    monkeypatch.setattr(middleware, "ApiView", ApiView)
     for method, path in (("GET", "/status"), ("POST", "/generate"), ("GET", "/no-such-path")):
         response = await client.request(method, f"{PREFIX}{path}")
         assert response.status_code == 503
@@ -168,19 +170,218 @@ async def test_503_until_the_engine_is_ready(client, view, monkeypatch):
     assert (await client.get(f"{PREFIX}/status")).status_code == 200
 
 
-def test_a_setting_that_cannot_be_used_stops_the_start(monkeypatch):
+# --- servers that do not start ----------------------------------------------------------------------------------
+
+
+def wrong_setting(monkeypatch) -> None:
     monkeypatch.setenv("POC_RESULT_TTL_SEC", "soon")
-    with pytest.raises(SettingsError, match="POC_RESULT_TTL_SEC='soon'"):
-        PoCMiddleware(echo)
 
 
-def test_a_vllm_that_is_not_supported_stops_the_start(monkeypatch):
+def wrong_vllm(monkeypatch) -> None:
     def refuse() -> str:
         raise UnsupportedServerError("vLLM 0.1.0 is installed")
 
     monkeypatch.setattr(middleware, "installed_version", refuse)
-    with pytest.raises(UnsupportedServerError, match="0\\.1\\.0"):
-        PoCMiddleware(echo)
+
+
+def several_api_processes(monkeypatch) -> None:
+    monkeypatch.setattr(middleware, "ApiView", ApiView)
+
+
+REFUSED_STARTS = [
+    (wrong_setting, 500, "POC_RESULT_TTL_SEC='soon'"),
+    (wrong_vllm, 501, "0.1.0"),
+    (several_api_processes, 501, "--api-server-count 1"),
+]
+
+
+def host_with_engine(num_api_processes: int) -> Starlette:
+    """A server whose engine is ready, with vLLM's configuration object for that many API processes."""
+    host = make_host()
+    parallel_config = ParallelConfig(_api_process_count=num_api_processes)
+    host.state.engine_client = SimpleNamespace()
+    host.state.vllm_config = SimpleNamespace(
+        parallel_config=parallel_config,
+        model_config=SimpleNamespace(max_model_len=64, get_hidden_size=lambda: 16),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=48, max_num_seqs=5),
+    )
+    return host
+
+
+@pytest.mark.parametrize(("prepare", "status", "reason"), REFUSED_STARTS, ids=["setting", "release", "processes"])
+async def test_a_start_that_is_refused(monkeypatch, prepare, status, reason):
+    prepare(monkeypatch)
+    host = host_with_engine(num_api_processes=2)
+    sent: list[dict] = []
+
+    async def receive() -> dict:
+        return {"type": "lifespan.startup"}
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    await asyncio.wait_for(host({"type": "lifespan", "state": {}}, receive, send), 5)
+    ((kind, message),) = [(item["type"], item["message"]) for item in sent]
+    assert kind == "lifespan.startup.failed"
+    assert reason in message
+    # and where a server runs without a lifespan, every request is told
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=host), base_url="http://test") as client:
+        for _ in range(2):
+            response = await client.get(f"{PREFIX}/status")
+            assert response.status_code == status
+            assert reason in response.json()["detail"]
+        assert (await client.get("/health")).status_code == 418
+
+
+@pytest.mark.parametrize(("num_api_processes", "refused"), [(1, False), (2, True)])
+def test_a_real_server_ends_where_the_start_is_refused(monkeypatch, num_api_processes, refused):
+    """uvicorn with its default settings, as vLLM runs it."""
+    monkeypatch.setattr(middleware, "ApiView", ApiView)
+    host = host_with_engine(num_api_processes)
+    server = uvicorn.Server(uvicorn.Config(host, port=free_port(), log_level="critical"))
+
+    async def end_when_started() -> None:
+        serving = asyncio.ensure_future(server.serve())
+        while not server.started and not serving.done():
+            await asyncio.sleep(0.001)
+        server.should_exit = True
+        await serving
+
+    # newer releases of uvicorn exit by themselves, in older ones `serve` returns
+    with contextlib.suppress(SystemExit):
+        asyncio.run(asyncio.wait_for(end_when_started(), 10))
+    assert server.lifespan.should_exit is refused
+
+
+# --- the token --------------------------------------------------------------------------------------------------
+
+TOKEN = "s3cret-token"
+
+
+@pytest.fixture
+def _token(monkeypatch):
+    monkeypatch.setenv("POC_API_TOKEN", TOKEN)
+
+
+@pytest.mark.usefixtures("_token")
+@pytest.mark.parametrize(
+    "path", ["", "/", "/status", "/docs", "/openapi.json", "/dashboard/data", "/dashboard/", "/nothing", "//dashboard"]
+)
+async def test_a_request_without_the_token_is_401(client, view, path):
+    for method in ("GET", "POST", "OPTIONS", "HEAD"):
+        response = await client.request(method, PREFIX + path)
+        assert response.status_code == 401, method
+        assert response.headers["www-authenticate"] == "Bearer"
+    assert not view.calls
+    assert (await client.get("/health")).status_code == 418
+
+
+@pytest.mark.usefixtures("_token")
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ([("Authorization", f"Bearer {TOKEN}")], 200),
+        ([("authorization", f"bearer  {TOKEN} ")], 200),
+        ([("Authorization", f"Bearer {TOKEN}x")], 401),
+        ([("Authorization", f"Bearer {TOKEN[:-1]}")], 401),
+        ([("Authorization", f"Bearer {TOKEN.upper()}")], 401),
+        ([("Authorization", TOKEN)], 401),
+        ([("Authorization", f"Basic {TOKEN}")], 401),
+        ([("Authorization", "Bearer")], 401),
+        ([("Authorization", "Bearer caf\u00e9".encode())], 401),
+        ([("Authorization", f"Bearer {TOKEN}"), ("Authorization", "Bearer other")], 401),
+        ([("Authorization", "Bearer other"), ("Authorization", f"Bearer {TOKEN}")], 401),
+        ([("X-Api-Key", TOKEN)], 401),
+    ],
+    ids=lambda value: ascii(value)[:60],
+)
+async def test_the_token(client, headers, status):
+    assert (await client.get(f"{PREFIX}/status", headers=headers)).status_code == status
+    assert (await client.get(f"{PREFIX}/status?token={TOKEN}")).status_code == 401
+
+
+@pytest.mark.usefixtures("_token")
+async def test_the_token_comes_before_everything_else(client, monkeypatch):
+    """Before the size of a body, and before an engine that is not there."""
+    response = await client.post(f"{PREFIX}/generate", content=b"x" * (2 * LIMIT))
+    assert response.status_code == 401
+    monkeypatch.setattr(middleware, "ApiView", ApiView)
+    assert (await client.get(f"{PREFIX}/status")).status_code == 401
+
+
+@pytest.mark.usefixtures("_token")
+async def test_the_status_page_needs_no_token(client):
+    response = await client.get(f"{PREFIX}/dashboard")
+    assert (response.status_code, TOKEN in response.text) == (200, False)
+    assert (await client.post(f"{PREFIX}/dashboard")).status_code == 401
+
+
+@pytest.mark.usefixtures("_token")
+async def test_the_token_is_not_kept():
+    served = PoCMiddleware(echo)
+    assert TOKEN not in repr(vars(served)) + repr(vars(served._token))
+
+
+# --- POC_PRIORITY -----------------------------------------------------------------------------------------------
+
+PAUSED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+
+
+@pytest.mark.parametrize("priority", ["chat", "poc"])
+async def test_chat_while_a_round_generates(client, view, monkeypatch, priority):
+    monkeypatch.setenv("POC_PRIORITY", priority)
+    during = 503 if priority == "poc" else 418
+
+    async def statuses() -> set[int]:
+        return {(await client.post(path, json={})).status_code for path in PAUSED}
+
+    assert await statuses() == {418}
+    await client.post(f"{PREFIX}/init/generate", json=round_body())
+    assert await statuses() == {during}
+    for method, path in (("GET", PAUSED[0]), ("POST", "/v1/embeddings"), ("POST", "/x/v1/completions"), ("GET", "/")):
+        assert (await client.request(method, path)).status_code == 418
+    await client.post(f"{PREFIX}/stop")
+    assert await statuses() == {418}
+
+
+async def test_the_503_of_chat_is_what_its_clients_know(client, monkeypatch):
+    monkeypatch.setenv("POC_PRIORITY", "poc")
+    await client.post(f"{PREFIX}/init/generate", json=round_body())
+    response = await client.post(PAUSED[0], json={})
+    assert int(response.headers["retry-after"]) > 0
+    error = response.json()["error"]
+    assert {key: error[key] for key in ("type", "param", "code")} == {
+        "type": "ServiceUnavailableError",
+        "param": None,
+        "code": 503,
+    }
+    assert "proof of compute" in error["message"]
+    await client.post(f"{PREFIX}/stop")
+
+
+async def test_running_chats_are_left_to_finish(client, view, monkeypatch):
+    """A round that goes first starts no batch before the requests that run have ended."""
+    monkeypatch.setenv("POC_PRIORITY", "poc")
+    monkeypatch.setenv("POC_CHAT_BACKOFF_SEC", "0.001")
+    view.chat_is_served = True
+    await client.post(f"{PREFIX}/init/generate", json=round_body())
+    await asyncio.sleep(0.02)
+    assert [args for method, args in view.calls if method == "poc_compute"] == []
+    view.chat_is_served = False
+    await until(lambda: [args for method, args in view.calls if method == "poc_compute"])
+    await client.post(f"{PREFIX}/stop")
+
+
+@pytest.mark.parametrize(
+    ("root_path", "path", "status"), [("/p", "/p/v1/completions", 503), ("/p", "/x/v1/completions", 418)]
+)
+async def test_priority_behind_a_root_path(monkeypatch, root_path, path, status):
+    monkeypatch.setenv("POC_PRIORITY", "poc")
+    transport = httpx.ASGITransport(app=make_host(), root_path=root_path)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        await client.post(f"{PREFIX}/init/generate", json=round_body())
+        assert (await client.post(path)).status_code == status
+        await client.post(f"{PREFIX}/stop")
 
 
 # --- bodies that are too large ----------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ ROUTES = {
     ("POST", "/generate"),
     ("GET", "/generate/{request_id}"),
     ("GET", "/status"),
+    ("GET", "/dashboard"),
+    ("GET", "/dashboard/data"),
     ("POST", "/stop"),
 }
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")

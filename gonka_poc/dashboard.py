@@ -1,0 +1,95 @@
+"""The status page: what it shows as JSON, and the page itself with the headers that keep it to itself."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import time
+from importlib.resources import files
+from typing import Literal
+
+from fastapi.responses import HTMLResponse
+from pydantic import BaseModel, Field
+
+from gonka_poc import __version__
+from gonka_poc.data import StatusAnswer
+from gonka_poc.history import BUCKET_SEC
+from gonka_poc.service import PoCService
+
+
+class ErrorShown(BaseModel):
+    """A warning or an error of the log, in printable ASCII."""
+
+    time: float = Field(description="seconds since 1970")
+    level: str
+    text: str
+
+
+class DashboardData(BaseModel):
+    """What the status page shows."""
+
+    version: str
+    time: float = Field(description="seconds since 1970")
+    status: StatusAnswer
+    priority: Literal["chat", "poc"]
+    nonces_total: int = Field(description="vectors computed since the server started")
+    nan_total: int = Field(description="nonces dropped because of a NaN or Inf")
+    bucket_seconds: int
+    nonces_per_second: list[float] = Field(description="the last 30 minutes, oldest first, one value a bucket")
+    chat_share: float | None = Field(
+        description="of the time in which there was proof to compute, what was left to chat, in the last 30 minutes"
+    )
+    queue_nonces: int
+    queue_limit: int
+    outbox_pending: int
+    errors: list[ErrorShown] = Field(description="newest first")
+
+
+def dashboard_data(service: PoCService) -> DashboardData:
+    """What the status page shows now."""
+    metrics, history = service.metrics, service.metrics.history
+    return DashboardData(
+        version=__version__,
+        time=time.time(),
+        status=service.status(),
+        priority=service.settings.priority,
+        nonces_total=metrics.nonces_total,
+        nan_total=metrics.nan_total,
+        bucket_seconds=BUCKET_SEC,
+        nonces_per_second=[bucket.nonces / BUCKET_SEC for bucket in history.whole()],
+        chat_share=history.chat_share(),
+        queue_nonces=metrics.queue_nonces(),
+        queue_limit=service.settings.max_queued_nonces,
+        outbox_pending=metrics.outbox_pending(),
+        errors=[ErrorShown(time=e.time, level=e.level, text=e.text) for e in reversed(service.recent_errors.errors)],
+    )
+
+
+def dashboard_page() -> HTMLResponse:
+    """The page: one file, whose only script and style are its own."""
+    html = files("gonka_poc").joinpath("dashboard.html").read_text(encoding="utf-8")
+    policy = {
+        "default-src": "'none'",
+        "script-src": _hash_of("script", html),
+        "style-src": _hash_of("style", html),
+        "connect-src": "'self'",
+        "img-src": "data:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+    }
+    headers = {
+        "Content-Security-Policy": "; ".join(f"{name} {value}" for name, value in policy.items()),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
+    return HTMLResponse(html, headers=headers)
+
+
+def _hash_of(tag: str, html: str) -> str:
+    """The source expression that allows the one inline element `tag` of the page, and no other."""
+    (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", html, flags=re.DOTALL)
+    digest = hashlib.sha256(content.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"

@@ -1,0 +1,63 @@
+"""PoCMiddleware in a real HTTP server, in a thread of the test process, over a made-up engine."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from fakes import FakeView
+from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from gonka_poc import middleware
+from gonka_poc.middleware import PoCMiddleware
+from gonka_poc.routes import PREFIX
+from gonka_poc.server_process import free_port
+
+START_SEC = 20.0
+
+
+class LiveServer:
+    """While entered, a server at `url` whose other routes are /health and /v1/models."""
+
+    def __init__(self, port: int | None = None) -> None:
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._patch = pytest.MonkeyPatch()
+        app = Starlette(routes=[Route(path, lambda _: PlainTextResponse("")) for path in ("/health", "/v1/models")])
+        app.add_middleware(PoCMiddleware)
+        self._server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_config=None))
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve()))
+
+    def __enter__(self) -> LiveServer:
+        self._patch.setattr(middleware, "installed_version", lambda: "0.32.0")
+        self._patch.setattr(middleware, "ApiView", lambda app: FakeView())
+        self._patch.setattr(middleware, "REGISTRY", CollectorRegistry())
+        self._thread.start()
+        deadline = time.monotonic() + START_SEC
+        while not self._server.started:
+            assert self._thread.is_alive()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self._server.should_exit = True
+        self._thread.join(START_SEC)
+        self._patch.undo()
+        assert not self._thread.is_alive()
+
+    def get(self, path: str) -> httpx.Response:
+        """GET of a path of the whole server."""
+        return httpx.get(f"{self.url}{path}", trust_env=False)
+
+    def post(self, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        """POST to a path below /api/v1/pow."""
+        return httpx.post(f"{self.url}{PREFIX}{path}", json=body, trust_env=False)

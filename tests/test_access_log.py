@@ -1,0 +1,98 @@
+"""The access log: which lines a server that is polled still writes."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+from live_server import LiveServer
+
+from gonka_poc.access_log import ACCESS_LOGGER, PollFilter
+from gonka_poc.middleware import POLLED
+from gonka_poc.routes import PREFIX
+
+
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def polls(clock) -> PollFilter:
+    return PollFilter(POLLED, clock)
+
+
+def record(path: str, status: int = 200, method: str = "GET", args: Any = None) -> logging.LogRecord:
+    """What uvicorn logs of a request."""
+    args = args or ("127.0.0.1:5", method, path, "1.1", status)
+    return logging.LogRecord(ACCESS_LOGGER, logging.INFO, "", 0, '%s - "%s %s HTTP/%s" %d', args, None)
+
+
+@pytest.mark.parametrize("path", POLLED)
+def test_one_line_a_minute(polls, clock, path):
+    written = []
+    for second in range(0, 180, 5):
+        clock.now = second
+        written += [second] if polls.filter(record(path)) else []
+    assert written == [0, 60, 120]
+
+
+def test_each_path_has_its_own_minute(polls):
+    assert [polls.filter(record(path)) for path in (*POLLED, *POLLED)] == [True] * len(POLLED) + [False] * len(POLLED)
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        record("/health", status=503),
+        record("/health", status=401),
+        record("/health", method="POST"),
+        record("/healthy"),
+        record("/"),
+        record(f"{PREFIX}/stop", method="POST"),
+        record(f"{PREFIX}/generate/1"),
+        record("/v1/models?path=/health"),
+        record("/health", args=("not", "uvicorn's")),
+        record("/health", args=({"a": 1},)),
+    ],
+    ids=lambda again: str(again.args),
+)
+def test_everything_else_is_written(polls, again):
+    for path in POLLED:
+        polls.filter(record(path))
+    assert polls.filter(again)
+    assert polls.filter(again)
+
+
+@pytest.mark.parametrize("path", ["/health?x=1", "/proxy/health", f"/proxy{PREFIX}/status?y"])
+def test_the_same_poll_in_other_words(polls, path):
+    assert polls.filter(record(path))
+    assert not polls.filter(record(path))
+
+
+def test_what_is_kept_does_not_grow(polls):
+    for i in range(1000):
+        polls.filter(record(f"/{i}/health?{i}"))
+    assert len(polls._next) == len(POLLED)
+
+
+def test_a_real_server_while_it_runs(monkeypatch, caplog):
+    """uvicorn writes one line of many polls, every line of other requests, and the filter ends with the server."""
+    monkeypatch.setattr(logging.getLogger(ACCESS_LOGGER), "propagate", True)
+    caplog.set_level(logging.INFO, ACCESS_LOGGER)
+    with LiveServer() as server:
+        for path in ("/health", f"{PREFIX}/status", "/v1/models") * 5:
+            assert server.get(path).status_code == 200
+    paths = [record.args[2] for record in caplog.records if record.name == ACCESS_LOGGER]
+    assert sorted(paths) == sorted(["/health", f"{PREFIX}/status", *["/v1/models"] * 5])
+    assert not any(isinstance(item, PollFilter) for item in logging.getLogger(ACCESS_LOGGER).filters)

@@ -1,0 +1,287 @@
+"""Metrics: what is counted where it happens, how Prometheus sees it, and the history of the status page."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+import pytest
+from fakes import FakeView, generate_body, round_body, until
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from gonka_poc.config import Settings
+from gonka_poc.data import GenerateRequest, InitGenerateRequest, VectorSpec
+from gonka_poc.history import BUCKET_SEC, MAX_ERROR_CHARS, MAX_ERRORS, NUM_BUCKETS, Bucket, History, RecentErrors
+from gonka_poc.manager import PoCManagerV1
+from gonka_poc.metrics import MAX_YIELD_SEC, STATES, Metrics
+from gonka_poc.service import PoCService
+
+SPEC = VectorSpec("block", "key", seq_len=4, k_dim=3)
+SAMPLES = {
+    "gonka_poc_nonces_total",
+    "gonka_poc_nan_total",
+    "gonka_poc_skipped_total",
+    "gonka_poc_batch_seconds_bucket",
+    "gonka_poc_batch_seconds_sum",
+    "gonka_poc_batch_seconds_count",
+    "gonka_poc_callback_seconds_bucket",
+    "gonka_poc_callback_seconds_sum",
+    "gonka_poc_callback_seconds_count",
+    "gonka_poc_queue_nonces",
+    "gonka_poc_outbox_pending",
+    "gonka_poc_state",
+}
+
+
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry(auto_describe=True)  # as the default one is
+
+
+def scrape(registry: CollectorRegistry) -> dict[tuple, float]:
+    """Each sample as a scraper reads it, by its name and the values of its labels."""
+    families = text_string_to_metric_families(generate_latest(registry).decode())
+    samples = [sample for family in families for sample in family.samples if not sample.name.endswith("_created")]
+    found = {(sample.name, *sample.labels.values()): sample.value for sample in samples}
+    assert len(found) == len(samples)
+    return found
+
+
+# --- Prometheus -------------------------------------------------------------------------------------------------
+
+
+def test_every_metric_is_there_from_the_start(registry):
+    Metrics().attach(registry)
+    found = scrape(registry)
+    assert {name for name, *_ in found} == SAMPLES
+    assert found["gonka_poc_skipped_total", "chat"] == 0
+    assert {key[1]: value for key, value in found.items() if key[0] == "gonka_poc_state"} == {
+        "IDLE": 1,
+        "GENERATING": 0,
+    }
+
+
+def test_reports_are_counted(registry):
+    metrics = Metrics()
+    metrics.attach(registry)
+    metrics.computed(nonces=30, nan=2, seconds=0.15)
+    metrics.computed(nonces=32, nan=0, seconds=0.05)
+    metrics.skipped()
+    metrics.skipped("out of memory")
+    metrics.called_back(0.3)
+    metrics.queue_nonces, metrics.outbox_pending, metrics.state = lambda: 7, lambda: 8, lambda: "GENERATING"
+    found = scrape(registry)
+    expected = {
+        ("gonka_poc_nonces_total",): 62,
+        ("gonka_poc_nan_total",): 2,
+        ("gonka_poc_skipped_total", "chat"): 1,
+        ("gonka_poc_skipped_total", "out of memory"): 1,
+        ("gonka_poc_batch_seconds_count",): 2,
+        ("gonka_poc_batch_seconds_sum",): pytest.approx(0.2),
+        ("gonka_poc_batch_seconds_bucket", "0.05"): 1,
+        ("gonka_poc_batch_seconds_bucket", "0.2"): 2,
+        ("gonka_poc_callback_seconds_count",): 1,
+        ("gonka_poc_queue_nonces",): 7,
+        ("gonka_poc_outbox_pending",): 8,
+        ("gonka_poc_state", "GENERATING"): 1,
+        ("gonka_poc_state", "IDLE"): 0,
+    }
+    assert {key: found[key] for key in expected} == expected
+    assert (metrics.nonces_total, metrics.nan_total) == (62, 2)
+
+
+def test_two_servers_in_one_process_share_nothing():
+    one, two = Metrics(), Metrics()
+    try:
+        one.attach(REGISTRY)
+        two.attach(REGISTRY)
+        one.computed(nonces=1, nan=0, seconds=0.1)
+        assert (one.nonces_total, two.nonces_total) == (1, 0)
+    finally:
+        one.detach()
+        two.detach()
+    assert b"gonka_poc" not in generate_latest(REGISTRY)
+
+
+def test_detached_metrics_can_be_attached_again(registry):
+    metrics = Metrics()
+    for _ in range(2):
+        metrics.attach(registry)
+        assert scrape(registry)
+        metrics.detach()
+        metrics.detach()
+        assert scrape(registry) == {}
+
+
+def test_names_are_as_prometheus_wants_them(registry):
+    Metrics().attach(registry)
+    for family in registry.collect():
+        assert re.fullmatch(r"gonka_poc_[a-z_]+", family.name)
+        assert family.documentation
+
+
+# --- where it happens -------------------------------------------------------------------------------------------
+
+
+async def test_the_manager_reports_its_batches():
+    view, metrics = FakeView(), Metrics()
+    manager = PoCManagerV1(view, metrics)
+    await manager.compute(SPEC, [1, 2, 3])
+    rows = b"".join(bytes(6) for _ in range(3))
+    view.answers = [None, {"vectors": rows, "finite": [True, False, False]}]
+    await manager.compute(SPEC, [4, 5, 6])
+    view.chat_is_served = True
+    assert await manager.compute(SPEC, [7]) is None
+    registry = CollectorRegistry()
+    metrics.attach(registry)
+    found = scrape(registry)
+    assert found["gonka_poc_nonces_total",] == 4
+    assert found["gonka_poc_nan_total",] == 2
+    assert found["gonka_poc_skipped_total", "chat"] == 1
+    assert found["gonka_poc_batch_seconds_count",] == 2
+    assert 0.001 < found["gonka_poc_batch_seconds_sum",] < 5
+
+
+async def test_the_service_is_asked_at_each_scrape(registry):
+    metrics = Metrics()
+    view = FakeView()
+    service = PoCService(PoCManagerV1(view, metrics), Settings(chat_backoff_sec=0.001), metrics)
+    metrics.attach(registry)
+    await service.init_generate(InitGenerateRequest.model_validate(round_body()))
+    await service.submit(GenerateRequest.model_validate(generate_body([1, 2, 3])))
+    await until(lambda: metrics.nonces_total > 0)
+    found = scrape(registry)
+    assert (found["gonka_poc_state", "GENERATING"], found["gonka_poc_queue_nonces",]) == (1, 3)
+    assert service.status().status in STATES
+    service.stop()
+    found = scrape(registry)
+    assert (found["gonka_poc_state", "IDLE"], found["gonka_poc_queue_nonces",]) == (1, 0)
+    await service.close()
+
+
+# --- history ----------------------------------------------------------------------------------------------------
+
+
+def test_a_bucket_is_shown_when_it_has_ended(clock):
+    history = History(clock)
+    history.current().nonces += 5
+    assert history.whole() == [Bucket()] * NUM_BUCKETS
+    clock.now += BUCKET_SEC
+    history.current().nonces += 7
+    assert history.whole()[-1] == Bucket(nonces=5)
+    clock.now += 3 * BUCKET_SEC
+    assert [bucket.nonces for bucket in history.whole()[-4:]] == [5, 7, 0, 0]
+
+
+@pytest.mark.parametrize("pause", [NUM_BUCKETS * BUCKET_SEC, (NUM_BUCKETS + 1) * BUCKET_SEC, 1e9])
+def test_what_is_older_than_the_history_is_gone(clock, pause):
+    history = History(clock)
+    history.current().nonces += 5
+    clock.now += pause
+    shown = [bucket.nonces for bucket in history.whole()]
+    assert shown == [5 if pause == NUM_BUCKETS * BUCKET_SEC else 0] + [0] * (NUM_BUCKETS - 1)
+    assert len(history._buckets) == NUM_BUCKETS + 1
+
+
+def test_the_history_stays_small(clock):
+    history = History(clock)
+    for _ in range(10_000):
+        clock.now += 3.7
+        history.current().nonces += 1
+    assert len(history._buckets) == NUM_BUCKETS + 1
+    assert sum(bucket.nonces for bucket in history.whole()) == pytest.approx(NUM_BUCKETS * BUCKET_SEC / 3.7, rel=0.01)
+
+
+def test_the_share_of_chat(clock):
+    metrics = Metrics(clock=clock)
+    assert metrics.history.chat_share() is None
+    for _ in range(30):  # chat is served for 1.5 s, asked about every 50 ms
+        metrics.skipped()
+        clock.now += 0.05
+    clock.now += 0.5
+    metrics.computed(nonces=1, nan=0, seconds=0.5)
+    assert metrics.history.chat_share() == pytest.approx(1.5 / 2.0)
+
+
+def test_a_round_that_ended_while_it_waited_for_chat_waits_no_longer(clock):
+    metrics = Metrics(clock=clock)
+    metrics.skipped()
+    clock.now += 600
+    metrics.computed(nonces=1, nan=0, seconds=1.0)
+    assert metrics.history.chat_share() == pytest.approx(MAX_YIELD_SEC / (MAX_YIELD_SEC + 1.0))
+
+
+def test_other_reasons_are_no_chat(clock):
+    metrics = Metrics(clock=clock)
+    metrics.skipped("out of memory")
+    clock.now += 1
+    metrics.computed(nonces=1, nan=0, seconds=0.5)
+    assert metrics.history.chat_share() == 0
+
+
+# --- last errors ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recent():
+    recent = RecentErrors()
+    recent.install()
+    yield recent
+    recent.remove()
+
+
+def log(*args: Any, **kwargs: Any) -> None:
+    logging.getLogger("vllm.gonka_poc.anything").error(*args, **kwargs)
+
+
+def test_errors_are_kept_escaped_and_cut(recent):
+    log("caf\u00e9 %s\r\nINFO: all is well \x1b[31m\u2028\ud800", "a\nb")
+    log("x" * 10_000)
+    logging.getLogger("vllm.gonka_poc.anything").info("no error")
+    logging.getLogger("vllm.other").error("not ours")
+    first, second = recent.errors
+    assert first.text == r"caf\xe9 a\nb\r\nINFO: all is well \x1b[31m\u2028\ud800"
+    assert (first.level, second.text) == ("ERROR", "x" * MAX_ERROR_CHARS + "...")
+
+
+def test_an_exception_is_said(recent):
+    try:
+        raise ValueError("a\nb")
+    except ValueError:
+        log("it failed", exc_info=True)
+    assert recent.errors[0].text == r"it failed (ValueError('a\nb'))"
+
+
+def test_only_the_last_errors_are_kept(recent):
+    for i in range(10 * MAX_ERRORS):
+        log("error %d", i)
+    assert [error.text for error in recent.errors] == [f"error {i}" for i in range(9 * MAX_ERRORS, 10 * MAX_ERRORS)]
+
+
+def test_a_wrong_log_call_breaks_nothing(recent, monkeypatch):
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    log("%d", "no number")
+    assert list(recent.errors) == []
+
+
+def test_nothing_is_kept_after_the_end(recent):
+    recent.remove()
+    log("too late")
+    assert list(recent.errors) == []
