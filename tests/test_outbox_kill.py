@@ -99,7 +99,7 @@ def test_nothing_is_lost_by_kill_9(tmp_path):
 def posts(log: Path) -> list[tuple[str, dict]]:
     """Keys and bodies that the receiver got whole; a line that ends early is a POST that was cut by the kill."""
     lines = log.read_text().splitlines() if log.exists() else []
-    return [tuple(json.loads(line)) for line in lines if line.endswith("}]")]
+    return [tuple(json.loads(line)) for line in lines if line.endswith("}]}]")]
 
 
 def stored_in(path: str, log: Path) -> int:
