@@ -118,9 +118,10 @@ class PoCMiddleware:
                 self._make_poc_app(scope["app"])
         except EngineUnavailableError:
             pass  # asked again with the first request
-        except PoCError as error:
+        except Exception as error:
+            reason = error if isinstance(error, PoCError) else repr(error)
             await receive()
-            await send({"type": "lifespan.startup.failed", "message": f"gonka_poc: {error}"})
+            await send({"type": "lifespan.startup.failed", "message": f"gonka_poc: {reason}"})
             return
         self._poll_filter.install()
         try:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import httpx
 import pytest
+from fakes import FakeManager, generate_body, round_body, until
 from live_server import LiveServer
 
 from gonka_poc.access_log import ACCESS_LOGGER, PollFilter
+from gonka_poc.config import Settings
+from gonka_poc.errors import ComputeError, EngineUnavailableError
 from gonka_poc.middleware import POLLED
-from gonka_poc.routes import PREFIX
+from gonka_poc.routes import PREFIX, make_app
+from gonka_poc.service import PoCService
 
 
 class Clock:
@@ -78,6 +83,27 @@ def test_everything_else_is_written(polls, again):
 def test_the_same_poll_in_other_words(polls, path):
     assert polls.filter(record(path))
     assert not polls.filter(record(path))
+
+
+@pytest.mark.parametrize("where", ["round", "queue", "route"])
+async def test_nothing_of_a_request_makes_a_line_of_its_own(where, caplog):
+    """What a request says reaches the log only through errors, and there it is escaped."""
+    nasty = "x\r\nINFO: all is well \x1b[31m\u2028"
+    manager = FakeManager()
+    service = PoCService(manager, Settings())
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(app=make_app(service)), base_url=f"http://test{PREFIX}")
+    if where == "route":
+        manager.refusal = EngineUnavailableError(nasty)
+        assert (await client.post("/generate", json=generate_body([1]))).status_code == 503
+    else:
+        manager.script.append(ComputeError(nasty))
+        path, body = ("/init/generate", round_body()) if where == "round" else ("/generate", generate_body([1]))
+        await client.post(path, json=body)
+        await until(lambda: not service.generating and not service.queue.queued_nonces)
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("vllm.gonka_poc")]
+    assert any("all is well" in line for line in lines)
+    assert all(line.isascii() and line.isprintable() for line in lines)
+    await service.close()
 
 
 def test_what_is_kept_does_not_grow(polls):

@@ -96,6 +96,15 @@ def test_the_page_is_self_contained():
     assert re.findall(r"fetch\(\"([^\"]*)\"", HTML) == ["dashboard/data"]
 
 
+def test_the_page_is_part_of_the_package():
+    folder = Path(str(files("gonka_poc")))
+    settings = (folder.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(r"\[tool\.setuptools\.package-data\]\ngonka_poc = \[\"\*\.html\"\]", settings)
+    others = [file.name for file in folder.iterdir() if file.is_file() and file.suffix not in (".py", ".pyc")]
+    assert others
+    assert all(name.endswith(".html") for name in others)
+
+
 @pytest.mark.parametrize(
     "word",
     [

@@ -188,6 +188,13 @@ def several_api_processes(monkeypatch) -> None:
     monkeypatch.setattr(middleware, "ApiView", ApiView)
 
 
+def unknown_failure(monkeypatch) -> None:
+    def fail(app: Any) -> None:
+        raise AttributeError("no such name in this vLLM")
+
+    monkeypatch.setattr(middleware, "ApiView", fail)
+
+
 REFUSED_STARTS = [
     (wrong_setting, 500, "POC_RESULT_TTL_SEC='soon'"),
     (wrong_vllm, 501, "0.1.0"),
@@ -212,6 +219,23 @@ def host_with_engine(num_api_processes: int) -> Starlette:
 async def test_a_start_that_is_refused(monkeypatch, prepare, status, reason):
     prepare(monkeypatch)
     host = host_with_engine(num_api_processes=2)
+    assert reason in await refusal_at_start(host)
+    # and where a server runs without a lifespan, every request is told
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=host), base_url="http://test") as client:
+        for _ in range(2):
+            response = await client.get(f"{PREFIX}/status")
+            assert response.status_code == status
+            assert reason in response.json()["detail"]
+        assert (await client.get("/health")).status_code == 418
+
+
+async def test_a_start_that_fails_for_an_unknown_reason(monkeypatch):
+    unknown_failure(monkeypatch)
+    assert "AttributeError('no such name in this vLLM')" in await refusal_at_start(make_host())
+
+
+async def refusal_at_start(host: Starlette) -> str:
+    """What a server is told when it starts `host`."""
     sent: list[dict] = []
 
     async def receive() -> dict:
@@ -223,14 +247,7 @@ async def test_a_start_that_is_refused(monkeypatch, prepare, status, reason):
     await asyncio.wait_for(host({"type": "lifespan", "state": {}}, receive, send), 5)
     ((kind, message),) = [(item["type"], item["message"]) for item in sent]
     assert kind == "lifespan.startup.failed"
-    assert reason in message
-    # and where a server runs without a lifespan, every request is told
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=host), base_url="http://test") as client:
-        for _ in range(2):
-            response = await client.get(f"{PREFIX}/status")
-            assert response.status_code == status
-            assert reason in response.json()["detail"]
-        assert (await client.get("/health")).status_code == 418
+    return message
 
 
 @pytest.mark.parametrize(("num_api_processes", "refused"), [(1, False), (2, True)])

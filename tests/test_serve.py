@@ -82,6 +82,29 @@ def test_another_worker_extension_is_refused(option):
         server_arguments(["--enable-poc", *option])
 
 
+@pytest.mark.parametrize(
+    ("option", "refused"),
+    [
+        (["--api-server-count", "2"], True),
+        (["--api-server-count=4"], True),
+        (["--api_server_count", "2"], True),
+        (["-asc", "2"], True),
+        (["--api-server-count", "1", "--api-server-count", "2"], True),
+        (["--api-server-count", "1"], False),
+        (["-asc", "1"], False),
+        (["--api-server-count", "2", "--api-server-count", "1"], False),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_several_api_processes_are_refused(option, refused):
+    if refused:
+        with pytest.raises(UnsupportedServerError, match=r"--api-server-count [24]: "):
+            server_arguments(["--enable-poc", *option])
+    else:
+        assert server_arguments(["--enable-poc", *option])
+    assert server_arguments(option) == option
+
+
 @pytest.mark.parametrize(("args", "count"), [([], 1), (["--enforce-eager"], 1)])
 def test_eager_where_a_compiled_model_cannot_be_left_aside(monkeypatch, capsys, args, count):
     assert "--enforce-eager" not in server_arguments(["--enable-poc"])
