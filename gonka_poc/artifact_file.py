@@ -15,10 +15,10 @@ from gonka_poc.errors import ArtifactFileError
 class ArtifactFile(BaseModel):
     """JSON: model, seq_len, k_dim, block_hash, block_height, public_key, node_id, node_count, stat_test, artifacts.
 
-    `poc_stronger_rng` is written too; a file without it means false. Fields that others add are left out.
+    `poc_stronger_rng` is written too; a file without it means false. Fields that others add are kept.
     """
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="allow")
 
     model: str
     seq_len: int = Field(ge=1)
@@ -35,7 +35,7 @@ class ArtifactFile(BaseModel):
     @property
     def asked(self) -> dict[str, object]:
         """All that the vectors depend on; two files with the same can be joined."""
-        return self.model_dump(exclude={"artifacts", "stat_test", "block_height", "node_id", "node_count"})
+        return self.model_dump(include={"model", "seq_len", "k_dim", "block_hash", "public_key", "poc_stronger_rng"})
 
 
 def read_artifact_file(path: Path) -> ArtifactFile:

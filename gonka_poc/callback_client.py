@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import httpx
 
+from gonka_poc.access import CallbackRules, CheckedTransport
 from gonka_poc.outbox import Batch
 
 MAX_RETRY_AFTER_SEC = 300.0
@@ -27,10 +28,12 @@ class Answer(NamedTuple):
 
 
 class CallbackClient:
-    """Goes where it was told: no redirects, and no proxies of the environment."""
+    """Goes where it was told, if the rules allow the address: no redirects, and no proxies of the environment."""
 
-    def __init__(self, timeout_sec: float) -> None:
-        self._client = httpx.AsyncClient(timeout=timeout_sec, follow_redirects=False, trust_env=False)
+    def __init__(self, timeout_sec: float, rules: CallbackRules) -> None:
+        self._client = httpx.AsyncClient(
+            transport=CheckedTransport(rules), timeout=timeout_sec, follow_redirects=False, trust_env=False
+        )
 
     async def post(self, batch: Batch) -> Answer:
         """Send a batch; a receiver that cannot be reached is one that did not take it."""

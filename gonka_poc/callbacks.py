@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from gonka_poc.callback_client import CallbackClient
 from gonka_poc.config import Settings
 from gonka_poc.errors import OutboxFullError
+from gonka_poc.metrics import Metrics
 from gonka_poc.outbox import Batch, Outbox
 
 logger = logging.getLogger("vllm.gonka_poc.callbacks")
@@ -46,6 +47,7 @@ class CallbackSender:
         settings: Settings,
         outbox: Outbox,
         is_live: Callable[[str], bool] = lambda url: False,
+        metrics: Metrics | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
@@ -56,10 +58,11 @@ class CallbackSender:
         self._settings = settings
         self._outbox = outbox
         self._is_live = is_live
+        self._metrics = metrics or Metrics()
         self._clock = clock
         self._sleep = sleep
         self._thread = ThreadPoolExecutor(1, "poc-outbox")
-        self._client = CallbackClient(settings.callback_timeout_sec)
+        self._client = CallbackClient(settings.callback_timeout_sec, settings.callback_rules)
         self._watcher: asyncio.Task[None] | None = None
         self._receivers: dict[str, asyncio.Task[None]] = {}
         self._deadlines: dict[str, float] = {}
@@ -107,9 +110,9 @@ class CallbackSender:
             await asyncio.wait(last_tries, timeout=self._settings.callback_timeout_sec)
             await _cancelled(last_tries)
         if self.counts.pending_batches and self._outbox.is_durable:
-            logger.warning("PoC: %d callbacks stay in %r for the next start", *self._left())
+            logger.warning("PoC: %d callbacks stay in %a for the next start", *self._left())
         elif self.counts.pending_batches:
-            logger.error("PoC: %d callbacks were not delivered and are lost with %r", *self._left())
+            logger.error("PoC: %d callbacks were not delivered and are lost with %a", *self._left())
         await self._client.close()
         await self._run(self._outbox.close, count=False)
         self._thread.shutdown(wait=False)
@@ -180,7 +183,7 @@ class CallbackSender:
         if self._receivers.get(url) is task:
             del self._receivers[url], self._deadlines[url]
         if not task.cancelled() and task.exception() is not None:
-            logger.error("PoC callbacks to %r failed", url, exc_info=task.exception())
+            logger.error("PoC callbacks to %a failed", url, exc_info=task.exception())
 
     async def _deliver(self, url: str) -> None:
         failures, retry_after = 0, 0.0
@@ -195,7 +198,7 @@ class CallbackSender:
                 self._deadlines[url] = self._clock() + self._settings.outbox_grace_sec
             elif self._clock() >= self._deadlines[url]:
                 await self._write(self._outbox.keep, url)
-                logger.warning("PoC: callbacks to %r are kept for the next start, or `gonka-poc outbox retry`", url)
+                logger.warning("PoC: callbacks to %a are kept for the next start, or `gonka-poc outbox retry`", url)
                 return
 
     async def _send_all(self, url: str) -> float | None:
@@ -208,15 +211,17 @@ class CallbackSender:
         return None
 
     async def _send(self, batch: Batch) -> float | None:
+        started = time.monotonic()
         answer = await self._client.post(batch)
+        self._metrics.called_back(time.monotonic() - started)
         if answer.taken:
             await self._write(self._outbox.delivered, batch.id)
             return None
         if answer.refused:
-            logger.error("PoC callback %d to %r is parked: %r", batch.id, batch.url, answer.reason)
+            logger.error("PoC callback %d to %a is parked: %a", batch.id, batch.url, answer.reason)
             await self._write(self._outbox.park, batch.id, answer.reason)
             return None
-        logger.warning("PoC callback %d to %r failed: %r", batch.id, batch.url, answer.reason)
+        logger.warning("PoC callback %d to %a failed: %a", batch.id, batch.url, answer.reason)
         with suppress(OutboxFullError):  # the count of tries is for people; the batch stays as it is
             await self._run(self._outbox.failed, batch.id, answer.reason)
         return answer.retry_after_sec

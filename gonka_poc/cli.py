@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +21,16 @@ from rich.text import Text
 from gonka_poc import __version__
 from gonka_poc.artifact_file import ArtifactFile, read_artifact_file, write_artifact_file
 from gonka_poc.client import PoCClient
+from gonka_poc.config import load_settings
 from gonka_poc.data import MAX_NONCE, Artifact
 from gonka_poc.demo import run_demo
-from gonka_poc.errors import ArtifactFileError, PoCError
+from gonka_poc.errors import ArtifactFileError, PoCError, printable
+from gonka_poc.outbox_admin import purge, retry_parked, summary
+from gonka_poc.outbox_file import outbox_path
 
-PASS, ERROR, FRAUD = 0, 1, 2
+PASS, ERROR, FRAUD, INTERRUPTED = 0, 1, 2, 130
 MAX_NONCES = 10_000_000
-# a file of this many more artifacts is written again, so that a killed command loses little
+# a file is written again after at least this many more artifacts, so that a killed command loses little
 SAVE_EVERY = 2_000
 
 
@@ -49,18 +54,21 @@ class Nonces(click.ParamType):
             start, end = int(first), int(last if dash else first)
             if end < start or end > MAX_NONCE:
                 self.fail(f"{part!r}: a range goes upwards, and to {MAX_NONCE} at most", param, ctx)
-            if end - start >= MAX_NONCES:
-                self.fail(f"{part!r}: more than {MAX_NONCES} nonces; make several files", param, ctx)
+            if len(nonces) + end - start >= MAX_NONCES:
+                self.fail(f"{value!r}: more than {MAX_NONCES} nonces; make several files", param, ctx)
             nonces.update(dict.fromkeys(range(start, end + 1)))
         return list(nonces)
 
 
 def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of every command that talks to a server."""
-    command = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, for machines.")(command)
-    return click.option(
-        "--url", default="http://127.0.0.1:8000", show_default=True, envvar="GONKA_POC_URL", help="Where the server is."
-    )(command)
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, for machines."),
+        click.option("--token", envvar="POC_API_TOKEN", help="The server's POC_API_TOKEN [env: POC_API_TOKEN]"),
+        click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Where the server is."),
+    ):
+        command = option(command)
+    return command
 
 
 class _RateColumn(ProgressColumn):
@@ -122,6 +130,7 @@ def demo(as_json: bool) -> int:
 @click.option("--nonces", type=Nonces(), required=True, help="For example 0-99 or 3,7,100-199.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The file to write.")
 @click.option("--model", help="A served model name [default: the one that is served]")
+@click.option("--api-key", envvar="VLLM_API_KEY", help="vLLM's own, to ask for the model's name [env: VLLM_API_KEY]")
 @click.option("--seq-len", type=click.IntRange(1), default=1024, show_default=True, help="Tokens a nonce.")
 @click.option("--k-dim", type=click.IntRange(1), default=12, show_default=True, help="Length of a vector.")
 @click.option("--block-hash", default="test-block", show_default=True)
@@ -134,6 +143,7 @@ def generate(
     nonces: list[int],
     out: Path,
     model: str | None,
+    api_key: str | None,
     seq_len: int,
     k_dim: int,
     block_hash: str,
@@ -142,6 +152,7 @@ def generate(
     stronger_rng: bool,
     batch_size: int,
     url: str,
+    token: str | None,
     as_json: bool,
 ) -> int:
     """Compute artifacts of NONCES into a file. What the file already holds is not computed again.
@@ -149,7 +160,7 @@ def generate(
     \b
     gonka-poc generate --nonces 0-99 --out artifacts.json --block-hash HASH --public-key KEY
     """
-    with PoCClient(url) as client:
+    with PoCClient(url, token=token, api_key=api_key) as client:
         file = ArtifactFile(
             model=model or client.model_name(),
             seq_len=seq_len,
@@ -159,28 +170,32 @@ def generate(
             public_key=public_key,
             poc_stronger_rng=stronger_rng,
         )
-        file.artifacts.extend(_already_there(out, file))
+        is_new = not out.exists()
+        if not is_new:
+            file = _goes_on(out, file)
         there = {artifact.nonce for artifact in file.artifacts}
         missing = [nonce for nonce in nonces if nonce not in there]
         write_artifact_file(out, file)  # now, so that a path that cannot be written costs no computation
-        saved = len(file.artifacts)
+        save_at = _next_save(len(file.artifacts))
 
         def keep(artifacts: list[Artifact]) -> None:
-            nonlocal saved
+            nonlocal save_at
             file.artifacts.extend(artifacts)
-            if len(file.artifacts) - saved >= SAVE_EVERY:
+            if len(file.artifacts) >= save_at:
                 write_artifact_file(out, file)
-                saved = len(file.artifacts)
+                save_at = _next_save(len(file.artifacts))
 
-        not_computed: list[int] = []
         try:
             with progress_bar("generating", len(missing)) as progress:
                 not_computed = client.generate(file, missing, batch_size, keep, progress)
-        except BaseException:
-            say(f"{len(file.artifacts)} artifacts are kept in {out}; the same command goes on from there")
-            raise
-        finally:
             write_artifact_file(out, file)
+        except BaseException:
+            if is_new and not file.artifacts:
+                out.unlink(missing_ok=True)
+            else:
+                write_artifact_file(out, file)
+                say(f"{len(file.artifacts)} artifacts are kept in {out}; the same command goes on from there")
+            raise
     if as_json:
         print_json({"file": str(out), "artifacts": len(file.artifacts), "not_computed_nonces": not_computed})
     else:
@@ -190,14 +205,18 @@ def generate(
     return PASS
 
 
-def _already_there(out: Path, wanted: ArtifactFile) -> list[Artifact]:
-    if not out.exists():
-        return []
+def _goes_on(out: Path, wanted: ArtifactFile) -> ArtifactFile:
+    """The file that is there, if its artifacts are of the same kind; all else in it stays as it is."""
     existing = read_artifact_file(out)
     different = [name for name, value in wanted.asked.items() if existing.asked[name] != value]
     if different:
         raise ArtifactFileError(f"{out} exists and has another {', '.join(different)}; name another --out")
-    return existing.artifacts
+    return existing
+
+
+def _next_save(count: int) -> int:
+    """The number of artifacts at which to write the file again; the steps grow, so that writing stays a small part."""
+    return count + max(SAVE_EVERY, count // 4)
 
 
 @app.command()
@@ -216,6 +235,7 @@ def validate(
     fraud_threshold: float | None,
     batch_size: int,
     url: str,
+    token: str | None,
     as_json: bool,
 ) -> int:
     """Recompute the artifacts of FILE. Exit status: 0 pass, 2 fraud, 1 error (also where nothing was compared).
@@ -230,7 +250,7 @@ def validate(
     stat_test = content.stat_test.model_copy(update={k: v for k, v in given.items() if v is not None})
     if model is not None:
         content = content.model_copy(update={"model": model})
-    with PoCClient(url) as client, progress_bar("validating", len(content.artifacts)) as progress:
+    with PoCClient(url, token=token) as client, progress_bar("validating", len(content.artifacts)) as progress:
         verdict = client.validate(content, stat_test, batch_size, progress)
     if as_json:
         print_json(dataclasses.asdict(verdict))
@@ -246,13 +266,13 @@ def validate(
 
 @app.command()
 @server_options
-def status(url: str, as_json: bool) -> int:
+def status(url: str, token: str | None, as_json: bool) -> int:
     """What the server generates now.
 
     \b
     gonka-poc status --url http://127.0.0.1:8000
     """
-    with PoCClient(url, timeout=30) as client:
+    with PoCClient(url, timeout=30, token=token) as client:
         answer = client.status()
     if as_json:
         print_json(answer.model_dump())
@@ -270,23 +290,95 @@ def status(url: str, as_json: bool) -> int:
 
 @app.command()
 @server_options
-def stop(url: str, as_json: bool) -> int:
+def stop(url: str, token: str | None, as_json: bool) -> int:
     """Stop the round and drop queued requests.
 
     \b
     gonka-poc stop --url http://127.0.0.1:8000
     """
-    with PoCClient(url, timeout=30) as client:
-        client.stop()
+    with PoCClient(url, timeout=30, token=token) as client:
+        answer = client.stop()
     if as_json:
-        print_json({"status": "STOPPED"})
+        print_json(answer.model_dump())
     else:
         click.echo("stopped")
     return PASS
 
 
+@app.group()
+@click.option("--path", help="The outbox file [default: POC_OUTBOX_PATH, as the server has it]")
+@click.pass_context
+def outbox(context: click.Context, path: str | None) -> None:
+    """Callbacks that no receiver has taken: see them, send parked ones again, or delete them.
+
+    \b
+    gonka-poc outbox list
+    """
+    context.obj = outbox_path(path or load_settings().outbox_path)
+
+
+@outbox.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, for machines.")
+@click.pass_obj
+def outbox_list(path: str, as_json: bool) -> int:
+    """What is in the outbox, the oldest first."""
+    batches = summary(path)
+    if as_json:
+        print_json([dataclasses.asdict(batch) for batch in batches])
+        return PASS
+    table = Table("id", "status", "receiver", "artifacts", "tries", "created", "reason")
+    for batch in batches:
+        created = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(batch.created_at))
+        cells = (batch.id, batch.status, f"{batch.url}/{batch.path}", batch.num_artifacts, batch.attempts, created)
+        table.add_row(*(Text(printable(str(cell))) for cell in (*cells, batch.reason or "")))
+    Console().print(table)
+    return PASS
+
+
+def _chosen(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--url", help="Only those for this receiver, written as in the request"),
+        click.option("--id", "ids", type=int, multiple=True, help="Only this one; may be given several times"),
+        click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, for machines."),
+    ):
+        command = option(command)
+    return command
+
+
+@outbox.command("retry")
+@_chosen
+@click.pass_obj
+def outbox_retry(path: str, url: str | None, ids: tuple[int, ...], as_json: bool) -> int:
+    """Let the server send parked and kept batches again; one that runs does so at once, else the next one."""
+    count = retry_parked(path, url=url, ids=ids or None)
+    if as_json:
+        print_json({"batches": count})
+    else:
+        click.echo(f"{count} batches are to be sent again")
+    return PASS
+
+
+@outbox.command("purge")
+@_chosen
+@click.option("--undelivered", is_flag=True, help="Also those that are still to be sent: their artifacts are lost")
+@click.pass_obj
+def outbox_purge(path: str, url: str | None, ids: tuple[int, ...], as_json: bool, undelivered: bool) -> int:
+    """Delete parked batches for good."""
+    count = purge(path, url=url, ids=ids or None, undelivered=undelivered)
+    if as_json:
+        print_json({"batches": count})
+    else:
+        click.echo(f"{count} batches deleted")
+    return PASS
+
+
 def main(args: list[str] | None = None) -> None:
-    """Run a command and exit with its status; wrong usage is 1, because 2 means fraud."""
+    """Run a command and exit with its status; wrong usage is 1, because 2 means fraud.
+
+    A command that is terminated cleans up as one that is interrupted by hand: it may have started a server.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     try:
         status = app.main(args, prog_name="gonka-poc", standalone_mode=False)
     except click.ClickException as error:
@@ -294,7 +386,7 @@ def main(args: list[str] | None = None) -> None:
         status = ERROR
     except (click.Abort, KeyboardInterrupt):
         say("stopped")
-        status = 130
+        status = INTERRUPTED
     except PoCError as error:
         say(f"{type(error).__name__}: {error}")
         status = ERROR

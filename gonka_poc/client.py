@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
+from pydantic import BaseModel, Field, ValidationError
 
 from gonka_poc.artifact_file import ArtifactFile
 from gonka_poc.data import (
+    PREFIX,
     Artifact,
     ArtifactsAnswer,
     InitGenerateRequest,
+    OkAnswer,
     StatTest,
     StatusAnswer,
     ValidationAnswer,
@@ -19,8 +22,8 @@ from gonka_poc.data import (
 )
 from gonka_poc.errors import ServerAnswerError
 from gonka_poc.validation import Verdict, judge
+from gonka_poc.vllm_compat import MIDDLEWARE
 
-PREFIX = "/api/v1/pow"
 CONNECT_TIMEOUT_SEC = 10.0
 
 Progress = Callable[[int], None]
@@ -31,18 +34,46 @@ def ignore_progress(nonces: int) -> None:
     """The Progress that shows none."""
 
 
+Answer = TypeVar("Answer", bound=BaseModel)
+
+
+class _Model(BaseModel):
+    id: str
+
+
+class _Models(BaseModel):
+    data: list[_Model] = Field(min_length=1)
+
+
+class _Message(BaseModel):
+    content: str | None
+
+
+class _Choice(BaseModel):
+    message: _Message
+
+
+class _Chat(BaseModel):
+    choices: list[_Choice] = Field(min_length=1)
+
+
 class PoCClient:
     """One server. Every method raises ServerAnswerError where the server refuses or cannot be reached."""
 
-    def __init__(self, url: str, timeout: float | None = None, token: str | None = None) -> None:
-        """`timeout` in seconds for one answer; None waits as long as the server works (chat goes first there)."""
+    def __init__(
+        self, url: str, timeout: float | None = None, token: str | None = None, api_key: str | None = None
+    ) -> None:
+        """`timeout` in seconds for one answer; None waits as long as the server works (chat goes first there).
+
+        `token` is the server's POC_API_TOKEN, `api_key` vLLM's own, for /v1.
+        """
+        self._token, self._api_key = token, api_key
         self.url = url.rstrip("/")
         # what fails before the request has left is tried again; what may have reached the server is not
         self._http = httpx.Client(
             base_url=self.url,
             timeout=httpx.Timeout(timeout, connect=CONNECT_TIMEOUT_SEC),
             transport=httpx.HTTPTransport(retries=2),
-            headers={"Authorization": f"Bearer {token}"} if token else {},
         )
 
     def __enter__(self) -> PoCClient:
@@ -53,19 +84,19 @@ class PoCClient:
 
     def model_name(self) -> str:
         """The name of the model that is served."""
-        return self._call("GET", "/v1/models")["data"][0]["id"]
+        return self._ask(_Models, "GET", "/v1/models").data[0].id
 
     def status(self) -> StatusAnswer:
         """GET /status."""
-        return StatusAnswer.model_validate(self._call("GET", f"{PREFIX}/status"))
+        return self._ask(StatusAnswer, "GET", f"{PREFIX}/status")
 
-    def stop(self) -> None:
+    def stop(self) -> OkAnswer:
         """POST /stop."""
-        self._call("POST", f"{PREFIX}/stop")
+        return self._ask(OkAnswer, "POST", f"{PREFIX}/stop")
 
-    def init_generate(self, request: InitGenerateRequest) -> None:
+    def init_generate(self, request: InitGenerateRequest) -> OkAnswer:
         """POST /init/generate."""
-        self._call("POST", f"{PREFIX}/init/generate", request.model_dump())
+        return self._ask(OkAnswer, "POST", f"{PREFIX}/init/generate", request.model_dump())
 
     def chat(self, model: str, text: str, max_tokens: int) -> str:
         """The answer of a greedy chat."""
@@ -75,7 +106,7 @@ class PoCClient:
             "max_tokens": max_tokens,
             "temperature": 0,
         }
-        return self._call("POST", "/v1/chat/completions", body)["choices"][0]["message"]["content"]
+        return self._ask(_Chat, "POST", "/v1/chat/completions", body).choices[0].message.content or ""
 
     def generate(
         self,
@@ -91,7 +122,7 @@ class PoCClient:
         """
         not_computed: list[int] = []
         for batch in chunks(list(nonces), batch_size):
-            answer = ArtifactsAnswer.model_validate(self._generate(file, batch, batch_size))
+            answer = self._generate(ArtifactsAnswer, file, batch, batch_size)
             keep(answer.artifacts)
             not_computed += answer.not_computed_nonces or []
             progress(len(batch))
@@ -109,16 +140,17 @@ class PoCClient:
                 "validation": {"artifacts": [artifact.model_dump() for artifact in batch]},
                 "stat_test": stat_test.model_dump(),
             }
-            answer = ValidationAnswer.model_validate(
-                self._generate(file, [artifact.nonce for artifact in batch], batch_size, **more)
-            )
+            nonces = [artifact.nonce for artifact in batch]
+            answer = self._generate(ValidationAnswer, file, nonces, batch_size, **more)
             compared += answer.n_total
             mismatches += answer.mismatch_nonces
             not_computed += answer.not_computed_nonces or []
             progress(len(batch))
         return judge(compared, mismatches, not_computed, stat_test)
 
-    def _generate(self, file: ArtifactFile, nonces: Sequence[int], batch_size: int, **more: Any) -> dict[str, Any]:
+    def _generate(
+        self, answer: type[Answer], file: ArtifactFile, nonces: Sequence[int], batch_size: int, **more: Any
+    ) -> Answer:
         identity = file.model_dump(
             include={"block_hash", "block_height", "public_key", "node_id", "node_count", "poc_stronger_rng"}
         )
@@ -130,25 +162,27 @@ class PoCClient:
             "wait": True,
             **more,
         }
-        return self._call("POST", f"{PREFIX}/generate", body)
+        return self._ask(answer, "POST", f"{PREFIX}/generate", body)
 
-    def _call(self, method: str, path: str, body: Any = None) -> Any:
+    def _ask(self, answer: type[Answer], method: str, path: str, body: Any = None) -> Answer:
+        secret = self._token if path.startswith(PREFIX) else self._api_key
+        headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         try:
-            response = self._http.request(method, path, json=body)
+            response = self._http.request(method, path, json=body, headers=headers)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ServerAnswerError(
                 f"{self.url} cannot be reached: {str(error) or type(error).__name__}; is the server running there?"
             ) from error
-        if response.is_success:
-            try:
-                return response.json()
-            except ValueError as error:
-                raise ServerAnswerError(f"{self.url}{path} did not answer with JSON; is it a vLLM server?") from error
         if response.status_code == 404 and path.startswith(PREFIX):
+            raise ServerAnswerError(f"{self.url} has no {PREFIX}: start it with --middleware {MIDDLEWARE}")
+        if not response.is_success:
+            raise ServerAnswerError(f"{self.url}{path} answered {response.status_code}: {_detail(response)}")
+        try:
+            return answer.model_validate_json(response.content)
+        except ValidationError as error:
             raise ServerAnswerError(
-                f"{self.url} has no {PREFIX}: start it with --middleware gonka_poc.middleware.PoCMiddleware"
-            )
-        raise ServerAnswerError(f"{self.url}{path} answered {response.status_code}: {_detail(response)}")
+                f"{self.url}{path} answered something else than expected; is it a vLLM server with gonka_poc?"
+            ) from error
 
 
 def _detail(response: httpx.Response) -> str:

@@ -34,6 +34,15 @@ class Settings(BaseSettings):
     chat_backoff_sec: float = Field(
         default=0.05, gt=0, allow_inf_nan=False, description="seconds to wait before asking again whether chat is idle"
     )
+    batch_timeout_sec: float = Field(
+        default=600.0, gt=0, allow_inf_nan=False, description="seconds that the workers have for one batch"
+    )
+    max_step_ms: float = Field(
+        default=200.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="milliseconds of a batch, the longest that a chat waits for proof, while chat is around",
+    )
     max_body_bytes: int = Field(default=32 * 1024 * 1024, ge=1024, description="largest request body, bytes")
     max_queued_nonces: int = Field(default=100_000, ge=1, description="nonces that may wait in the queue")
     outbox_grace_sec: float = Field(

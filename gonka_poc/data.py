@@ -15,10 +15,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import httpx
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MAX_NONCE = 2**63 - 1
+MAX_STEP = 2**53  # between two nonces of a node
 MAX_TEXT = 1024
+PREFIX = "/api/v1/pow"
 VECTOR_DTYPE = np.dtype("<f2")
 
 Item = TypeVar("Item")
@@ -111,10 +113,10 @@ class NonceSequence:
     n_groups: int = 1
 
     def slice(self, start: int, count: int) -> list[int]:
-        """Nonces number `start` to `start + count - 1` of this node."""
+        """Nonces number `start` to `start + count - 1` of this node; those over MAX_NONCE are left out."""
         first = self.node_id + self.group_id * self.node_count
         step = self.n_groups * self.node_count
-        return [first + i * step for i in range(start, start + count)]
+        return [nonce for i in range(start, start + count) if (nonce := first + i * step) <= MAX_NONCE]
 
 
 # --- requests ---------------------------------------------------------------------------------------------------
@@ -151,11 +153,17 @@ class _RoundFields(_Strict):
 
     @model_validator(mode="after")
     def _ids_in_range(self) -> _RoundFields:
-        if self.node_id >= self.node_count:
-            raise ValueError(f"node_id {self.node_id} must be less than node_count {self.node_count}")
+        # node_id is not: the network counts nodes from 1, and names some beyond those that take part
         if self.group_id >= self.n_groups:
             raise ValueError(f"group_id {self.group_id} must be less than n_groups {self.n_groups}")
+        if max(self.node_id, self.node_count * self.n_groups) > MAX_STEP:
+            raise ValueError(f"node_id, and node_count times n_groups, must be at most {MAX_STEP}")
         return self
+
+    @field_validator("url", mode="before")
+    @classmethod
+    def _empty_url_is_none(cls, url: Any) -> Any:
+        return None if url == "" else url
 
     @property
     def spec(self) -> VectorSpec:

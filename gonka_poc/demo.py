@@ -13,9 +13,10 @@ from pathlib import Path
 from gonka_poc.artifact_file import ArtifactFile
 from gonka_poc.client import PoCClient
 from gonka_poc.data import VECTOR_DTYPE, Artifact, InitGenerateRequest, Params, StatTest, decode_vector, encode_vector
-from gonka_poc.errors import ServerAnswerError, ServerStartError
+from gonka_poc.errors import ServerAnswerError, ServerStartError, UnsupportedServerError
 from gonka_poc.server_process import ServerProcess
 from gonka_poc.tiny_model import make_tiny_model
+from gonka_poc.vllm_compat import is_cpu_build
 
 MODEL = "tiny"
 NONCES = 64
@@ -46,8 +47,15 @@ class Row:
 def run_demo(say: Say) -> list[Row]:
     """Generate, chat while a round generates, restart, validate, and try two frauds; everything is stopped at the end.
 
-    Returns the rows of the table. Raises ServerStartError or ServerAnswerError; the log of the server is kept then.
+    Returns the rows of the table. Raises UnsupportedServerError where vLLM is not the build for the CPU (the demo would
+    take a GPU's memory from what runs on it), ServerStartError or ServerAnswerError; with the last two the server's log
+    is kept.
     """
+    if not is_cpu_build():
+        raise UnsupportedServerError(
+            "the demo runs on vLLM for the CPU, so that it takes no memory of a GPU in use; against the server of this "
+            "host use `gonka-poc generate` and `gonka-poc validate`"
+        )
     work = Path(tempfile.mkdtemp(prefix="gonka-poc-demo-"))
     log = work / "server.log"
     try:
@@ -71,7 +79,7 @@ def _rows(work: Path, log: Path, say: Say) -> Iterator[Row]:
     file = ArtifactFile(
         model=MODEL, seq_len=SEQ_LEN, k_dim=K_DIM, block_hash="demo-block", block_height=1, public_key="demo-host"
     )
-    server = ServerProcess(model, log_file=log, args=SERVER_OPTIONS)
+    server = ServerProcess(model, log_file=log, args=SERVER_OPTIONS, env={"POC_OUTBOX_PATH": ":memory:"})
     try:
         say("starting the server")
         with _timed() as start:

@@ -8,6 +8,7 @@ PoCError
 ├── BodyTooLargeError        413  the body is over POC_MAX_BODY_BYTES
 ├── QueueFullError           429  the queue of nonces is full
 ├── ComputeError             500  a worker failed on this computation
+├── WorkerMemoryError        500  a worker ran out of memory even for one nonce
 ├── SettingsError            500  a POC_* variable cannot be used; the server does not start
 ├── ServerStartError         500  a server that a command started did not come up; never over HTTP
 ├── ArtifactFileError        500  a file of artifacts cannot be read or written; never over HTTP
@@ -67,6 +68,10 @@ class ComputeError(PoCError):
     """A worker failed while it computed a batch."""
 
     http_status = 500
+
+
+class WorkerMemoryError(PoCError):
+    """A worker had not enough memory for a batch. A batch of several nonces is halved; only one of one gets here."""
 
 
 class SettingsError(PoCError):

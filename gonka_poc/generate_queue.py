@@ -21,7 +21,6 @@ from gonka_poc.data import (
     GenerateRequest,
     PendingAnswer,
     ValidationAnswer,
-    chunks,
     encode_vector,
 )
 from gonka_poc.errors import ConflictError, NotFoundError, PoCError, QueueFullError, printable
@@ -137,28 +136,24 @@ class GenerateQueue:
                 self._end(job, PoCError(f"{type(error).__name__}: {error}"))
 
     async def _compute(self, job: GenerateJob) -> BatchResult:
-        """All of a job's nonces; less than all only if the job was dropped."""
+        """All of a job's nonces, behind any round and any chat; less than all only if the job was dropped."""
         request = job.request
-        size = min(request.batch_size, self._manager.micro_batch_size(request.params.seq_len))
         total = BatchResult({}, [])
-        for nonces in chunks(request.nonces, size):
-            result = await self._compute_batch(job, nonces)
-            if result is None:
-                break
-            total.vectors.update(result.vectors)
-            total.not_computed_nonces.extend(result.not_computed_nonces)
-        return total
-
-    async def _compute_batch(self, job: GenerateJob, nonces: list[int]) -> BatchResult | None:
-        """One micro-batch, behind any round and any chat; None if the job was dropped meanwhile."""
-        while True:
+        done = 0
+        while done < len(request.nonces):
             await self._no_round.wait()
             if job.outcome.done():
-                return None
-            result = await self._manager.compute(job.request.spec, nonces)
-            if result is not None:
-                return result
-            await asyncio.sleep(self._settings.chat_backoff_sec)
+                break
+            size = min(request.batch_size, self._manager.micro_batch_size(request.params.seq_len))
+            nonces = request.nonces[done : done + size]
+            result = await self._manager.compute(request.spec, nonces)
+            if result is None:
+                await asyncio.sleep(self._settings.chat_backoff_sec)
+                continue
+            total.vectors.update(result.vectors)
+            total.not_computed_nonces.extend(result.not_computed_nonces)
+            done += len(nonces)
+        return total
 
     def _end(self, job: GenerateJob, outcome: Completed | PoCError) -> None:
         self._pending.pop(job.request_id, None)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gonka_poc.config import Settings
 from gonka_poc.data import VECTOR_DTYPE, BatchResult, Params, VectorSpec
 from gonka_poc.errors import (
     ComputeError,
@@ -17,23 +18,32 @@ from gonka_poc.errors import (
     EngineUnavailableError,
     PoCError,
     RequestError,
+    WorkerMemoryError,
     error_by_name,
     printable,
 )
 from gonka_poc.metrics import Metrics
+from gonka_poc.step_size import StepSize
 from gonka_poc.vllm_compat import INSECURE_SERIALIZATION, WORKER_EXTENSION, ApiView
 from gonka_poc.worker import poc_call
 
 # below vLLM's logger, so that its handlers and level apply
 logger = logging.getLogger("vllm.gonka_poc.manager")
 
+DEAD_POLL_SEC = 0.5
+MAX_LOGGED = 100
+
 
 class PoCManagerV1:
     """Drives the workers through `collective_rpc`, one micro-batch at a time; chat goes first."""
 
-    def __init__(self, view: ApiView, metrics: Metrics | None = None) -> None:
+    def __init__(self, view: ApiView, settings: Settings | None = None, metrics: Metrics | None = None) -> None:
+        settings = settings or Settings()
         self._view = view
         self._metrics = metrics or Metrics()
+        self._step_size = StepSize(settings.max_step_ms / 1000)
+        self._timeout_sec = settings.batch_timeout_sec
+        self._last_seconds = 0.0
         self._lock = asyncio.Lock()
         self._prepared = False
 
@@ -68,26 +78,61 @@ class PoCManagerV1:
             self._prepared = True
 
     def micro_batch_size(self, seq_len: int) -> int:
-        """Nonces that fit one forward: at most max_num_batched_tokens tokens and max_num_seqs sequences."""
-        return max(1, min(self._view.max_num_batched_tokens // seq_len, self._view.max_num_seqs))
+        """Nonces of the next micro-batch: at most max_num_batched_tokens tokens and max_num_seqs sequences, and less
+        where chat was seen lately (POC_MAX_STEP_MS) or memory was short."""
+        return self._step_size.limit(
+            seq_len, min(self._view.max_num_batched_tokens // seq_len, self._view.max_num_seqs)
+        )
 
     async def compute(self, spec: VectorSpec, nonces: list[int]) -> BatchResult | None:
-        """Vectors of at most one micro-batch of nonces; None if chat is being served and nothing was computed.
+        """Vectors of at most one micro-batch of nonces.
 
-        Raises ComputeError, EngineUnavailableError or UnsupportedServerError.
+        None if nothing was computed: chat is being served, or memory was short and `micro_batch_size` is less now.
+        Then the same nonces are to be tried again. Raises ComputeError, WorkerMemoryError (a single nonce does not
+        fit), EngineUnavailableError or UnsupportedServerError.
         """
+        answer = await self._compute("poc_compute", spec, nonces)
+        if answer is None:
+            return None
+        vectors = np.frombuffer(answer["vectors"], dtype=VECTOR_DTYPE).reshape(len(nonces), spec.k_dim)
+        rows = zip(nonces, vectors, answer["finite"], strict=True)
+        return self._counted({nonce: row for nonce, row, finite in rows if finite}, nonces)
+
+    async def _compute(self, method: str, spec: VectorSpec, nonces: list[int]) -> dict[str, Any] | None:
+        """The answer of the output rank to a call for `nonces`; None as `compute` says."""
         async with self._lock:
+            self._refuse_dead()
             if self._view.has_unfinished_requests():
+                self._step_size.chat_seen()
                 self._metrics.skipped()
                 return None
             started = time.monotonic()
-            answers = await self._call("poc_compute", dataclasses.asdict(spec), nonces)
-            seconds = time.monotonic() - started
+            try:
+                answers = await self._call(method, dataclasses.asdict(spec), nonces)
+            except WorkerMemoryError as error:
+                if len(nonces) == 1:
+                    raise
+                size = self._step_size.out_of_memory(spec.seq_len, len(nonces))
+                self._metrics.skipped("memory")
+                logger.warning(
+                    "PoC: %d nonces did not fit into memory, going on with %d: %a", len(nonces), size, str(error)
+                )
+                return None
+            self._last_seconds = time.monotonic() - started
+        self._step_size.measured(spec.seq_len, len(nonces), self._last_seconds)
         results = [answer for answer in answers if answer is not None]
         if len(results) != 1:
             raise ComputeError(f"one worker must answer with the vectors; {len(results)} of {len(answers)} did")
-        result = _unpack(results[0], nonces, spec.k_dim)
-        self._metrics.computed(len(result.vectors), len(result.not_computed_nonces), seconds)
+        if results[0]["nonces"] != nonces:
+            raise ComputeError("a worker answered for other nonces than it was asked for; restart the server")
+        return results[0]
+
+    def _counted(self, vectors: dict[int, np.ndarray], nonces: list[int]) -> BatchResult:
+        result = BatchResult(vectors, [nonce for nonce in nonces if nonce not in vectors])
+        if result.not_computed_nonces:
+            bad = result.not_computed_nonces
+            logger.warning("PoC dropped %d nonces with NaN or Inf: %s", len(bad), bad[:MAX_LOGGED])
+        self._metrics.computed(len(vectors), len(result.not_computed_nonces), self._last_seconds)
         return result
 
     async def release(self) -> None:
@@ -111,28 +156,32 @@ class PoCManagerV1:
                 f"or with {INSECURE_SERIALIZATION}=1 in its environment"
             )
         try:
-            answers = await self._view.call_workers(call, args)
+            answers = await self._answers(call, args)
         except PoCError:
             raise
         except Exception as error:
-            if self._view.is_dead():
-                raise EngineUnavailableError(f"the engine is dead: {error}; restart the server") from error
+            self._refuse_dead()
             raise ComputeError(f"a worker failed: {error}; the server's log has its traceback") from error
         for answer in answers:
             if answer is not None and "error" in answer:
                 raise error_by_name(answer["error"]["type"], answer["error"]["message"])
         return answers
 
+    async def _answers(self, call: Any, args: tuple[Any, ...]) -> list[Any]:
+        """An engine that dies leaves its calls without an answer, so it is watched while one is awaited."""
+        rpc = asyncio.ensure_future(self._view.call_workers(call, args))
+        deadline = time.monotonic() + self._timeout_sec
+        try:
+            while not (await asyncio.wait([rpc], timeout=DEAD_POLL_SEC))[0]:
+                self._refuse_dead()
+                if time.monotonic() > deadline:
+                    raise ComputeError(
+                        f"the workers gave no answer within {self._timeout_sec:g} s (POC_BATCH_TIMEOUT_SEC)"
+                    )
+            return rpc.result()
+        finally:
+            rpc.cancel()
 
-def _unpack(answer: dict[str, Any], nonces: list[int], k_dim: int) -> BatchResult:
-    vectors = np.frombuffer(answer["vectors"], dtype=VECTOR_DTYPE).reshape(len(nonces), k_dim)
-    finite = answer["finite"]
-    result = BatchResult(
-        vectors={nonce: row for nonce, row, ok in zip(nonces, vectors, finite, strict=True) if ok},
-        not_computed_nonces=[nonce for nonce, ok in zip(nonces, finite, strict=True) if not ok],
-    )
-    if result.not_computed_nonces:
-        logger.warning(
-            "PoC dropped %d nonces with NaN or Inf: %s", len(result.not_computed_nonces), result.not_computed_nonces
-        )
-    return result
+    def _refuse_dead(self) -> None:
+        if self._view.is_dead():
+            raise EngineUnavailableError("the engine is dead; restart the server (its log says why it died)")

@@ -89,7 +89,7 @@ class PoCMiddleware:
     def _make_poc_app(self, vllm_app: Any) -> ASGIApp:
         self._refuse()
         metrics = Metrics()
-        self._service = PoCService(PoCManagerV1(ApiView(vllm_app), metrics), self._settings, metrics)
+        self._service = PoCService(PoCManagerV1(ApiView(vllm_app), self._settings, metrics), self._settings, metrics)
         self._service.recent_errors.install()
         metrics.attach(REGISTRY)
         self._service.start()

@@ -22,6 +22,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from gonka_poc.data import chunks
 from gonka_poc.errors import OutboxFullError
 from gonka_poc.outbox_file import FORMAT_VERSION, IN_MEMORY, Slot, connect, outbox_path, transaction
 
@@ -76,24 +77,29 @@ class Outbox:
     # --- what goes in -------------------------------------------------------------------------------------------
 
     def add_artifacts(self, url: str, envelope: dict[str, Any], artifacts: Sequence[dict[str, Any]]) -> None:
-        """Store artifacts for `{url}/generated`; when this returns they are on disk."""
+        """Store artifacts for `{url}/generated`; when this returns they are on disk.
+
+        Each is {"nonce", "vector_b64"}, or all are {"nonce", "dist"}: those of a threshold round.
+        """
         payload = _json(envelope)
         with self._transaction():
-            last = self._db.execute(
-                f"SELECT id, status, path, payload, num_artifacts FROM batch WHERE slot = ? AND url = ? AND {TO_SEND} "
-                "ORDER BY id DESC LIMIT 1",
-                (self._slot.number, url),
-            ).fetchone()
-            batch_id, size = (last[0], last[4]) if last else (0, 0)
-            fits = size + len(artifacts) <= MAX_ARTIFACTS_A_BATCH
-            if last is None or last[1:4] != ("open", "generated", payload) or not fits:
-                batch_id, size = self._insert(url, "generated", payload, "open"), 0
-            self._db.executemany(
-                "INSERT INTO artifact (batch_id, position, nonce, vector_b64) VALUES (?, ?, ?, ?)",
-                ((batch_id, size + i, item["nonce"], item["vector_b64"]) for i, item in enumerate(artifacts)),
-            )
-            self._db.execute("UPDATE batch SET num_artifacts = ? WHERE id = ?", (size + len(artifacts), batch_id))
+            for part in chunks(list(artifacts), MAX_ARTIFACTS_A_BATCH):
+                self._add_part(url, payload, part)
             self._added(url)
+
+    def _add_part(self, url: str, payload: str, artifacts: Sequence[dict[str, Any]]) -> None:
+        last = self._db.execute(
+            f"SELECT id, status, path, payload, num_artifacts FROM batch WHERE slot = ? AND url = ? AND {TO_SEND} "
+            "ORDER BY id DESC LIMIT 1",
+            (self._slot.number, url),
+        ).fetchone()
+        batch_id, size = (last[0], last[4]) if last else (0, 0)
+        fits = size + len(artifacts) <= MAX_ARTIFACTS_A_BATCH
+        if last is None or last[1:4] != ("open", "generated", payload) or not fits:
+            batch_id, size = self._insert(url, "generated", payload, "open"), 0
+        rows = ((batch_id, size + i, item["nonce"], _value(item)) for i, item in enumerate(artifacts))
+        self._db.executemany("INSERT INTO artifact (batch_id, position, nonce, value) VALUES (?, ?, ?, ?)", rows)
+        self._db.execute("UPDATE batch SET num_artifacts = ? WHERE id = ?", (size + len(artifacts), batch_id))
 
     def add_validated(self, url: str, payload: dict[str, Any]) -> None:
         """Store the outcome of a validation for `{url}/validated`."""
@@ -156,8 +162,8 @@ class Outbox:
                 self._db.execute("UPDATE batch SET status = 'pending' WHERE id = ? AND status = 'open'", (batch_id,))
         body = json.loads(payload)
         if path == "generated":
-            query = "SELECT nonce, vector_b64 FROM artifact WHERE batch_id = ? ORDER BY position"
-            body["artifacts"] = [{"nonce": n, "vector_b64": v} for n, v in self._db.execute(query, (batch_id,))]
+            query = "SELECT nonce, value FROM artifact WHERE batch_id = ? ORDER BY position"
+            body |= _artifacts_body(self._db.execute(query, (batch_id,)).fetchall())
         return Batch(batch_id, url, path, key, _json(body).encode())
 
     def delivered(self, batch_id: int) -> None:
@@ -226,3 +232,14 @@ class Outbox:
 
 def _json(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
+
+
+def _value(artifact: dict[str, Any]) -> str | float:
+    return artifact["vector_b64"] if "vector_b64" in artifact else float(artifact["dist"])
+
+
+def _artifacts_body(rows: list[tuple[int, Any]]) -> dict[str, Any]:
+    """Rows as they are POSTed: vectors beside their nonces, distances in a list of their own."""
+    if isinstance(rows[0][1], float):
+        return {"nonces": [nonce for nonce, _ in rows], "dist": [value for _, value in rows]}
+    return {"artifacts": [{"nonce": nonce, "vector_b64": value} for nonce, value in rows]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from sqlite3 import Connection
@@ -33,14 +33,14 @@ def summary(path: str) -> list[BatchInfo]:
         return [BatchInfo(*row) for row in db.execute(f"SELECT {', '.join(BatchInfo.__annotations__)} FROM batch")]
 
 
-def retry_parked(path: str, url: str | None = None, ids: list[int] | None = None) -> int:
+def retry_parked(path: str, url: str | None = None, ids: Sequence[int] | None = None) -> int:
     """Send parked and kept batches again: all, or those of a receiver or with these ids; how many they are."""
     with _changing(path) as db:
         where, values = _chosen(("parked", "kept"), url, ids)
         return db.execute(f"UPDATE batch SET status = 'pending' WHERE {where}", values).rowcount
 
 
-def purge(path: str, url: str | None = None, ids: list[int] | None = None, undelivered: bool = False) -> int:
+def purge(path: str, url: str | None = None, ids: Sequence[int] | None = None, undelivered: bool = False) -> int:
     """Delete parked batches, and with `undelivered` those that are still to be sent as well; how many they are."""
     with _changing(path) as db:
         statuses = ("parked", "kept", "pending", "open") if undelivered else ("parked",)
@@ -55,7 +55,7 @@ def _changing(path: str) -> Iterator[Connection]:
         yield db
 
 
-def _chosen(statuses: tuple[str, ...], url: str | None, ids: list[int] | None) -> tuple[str, list[Any]]:
+def _chosen(statuses: tuple[str, ...], url: str | None, ids: Sequence[int] | None) -> tuple[str, list[Any]]:
     """The condition, with its values, of batches in one of `statuses`."""
     parts, values = [f"status IN ({', '.join('?' * len(statuses))})"], list[Any](statuses)
     if url is not None:

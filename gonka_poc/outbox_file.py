@@ -43,7 +43,7 @@ CREATE TABLE artifact (
     batch_id INTEGER NOT NULL REFERENCES batch (id) ON DELETE CASCADE,
     position INTEGER NOT NULL,
     nonce INTEGER NOT NULL,
-    vector_b64 TEXT NOT NULL,
+    value NOT NULL, -- a vector's base64, or a distance
     PRIMARY KEY (batch_id, position)
 ) WITHOUT ROWID;
 """

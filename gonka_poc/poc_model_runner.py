@@ -89,16 +89,22 @@ class PoCModelRunner:
         EmbeddingInjectionHook(view.model, None)
 
     def describe(self) -> dict[str, Any]:
-        """Rank and layers of this worker, for the log and for tests."""
+        """Rank and layers of this worker, for the log and for tests.
+
+        Prepares the smallest prefill, so that a server that cannot be prepared for one is refused here.
+        """
         view = self._view
+        with view.agreement(), view.prefill(1, 1):
+            pass
         return {"rank": view.rank, "layers": sorted(self._layers), "is_output_rank": view.is_output_rank}
 
     @torch.inference_mode()
     def compute(self, spec: VectorSpec, nonces: Sequence[int]) -> dict[str, Any] | None:
         """Artifact vectors of `nonces`, on the output rank; None on every other rank.
 
-        Returns {"vectors": bytes, little-endian float16 [len(nonces), k_dim], "finite": list[bool]}; a row that
-        is not finite must not be sent. Every rank makes the same inputs and runs its part of the same forward.
+        Returns {"nonces": the same again, "vectors": bytes, little-endian float16 [len(nonces), k_dim], "finite":
+        list[bool]}; a row that is not finite must not be sent. Every rank makes the same inputs and runs its part of
+        the same forward.
         """
         size = self._view.hidden_size
         if spec.k_dim > size:
@@ -115,11 +121,14 @@ class PoCModelRunner:
         if values is None:
             return None
         finite = np.isfinite(values).all(axis=-1).tolist()
-        return {"vectors": values.astype(VECTOR_DTYPE).tobytes(), "finite": finite}
+        return {"nonces": list(nonces), "vectors": values.astype(VECTOR_DTYPE).tobytes(), "finite": finite}
 
     @torch.inference_mode()
-    def compute_distances(self, spec: DistanceSpec, nonces: Sequence[int]) -> list[float] | None:
-        """Threshold distances of `nonces` on the output rank, NaN where a value was not finite; None elsewhere."""
+    def compute_distances(self, spec: DistanceSpec, nonces: Sequence[int]) -> dict[str, Any] | None:
+        """Threshold distances of `nonces` on the output rank; None on every other rank.
+
+        Returns {"nonces": the same again, "distances": list[float]}; a distance is NaN where a value was not finite.
+        """
         mode = Randomization(spec.randomization)
 
         def distances() -> torch.Tensor | None:
@@ -141,7 +150,7 @@ class PoCModelRunner:
             return projected_distances(*who, hidden, flip, self._projection(spec.block_hash), target_vector)
 
         values = self._computed(distances)
-        return None if values is None else values.tolist()
+        return None if values is None else {"nonces": list(nonces), "distances": values.tolist()}
 
     def release(self) -> None:
         """Drop what is kept between calls: the scratch KV cache and the tensors of the round."""
@@ -170,20 +179,24 @@ class PoCModelRunner:
     ) -> torch.Tensor | None:
         """The model's output at the last position: [len(nonces), hidden_size] on the last pipeline rank."""
         view = self._view
-        embeddings = None
-        if view.is_first_rank:
-            embeddings = nonce_inputs(
-                spec.block_hash,
-                spec.public_key,
-                nonces,
-                spec.seq_len,
-                view.hidden_size,
-                view.dtype,
-                view.device,
-                stronger_rng,
-            ).flatten(0, 1)
-        with hooks, EmbeddingInjectionHook(view.model, embeddings):
-            output = view.prefill(len(nonces), spec.seq_len)
+        with contextlib.ExitStack() as stack:
+            with view.agreement():
+                embeddings = None
+                if view.is_first_rank:
+                    embeddings = nonce_inputs(
+                        spec.block_hash,
+                        spec.public_key,
+                        nonces,
+                        spec.seq_len,
+                        view.hidden_size,
+                        view.dtype,
+                        view.device,
+                        stronger_rng,
+                    ).flatten(0, 1)
+                run = stack.enter_context(view.prefill(len(nonces), spec.seq_len))
+                stack.enter_context(hooks)
+                stack.enter_context(EmbeddingInjectionHook(view.model, embeddings))
+            output = run()
         if output is None:
             return None
         expected = (len(nonces) * spec.seq_len, view.hidden_size)

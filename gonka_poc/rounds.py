@@ -8,13 +8,16 @@ import time
 from collections.abc import Awaitable, Callable
 
 from gonka_poc.config import Settings
-from gonka_poc.data import BatchResult, InitGenerateRequest, RoundConfig, RoundStats
-from gonka_poc.errors import PoCError, printable
+from gonka_poc.data import MAX_NONCE, BatchResult, InitGenerateRequest, RoundConfig, RoundStats
+from gonka_poc.errors import ComputeError, PoCError, printable
 from gonka_poc.manager import PoCManagerV1
 
 logger = logging.getLogger("vllm.gonka_poc.rounds")
 
 REPORT_INTERVAL_SEC = 5.0
+# a batch that failed is tried again after 1 and 2 seconds, and the third failure in a row ends the round
+MAX_FAILURES, RETRY_SEC = 3, 1.0
+MAX_EMPTY_BATCHES = 3
 
 
 class GenerateRound:
@@ -38,6 +41,8 @@ class GenerateRound:
         self._done = 0
         self._started = time.monotonic()
         self._stopping = False
+        self._failures = 0
+        self._empty_batches = 0
         self.task = asyncio.create_task(self._run(), name="poc-round")
 
     @property
@@ -64,7 +69,6 @@ class GenerateRound:
 
     async def _run(self) -> None:
         request = self.request
-        size = min(request.batch_size, self._manager.micro_batch_size(request.params.seq_len))
         logger.info(
             "PoC round started: node %d of %d, block height %d",
             request.node_id,
@@ -74,13 +78,7 @@ class GenerateRound:
         next_report = self._started + REPORT_INTERVAL_SEC
         try:
             while not self._stopping:
-                nonces = request.nonces.slice(self._done, size)
-                result = await self._manager.compute(request.spec, nonces)
-                if result is None:
-                    await asyncio.sleep(self._settings.chat_backoff_sec)
-                else:
-                    await self._deliver(result)
-                    self._done += len(nonces)
+                await self._step()
                 if time.monotonic() >= next_report:
                     self._report()
                     next_report = time.monotonic() + REPORT_INTERVAL_SEC
@@ -91,6 +89,35 @@ class GenerateRound:
         except Exception as error:
             self.error = f"{type(error).__name__}: {error}"
             logger.exception("PoC round failed after %d nonces", self._done)
+
+    async def _step(self) -> None:
+        """The next nonces, computed and delivered; or a pause, after which they are the same."""
+        request = self.request
+        size = min(request.batch_size, self._manager.micro_batch_size(request.params.seq_len))
+        nonces = request.nonces.slice(self._done, size)
+        if not nonces:
+            raise ComputeError(f"there are no nonces left: the next would be over {MAX_NONCE}")
+        try:
+            result = await self._manager.compute(request.spec, nonces)
+        except ComputeError as error:
+            self._failures += 1
+            if self._failures == MAX_FAILURES:
+                raise
+            logger.warning("PoC batch failed and is tried again: %s", printable(str(error)))
+            await asyncio.sleep(self._failures * RETRY_SEC)
+            return
+        if result is None:
+            await asyncio.sleep(self._settings.chat_backoff_sec)
+            return
+        self._failures = 0
+        await self._deliver(result)
+        self._done += len(nonces)
+        self._empty_batches = 0 if result.vectors else self._empty_batches + 1
+        if self._empty_batches == MAX_EMPTY_BATCHES:
+            raise ComputeError(
+                f"{MAX_EMPTY_BATCHES} batches in a row gave only NaN or Inf: this model cannot be proved in this "
+                "dtype, or a GPU is broken"
+            )
 
     def _report(self) -> None:
         logger.info("Generated: %d nonces (%.0f/min)", self._done, 60 * self.stats.nonces_per_second)

@@ -13,6 +13,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from gonka_poc import __version__
 from gonka_poc.dashboard import DashboardData, dashboard_data, dashboard_page
 from gonka_poc.data import (
+    PREFIX,
     Completed,
     ErrorAnswer,
     FailedAnswer,
@@ -29,7 +30,6 @@ from gonka_poc.errors import PoCError, printable
 from gonka_poc.generate_queue import GenerateJob
 from gonka_poc.service import PoCService
 
-PREFIX = "/api/v1/pow"
 MAX_LISTED_ERRORS = 20
 MAX_ERROR_TEXT = 300
 DISCONNECT_POLL_SEC = 0.5

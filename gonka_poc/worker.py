@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from gonka_poc.data import DistanceSpec, VectorSpec
-from gonka_poc.errors import PoCError
+from gonka_poc.errors import ComputeError, PoCError, WorkerMemoryError
+
+logger = logging.getLogger("vllm.gonka_poc.worker")
+
+MAX_MESSAGE = 2000
 
 
 class PoCWorkerExtension:
     """Worker extension (`--worker-extension-cls`): vLLM adds these methods to each of its workers.
 
     Answers and arguments are plain values that vLLM carries without pickle. Every attribute starts with `poc_`:
-    an extension may share no name with the worker. A refusal is answered as {"error": {"type", "message"}}, so
-    that its class survives the way back; any other exception is left to vLLM to log and report.
+    an extension may share no name with the worker. A failure is answered as {"error": {"type", "message"}}, so that
+    its class survives the way back.
     """
 
     def poc_describe(self) -> dict[str, Any]:
@@ -25,15 +30,14 @@ class PoCWorkerExtension:
         """PoCModelRunner.compute with `spec` holding the fields of VectorSpec."""
         return poc_answer(lambda: poc_runner_of(self).compute(VectorSpec(**spec), nonces))
 
-    def poc_compute_distances(self, spec: dict[str, Any], nonces: list[int]) -> list[float] | dict[str, Any] | None:
+    def poc_compute_distances(self, spec: dict[str, Any], nonces: list[int]) -> dict[str, Any] | None:
         """PoCModelRunner.compute_distances with `spec` holding the fields of DistanceSpec."""
         return poc_answer(lambda: poc_runner_of(self).compute_distances(DistanceSpec(**spec), nonces))
 
-    def poc_release(self) -> None:
+    def poc_release(self) -> dict[str, Any] | None:
         """PoCModelRunner.release, if there is a runner."""
         runner = getattr(self, "poc_runner", None)
-        if runner is not None:
-            runner.release()
+        return None if runner is None else poc_answer(runner.release)
 
 
 def poc_call(worker: Any, method: str, *args: Any) -> Any:
@@ -57,8 +61,18 @@ def poc_runner_of(worker: Any) -> Any:
 
 
 def poc_answer(compute: Callable[[], Any]) -> Any:
-    """The result of `compute`, or its refusal as a value."""
+    """The result of `compute`, or its failure as a value.
+
+    Nothing is raised: vLLM reads the workers' answers one by one and stops at the first that failed, and the unread
+    ones would be taken for the answers to its next call.
+    """
     try:
         return compute()
     except PoCError as error:
-        return {"error": {"type": type(error).__name__, "message": str(error)}}
+        name, message = type(error).__name__, str(error)
+    except Exception as error:
+        logger.exception("PoC failed on this worker")
+        out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch's, without an import of torch
+        name = (WorkerMemoryError if out_of_memory else ComputeError).__name__
+        message = f"a worker failed: {type(error).__name__}: {error}; the server's log has its traceback"
+    return {"error": {"type": name, "message": message[:MAX_MESSAGE]}}

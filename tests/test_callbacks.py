@@ -101,7 +101,7 @@ def receivers(monkeypatch):
 
     def client(**options):
         receivers.options.append(options)
-        return real(transport=httpx.MockTransport(receivers.answer), **options)
+        return real(**{**options, "transport": httpx.MockTransport(receivers.answer)})
 
     monkeypatch.setattr(callback_client.httpx, "AsyncClient", client)
     return receivers

@@ -20,7 +20,7 @@ from starlette.routing import Route
 from vllm.config import ParallelConfig
 
 from gonka_poc import callback_client, middleware
-from gonka_poc.errors import EngineUnavailableError, OutboxError, UnsupportedServerError
+from gonka_poc.errors import EngineUnavailableError, UnsupportedServerError
 from gonka_poc.middleware import PoCMiddleware
 from gonka_poc.outbox import Outbox
 from gonka_poc.outbox_admin import summary
@@ -570,7 +570,9 @@ async def test_a_server_that_starts_delivers_what_an_earlier_one_left(monkeypatc
 
     real = httpx.AsyncClient
     mocked = httpx.MockTransport(receive)
-    monkeypatch.setattr(callback_client.httpx, "AsyncClient", lambda **options: real(transport=mocked, **options))
+    monkeypatch.setattr(
+        callback_client.httpx, "AsyncClient", lambda **options: real(**{**options, "transport": mocked})
+    )
     monkeypatch.setenv("POC_OUTBOX_PATH", path)
     monkeypatch.setenv("POC_CALLBACK_INTERVAL_SEC", "0.001")
     sent = await lifespan_of(make_host(), lambda: not summary(path))
@@ -589,9 +591,9 @@ async def test_an_outbox_that_cannot_be_used_stops_the_start(monkeypatch, tmp_pa
     async def send(message: dict) -> None:
         sent.append(message)
 
-    with pytest.raises(OutboxError, match="is not an outbox"):
-        await make_host()({"type": "lifespan"}, receive, send)
+    await make_host()({"type": "lifespan", "app": object()}, receive, send)
     assert [message["type"] for message in sent] == ["lifespan.startup.failed"]
+    assert "is not an outbox" in sent[0]["message"]
     assert (tmp_path / "outbox").read_text() == "my notes"
 
 

@@ -44,7 +44,7 @@ async def server(monkeypatch, tmp_path):
         return SimpleNamespace(service=service, client=client, manager=manager)
 
     def mocked(**options) -> httpx.AsyncClient:
-        return real(transport=httpx.MockTransport(receive), **options)
+        return real(**{**options, "transport": httpx.MockTransport(receive)})
 
     monkeypatch.setattr(callback_client.httpx, "AsyncClient", mocked)
     monkeypatch.setattr(callbacks, "ROOM_POLL_SEC", 0.005)
