@@ -64,6 +64,7 @@ class FakeManager:
         self.script: deque[str | Exception] = deque()
         self.nan_nonces: set[int] = set()
         self.refusal: PoCError | None = None
+        self.micro_batch = 4
         self.num_released = 0
         self._permits = None if batches is None else asyncio.Semaphore(batches)
 
@@ -80,7 +81,7 @@ class FakeManager:
     async def prepare(self) -> None: ...
 
     def micro_batch_size(self, seq_len: int) -> int:
-        return 4
+        return self.micro_batch
 
     async def compute(self, spec: VectorSpec, nonces: list[int]) -> BatchResult | None:
         self.asked.append(list(nonces))
@@ -116,6 +117,7 @@ class FakeView:
         self.by_function = by_function
         self.chat_is_served = False
         self.dead = False
+        self.hangs = False
         self.failure: Exception | None = None
         self.answers: list[Any] | None = None
         self.calls: list[tuple[Any, tuple[Any, ...]]] = []
@@ -145,6 +147,8 @@ class FakeView:
             await asyncio.sleep(0.001)
         finally:
             self.num_running -= 1
+        if self.hangs:
+            await asyncio.Event().wait()
         if self.failure is not None:
             raise self.failure
         if self.answers is not None:
@@ -157,5 +161,5 @@ class FakeView:
         if name == "poc_compute":
             spec, nonces = VectorSpec(**args[0]), args[1]
             rows = b"".join(made_up_vector(spec, n).tobytes() for n in nonces)
-            return {"vectors": rows, "finite": [True] * len(nonces)}
+            return {"nonces": nonces, "vectors": rows, "finite": [True] * len(nonces)}
         return {"rank": 1, "layers": [0], "is_output_rank": True} if name == "poc_describe" else None

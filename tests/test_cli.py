@@ -41,7 +41,7 @@ def server() -> Iterator[SimpleNamespace]:
         await service[1](scope, receive, send)  # type: ignore[operator]
 
     port = free_port()
-    uvicorn_server = uvicorn.Server(uvicorn.Config(app, port=port, lifespan="off", log_level="error"))
+    uvicorn_server = uvicorn.Server(uvicorn.Config(app, port=port, lifespan="off", log_config=None))
     thread = threading.Thread(target=uvicorn_server.run)
     thread.start()
     deadline = time.monotonic() + 10
@@ -216,7 +216,7 @@ def test_status_and_stop(server, capsys):
     assert run("status", "--url", server.url) == 0
     assert "IDLE" in capsys.readouterr().out
     assert run("stop", "--url", server.url, "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"status": "STOPPED"}
+    assert json.loads(capsys.readouterr().out) == {"status": "OK", "pow_status": {"status": "STOPPED"}}
 
 
 def test_status_for_machines(server, capsys):

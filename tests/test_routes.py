@@ -412,11 +412,11 @@ async def test_a_round_can_start_while_the_last_batch_of_another_ends(api):
 
 
 async def test_a_round_that_failed_says_why_and_another_can_start(api):
-    api.manager.script.append(ComputeError("a worker failed"))
+    api.manager.script.append(EngineUnavailableError("the engine is dead"))
     await api.client.post("/init/generate", json=round_body())
     await until(lambda: api.service.status().error)
     status = (await api.client.get("/status")).json()
-    assert status == {"status": "IDLE", "config": None, "stats": None, "error": "a worker failed"}
+    assert status == {"status": "IDLE", "config": None, "stats": None, "error": "the engine is dead"}
     assert (await api.client.post("/init/generate", json=round_body())).status_code == 200
     assert "error" not in (await api.client.get("/status")).json()
 
