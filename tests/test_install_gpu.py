@@ -6,7 +6,6 @@ import argparse
 import base64
 import fcntl
 import hashlib
-import importlib
 import json
 import os
 import re
@@ -14,51 +13,23 @@ import shutil
 import subprocess
 import sys
 import venv
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import tomllib
+from hosts import ROOT, RUNNER, RUNNERS, host_install, host_journal, host_target, make_wheel, tree
 from packaging.specifiers import SpecifierSet
 
 from gonka_poc import doctor
 from gonka_poc.vllm_compat import SUPPORTED
 
-ROOT = Path(__file__).parent.parent
-RUNNERS = Path(__file__).parent / "data" / "runners"
-RUNNER = "packages/api/src/api/inference/vllm/runner.py"
 SCRIPTS = ["install.sh", "install_b300.sh", "install_universal.sh"]
 
 B300, B200 = "NVIDIA B300 SXM6 AC, 10.3, 580.95.05", "NVIDIA B200, 10.0, 580.95.05"
 H200, H100 = "NVIDIA H200, 9.0, 580.95.05", "NVIDIA H100 80GB HBM3, 9.0, 580.95.05"
 A100 = "NVIDIA A100-SXM4-80GB, 8.0, 580.95.05"
 RTX, L40S = "NVIDIA RTX PRO 6000 Blackwell Server Edition, 12.0, 580.95.05", "NVIDIA L40S, 8.9, 580.95.05"
-
-
-def import_scripts() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        for name in ("host_target", "host_journal", "host_install"):
-            yield importlib.import_module(name)
-    finally:
-        sys.path.remove(str(ROOT / "scripts"))
-
-
-host_target, host_journal, host_install = import_scripts()
-
-
-def tree(folder: Path) -> dict[str, tuple[int, str]]:
-    """Name, mode and content of everything in a folder."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        is_file = path.is_file() and not path.is_symlink()
-        content = (
-            hashlib.sha256(path.read_bytes()).hexdigest() if is_file else str(path.is_symlink() and path.readlink())
-        )
-        found[str(path.relative_to(folder))] = (path.lstat().st_mode, content)
-    return found
 
 
 # --- a host made of files
@@ -631,25 +602,6 @@ def test_a_journal_that_contradicts_itself(tmp_path: Path, journal: object) -> N
 
 
 # --- changes, one by one: packages
-
-
-def make_wheel(folder: Path, name: str, version: str, files: dict[str, str], requires: str = "") -> None:
-    info = f"{name}-{version}.dist-info"
-    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n" + (
-        f"Requires-Dist: {requires}\n" if requires else ""
-    )
-    contents = {
-        **files,
-        f"{info}/METADATA": metadata,
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    record = ""
-    for path, text in contents.items():
-        digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
-        record += f"{path},sha256={digest},{len(text.encode())}\n"
-    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
-        for path, text in {**contents, f"{info}/RECORD": record + f"{info}/RECORD,,\n"}.items():
-            wheel.writestr(path, text)
 
 
 @pytest.fixture
