@@ -27,7 +27,8 @@ On a GPU host (each option also works with install_b300.sh and install_universal
   --help             print this text
 
 What it does not do: kill processes, delete caches, touch the driver or the CUDA toolkit, write outside that Python's
-folder and MLNode's runner.py (and /var/lib/gonka-poc for the system's Python). It needs root only to write there.
+folder and MLNode's runner.py (pip's cache apart, and /var/lib/gonka-poc for the system's Python). It needs root only
+to write there.
 
 Exit status: 0 done or nothing to do, 1 failed and taken back, 2 refused before anything was changed, 3 see --status.
 TEXT

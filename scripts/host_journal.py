@@ -75,16 +75,15 @@ class Journal:
             except (ValueError, KeyError, TypeError) as error:
                 raise InstallError(f"{self.path} cannot be read: {error!r}; move it away, or restore it") from error
 
-    def begin(self, change: dict[str, Any]) -> dict[str, Any]:
+    def begin(self, change: dict[str, Any], state: str = "begun") -> dict[str, Any]:
         """Record a change before it is made."""
         self._make_folder()
-        change["state"] = "begun"
         self.changes.append(change)
-        self.save()
+        self.set_state(change, state)
         return change
 
-    def finish(self, change: dict[str, Any]) -> None:
-        change["state"] = "done"
+    def set_state(self, change: dict[str, Any], state: str) -> None:
+        change["state"] = state
         self.save()
 
     def forget(self, change: dict[str, Any]) -> None:
@@ -105,9 +104,8 @@ class Journal:
         write_file(self.path, (json.dumps(content, indent=1) + "\n").encode("ascii"))
 
     def new_folder(self) -> Path:
-        """A folder of its own in which a change keeps what it replaces."""
-        self._make_folder()
-        return Path(tempfile.mkdtemp(prefix="kept-", dir=self.folder))
+        """The name of a folder of its own in which a change keeps what it replaces."""
+        return self.folder / f"kept-{os.getpid()}-{len(self.changes)}"
 
     def _make_folder(self) -> None:
         if self.folder.is_dir():
@@ -137,29 +135,27 @@ def install_packages(host: Host, journal: Journal, spec: Sequence[str]) -> None:
     for name in replaced:
         say(f"    replaces {name} {before[name].version} by {planned[name]}; what is replaced is kept")
     kept = journal.new_folder() if replaced else None
-    change = {
-        "kind": "packages",
-        "planned": planned,
-        "before": sorted(before),
-        "replaced": {name: before[name].version for name in replaced},
-        "kept": str(kept) if kept else None,
-        "prefix": host.target.prefix,
-    }
-    try:
-        for name in replaced:
-            keep_files(before[name], Path(host.target.prefix), kept)
-        journal.begin(change)
-    except BaseException:
-        if kept:
-            shutil.rmtree(kept, ignore_errors=True)
-        raise
+    change = journal.begin(
+        {
+            "kind": "packages",
+            "planned": planned,
+            "before": sorted(before),
+            "replaced": {name: before[name].version for name in replaced},
+            "kept": str(kept) if kept else None,
+            "prefix": host.target.prefix,
+        },
+        "keeping",  # until what is replaced is kept in full, there is nothing to undo
+    )
+    for name in replaced:
+        keep_files(before[name], Path(host.target.prefix), kept)
+    journal.set_state(change, "begun")
     host.pip("install", *pip_flags(host), *spec)
     now = host.target.look().own()
     missing = [name for name in planned if name not in now or now[name].version != planned[name]]
     if missing:
         raise InstallError(f"pip installed something else than it said it would: {', '.join(missing)}")
     change["records"] = {name: sha256((now[name].record or "").encode()) for name in planned}
-    journal.finish(change)
+    journal.set_state(change, "done")
 
 
 def pip_flags(host: Host) -> list[str]:
@@ -201,6 +197,8 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def undo_packages(host: Host, change: Mapping[str, Any], force: bool) -> list[str]:
     """Remove what came, put back what was replaced; the names of packages that stay because others need them now."""
+    if change["state"] == "keeping":
+        return []
     prefix = Path(change["prefix"])
     now = host.target.look().own()
     present = [name for name in change["planned"] if name in now]
@@ -301,7 +299,7 @@ def change_file(journal: Journal, path: Path, old: bytes, new: bytes) -> None:
     }
     journal.begin(change)
     write_file(path, new, mode_of=path)
-    journal.finish(change)
+    journal.set_state(change, "done")
 
 
 def undo_file(change: Mapping[str, Any], force: bool) -> None:

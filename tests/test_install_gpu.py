@@ -663,6 +663,19 @@ def test_a_pip_that_ends_half_way(packages: FakeHost, journal: object, monkeypat
     assert tree(packages.folder) == before
 
 
+def test_a_run_that_is_killed_before_pip(packages: FakeHost, journal: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = make_host(packages)
+    before = tree(packages.folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(host_journal, "keep_files", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            host_journal.install_packages(host, journal, ["head"])
+    (change,) = host_journal.Journal(journal.folder).changes
+    assert change["state"] == "keeping"
+    host_install.undo(host, journal, journal.changes[0], force=False)
+    assert tree(packages.folder) == before
+
+
 def test_packages_that_others_need_now_stay(packages: FakeHost, journal: object) -> None:
     host = make_host(packages)
     host_journal.install_packages(host, journal, ["head"])
