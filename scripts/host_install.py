@@ -29,6 +29,7 @@ from host_target import (
     RefusalError,
     Target,
     complain,
+    existing,
     find_host,
     is_supported,
     locked,
@@ -180,7 +181,7 @@ class DiskStep(Step):
     title = "Disk space"
 
     def check(self) -> str:
-        purelib, temporary = self.host.target.purelib, tempfile.gettempdir()
+        purelib, temporary = existing(self.host.target.purelib), tempfile.gettempdir()
         needs = {purelib: VLLM_NEEDS_MIB if self.choice.installs else PROJECT_NEEDS_MIB}
         if self.choice.installs:
             place = purelib if os.stat(temporary).st_dev == os.stat(purelib).st_dev else temporary
@@ -368,10 +369,10 @@ def refuse_unwritable(host: Host, steps: Sequence[Step]) -> None:
     folders = []
     for step in steps:
         if step.todo and isinstance(step, (VllmStep, PackageStep)):
-            folders += [host.target.purelib, host.target.scripts]
+            folders += [existing(host.target.purelib), existing(host.target.scripts)]
         elif step.todo and isinstance(step, RunnerStep) and host.runner:
             folders.append(str(host.runner.parent))
-    folders.append(str(next(path for path in (host.state, *host.state.parents) if path.exists())))
+    folders.append(existing(host.state))
     closed = [folder for folder in dict.fromkeys(folders) if not os.access(folder, os.W_OK)]
     if closed:
         way = "make it writable" if os.geteuid() == 0 else "run the same command with sudo"

@@ -271,10 +271,15 @@ def find_host(options: argparse.Namespace) -> Host:
     return Host(options, target, state_folder(target), runner)
 
 
+def existing(path: str | Path) -> str:
+    """The folder, or the nearest one above it that is there."""
+    return str(next(folder for folder in (Path(path), *Path(path).parents) if folder.exists()))
+
+
 @contextlib.contextmanager
 def locked(host: Host) -> Iterator[None]:
     """Nobody else installs into this Python or patches this MLNode. The lock sits on the folders: no file is left."""
-    folders = {host.target.purelib, *([str(host.runner.parent)] if host.runner else [])}
+    folders = {existing(host.target.purelib), *([str(host.runner.parent)] if host.runner else [])}
     try:
         for folder in sorted(folders):
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
