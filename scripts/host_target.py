@@ -86,14 +86,14 @@ for d in importlib.metadata.distributions():
     name = (d.metadata["Name"] or "").lower().replace("_", "-").replace(".", "-")
     if not name or name in found:
         continue
-    record = d.read_text("RECORD")
-    files = [str(d.locate_file(f)) for f in d.files or []] if record is not None else None
     folder = str(getattr(d, "_path", ""))
+    # system packages that a virtual environment only looks at are not its own to change
+    own = os.path.realpath(folder).startswith(os.path.realpath(sys.prefix) + os.sep)
+    record = d.read_text("RECORD") if own else None
+    files = [str(d.locate_file(f)) for f in d.files or []] if record is not None else None
     found[name] = {
         "version": d.version, "folder": folder, "record": record, "requires": d.requires or [],
-        "files": files,
-        # system packages that a virtual environment only looks at are not its own to change
-        "own": os.path.realpath(folder).startswith(os.path.realpath(sys.prefix) + os.sep),
+        "files": files, "own": own,
     }
 print(json.dumps({
     "version": list(sys.version_info[:3]), "prefix": sys.prefix, "in_venv": sys.prefix != sys.base_prefix,
@@ -106,7 +106,7 @@ print(json.dumps({
 
 @dataclass(frozen=True)
 class Distribution:
-    """One installed package; `files` is None where nothing lists them, `own` says whether it lies under the prefix."""
+    """One installed package; `own`: it lies under the prefix; `files` is None where not, or where nothing lists them."""
 
     version: str
     folder: str

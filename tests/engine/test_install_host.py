@@ -222,22 +222,33 @@ def wait_until(happened: object, process: subprocess.Popen[bytes] | None = None)
 # --- the launcher that was patched
 
 
-@pytest.fixture(scope="module")
-def launched(with_engine: HostTree) -> Iterator[str]:
-    """The URL of a server that the patched VLLMRunner.start has started."""
+WAIT = {"direct_2025": "made.process.wait()", "module_2026": "made.processes[0].wait()"}
+
+
+@pytest.fixture(scope="module", params=WAIT)
+def launched(request: pytest.FixtureRequest, with_engine: HostTree) -> Iterator[str]:
+    """The URL of a server that the patched VLLMRunner.start has started.
+
+    The file of 2026 is told to start the module that published images name, and counts its ports from one.
+    """
+    shape = request.param
+    shutil.copy(RUNNERS / f"{shape}.py", with_engine.runner)
     with_engine.answers("--yes")
     port = free_port()
     start = f"import runner; made = runner.VLLMRunner({str(MODEL)!r}, 'float16', ['--max-model-len', '1024'])"
+    start = f"{start}; runner.GPU_COUNT = 1; made.start(); {WAIT[shape]}"
     environment = with_engine.environment | {
-        "INFERENCE_PORT": str(port),
+        "INFERENCE_PORT": str(port - (shape == "module_2026")),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
+    if shape == "module_2026":
+        environment["MLNODE_VLLM_MODULE"] = "gonka_poc.entrypoint.api_router"
     log = with_engine.folder.parent / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-c", f"{start}; made.start(); made.process.wait()"],
+            [sys.executable, "-c", start],
             cwd=with_engine.runner.parent,
             env=environment,
             stdin=subprocess.DEVNULL,
