@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -222,10 +223,18 @@ def wait_until(happened: object, process: subprocess.Popen[bytes] | None = None)
 # --- the launcher that was patched
 
 
-WAIT = {"direct_2025": "made.process.wait()", "module_2026": "made.processes[0].wait()"}
+SERVER = {"direct_2025": "made.process", "module_2026": "made.processes[0]"}
+START = """
+import runner
+runner.GPU_COUNT = 1
+made = runner.VLLMRunner({model!r}, "float16", ["--max-model-len", "1024"])
+made.start()
+open("server.pid", "w").write(str({server}.pid))
+{server}.wait()
+"""
 
 
-@pytest.fixture(scope="module", params=WAIT)
+@pytest.fixture(scope="module", params=SERVER)
 def launched(request: pytest.FixtureRequest, with_engine: HostTree) -> Iterator[str]:
     """The URL of a server that the patched VLLMRunner.start has started.
 
@@ -235,8 +244,6 @@ def launched(request: pytest.FixtureRequest, with_engine: HostTree) -> Iterator[
     shutil.copy(RUNNERS / f"{shape}.py", with_engine.runner)
     with_engine.answers("--yes")
     port = free_port()
-    start = f"import runner; made = runner.VLLMRunner({str(MODEL)!r}, 'float16', ['--max-model-len', '1024'])"
-    start = f"{start}; runner.GPU_COUNT = 1; made.start(); {WAIT[shape]}"
     environment = with_engine.environment | {
         "INFERENCE_PORT": str(port - (shape == "module_2026")),
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -248,7 +255,7 @@ def launched(request: pytest.FixtureRequest, with_engine: HostTree) -> Iterator[
     log = with_engine.folder.parent / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-c", start],
+            [sys.executable, "-c", START.format(model=str(MODEL), server=SERVER[shape])],
             cwd=with_engine.runner.parent,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -265,7 +272,7 @@ def launched(request: pytest.FixtureRequest, with_engine: HostTree) -> Iterator[
             time.sleep(0.5)
         yield url
     finally:
-        end_group(process)
+        end_server(process, with_engine.runner.parent / "server.pid")
         with_engine.answers("--uninstall", "--yes")
 
 
@@ -276,14 +283,19 @@ def answers(url: str) -> bool:
         return False
 
 
-def end_group(process: subprocess.Popen[bytes]) -> None:
-    """The server with all of its workers, which share the session that we made."""
-    for number, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, 20)):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(patience)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
+def end_server(launcher: subprocess.Popen[bytes], pid_file: Path) -> None:
+    """The server with its workers, which may have a session of their own, and the launcher, which waits for it."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        server = int(pid_file.read_text())
+        group = os.getpgid(server)
+        os.kill(server, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            launcher.wait(30)
+        os.killpg(group, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+    pid_file.unlink(missing_ok=True)
 
 
 def test_the_patched_launcher_serves_proofs(launched: str) -> None:
