@@ -437,7 +437,7 @@ async def test_generate_waits_for_the_round_and_is_never_409(api):
 
 
 async def test_generate_goes_on_after_a_round_that_failed(api):
-    api.manager.script.extend([BUSY] * 3 + [ComputeError("a worker failed")])
+    api.manager.script.extend([BUSY] * 3 + [EngineUnavailableError("the engine is dead")])
     await api.client.post("/init/generate", json=round_body())
     api.manager.allow(1)
     assert (await api.client.post("/generate", json=generate_body([77], wait=True))).status_code == 200
