@@ -51,6 +51,7 @@ EXTENSION_POINTS = (
     ("IntermediateTensors", "IntermediateTensors", "sequence.py"),
     ("get_pp_group", "get_pp_group", "distributed/parallel_state.py"),
     ("get_tp_group", "get_tp_group", "distributed/parallel_state.py"),
+    ("get_world_group", "get_world_group", "distributed/parallel_state.py"),
     ("resolve_obj_by_qualname", "resolve_obj_by_qualname", "utils/import_utils.py"),
     (INSECURE_SERIALIZATION, INSECURE_SERIALIZATION, "envs.py"),
 )

@@ -16,6 +16,7 @@ from gonka_poc.errors import (
     ComputeError,
     ConflictError,
     EngineUnavailableError,
+    OtherRankError,
     PoCError,
     RequestError,
     WorkerMemoryError,
@@ -162,9 +163,11 @@ class PoCManagerV1:
         except Exception as error:
             self._refuse_dead()
             raise ComputeError(f"a worker failed: {error}; the server's log has its traceback") from error
-        for answer in answers:
-            if answer is not None and "error" in answer:
-                raise error_by_name(answer["error"]["type"], answer["error"]["message"])
+        errors = [answer["error"] for answer in answers if answer is not None and "error" in answer]
+        if errors:
+            # the rank that failed tells more than those that only learnt of it
+            error = next((e for e in errors if e["type"] != OtherRankError.__name__), errors[0])
+            raise error_by_name(error["type"], error["message"])
         return answers
 
     async def _answers(self, call: Any, args: tuple[Any, ...]) -> list[Any]:

@@ -244,7 +244,10 @@ def test_wrong_usage_is_an_error_and_no_fraud(args, capsys):
     assert "Usage:" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["generate"], ["validate"], ["status"], ["stop"]])
+@pytest.mark.parametrize(
+    "command",
+    [[], ["demo"], ["generate"], ["validate"], ["status"], ["stop"], ["doctor"], ["outbox"], ["outbox", "list"]],
+)
 def test_help_shows_a_real_command(command, capsys):
     assert run(*command, "--help") == 0
     assert "gonka-poc" in capsys.readouterr().out

@@ -160,6 +160,15 @@ async def test_a_refusal_of_a_worker_keeps_its_class(error, rank):
         await PoCManagerV1(view).compute(SPEC, [5])
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+async def test_the_rank_that_failed_tells_more_than_the_others(rank):
+    view = FakeView()
+    view.answers = [refused("OtherRankError", "1 other rank failed")] * 2
+    view.answers[rank] = refused("UnsupportedServerError", "no metadata")
+    with pytest.raises(UnsupportedServerError, match="no metadata"):
+        await PoCManagerV1(view).compute(SPEC, [5])
+
+
 async def test_an_exception_in_a_worker_is_a_compute_error():
     view = FakeView()
     view.failure = RuntimeError("out of memory")
