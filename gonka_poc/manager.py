@@ -166,8 +166,8 @@ class PoCManagerV1:
         errors = [answer["error"] for answer in answers if answer is not None and "error" in answer]
         if errors:
             # the rank that failed tells more than those that only learnt of it
-            error = next((e for e in errors if e["type"] != OtherRankError.__name__), errors[0])
-            raise error_by_name(error["type"], error["message"])
+            told = next((e for e in errors if e["type"] != OtherRankError.__name__), errors[0])
+            raise error_by_name(told["type"], told["message"])
         return answers
 
     async def _answers(self, call: Any, args: tuple[Any, ...]) -> list[Any]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 
 CHAT_MEMORY_SEC = 5.0
+# batches of one size differ: the slowest of the last ones should stay within the budget, with some room
+MEASUREMENTS, SHARE = 16, 0.8
 
 
 class StepSize:
@@ -18,7 +21,7 @@ class StepSize:
         self._max_step_sec = max_step_sec
         self._clock = clock
         self._chat_seen: float | None = None
-        self._sec_per_nonce: dict[int, float] = {}
+        self._sec_per_nonce: dict[int, deque[float]] = {}
         self._fits: dict[int, int] = {}
 
     def limit(self, seq_len: int, full: int) -> int:
@@ -26,8 +29,8 @@ class StepSize:
         size = min(full, self._fits.get(seq_len, full))
         if self._chat_seen is not None and self._clock() - self._chat_seen < CHAT_MEMORY_SEC:
             # without a measurement yet, one nonce makes it
-            measured = self._sec_per_nonce.get(seq_len, self._max_step_sec)
-            size = min(size, int(self._max_step_sec / measured))
+            slowest = max(self._sec_per_nonce.get(seq_len, [self._max_step_sec]))
+            size = min(size, int(SHARE * self._max_step_sec / slowest))
         return max(1, size)
 
     def chat_seen(self) -> None:
@@ -36,7 +39,9 @@ class StepSize:
 
     def measured(self, seq_len: int, nonces: int, seconds: float) -> None:
         """A micro-batch took `seconds`."""
-        self._sec_per_nonce = {seq_len: max(seconds, 1e-6) / nonces}
+        last = self._sec_per_nonce.get(seq_len, deque(maxlen=MEASUREMENTS))
+        last.append(max(seconds, 1e-6) / nonces)
+        self._sec_per_nonce = {seq_len: last}
 
     def out_of_memory(self, seq_len: int, nonces: int) -> int:
         """A micro-batch did not fit; the size of the next ones."""
