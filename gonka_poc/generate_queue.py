@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Literal
 
 from cachetools import TTLCache
+from pydantic import TypeAdapter
 
 from gonka_poc.config import Settings
 from gonka_poc.data import (
@@ -28,6 +29,8 @@ from gonka_poc.manager import PoCManagerV1
 from gonka_poc.validation import validate_artifacts
 
 logger = logging.getLogger("vllm.gonka_poc.queue")
+
+_FINISHED: TypeAdapter[Completed | FailedAnswer] = TypeAdapter(Completed | FailedAnswer)
 
 
 class GenerateJob:
@@ -70,7 +73,7 @@ class GenerateQueue:
         self._no_round = no_round
         self._on_completed = on_completed
         self._pending: dict[str, GenerateJob] = {}
-        self._finished: TTLCache[str, GenerateJob] = TTLCache(maxsize=float("inf"), ttl=settings.result_ttl_sec)
+        self._finished: TTLCache[str, bytes] = TTLCache(maxsize=float("inf"), ttl=settings.result_ttl_sec)
         self._worker: asyncio.Task[None] | None = None
 
     @property
@@ -93,14 +96,17 @@ class GenerateQueue:
             self._worker = asyncio.create_task(self._work(), name="poc-queue")
         return job
 
-    def get(self, request_id: str) -> GenerateJob:
-        """A job by its id. Raises NotFoundError for one that is unknown or has expired."""
-        job = self._pending.get(request_id) or self._finished.get(request_id)
-        if job is None:
+    def poll(self, request_id: str) -> PendingAnswer | Completed | FailedAnswer:
+        """The state of a request, or its result. Raises NotFoundError for one that is unknown or has expired."""
+        job = self._pending.get(request_id)
+        if job is not None:
+            return job.answer()
+        finished = self._finished.get(request_id)
+        if finished is None:
             raise NotFoundError(
                 f"no request {request_id!r}: unknown, or finished more than {self._settings.result_ttl_sec:g} s ago"
             )
-        return job
+        return _FINISHED.validate_json(finished)
 
     def drop(self, job: GenerateJob, reason: str) -> None:
         """End a job that has not ended; a micro-batch of it that is being computed is thrown away."""
@@ -165,7 +171,8 @@ class GenerateQueue:
             job.outcome.set_exception(outcome)
         else:
             job.outcome.set_result(outcome)
-        self._finished[job.request_id] = job
+        # as text: the objects of 100,000 artifacts would take ten times as much
+        self._finished[job.request_id] = _FINISHED.dump_json(job.answer())  # type: ignore[arg-type]
 
 
 def _answer(job: GenerateJob, result: BatchResult) -> Completed:

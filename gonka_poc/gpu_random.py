@@ -1,8 +1,8 @@
 """The deterministic numbers of the protocol (docs/protocol.md), in plain torch.
 
-These functions are the reference: any faster kernel is measured against them. They run on every device and
-import no vLLM. Arithmetic is float32; what is cast to a model's dtype is cast last. CPU and CUDA differ in the
-last bit of log, cos and sin.
+These functions are the reference: the faster kernels (`kernels`) are measured against them. They run on every
+device and import no vLLM. Arithmetic is float32; what is cast to a model's dtype is cast last. CPU and CUDA differ
+in the last bit of log, cos and sin.
 
 Unsigned 32-bit values are held in int64 tensors: torch has no uint32 multiplication on all devices, and the low
 32 bits of an int64 product are the product modulo 2^32 even where the int64 wraps.
@@ -23,12 +23,15 @@ except ImportError as error:  # pragma: no cover - exercised in a subprocess by 
         "machine without a GPU), which brings it"
     ) from error
 
+from gonka_poc import kernels
+
 _MASK = 0xFFFFFFFF
 NUM_SUB_SEEDS = 8
 NUM_NONCE_REFLECTIONS = 8
 PROJECTION_DIM = 8192
 EPS = 1e-8
 PIECE = 2**22  # values of a large draw that are made at once
+MAX_KERNEL_VALUES = 2**31 - 2**16  # the kernel counts the values of a nonce in 32 bits
 
 Device: TypeAlias = torch.device | str | None
 
@@ -96,6 +99,13 @@ def _box_muller(u1: torch.Tensor, u2: torch.Tensor) -> tuple[torch.Tensor, torch
 def householder(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """`x - 2 (x.v) v` over the last axis, evaluated in x's dtype in the protocol's order of rounding."""
     v = v.to(x.dtype)
+    if v.ndim == 1 and kernels.can_reflect(x, v):
+        return kernels.reflect(x, v)
+    return householder_reference(x, v)
+
+
+def householder_reference(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """`householder` in plain torch; `v` has x's dtype."""
     dot = (x * v).sum(dim=-1, keepdim=True)
     return x - 2 * dot * v
 
@@ -118,25 +128,29 @@ def nonce_inputs(
     device: Device = None,
     stronger_rng: bool = False,
 ) -> torch.Tensor:
-    """The input embeddings of each nonce: `dtype` [len(nonces), seq_len, hidden_size].
-
-    One nonce at a time: the int64 intermediates of a whole batch would not fit beside a served model.
-    """
+    """The input embeddings of each nonce: `dtype` [len(nonces), seq_len, hidden_size]."""
     n = seq_len * hidden_size
     out = torch.empty(len(nonces), n, dtype=dtype, device=device)
-    for row, nonce in zip(out, nonces, strict=True):
-        text = f"{block_hash}_{public_key}_nonce{nonce}"
-        row.copy_(
-            _segmented_normal(text, n, device) if stronger_rng else normal([seed_from_string(text)], n, device)[0]
-        )
+    texts = [f"{block_hash}_{public_key}_nonce{nonce}" for nonce in nonces]
+    seeds = [sub_seeds_from_string(text) if stronger_rng else [seed_from_string(text)] for text in texts]
+    size = -(-n // len(seeds[0])) if seeds else n
+    if kernels.can_fill_normal(out) and n <= MAX_KERNEL_VALUES:
+        kernels.fill_normal(out, seeds, size)
+    else:
+        fill_normal_reference(out, seeds, size)
     return out.view(len(nonces), seq_len, hidden_size)
 
 
-def _segmented_normal(text: str, n: int, device: Device) -> torch.Tensor:
-    length = -(-n // NUM_SUB_SEEDS)
-    seeds = sub_seeds_from_string(text)
-    sizes = [max(0, min(length, n - j * length)) for j in range(NUM_SUB_SEEDS)]
-    return torch.cat([normal([seed], size, device)[0] for seed, size in zip(seeds, sizes, strict=True) if size])
+def fill_normal_reference(out: torch.Tensor, seeds: Sequence[Sequence[int]], segment_size: int) -> None:
+    """`kernels.fill_normal` in plain torch.
+
+    One row at a time: the int64 intermediates of a whole batch would not fit beside a served model.
+    """
+    n = out.shape[1]
+    for row, row_seeds in zip(out, seeds, strict=True):
+        sizes = [max(0, min(segment_size, n - j * segment_size)) for j in range(len(row_seeds))]
+        parts = [normal([seed], size, out.device)[0] for seed, size in zip(row_seeds, sizes, strict=True) if size]
+        row.copy_(torch.cat(parts))
 
 
 # --- reflections and the artifact vector (section 3) ------------------------------------------------------------

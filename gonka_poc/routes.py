@@ -71,7 +71,7 @@ async def generate(body: GenerateRequest, request: Request, service: Service) ->
 @router.get("/generate/{request_id}", responses=_errors(404))
 async def generate_result(request_id: str, service: Service) -> PendingAnswer | Completed | FailedAnswer:
     """State or result of a queued request; 404 if unknown or expired."""
-    return service.queue.get(request_id).answer()
+    return service.queue.poll(request_id)
 
 
 @router.get("/status")

@@ -67,6 +67,11 @@ class ServerProcess:
             raise ServerStartError("the server was not started")
         return self._process.pid
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the server's process is gone, by itself or not."""
+        return self._process is None or self._process.poll() is not None
+
     def start(self) -> None:
         """Start the server and wait until it answers. Raises ServerStartError."""
         with self._log_file.open("ab") as log:

@@ -195,13 +195,13 @@ async def test_a_result_can_be_polled_until_it_expires(make):
     queue = make(FakeManager()).queue
     queue._finished = TTLCache(maxsize=float("inf"), ttl=SETTINGS.result_ttl_sec, timer=lambda: now)
     job = queue.submit(request([1]))
-    assert queue.get(job.request_id) is job
+    assert queue.poll(job.request_id) == job.answer()
     answer = await job.outcome
     now += SETTINGS.result_ttl_sec - 1
-    assert queue.get(job.request_id).answer() == answer
+    assert queue.poll(job.request_id) == answer
     now += 2
     with pytest.raises(NotFoundError, match=rf"{job.request_id}.*more than 300 s ago"):
-        queue.get(job.request_id)
+        queue.poll(job.request_id)
 
 
 async def test_a_job_that_still_waits_does_not_expire(make):
@@ -211,12 +211,12 @@ async def test_a_job_that_still_waits_does_not_expire(make):
     made.no_round.clear()
     job = made.queue.submit(request([1]))
     now += 10 * SETTINGS.result_ttl_sec
-    assert isinstance(made.queue.get(job.request_id).answer(), PendingAnswer)
+    assert isinstance(made.queue.poll(job.request_id), PendingAnswer)
 
 
 async def test_an_unknown_request(make):
     with pytest.raises(NotFoundError, match="'no-such-id'"):
-        make(FakeManager()).queue.get("no-such-id")
+        make(FakeManager()).queue.poll("no-such-id")
 
 
 async def test_ids_are_not_reused(make):
@@ -238,7 +238,7 @@ async def test_a_failed_job_says_why_and_the_next_one_works(make, failure, error
     failed, good = made.queue.submit(request(range(6))), made.queue.submit(request([7]))
     assert [artifact.nonce for artifact in (await good.outcome).artifacts] == [7]
     assert failed.answer() == FailedAnswer(request_id=failed.request_id, error=error)
-    assert made.queue.get(failed.request_id) is failed
+    assert made.queue.poll(failed.request_id) == failed.answer()
     with pytest.raises(PoCError, match=error):
         await failed.outcome
     assert [job for job, _ in made.completed] == [good]
@@ -262,9 +262,7 @@ async def test_clear_fails_every_job_with_the_reason(make):
     await until(lambda: manager.asked)
     made.queue.clear("stopped by hand")
     for job in jobs:
-        assert made.queue.get(job.request_id).answer() == FailedAnswer(
-            request_id=job.request_id, error="stopped by hand"
-        )
+        assert made.queue.poll(job.request_id) == FailedAnswer(request_id=job.request_id, error="stopped by hand")
         with pytest.raises(ConflictError, match="^stopped by hand$"):
             await job.outcome
     assert made.queue.queued_nonces == 0
@@ -311,7 +309,7 @@ async def test_dropping_a_job_that_completed_changes_nothing(make):
     answer = await job.outcome
     queue.drop(job, "too late")
     assert job.answer() == answer
-    assert queue.get(job.request_id) is job
+    assert queue.poll(job.request_id) == job.answer()
 
 
 async def test_close_ends_everything(make):

@@ -1,0 +1,240 @@
+"""Nonces/s of rounds over HTTP, callbacks on, against the server's own prefill of the same tokens, in one run.
+
+    python -m tests.gpu.speed_table --out DIR [--shapes qwen3-0.6b qwen3-8b qwen3-30b-a3b]
+
+Dummy weights, bfloat16, batches of 32 x 1024. Writes DIR/speed.md and DIR/speed.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from gonka_poc import kernels
+from gonka_poc.data import VectorSpec
+from gonka_poc.gpu_random import fill_normal_reference, householder_reference
+from gonka_poc.server_process import ServerProcess
+from tests.gpu.core_table import DATA, request_body, table, wait_for_nonces
+
+BATCH, SEQ_LEN = 32, 1024
+# nonces/s of the network's reference on one H200 with the same shapes and batches
+REFERENCE = {"qwen3-0.6b": 205.0, "qwen3-8b": 36.3, "qwen3-30b-a3b": 59.1}
+COMMON = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "attention_bias": False,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "max_position_embeddings": 40960,
+    "vocab_size": 151936,
+    "head_dim": 128,
+}
+DENSE = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-0.6b": {
+        **DENSE,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-8b": {
+        **DENSE,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "qwen3-30b-a3b": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+}
+
+
+def make_shape(name: str, folder: Path) -> Path:
+    """A folder with the shape's config and a tokenizer; vLLM makes the weights up."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**COMMON, **SHAPES[name]}))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DATA / "models" / "qwen3" / file, folder)
+    return folder
+
+
+def milliseconds_of(run: Callable[..., Any], *args: Any, repeats: int = 20) -> float:
+    """Median milliseconds of `run(*args)` on the GPU."""
+    times = []
+    for i in range(repeats + 3):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        run(*args)
+        torch.cuda.synchronize()
+        if i >= 3:
+            times.append(1e3 * (time.perf_counter() - started))
+    return statistics.median(times)
+
+
+def kernel_rows() -> list[dict[str, Any]]:
+    """The kernels against torch, bfloat16, and against the device's own rate of writing or copying as much."""
+    rows = []
+    for hidden in (1024, 4096):
+        out = torch.empty(BATCH, SEQ_LEN * hidden, dtype=torch.bfloat16, device="cuda")
+        normal = (out, [[row] for row in range(BATCH)], out.shape[1])
+        x, y = out.view(-1, hidden), torch.empty_like(out).view(-1, hidden)
+        v = torch.randn(hidden, device="cuda").to(torch.bfloat16)
+        inputs = {
+            "torch ms": milliseconds_of(fill_normal_reference, *normal, repeats=3),
+            "kernel ms": milliseconds_of(kernels.fill_normal, *normal),
+            "device's own ms": milliseconds_of(out.fill_, 1.0),
+        }
+        fill_normal_reference(*normal)
+        reflection = {
+            "torch ms": milliseconds_of(householder_reference, x, v),
+            "kernel ms": milliseconds_of(kernels.reflect, x, v),
+            "device's own ms": milliseconds_of(y.copy_, x),
+        }
+        rows.append({"what": "inputs", "hidden": hidden, **inputs})
+        rows.append({"what": "reflection", "hidden": hidden, **reflection})
+    torch.cuda.empty_cache()
+    return rows
+
+
+class Receiver:
+    """Takes callbacks in and counts their artifacts."""
+
+    def __init__(self) -> None:
+        self.artifacts = 0
+        receiver = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                receiver.artifacts += len(body["artifacts"])
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, format: str, *args: Any) -> None: ...
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+
+def prefill_rate(url: str, batches: int) -> float:
+    """Sequences/s of the server's own prefill: completions of one token, a batch of prompts a request."""
+    rates = []
+    for i in range(batches + 1):
+        prompts = [[(i * 7919 + 31 * row + 17 * j) % 500 + 3 for j in range(SEQ_LEN)] for row in range(BATCH)]
+        body = {"model": "m", "prompt": prompts, "max_tokens": 1, "temperature": 0, "detokenize": False}
+        started = time.perf_counter()
+        httpx.post(f"{url}/v1/completions", json=body, timeout=300).raise_for_status()
+        if i:
+            rates.append(BATCH / (time.perf_counter() - started))
+    return statistics.median(rates)
+
+
+def round_rate(url: str, receiver: Receiver, seconds: float) -> float:
+    """Nonces/s of a round in its steady state, callbacks on."""
+    spec = VectorSpec(f"speed-{time.time()}", "host", SEQ_LEN, 12)
+    httpx.post(
+        f"{url}/api/v1/pow/init/generate", json=request_body(spec, url=receiver.url), timeout=60
+    ).raise_for_status()
+    first = wait_for_nonces(url, 3 * BATCH)["stats"]["total_processed"]
+    started = time.perf_counter()
+    time.sleep(seconds)
+    last = httpx.get(f"{url}/api/v1/pow/status", timeout=60).json()["stats"]["total_processed"]
+    rate = (last - first) / (time.perf_counter() - started)
+    httpx.post(f"{url}/api/v1/pow/stop", timeout=60)
+    return rate
+
+
+def server_rows(shape: str, work: Path, modes: list[str]) -> list[dict[str, Any]]:
+    """A shape on an eager and on a compiled server."""
+    rows = []
+    model = make_shape(shape, work / shape)
+    receiver = Receiver()
+    for mode in modes:
+        args = [
+            "--served-model-name",
+            "m",
+            "--load-format",
+            "dummy",
+            "--max-model-len",
+            "4096",
+            "--no-enable-prefix-caching",
+        ]
+        args += ["--gpu-memory-utilization", "0.8", "--max-num-batched-tokens", "32768", "--max-num-seqs", "256"]
+        args += ["--enforce-eager"] if mode == "eager" else []
+        env = {"POC_OUTBOX_PATH": str(work / f"outbox-{shape}-{mode}")}
+        log = work / f"{shape}-{mode}.log"
+        with ServerProcess(model, log_file=log, args=args, env=env, startup_timeout=400) as server:
+            rate = round_rate(server.url, receiver, 10.0)
+            own = prefill_rate(server.url, 4)
+            again = round_rate(server.url, receiver, 5.0)
+        rows.append(
+            {
+                "shape": shape,
+                "server": mode,
+                "nonces/s": rate,
+                "again": again,
+                "own prefill over HTTP, seq/s": own,
+                "share of own prefill": rate / own,
+                "reference nonces/s": REFERENCE[shape],
+                "to the reference": rate / REFERENCE[shape],
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/gonka-poc-speed"))
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    options.work.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {"kernels": kernel_rows(), "servers": []}
+    print(table(report["kernels"]), flush=True)
+    for shape in options.shapes:
+        try:
+            report["servers"] += server_rows(shape, options.work, options.modes)
+        except Exception as error:
+            print(f"{shape}: {type(error).__name__}: {error}", flush=True)
+    text = f"{table(report['kernels'])}\n{table(report['servers'])}"
+    (options.out / "speed.md").write_text(text)
+    (options.out / "speed.json").write_text(json.dumps(report, indent=1))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
