@@ -70,7 +70,7 @@ async def serving(manager: Any) -> AsyncIterator[SimpleNamespace]:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url=f"http://test{PREFIX}") as client:
 
         async def post(path: str, body: dict | None = None, status: int = 200) -> dict[str, Any]:
-            response = await client.post(path, json=body)
+            response = await asyncio.wait_for(client.post(path, json=body), 10)
             assert response.status_code == status, (path, response.text)
             return response.json()
 

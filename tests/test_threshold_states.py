@@ -27,6 +27,17 @@ from gonka_poc.threshold import ThresholdRound
 PHASES = {"/init": "IDLE", "/init/generate": "GENERATING", "/init/validate": "VALIDATING"}
 
 
+class SlowView(FakeView):
+    """Workers that take `laps` turns of the event loop longer: an HTTP call or more."""
+
+    laps = 0
+
+    async def call_workers(self, method: Any, args: tuple[Any, ...]) -> list[Any]:
+        for _ in range(self.laps):
+            await asyncio.sleep(0)
+        return await super().call_workers(method, args)
+
+
 class Server(RuleBasedStateMachine):
     """`state` is what the server should show; `rounds` are all that began, each with a receiver of its own."""
 
@@ -38,7 +49,7 @@ class Server(RuleBasedStateMachine):
         self.rounds: list[Round] = []
         self.proofs: list[tuple[int, int, asyncio.Task[httpx.Response]]] = []
         self.posted: list[tuple[str, dict[str, Any]]] = []
-        self.view = FakeView()
+        self.view = SlowView()
         self.loop.run_until_complete(self._start())
 
     async def _start(self) -> None:
@@ -118,6 +129,10 @@ class Server(RuleBasedStateMachine):
     @rule()
     def ask_for_artifacts(self) -> None:
         self.call("/generate", generate_body([1, 2]), 200)
+
+    @rule(laps=st.sampled_from([0, 30, 100, 1000]))
+    def workers_take(self, laps: int) -> None:
+        self.view.laps = laps
 
     @rule(steps=st.integers(1, 12), chat=st.booleans())
     def wait(self, steps: int, chat: bool) -> None:
