@@ -77,7 +77,9 @@ async def serving(manager: Any) -> AsyncIterator[SimpleNamespace]:
         async def status() -> dict[str, Any]:
             return (await client.get("/status")).json()
 
-        yield SimpleNamespace(post=post, status=status, app=app, manager=manager, service=service, posted=posted)
+        yield SimpleNamespace(
+            client=client, post=post, status=status, app=app, manager=manager, service=service, posted=posted
+        )
     if isinstance(manager, FakeManager):
         manager.allow(1000)
     await service.close()
@@ -350,6 +352,17 @@ async def test_status_of_a_round(api, monkeypatch):
     }
     await api.post("/stop")
     assert ((await api.status())["state"], (await api.status())["total_checked"]) == ("STOPPED", 120)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("state", ["IDLE", "GENERATING", "VALIDATING", "STOPPED"])
+async def test_the_status_page_has_figures(api, state):
+    for step in WAY[state]:
+        await api.post(step, body_for(step))
+    response = await api.client.get("/dashboard/data")
+    status = response.json()["status"]
+    assert (response.status_code, status["status"], status["config"]["k_dim"]) == (200, state, None)
+    assert "valid_nonces" not in status
 
 
 async def test_progress_is_logged(api, caplog, monkeypatch):
