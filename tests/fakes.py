@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from gonka_poc.data import VECTOR_DTYPE, BatchResult, Params, VectorSpec
+from gonka_poc.data import VECTOR_DTYPE, BatchResult, DistanceSpec, Params, VectorSpec
 from gonka_poc.errors import PoCError
+from gonka_poc.threshold_data import DistanceResult
 
 MODEL = "tiny"
 BUSY = "chat is being served"
@@ -40,6 +41,12 @@ def made_up_vector(spec: VectorSpec, nonce: int) -> np.ndarray:
     digest = hashlib.sha256(f"{spec.block_hash}_{spec.public_key}_{nonce}".encode()).digest()
     vector = np.random.default_rng(list(digest)).normal(size=spec.k_dim)
     return (vector / np.linalg.norm(vector)).astype(VECTOR_DTYPE)
+
+
+def made_up_distance(spec: DistanceSpec, nonce: int) -> float:
+    """A distance near sqrt(2) that depends on all of `spec` and the nonce; one in about eight is below 1.405."""
+    digest = hashlib.sha256(f"{spec}_{nonce}".encode()).digest()
+    return float(np.sqrt(2) + 0.0078 * np.random.default_rng(list(digest)).normal())
 
 
 async def until(condition: Callable[[], Any]) -> None:
@@ -78,25 +85,41 @@ class FakeManager:
         if self.refusal is not None:
             raise self.refusal
 
+    async def check_seq_len(self, seq_len: int) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+
     async def prepare(self) -> None: ...
 
     def micro_batch_size(self, seq_len: int) -> int:
         return self.micro_batch
 
     async def compute(self, spec: VectorSpec, nonces: list[int]) -> BatchResult | None:
+        if not await self._computed(nonces):
+            return None
+        good, bad = self._by_nan(nonces)
+        return BatchResult({n: made_up_vector(spec, n) for n in good}, bad)
+
+    async def compute_distances(self, spec: DistanceSpec, nonces: list[int]) -> DistanceResult | None:
+        if not await self._computed(nonces):
+            return None
+        good, bad = self._by_nan(nonces)
+        return DistanceResult({n: made_up_distance(spec, n) for n in good}, bad)
+
+    async def _computed(self, nonces: list[int]) -> bool:
         self.asked.append(list(nonces))
         await asyncio.sleep(0)
         step = self.script.popleft() if self.script else "ok"
         if step == BUSY:
-            return None
+            return False
         if isinstance(step, Exception):
             raise step
         if self._permits is not None:
             await self._permits.acquire()
-        return BatchResult(
-            {n: made_up_vector(spec, n) for n in nonces if n not in self.nan_nonces},
-            [n for n in nonces if n in self.nan_nonces],
-        )
+        return True
+
+    def _by_nan(self, nonces: list[int]) -> tuple[list[int], list[int]]:
+        return [n for n in nonces if n not in self.nan_nonces], [n for n in nonces if n in self.nan_nonces]
 
     async def release(self) -> None:
         self.num_released += 1
@@ -162,4 +185,6 @@ class FakeView:
             spec, nonces = VectorSpec(**args[0]), args[1]
             rows = b"".join(made_up_vector(spec, n).tobytes() for n in nonces)
             return {"nonces": nonces, "vectors": rows, "finite": [True] * len(nonces)}
+        if name == "poc_compute_distances":
+            return {"nonces": args[1], "distances": [made_up_distance(DistanceSpec(**args[0]), n) for n in args[1]]}
         return {"rank": 1, "layers": [0], "is_output_rank": True} if name == "poc_describe" else None

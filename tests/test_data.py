@@ -306,10 +306,9 @@ def test_a_round_has_no_other_fields(key):
     ("body", "says"),
     [
         (round_body(r_target=1.4), "not both"),
-        (changed(round_body(r_target=1.4), "params", MISSING), "no threshold rounds"),
         (changed(round_body(), "params", MISSING), "params"),
     ],
-    ids=["both", "r_target", "neither"],
+    ids=["both", "neither"],
 )
 def test_a_round_is_of_one_protocol(body, says):
     assert says in refusal(InitGenerateRequest, body)

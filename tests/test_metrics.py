@@ -75,6 +75,8 @@ def test_every_metric_is_there_from_the_start(registry):
     assert {key[1]: value for key, value in found.items() if key[0] == "gonka_poc_state"} == {
         "IDLE": 1,
         "GENERATING": 0,
+        "VALIDATING": 0,
+        "STOPPED": 0,
     }
 
 

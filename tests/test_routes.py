@@ -23,7 +23,12 @@ SETTINGS = Settings(
 )
 SPEC = VectorSpec("block", "key", seq_len=4, k_dim=3)
 ROUTES = {
+    ("POST", "/init"),
     ("POST", "/init/generate"),
+    ("POST", "/init/validate"),
+    ("POST", "/phase/generate"),
+    ("POST", "/phase/validate"),
+    ("POST", "/validate"),
     ("POST", "/generate"),
     ("GET", "/generate/{request_id}"),
     ("GET", "/status"),
@@ -70,12 +75,20 @@ async def test_schema_has_every_route(api):
 async def test_schema_describes_bodies_and_refusals(api):
     schema = (await api.client.get("/openapi.json")).json()
     post = {path.removeprefix(PREFIX): item["post"] for path, item in schema["paths"].items() if "post" in item}
-    for path, model in (("/init/generate", "InitGenerateRequest"), ("/generate", "GenerateRequest")):
+    models = {
+        "/generate": ["GenerateRequest"],
+        "/init/generate": ["InitGenerateRequest", "ThresholdRequest"],
+        "/init": ["ThresholdRequest"],
+        "/init/validate": ["ThresholdRequest"],
+        "/validate": ["ProofBatch"],
+    }
+    for path, names in models.items():
         body = post[path]["requestBody"]["content"]["application/json"]["schema"]
-        assert body == {"$ref": f"#/components/schemas/{model}"}
+        assert [item["$ref"] for item in body.get("oneOf", [body])] == [f"#/components/schemas/{n}" for n in names]
         assert {"200", "400", "409", "413", "422", "500", "501", "503"} <= set(post[path]["responses"])
-        assert schema["components"]["schemas"][model]["additionalProperties"] is False
+        assert all(schema["components"]["schemas"][name]["additionalProperties"] is False for name in names)
     assert "429" in post["/generate"]["responses"]
+    assert "429" in post["/validate"]["responses"]
 
 
 async def test_docs_are_served(api):
@@ -94,7 +107,7 @@ async def test_other_methods_are_405(api, path):
             assert response.headers["allow"] == ", ".join(sorted(allowed))
 
 
-@pytest.mark.parametrize("path", ["/", "/init", "/nothing", "/generate/a/b", "/init/validate", "/../v1/models"])
+@pytest.mark.parametrize("path", ["/", "/phase", "/nothing", "/generate/a/b", "/init/x", "/../v1/models"])
 async def test_unknown_paths_are_404(api, path):
     assert (await api.client.get(path)).status_code == 404
 
