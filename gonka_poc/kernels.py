@@ -56,17 +56,20 @@ if HAS_TRITON:
 
     @triton.jit
     def _reflect_kernel(x, v, out, hidden_size, x_stride, BLOCK: tl.constexpr):
-        """One program a token."""
+        """One program a token.
+
+        mul_rn keeps the compiler from joining a product with the sum behind it, which would lose its rounding.
+        """
         row = tl.program_id(0).to(tl.int64)
         i = tl.arange(0, BLOCK)
         inside = i < hidden_size
         dtype = x.dtype.element_ty
         value = tl.load(x + row * x_stride + i, mask=inside, other=0.0)
         vector = tl.load(v + i, mask=inside, other=0.0)
-        product = (value.to(tl.float32) * vector.to(tl.float32)).to(dtype).to(tl.float32)
+        product = libdevice.mul_rn(value.to(tl.float32), vector.to(tl.float32)).to(dtype).to(tl.float32)
         dot = tl.sum(product, axis=0).to(dtype).to(tl.float32)
         twice = (2.0 * dot).to(dtype).to(tl.float32)
-        step = (twice * vector.to(tl.float32)).to(dtype).to(tl.float32)
+        step = libdevice.mul_rn(twice, vector.to(tl.float32)).to(dtype).to(tl.float32)
         tl.store(out + row * hidden_size + i, (value.to(tl.float32) - step).to(dtype), mask=inside)
 
 
