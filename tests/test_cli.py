@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 from fakes import MODEL, FakeManager
 
-from gonka_poc import cli
+from gonka_poc import cli, cli_common
 from gonka_poc.config import Settings
 from gonka_poc.data import Artifact, StatTest
 from gonka_poc.demo import Row
@@ -131,7 +131,7 @@ def test_a_file_that_cannot_be_written_costs_no_computation(server, tmp_path, ca
     ("text", "nonces"), [("7", [7]), ("0-3", [0, 1, 2, 3]), ("5,1-2, 9", [5, 1, 2, 9]), ("1,1-2", [1, 2])]
 )
 def test_nonces_as_written(text, nonces):
-    assert cli.Nonces().convert(text, None, None) == nonces
+    assert cli_common.Nonces().convert(text, None, None) == nonces
 
 
 @pytest.mark.parametrize("text", ["", "a", "3-1", "-1", "1-", "1..4", "0-9999999999", str(2**63), "1,,2"])
