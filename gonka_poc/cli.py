@@ -25,6 +25,7 @@ from gonka_poc.demo import run_demo
 from gonka_poc.errors import ArtifactFileError, PoCError, printable
 from gonka_poc.outbox_admin import purge, retry_parked, summary
 from gonka_poc.outbox_file import outbox_path
+from gonka_poc.tools import commands as tools
 
 INTERRUPTED = 130
 # a file is written again after at least this many more artifacts, so that a killed command loses little
@@ -35,6 +36,9 @@ SAVE_EVERY = 2_000
 @click.version_option(__version__, prog_name="gonka-poc")
 def app() -> None:
     """Proof of compute on vLLM: ask a server for artifacts, validate them, see and stop a round."""
+
+
+tools.register(app)
 
 
 # --- commands ---------------------------------------------------------------------------------------------------

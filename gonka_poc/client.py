@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import httpx
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, RootModel, ValidationError
 
 from gonka_poc.artifact_file import ArtifactFile
 from gonka_poc.data import (
     PREFIX,
     Artifact,
     ArtifactsAnswer,
+    FailedAnswer,
     InitGenerateRequest,
     OkAnswer,
+    PendingAnswer,
+    QueuedAnswer,
     StatTest,
     StatusAnswer,
     ValidationAnswer,
@@ -55,6 +58,46 @@ class _Choice(BaseModel):
 
 class _Chat(BaseModel):
     choices: list[_Choice] = Field(min_length=1)
+
+
+class _Ok(BaseModel):
+    status: Literal["OK"]
+
+
+Polled = PendingAnswer | ArtifactsAnswer | ValidationAnswer | FailedAnswer
+
+
+class DistanceBatch(BaseModel):
+    """Distances that a prover claims for nonces: the body of POST /validate."""
+
+    public_key: str
+    block_hash: str
+    block_height: int = 0
+    nonces: list[int]
+    dist: list[float]
+    node_id: int = 0
+
+
+class DistanceVerdict(BaseModel):
+    """Answer of POST /validate. A distance is None where the server made NaN or Inf of the nonce."""
+
+    fraud_detected: bool
+    computed_distances: list[float | None]
+    n_invalid: int
+    probability_honest: float
+
+
+class DistanceStatus(BaseModel):
+    """What GET /status has of a threshold round; nothing of it is there outside of one."""
+
+    state: str | None = None
+    total_checked: int = 0
+    total_valid: int = 0
+    valid_nonces: list[int] = Field(default_factory=list)
+    valid_distances: list[float] = Field(default_factory=list)
+    elapsed_seconds: float = 0.0
+    rate_per_second: float = 0.0
+    r_target: float | None = None
 
 
 class PoCClient:
@@ -98,13 +141,38 @@ class PoCClient:
         """POST /init/generate."""
         return self._ask(OkAnswer, "POST", f"{PREFIX}/init/generate", request.model_dump())
 
-    def chat(self, model: str, text: str, max_tokens: int) -> str:
-        """The answer of a greedy chat."""
-        body = {
+    def init_threshold(self, body: dict[str, Any], then: Literal["generate", "validate"] | None = None) -> None:
+        """POST /init, or /init/generate or /init/validate: a threshold round begins."""
+        self._ask(_Ok, "POST", f"{PREFIX}/init/{then}" if then else f"{PREFIX}/init", body)
+
+    def phase(self, phase: Literal["generate", "validate"]) -> None:
+        """POST /phase/generate or /phase/validate."""
+        self._ask(_Ok, "POST", f"{PREFIX}/phase/{phase}")
+
+    def validate_distances(self, batch: DistanceBatch) -> DistanceVerdict:
+        """POST /validate: the server recomputes the distances of `batch` in its present threshold round."""
+        return self._ask(DistanceVerdict, "POST", f"{PREFIX}/validate", batch.model_dump())
+
+    def distance_status(self) -> DistanceStatus:
+        """GET /status, as a threshold round has it."""
+        return self._ask(DistanceStatus, "GET", f"{PREFIX}/status")
+
+    def queue(self, file: ArtifactFile, nonces: Sequence[int], batch_size: int) -> QueuedAnswer:
+        """POST /generate without waiting."""
+        return self._generate(QueuedAnswer, file, nonces, batch_size, wait=False)
+
+    def poll(self, request_id: str) -> Polled:
+        """GET /generate/{request_id}."""
+        return self._ask(RootModel[Polled], "GET", f"{PREFIX}/generate/{request_id}").root
+
+    def chat(self, model: str, text: str, max_tokens: int, ignore_eos: bool = False) -> str:
+        """The answer of a greedy chat; with `ignore_eos` (vLLM's own field) it is `max_tokens` long."""
+        body: dict[str, Any] = {
             "model": model,
             "messages": [{"role": "user", "content": text}],
             "max_tokens": max_tokens,
             "temperature": 0,
+            **({"ignore_eos": True} if ignore_eos else {}),
         }
         return self._ask(_Chat, "POST", "/v1/chat/completions", body).choices[0].message.content or ""
 
