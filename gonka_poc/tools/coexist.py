@@ -119,7 +119,7 @@ class _Coexist:
         outcome = self._ended(answer.request_id)
         # a stop drops queued work, and says so
         dropped = isinstance(outcome, FailedAnswer) and "stop" in outcome.error
-        ok = state == "queued" and round_goes_on and (dropped or isinstance(outcome, ArtifactsAnswer))
+        ok = state in ("queued", "running") and round_goes_on and (dropped or isinstance(outcome, ArtifactsAnswer))
         result = f"{state} while the round goes on, {outcome.status} after /stop"
         return Check("/generate waits for a round, no 409", ok, result)
 

@@ -131,7 +131,11 @@ def reference_make(
     as_json: bool,
     **asked: Any,
 ) -> int:
-    """Write a file with the server's vectors, in the form that is used across the network."""
+    """Write a file with the server's vectors, in the form that is used across the network.
+
+    \b
+    gonka-poc reference make --count 500 --out reference.json
+    """
     if out.exists():
         raise ArtifactFileError(f"{out} exists; a reference is not overwritten")
     nonces = nonces or node_nonces(asked["node_id"], asked["node_count"], count)
@@ -156,14 +160,18 @@ def reference_make(
 def reference_check(
     file: Path, model: str | None, batch_size: int, out: Path | None, url: str, token: str | None, as_json: bool
 ) -> int:
-    """The server's vectors against those of FILE, with FILE's thresholds. Exit status: 0 pass, 2 fraud, 1 error."""
+    """The server's vectors against those of FILE, with FILE's thresholds. Exit status: 0 pass, 2 fraud, 1 error.
+
+    \b
+    gonka-poc reference check reference.json --url http://127.0.0.1:8000
+    """
     content = read_artifact_file(file)
     with PoCClient(url, token=token) as client, progress_bar("checking", len(content.artifacts)) as progress:
         found, computed = check_reference(client, content, model, content.stat_test, batch_size, progress)
     if out is not None:
         write_artifact_file(out, computed)
     if as_json:
-        print_json({**dataclasses.asdict(found.verdict), "median": found.median, "largest": found.largest})
+        print_json(_figures(found))
     else:
         _print_table([found])
         if found.verdict.not_computed_nonces:
@@ -171,6 +179,13 @@ def reference_check(
     if not found.verdict.n_total:
         return ERROR
     return FRAUD if found.verdict.fraud_detected else PASS
+
+
+def _figures(found: Comparison) -> dict[str, Any]:
+    """A comparison for machines; JSON has no NaN."""
+    there = len(found.distances) > 0
+    distances = {"median": found.median if there else None, "largest": found.largest if there else None}
+    return {**dataclasses.asdict(found.verdict), **distances}
 
 
 def _print_table(comparisons: list[Comparison]) -> None:
@@ -427,12 +442,7 @@ def report(
         except OSError as error:
             raise ArtifactFileError(f"cannot write {page}: {error.strerror}") from error
     if as_json:
-        print_json(
-            [
-                {"file": str(path), "median": c.median, "largest": c.largest, **dataclasses.asdict(c.verdict)}
-                for path, c in zip(files[1:], comparisons, strict=True)
-            ]
-        )
+        print_json([{"file": str(path), **_figures(c)} for path, c in zip(files[1:], comparisons, strict=True)])
     else:
         _print_table(comparisons)
     return PASS

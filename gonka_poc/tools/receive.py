@@ -37,12 +37,11 @@ class Delivery:
     @property
     def nonces(self) -> list[int]:
         """The nonces whose proof it carries, of either protocol."""
-        if not isinstance(self.payload, dict):
-            return []
-        artifacts = self.payload.get("artifacts")
+        payload = self.payload if isinstance(self.payload, dict) else {}
+        artifacts, nonces = payload.get("artifacts"), payload.get("nonces")
         if isinstance(artifacts, list):
-            return [artifact["nonce"] for artifact in artifacts]
-        return list(self.payload.get("nonces") or [])
+            nonces = [artifact.get("nonce") for artifact in artifacts if isinstance(artifact, dict)]
+        return [nonce for nonce in nonces if isinstance(nonce, int)] if isinstance(nonces, list) else []
 
 
 @dataclass
@@ -138,7 +137,7 @@ class Receiver:
         if delivery.idempotency_key is not None:
             self._keys.add(delivery.idempotency_key)
         for nonce in delivery.nonces:
-            proof = (delivery.path, delivery.payload.get("block_hash"), delivery.payload.get("public_key"), nonce)
+            proof = (delivery.path, *(str(delivery.payload.get(name)) for name in ("block_hash", "public_key")), nonce)
             summary.repeated_nonces += proof in self._nonces
             self._nonces.add(proof)
         summary.nonces = len(self._nonces)
