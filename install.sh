@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Sets up gonka_poc. Run it from a checkout; `bash install.sh --help` tells what it can do.
+# Sets up gonka_poc. Run it from a checkout; `bash install.sh --help` tells what it can do. Reading it first, and
+# `--dry-run`, are good habits.
 #
-# What it does not do: ask questions, need root, or write outside this checkout (all of it is in .venv; `rm -rf .venv`
-# takes it back).
+# With --cpu it asks no questions, needs no root and writes nothing outside this checkout (all of it is in .venv; `rm -rf
+# .venv` takes it back). On a GPU host it finds out which GPUs there are and hands over to install_b300.sh or
+# install_universal.sh; `--uninstall` takes that back.
 #
 # Variables:
 #   TORCH_CPU_INDEX   where torch's CPU build is looked for if pip as configured does not find it
@@ -11,17 +13,21 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-Usage: bash install.sh --cpu [options]
+Usage: bash install.sh [options]            on a GPU host, beside MLNode
+       bash install.sh --cpu [options]      a try-out without a GPU
+
+Without a GPU:
 
   --cpu           try it on a machine without a GPU: sets up .venv in this checkout (vLLM for CPU and gonka_poc;
                   about 4 GB, some minutes the first time), then runs the demo and exits with its status
   --setup-only    with --cpu: set up .venv, do not run the demo
   --python P      with --cpu: the Python to use, 3.11 to 3.14, as a path or a name on PATH
                   (default: the first on PATH for which pip finds torch's CPU build)
-  --help          print this text
 
 Exit status: 0 done, 1 failed, 2 wrong usage; after the set-up, the demo's.
+
 TEXT
+    gpu_usage
 }
 
 wrong_usage() {
@@ -31,22 +37,33 @@ wrong_usage() {
 }
 
 main() {
-    local here
+    local here option
     here=$(dirname -- "${BASH_SOURCE[0]:-install.sh}")
-    unset CDPATH
-    ROOT=$(cd -- "$here" && pwd -P)
-    if [[ ! -r $ROOT/scripts/common.sh ]]; then
-        printf 'error: %s/scripts is missing; run install.sh from a checkout of the project\n' "$ROOT" >&2
+    if [[ ! -r $here/scripts/gpu_host.sh ]]; then
+        printf 'error: %s/scripts is missing; run install.sh from a checkout of the project\n' "$here" >&2
         exit 1
     fi
-    # shellcheck source=scripts/common.sh
-    source "$ROOT/scripts/common.sh"
+    # shellcheck source=scripts/gpu_host.sh
+    source "$here/scripts/gpu_host.sh"
     ensure_stdin
 
-    local target="" setup_only="" python=""
+    for option in "$@"; do
+        case $option in
+        --cpu) read_cpu_options_and_install "$@" ;;
+        --help | -h)
+            usage
+            exit 0
+            ;;
+        esac
+    done
+    install_detected "$@"
+}
+
+read_cpu_options_and_install() {
+    local setup_only="" python=""
     while (($# > 0)); do
         case $1 in
-        --cpu) target=cpu ;;
+        --cpu) ;;
         --setup-only) setup_only=yes ;;
         --python)
             (($# > 1)) && [[ -n $2 ]] || wrong_usage "--python needs a value"
@@ -58,22 +75,15 @@ main() {
             usage
             exit 0
             ;;
-        *) wrong_usage "unknown option: $1" ;;
+        *) wrong_usage "unknown option with --cpu: $1" ;;
         esac
         shift
     done
-
-    case $target in
-    cpu) install_cpu ;;
-    *)
-        err "installation on a GPU host comes with the GPU installers, which are not part of this version"
-        note "to try it without a GPU: bash install.sh --cpu"
-        exit 1
-        ;;
-    esac
+    install_cpu
+    exit 0
 }
 
-# Reads main's locals setup_only and python.
+# Reads its caller's locals setup_only and python.
 install_cpu() {
     # shellcheck source=scripts/cpu_venv.sh
     source "$ROOT/scripts/cpu_venv.sh"

@@ -22,6 +22,7 @@ from gonka_poc.client import PoCClient
 from gonka_poc.config import load_settings
 from gonka_poc.data import Artifact
 from gonka_poc.demo import run_demo
+from gonka_poc.doctor import doctor_command
 from gonka_poc.errors import ArtifactFileError, PoCError, printable
 from gonka_poc.outbox_admin import purge, retry_parked, summary
 from gonka_poc.outbox_file import outbox_path
@@ -241,6 +242,19 @@ def stop(url: str, token: str | None, as_json: bool) -> int:
     else:
         click.echo("stopped")
     return PASS
+
+
+@app.command()
+@click.option("--runner", type=click.Path(path_type=Path), help="MLNode's inference/vllm/runner.py")
+@click.option("--python", help="The Python that MLNode starts vLLM with")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, for machines.")
+def doctor(runner: Path | None, python: str | None, as_json: bool) -> int:
+    """Look whether this host is ready, with the fix beside what is not. Exit status 1 if something is not.
+
+    \b
+    gonka-poc doctor --runner /app/packages/api/src/api/inference/vllm/runner.py
+    """
+    return doctor_command(as_json, runner, python)
 
 
 @app.group()

@@ -21,6 +21,7 @@ MAX_NONCE = 2**63 - 1
 MAX_STEP = 2**53  # between two nonces of a node
 MAX_TEXT = 1024
 PREFIX = "/api/v1/pow"
+State = Literal["IDLE", "GENERATING", "VALIDATING", "STOPPED"]
 VECTOR_DTYPE = np.dtype("<f2")
 
 Item = TypeVar("Item")
@@ -179,11 +180,8 @@ class InitGenerateRequest(_RoundFields):
     @model_validator(mode="before")
     @classmethod
     def _one_protocol(cls, body: Any) -> Any:
-        if isinstance(body, dict):
-            if "r_target" in body and "params" in body:
-                raise ValueError("send params (artifact round) or r_target (threshold round), not both")
-            if "r_target" in body:
-                raise ValueError("this release has no threshold rounds; send params for an artifact round")
+        if isinstance(body, dict) and "r_target" in body and "params" in body:
+            raise ValueError("send params (artifact round) or r_target (threshold round), not both")
         return body
 
     @property
@@ -265,11 +263,11 @@ class Encoding(BaseModel):
 class PowStatus(BaseModel):
     """State after a call that changed it."""
 
-    status: Literal["GENERATING", "STOPPED"]
+    status: State
 
 
 class OkAnswer(BaseModel):
-    """Answer of /init/generate and /stop."""
+    """Answer of /init..., /phase/... and /stop."""
 
     status: Literal["OK"] = "OK"
     pow_status: PowStatus
@@ -326,7 +324,7 @@ GenerateAnswer = QueuedAnswer | PendingAnswer | ArtifactsAnswer | ValidationAnsw
 
 
 class RoundConfig(BaseModel):
-    """The round that generates."""
+    """The round that is set."""
 
     block_hash: str
     block_height: int
@@ -336,11 +334,11 @@ class RoundConfig(BaseModel):
     group_id: int
     n_groups: int
     seq_len: int
-    k_dim: int
+    k_dim: int | None = Field(description="null in a threshold round, which has no vectors")
 
 
 class RoundStats(BaseModel):
-    """Progress of the round that generates."""
+    """Progress of the round that is set."""
 
     total_processed: int = Field(description="nonces computed or found not computable since the round began")
     nonces_per_second: float
@@ -349,7 +347,7 @@ class RoundStats(BaseModel):
 class StatusAnswer(BaseModel):
     """`error` is there only if the last round ended by a failure, or what is computed cannot be stored now."""
 
-    status: Literal["IDLE", "GENERATING"]
+    status: State
     config: RoundConfig | None
     stats: RoundStats | None
     error: str | None = Field(default=None, exclude_if=_is_none)

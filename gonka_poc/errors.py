@@ -8,6 +8,7 @@ PoCError
 ├── BodyTooLargeError        413  the body is over POC_MAX_BODY_BYTES
 ├── QueueFullError           429  the queue of nonces is full
 ├── ComputeError             500  a worker failed on this computation
+├── OtherRankError           500  another worker failed; its own error is the one to answer with
 ├── WorkerMemoryError        500  a worker ran out of memory even for one nonce
 ├── SettingsError            500  a POC_* variable cannot be used; the server does not start
 ├── ServerStartError         500  a server that a command started did not come up; never over HTTP
@@ -69,6 +70,10 @@ class ComputeError(PoCError):
     """A worker failed while it computed a batch."""
 
     http_status = 500
+
+
+class OtherRankError(PoCError):
+    """This worker has nothing to say but that another one failed, whose own error tells more."""
 
 
 class WorkerMemoryError(PoCError):

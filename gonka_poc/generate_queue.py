@@ -134,6 +134,8 @@ class GenerateQueue:
             except Exception as error:
                 logger.exception("PoC request %s failed", job.request_id)
                 self._end(job, PoCError(f"{type(error).__name__}: {error}"))
+            if not self._pending and self._no_round.is_set():
+                await self._manager.release()
 
     async def _compute(self, job: GenerateJob) -> BatchResult:
         """All of a job's nonces, behind any round and any chat; less than all only if the job was dropped."""

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import math
 import time
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
 
 from gonka_poc.config import Settings
-from gonka_poc.data import VECTOR_DTYPE, BatchResult, Params, VectorSpec
+from gonka_poc.data import VECTOR_DTYPE, BatchResult, DistanceSpec, Params, VectorSpec
 from gonka_poc.errors import (
     ComputeError,
     ConflictError,
     EngineUnavailableError,
+    OtherRankError,
     PoCError,
     RequestError,
     WorkerMemoryError,
@@ -24,6 +27,7 @@ from gonka_poc.errors import (
 )
 from gonka_poc.metrics import Metrics
 from gonka_poc.step_size import StepSize
+from gonka_poc.threshold_data import DistanceResult
 from gonka_poc.vllm_compat import INSECURE_SERIALIZATION, WORKER_EXTENSION, ApiView
 from gonka_poc.worker import poc_call
 
@@ -58,11 +62,16 @@ class PoCManagerV1:
             raise ConflictError(f"model {params.model!r} is not served here; served: {', '.join(map(repr, names))}")
         if params.k_dim > view.hidden_size:
             raise RequestError(f"k_dim {params.k_dim} is over the model's hidden size of {view.hidden_size}")
-        if params.seq_len > view.max_model_len:
-            raise RequestError(f"seq_len {params.seq_len} is over the model's maximum length of {view.max_model_len}")
-        if params.seq_len > view.max_num_batched_tokens:
+        await self.check_seq_len(params.seq_len)
+
+    async def check_seq_len(self, seq_len: int) -> None:
+        """Refuse sequences that this server cannot compute, like `check`."""
+        view = self._view
+        if seq_len > view.max_model_len:
+            raise RequestError(f"seq_len {seq_len} is over the model's maximum length of {view.max_model_len}")
+        if seq_len > view.max_num_batched_tokens:
             raise RequestError(
-                f"seq_len {params.seq_len} is over the server's batch of {view.max_num_batched_tokens} tokens; "
+                f"seq_len {seq_len} is over the server's batch of {view.max_num_batched_tokens} tokens; "
                 "start it with a larger --max-num-batched-tokens"
             )
         await self.prepare()
@@ -96,9 +105,19 @@ class PoCManagerV1:
             return None
         vectors = np.frombuffer(answer["vectors"], dtype=VECTOR_DTYPE).reshape(len(nonces), spec.k_dim)
         rows = zip(nonces, vectors, answer["finite"], strict=True)
-        return self._counted({nonce: row for nonce, row, finite in rows if finite}, nonces)
+        computed = {nonce: row for nonce, row, finite in rows if finite}
+        return BatchResult(computed, self._not_computed(computed, nonces))
 
-    async def _compute(self, method: str, spec: VectorSpec, nonces: list[int]) -> dict[str, Any] | None:
+    async def compute_distances(self, spec: DistanceSpec, nonces: list[int]) -> DistanceResult | None:
+        """Distances of at most one micro-batch of nonces, in all else like `compute`."""
+        answer = await self._compute("poc_compute_distances", spec, nonces)
+        if answer is None:
+            return None
+        rows = zip(nonces, answer["distances"], strict=True)
+        distances = {nonce: float(distance) for nonce, distance in rows if math.isfinite(distance)}
+        return DistanceResult(distances, self._not_computed(distances, nonces))
+
+    async def _compute(self, method: str, spec: VectorSpec | DistanceSpec, nonces: list[int]) -> dict[str, Any] | None:
         """The answer of the output rank to a call for `nonces`; None as `compute` says."""
         async with self._lock:
             self._refuse_dead()
@@ -127,13 +146,13 @@ class PoCManagerV1:
             raise ComputeError("a worker answered for other nonces than it was asked for; restart the server")
         return results[0]
 
-    def _counted(self, vectors: dict[int, np.ndarray], nonces: list[int]) -> BatchResult:
-        result = BatchResult(vectors, [nonce for nonce in nonces if nonce not in vectors])
-        if result.not_computed_nonces:
-            bad = result.not_computed_nonces
+    def _not_computed(self, computed: Container[int], nonces: list[int]) -> list[int]:
+        """Counts a batch, and says which of its nonces gave a NaN or Inf."""
+        bad = [nonce for nonce in nonces if nonce not in computed]
+        if bad:
             logger.warning("PoC dropped %d nonces with NaN or Inf: %s", len(bad), bad[:MAX_LOGGED])
-        self._metrics.computed(len(vectors), len(result.not_computed_nonces), self._last_seconds)
-        return result
+        self._metrics.computed(len(nonces) - len(bad), len(bad), self._last_seconds)
+        return bad
 
     async def release(self) -> None:
         """Let the workers drop what they keep between the batches of a round; a failure is only logged."""
@@ -162,9 +181,11 @@ class PoCManagerV1:
         except Exception as error:
             self._refuse_dead()
             raise ComputeError(f"a worker failed: {error}; the server's log has its traceback") from error
-        for answer in answers:
-            if answer is not None and "error" in answer:
-                raise error_by_name(answer["error"]["type"], answer["error"]["message"])
+        errors = [answer["error"] for answer in answers if answer is not None and "error" in answer]
+        if errors:
+            # the rank that failed tells more than those that only learnt of it
+            error = next((e for e in errors if e["type"] != OtherRankError.__name__), errors[0])
+            raise error_by_name(error["type"], error["message"])
         return answers
 
     async def _answers(self, call: Any, args: tuple[Any, ...]) -> list[Any]:

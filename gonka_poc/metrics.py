@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from gonka_poc.data import State
 from gonka_poc.history import History
 
-STATES = ("IDLE", "GENERATING")
+STATES: tuple[State, ...] = get_args(State)
 CHAT = "chat"
 # a batch is meant to take 0.02 to 2 seconds; the ends show what went wrong
 BATCH_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)

@@ -1,16 +1,19 @@
-"""A round: continuous generation of artifacts for one node (POST /init/generate)."""
+"""A round: continuous generation for one node; of artifacts here (POST /init/generate), of distances in `threshold`."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
+from typing import Generic, TypeVar
 
 from gonka_poc.config import Settings
 from gonka_poc.data import MAX_NONCE, BatchResult, InitGenerateRequest, RoundConfig, RoundStats
 from gonka_poc.errors import ComputeError, PoCError, printable
 from gonka_poc.manager import PoCManagerV1
+from gonka_poc.threshold_data import DistanceResult, ThresholdRequest
 
 logger = logging.getLogger("vllm.gonka_poc.rounds")
 
@@ -20,7 +23,11 @@ MAX_FAILURES, RETRY_SEC = 3, 1.0
 MAX_EMPTY_BATCHES = 3
 
 
-class GenerateRound:
+Request = TypeVar("Request", bound=InitGenerateRequest | ThresholdRequest)
+Result = TypeVar("Result", bound=BatchResult | DistanceResult)
+
+
+class Round(ABC, Generic[Request, Result]):
     """Goes through a node's nonces in order; `deliver` takes each batch before its nonces count as done.
 
     A nonce is done when `deliver` has returned; a batch that chat displaced is tried again with the same nonces.
@@ -29,8 +36,8 @@ class GenerateRound:
     def __init__(
         self,
         manager: PoCManagerV1,
-        request: InitGenerateRequest,
-        deliver: Callable[[BatchResult], Awaitable[None]],
+        request: Request,
+        deliver: Callable[[Result], Awaitable[None]],
         settings: Settings,
     ) -> None:
         self.request = request
@@ -41,25 +48,38 @@ class GenerateRound:
         self._done = 0
         self._started = time.monotonic()
         self._stopping = False
+        self._running = asyncio.Event()
+        self._running.set()
         self._failures = 0
         self._empty_batches = 0
         self.task = asyncio.create_task(self._run(), name="poc-round")
 
     @property
     def active(self) -> bool:
-        """Whether the round generates; False from the moment it is told to stop."""
-        return not self._stopping and not self.task.done()
+        """Whether the round generates; False from the moment it is told to stop or pause."""
+        return self._running.is_set() and not self.stopped
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the round has ended, or will with the batch that a worker is computing."""
+        return self._stopping or self.task.done()
 
     def stop(self) -> None:
         """Start no further batch. One that a worker is computing is finished and delivered by `task`."""
         self._stopping = True
+        self._running.set()
 
     @property
+    @abstractmethod
     def config(self) -> RoundConfig:
         """The round as /status shows it."""
-        request, params = self.request, self.request.params
-        fields = request.model_dump(include=set(RoundConfig.model_fields))
-        return RoundConfig(**fields, seq_len=params.seq_len, k_dim=params.k_dim)
+
+    @abstractmethod
+    async def _compute(self, nonces: list[int]) -> Result | None:
+        """What the manager answers for one batch; None if the same nonces are to be tried again."""
+
+    def _count(self, result: Result) -> None:
+        """A batch was delivered."""
 
     @property
     def stats(self) -> RoundStats:
@@ -78,6 +98,9 @@ class GenerateRound:
         next_report = self._started + REPORT_INTERVAL_SEC
         try:
             while not self._stopping:
+                if not self._running.is_set():
+                    await self._running.wait()
+                    continue
                 await self._step()
                 if time.monotonic() >= next_report:
                     self._report()
@@ -93,12 +116,12 @@ class GenerateRound:
     async def _step(self) -> None:
         """The next nonces, computed and delivered; or a pause, after which they are the same."""
         request = self.request
-        size = min(request.batch_size, self._manager.micro_batch_size(request.params.seq_len))
+        size = min(request.batch_size, self._manager.micro_batch_size(request.spec.seq_len))
         nonces = request.nonces.slice(self._done, size)
         if not nonces:
             raise ComputeError(f"there are no nonces left: the next would be over {MAX_NONCE}")
         try:
-            result = await self._manager.compute(request.spec, nonces)
+            result = await self._compute(nonces)
         except ComputeError as error:
             self._failures += 1
             if self._failures == MAX_FAILURES:
@@ -112,7 +135,8 @@ class GenerateRound:
         self._failures = 0
         await self._deliver(result)
         self._done += len(nonces)
-        self._empty_batches = 0 if result.vectors else self._empty_batches + 1
+        self._count(result)
+        self._empty_batches = 0 if len(result.not_computed_nonces) < len(nonces) else self._empty_batches + 1
         if self._empty_batches == MAX_EMPTY_BATCHES:
             raise ComputeError(
                 f"{MAX_EMPTY_BATCHES} batches in a row gave only NaN or Inf: this model cannot be proved in this "
@@ -121,3 +145,17 @@ class GenerateRound:
 
     def _report(self) -> None:
         logger.info("Generated: %d nonces (%.0f/min)", self._done, 60 * self.stats.nonces_per_second)
+
+
+class GenerateRound(Round[InitGenerateRequest, BatchResult]):
+    """A round of artifacts."""
+
+    @property
+    def config(self) -> RoundConfig:
+        """The round as /status shows it."""
+        request, params = self.request, self.request.params
+        fields = request.model_dump(include=set(RoundConfig.model_fields))
+        return RoundConfig(**fields, seq_len=params.seq_len, k_dim=params.k_dim)
+
+    async def _compute(self, nonces: list[int]) -> BatchResult | None:
+        return await self._manager.compute(self.request.spec, nonces)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Annotated, Any
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -24,17 +26,26 @@ from gonka_poc.data import (
     PendingAnswer,
     PowStatus,
     QueuedAnswer,
+    State,
     StatusAnswer,
 )
 from gonka_poc.errors import PoCError, printable
-from gonka_poc.generate_queue import GenerateJob
 from gonka_poc.service import PoCService
+from gonka_poc.threshold_data import (
+    InitGenerateBody,
+    ProofBatch,
+    ProofVerdict,
+    ThresholdRequest,
+    ThresholdStatusAnswer,
+)
 
 MAX_LISTED_ERRORS = 20
 MAX_ERROR_TEXT = 300
 DISCONNECT_POLL_SEC = 0.5
 
 logger = logging.getLogger("vllm.gonka_poc.routes")
+
+Outcome = TypeVar("Outcome")
 
 
 def service_of(request: Request) -> PoCService:
@@ -53,10 +64,49 @@ router = APIRouter(prefix=PREFIX, tags=["proof of compute"], responses=_errors(4
 
 
 @router.post("/init/generate", responses=_errors(400, 409, 413, 500, 501, 503, 507))
-async def init_generate(body: InitGenerateRequest, service: Service) -> OkAnswer:
-    """Start continuous generation of this node's nonces; 409 if a round runs."""
-    await service.init_generate(body)
-    return OkAnswer(pow_status=PowStatus(status="GENERATING"))
+async def init_generate(body: InitGenerateBody, service: Service) -> OkAnswer:
+    """Start continuous generation of this node's nonces: of artifacts with `params`, of distances with `r_target`;
+    409 if a round runs."""
+    if isinstance(body, InitGenerateRequest):
+        await service.init_generate(body)
+    else:
+        await service.init_threshold(body, "GENERATING")
+    return _ok("GENERATING")
+
+
+@router.post("/init", responses=_errors(400, 409, 413, 500, 501, 503, 507))
+async def init(body: ThresholdRequest, service: Service) -> OkAnswer:
+    """Set a threshold round that waits for its phase; 409 if a round generates."""
+    await service.init_threshold(body, "IDLE")
+    return _ok("IDLE")
+
+
+@router.post("/init/validate", responses=_errors(400, 409, 413, 500, 501, 503, 507))
+async def init_validate(body: ThresholdRequest, service: Service) -> OkAnswer:
+    """Set a threshold round that validates; 409 if a round generates."""
+    await service.init_threshold(body, "VALIDATING")
+    return _ok("VALIDATING")
+
+
+@router.post("/phase/generate", responses=_errors(400))
+async def phase_generate(service: Service) -> OkAnswer:
+    """Let the threshold round generate, from where it left off; 400 if none is set."""
+    await service.enter_phase("GENERATING")
+    return _ok("GENERATING")
+
+
+@router.post("/phase/validate", responses=_errors(400))
+async def phase_validate(service: Service) -> OkAnswer:
+    """Let the threshold round only validate; 400 if none is set."""
+    await service.enter_phase("VALIDATING")
+    return _ok("VALIDATING")
+
+
+@router.post("/validate", responses=_errors(400, 409, 413, 429, 500, 501, 503, 507))
+async def validate(body: ProofBatch, request: Request, service: Service) -> ProofVerdict:
+    """The verdict over a prover's distances in the threshold round that is set; 400 if none is."""
+    job = await service.validate(body)
+    return await _outcome_while_connected(job.outcome, partial(service.proofs.drop, job), request)
 
 
 @router.post("/generate", responses=_errors(400, 409, 413, 429, 500, 501, 503, 507))
@@ -65,7 +115,7 @@ async def generate(body: GenerateRequest, request: Request, service: Service) ->
     job = await service.submit(body)
     if not body.wait:
         return QueuedAnswer(request_id=job.request_id, queued_count=len(body.nonces))
-    return await _outcome_while_connected(job, request, service)
+    return await _outcome_while_connected(job.outcome, partial(service.queue.drop, job), request)
 
 
 @router.get("/generate/{request_id}", responses=_errors(404))
@@ -75,8 +125,8 @@ async def generate_result(request_id: str, service: Service) -> PendingAnswer | 
 
 
 @router.get("/status")
-async def status(service: Service) -> StatusAnswer:
-    """What generates now."""
+async def status(service: Service) -> ThresholdStatusAnswer | StatusAnswer:
+    """What generates now; of a threshold round, what it found too."""
     return service.status()
 
 
@@ -84,7 +134,7 @@ async def status(service: Service) -> StatusAnswer:
 async def stop(service: Service) -> OkAnswer:
     """Stop the round and drop queued requests."""
     service.stop()
-    return OkAnswer(pow_status=PowStatus(status="STOPPED"))
+    return _ok("STOPPED")
 
 
 @router.get("/dashboard", response_class=HTMLResponse)
@@ -99,16 +149,22 @@ async def dashboard_figures(service: Service) -> DashboardData:
     return dashboard_data(service)
 
 
-async def _outcome_while_connected(job: GenerateJob, request: Request, service: PoCService) -> Completed:
+def _ok(state: State) -> OkAnswer:
+    return OkAnswer(pow_status=PowStatus(status=state))
+
+
+async def _outcome_while_connected(
+    outcome: asyncio.Future[Outcome], drop: Callable[[str], None], request: Request
+) -> Outcome:
     """The outcome of a job; its work ends when its client hangs up."""
     try:
-        while not job.outcome.done():
-            await asyncio.wait([job.outcome], timeout=DISCONNECT_POLL_SEC)
+        while not outcome.done():
+            await asyncio.wait([outcome], timeout=DISCONNECT_POLL_SEC)
             if await request.is_disconnected():
                 break
     finally:
-        service.queue.drop(job, "the client hung up")
-    return job.outcome.result()
+        drop("the client hung up")
+    return outcome.result()
 
 
 async def answer_poc_error(request: Request, error: Exception) -> JSONResponse:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from gonka_poc.callbacks import CallbackSender
 from gonka_poc.config import Settings
@@ -15,6 +16,7 @@ from gonka_poc.data import (
     Encoding,
     GenerateRequest,
     InitGenerateRequest,
+    State,
     StatusAnswer,
     encode_vector,
 )
@@ -25,8 +27,17 @@ from gonka_poc.manager import PoCManagerV1
 from gonka_poc.metrics import Metrics
 from gonka_poc.outbox import Outbox
 from gonka_poc.rounds import GenerateRound
+from gonka_poc.threshold import ProofJob, ProofQueue, ThresholdRound, valid_distances
+from gonka_poc.threshold_data import (
+    DistanceResult,
+    ProofBatch,
+    ThresholdRequest,
+    ThresholdStatusAnswer,
+    ValidatedBatch,
+)
 
 STOPPED = "stopped by POST /stop"
+REPLACED = "another round was set"
 # the time that a batch on the workers has to end when the server does; its artifacts are still delivered
 CLOSE_TIMEOUT_SEC = 20.0
 
@@ -40,7 +51,7 @@ class PoCService:
         self._manager = manager
         self._settings = settings
         self._callback_rules = settings.callback_rules
-        self._round: GenerateRound | None = None
+        self._round: GenerateRound | ThresholdRound | None = None
         self._starting = asyncio.Lock()
         self._stops = 0
         self._no_round = asyncio.Event()
@@ -50,9 +61,10 @@ class PoCService:
             settings, Outbox(settings.outbox_path, settings.outbox_max_bytes), self._generates_for, self.metrics
         )
         self.queue = GenerateQueue(manager, settings, self._no_round, self._send_completed)
-        self.metrics.queue_nonces = lambda: self.queue.queued_nonces
+        self.proofs = ProofQueue(manager, settings, self._send_validated)
+        self.metrics.queue_nonces = lambda: self.queue.queued_nonces + self.proofs.queued_nonces
         self.metrics.outbox_pending = lambda: self.callbacks.counts.pending_batches
-        self.metrics.state = lambda: self.status().status
+        self.metrics.state = lambda: self.state
 
     def start(self) -> None:
         """Begin to deliver callbacks, first of all those that an earlier server left."""
@@ -64,22 +76,93 @@ class PoCService:
         Raises ConflictError if one runs, RequestError for a refused callback URL, OutboxFullError, and what
         PoCManagerV1.check raises.
         """
-        if request.url is not None:
-            self._callback_rules.check_url(request.url)
         async with self._starting:
-            if self.generating:
-                raise ConflictError("a round is already generating; POST /api/v1/pow/stop ends it")
-            stops = self._stops
-            await self._manager.check(request.params)
-            if request.url is not None:
-                await self.callbacks.check_room()
-            if self._stops != stops:
-                raise ConflictError(f"{STOPPED} before it began")
-            self._round = GenerateRound(
-                self._manager, request, lambda result: self._send_generated(request, result), self._settings
+            await self._check_start(request.url, lambda: self._manager.check(request.params))
+            self._set_round(
+                GenerateRound(
+                    self._manager, request, lambda result: self._send_generated(request, result), self._settings
+                )
             )
             self._no_round.clear()
-            self._keep(self._round.task).add_done_callback(lambda task: self._round_ended(task))
+
+    async def init_threshold(
+        self, request: ThresholdRequest, phase: Literal["IDLE", "GENERATING", "VALIDATING"]
+    ) -> None:
+        """Set a threshold round, in `phase`.
+
+        Raises RequestError where it cannot generate but is to, and what `init_generate` raises.
+        """
+        async with self._starting:
+            if phase == "GENERATING":
+                _check_can_generate(request)
+            await self._check_start(request.url, lambda: self._manager.check_seq_len(request.seq_len))
+            current = ThresholdRound(
+                self._manager, request, lambda result: self._send_distances(current, result), self._settings
+            )
+            self._set_round(current)
+            self._enter(current, phase)
+
+    async def enter_phase(self, phase: Literal["GENERATING", "VALIDATING"]) -> None:
+        """Let the threshold round generate, or only validate. Raises RequestError where there is none, or it cannot."""
+        async with self._starting:
+            current = self._threshold_round()
+            if phase == "GENERATING":
+                _check_can_generate(current.request)
+            self._enter(current, phase)
+
+    async def validate(self, proof: ProofBatch) -> ProofJob:
+        """Queue a proof.
+
+        Raises RequestError where it is not of the round that is set, QueueFullError and OutboxFullError.
+        """
+        current = self._threshold_round()
+        request = current.request
+        for name in ("block_hash", "block_height"):
+            theirs, ours = getattr(proof, name), getattr(request, name)
+            if theirs != ours:
+                raise RequestError(f"{name} of the proof is {theirs!r}, of the round {ours!r}")
+        if request.url is not None:
+            await self.callbacks.check_room()
+            if self._threshold_round() is not current:
+                raise ConflictError(REPLACED)
+        return self.proofs.submit(current, proof)
+
+    async def _check_start(self, url: str | None, check: Callable[[], Awaitable[None]]) -> None:
+        """Refuse a round that cannot start now. Nothing is awaited after its last check."""
+        if url is not None:
+            self._callback_rules.check_url(url)
+        if self.generating:
+            raise ConflictError("a round is already generating; POST /api/v1/pow/stop ends it")
+        stops = self._stops
+        await check()
+        if url is not None:
+            await self.callbacks.check_room()
+        if self._stops != stops:
+            raise ConflictError(f"{STOPPED} before it began")
+
+    def _set_round(self, new: GenerateRound | ThresholdRound) -> None:
+        """The one round of this server; a threshold round that does not generate is replaced."""
+        if self._round is not None:
+            self._round.stop()
+        self.proofs.clear(REPLACED)
+        self._round = new
+        self._keep(new.task).add_done_callback(lambda task: self._round_ended(task))
+
+    def _enter(self, current: ThresholdRound, phase: Literal["IDLE", "GENERATING", "VALIDATING"]) -> None:
+        current.enter(phase)
+        if phase == "GENERATING":
+            self._no_round.clear()
+        else:
+            self._no_round.set()
+
+    def _threshold_round(self) -> ThresholdRound:
+        current = self._round
+        if not isinstance(current, ThresholdRound):
+            raise RequestError("no threshold round is set; POST /api/v1/pow/init sets one")
+        if current.stopped:
+            why = current.error or STOPPED
+            raise RequestError(f"the threshold round has ended ({why}); POST /api/v1/pow/init sets another")
+        return current
 
     async def submit(self, request: GenerateRequest) -> GenerateJob:
         """Queue a request for given nonces.
@@ -112,9 +195,18 @@ class PoCService:
         """Whether a round generates."""
         return self._round is not None and self._round.active
 
-    def status(self) -> StatusAnswer:
-        """The round that generates, or IDLE; and what keeps the outbox from taking more, or ended the last round."""
+    @property
+    def state(self) -> State:
+        """What /status shows as status."""
+        if isinstance(self._round, ThresholdRound):
+            return self._round.state
+        return "GENERATING" if self.generating else "IDLE"
+
+    def status(self) -> StatusAnswer | ThresholdStatusAnswer:
+        """The round that is set, or IDLE; and what keeps the outbox from taking more, or ended the last round."""
         current, problem = self._round, self.callbacks.problem
+        if isinstance(current, ThresholdRound):
+            return current.status(problem)
         if current is not None and current.active:
             return StatusAnswer(status="GENERATING", config=current.config, stats=current.stats, error=problem)
         error = problem or (current.error if current else None)
@@ -127,11 +219,13 @@ class PoCService:
             self._round.stop()
         self._no_round.set()
         self.queue.clear(STOPPED)
+        self.proofs.clear(STOPPED)
 
     async def close(self) -> None:
         """End everything, delivering what can be delivered now."""
         self.stop()
         await self.queue.close()
+        await self.proofs.close()
         if self._background:
             _, late = await asyncio.wait(self._background, timeout=CLOSE_TIMEOUT_SEC)
             for task in late:
@@ -163,6 +257,20 @@ class PoCService:
     def _has_stopped(self, request: InitGenerateRequest) -> bool:
         return self._round is None or self._round.request is not request or not self._round.active
 
+    async def _send_distances(self, current: ThresholdRound, result: DistanceResult) -> None:
+        """Like `_send_generated`; of valid nonces only."""
+        request = current.request
+        if request.url is not None:
+            envelope = {**_identity(request), "r_target": request.r_target}
+            valid = valid_distances(result, request.r_target)
+            artifacts = [{"nonce": nonce, "dist": distance} for nonce, distance in valid.items()]
+            await self.callbacks.add_artifacts(request.url, envelope, artifacts, lambda: current.stopped)
+
+    async def _send_validated(self, job: ProofJob, batch: ValidatedBatch) -> None:
+        url = job.round.request.url
+        if url is not None:
+            await self.callbacks.add_validated(url, batch.model_dump(mode="json"), job.outcome.done)
+
     async def _send_completed(self, job: GenerateJob, answer: Completed) -> None:
         request = job.request
         if request.url is None or request.wait:
@@ -176,7 +284,12 @@ class PoCService:
             await self.callbacks.add_validated(request.url, payload, job.outcome.done)
 
 
-def _identity(request: InitGenerateRequest | GenerateRequest) -> dict[str, Any]:
+def _check_can_generate(request: ThresholdRequest) -> None:
+    if not request.can_generate:
+        raise RequestError("to generate, a round needs a node_id from 0 and a node_count from 1")
+
+
+def _identity(request: InitGenerateRequest | GenerateRequest | ThresholdRequest) -> dict[str, Any]:
     return request.model_dump(include={"block_hash", "block_height", "public_key", "node_id"})
 
 

@@ -1,4 +1,7 @@
-"""Comparison of received artifacts with recomputed ones (docs/protocol.md, section 3). Imports no torch, no vLLM."""
+"""Comparison of received artifacts and distances with recomputed ones (docs/protocol.md, sections 3 and 4).
+
+Imports no torch, no vLLM.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,9 @@ import numpy as np
 from scipy.stats import binomtest
 
 from gonka_poc.data import StatTest, decode_vector
+from gonka_poc.threshold_data import ProofBatch, ValidatedBatch
+
+P_INVALID = 5e-4  # rate at which nonces of an honest host are invalid to another: of a threshold round
 
 
 @dataclass(frozen=True)
@@ -69,4 +75,28 @@ def judge(
         not_computed_nonces=list(not_computed_nonces),
         p_value=p_value,
         fraud_detected=n_total > 0 and p_value < stat_test.fraud_threshold,
+    )
+
+
+def validate_proof(
+    proof: ProofBatch, computed: Mapping[int, float], r_target: float, fraud_threshold: float
+) -> ValidatedBatch:
+    """Compare the distances of a threshold round's proof with `computed` (nonce to distance).
+
+    A nonce is invalid if its received distance is not below `r_target`, or the computed one is above it. Nonces that
+    are not in `computed` are no evidence: they are reported and leave the total.
+    """
+    pairs = [(dist, computed[n]) for n, dist in zip(proof.nonces, proof.dist, strict=True) if n in computed]
+    n_invalid = sum(not received < r_target or ours > r_target for received, ours in pairs)
+    probability_honest = binomial_p_value(n_invalid, len(pairs), P_INVALID)
+    return ValidatedBatch(
+        fraud_detected=bool(pairs) and probability_honest < fraud_threshold,
+        computed_distances=[computed.get(nonce) for nonce in proof.nonces],
+        n_invalid=n_invalid,
+        probability_honest=probability_honest,
+        not_computed_nonces=[nonce for nonce in proof.nonces if nonce not in computed] or None,
+        **proof.model_dump(exclude={"dist"}),
+        received_distances=proof.dist,
+        r_target=r_target,
+        fraud_threshold=fraud_threshold,
     )

@@ -20,7 +20,7 @@ from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
-from gonka_poc.errors import ComputeError, EngineUnavailableError, UnsupportedServerError
+from gonka_poc.errors import EngineUnavailableError, OtherRankError, UnsupportedServerError
 
 SUPPORTED = SpecifierSet(">=0.14.0,<0.34", prereleases=True)
 MIDDLEWARE = "gonka_poc.middleware.PoCMiddleware"
@@ -209,7 +209,7 @@ class WorkerView:
         """Inside, each rank prepares its part without the others; it is left by all ranks alike.
 
         A rank that went on into a collective operation while another had failed would wait for it for ever, and the
-        server with it. Raises what this rank raised, or ComputeError where it was another one.
+        server with it. Raises what this rank raised, or OtherRankError.
         """
         failure: Exception | None = None
         try:
@@ -222,7 +222,7 @@ class WorkerView:
             failed = torch.tensor(int(failure is not None))
             torch.distributed.all_reduce(failed, group=self._world_group.cpu_group)
             if failed.item() and failure is None:
-                raise ComputeError(f"{failed.item()} other rank(s) could not prepare this batch")
+                raise OtherRankError(f"{failed.item()} other rank(s) could not prepare this batch")
         if failure is not None:
             raise failure
 

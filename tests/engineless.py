@@ -48,7 +48,7 @@ def engineless_server(
         await send({"type": "lifespan.shutdown.complete"})
 
     port = free_port()
-    uvicorn_server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+    uvicorn_server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None))
     thread = threading.Thread(target=uvicorn_server.run)
     thread.start()
     deadline = time.monotonic() + 10

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from gonka_poc.data import VECTOR_DTYPE, BatchResult, Params, VectorSpec
+from gonka_poc.data import VECTOR_DTYPE, BatchResult, DistanceSpec, Params, VectorSpec
 from gonka_poc.errors import PoCError
+from gonka_poc.threshold_data import DistanceResult
 
 MODEL = "tiny"
 BUSY = "chat is being served"
@@ -42,6 +43,12 @@ def made_up_vector(spec: VectorSpec, nonce: int) -> np.ndarray:
     return (vector / np.linalg.norm(vector)).astype(VECTOR_DTYPE)
 
 
+def made_up_distance(spec: DistanceSpec, nonce: int) -> float:
+    """A distance near sqrt(2) that depends on all of `spec` and the nonce; one in about eight is below 1.405."""
+    digest = hashlib.sha256(f"{spec}_{nonce}".encode()).digest()
+    return float(np.sqrt(2) + 0.0078 * np.random.default_rng(list(digest)).normal())
+
+
 async def until(condition: Callable[[], Any]) -> None:
     """Wait until `condition` holds; TimeoutError if it does not within 5 seconds."""
 
@@ -64,6 +71,7 @@ class FakeManager:
         self.script: deque[str | Exception] = deque()
         self.nan_nonces: set[int] = set()
         self.refusal: PoCError | None = None
+        self.micro_batch = 4
         self.num_released = 0
         self._permits = None if batches is None else asyncio.Semaphore(batches)
 
@@ -77,25 +85,41 @@ class FakeManager:
         if self.refusal is not None:
             raise self.refusal
 
+    async def check_seq_len(self, seq_len: int) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+
     async def prepare(self) -> None: ...
 
     def micro_batch_size(self, seq_len: int) -> int:
-        return 4
+        return self.micro_batch
 
     async def compute(self, spec: VectorSpec, nonces: list[int]) -> BatchResult | None:
+        if not await self._computed(nonces):
+            return None
+        good, bad = self._by_nan(nonces)
+        return BatchResult({n: made_up_vector(spec, n) for n in good}, bad)
+
+    async def compute_distances(self, spec: DistanceSpec, nonces: list[int]) -> DistanceResult | None:
+        if not await self._computed(nonces):
+            return None
+        good, bad = self._by_nan(nonces)
+        return DistanceResult({n: made_up_distance(spec, n) for n in good}, bad)
+
+    async def _computed(self, nonces: list[int]) -> bool:
         self.asked.append(list(nonces))
         await asyncio.sleep(0)
         step = self.script.popleft() if self.script else "ok"
         if step == BUSY:
-            return None
+            return False
         if isinstance(step, Exception):
             raise step
         if self._permits is not None:
             await self._permits.acquire()
-        return BatchResult(
-            {n: made_up_vector(spec, n) for n in nonces if n not in self.nan_nonces},
-            [n for n in nonces if n in self.nan_nonces],
-        )
+        return True
+
+    def _by_nan(self, nonces: list[int]) -> tuple[list[int], list[int]]:
+        return [n for n in nonces if n not in self.nan_nonces], [n for n in nonces if n in self.nan_nonces]
 
     async def release(self) -> None:
         self.num_released += 1
@@ -116,6 +140,7 @@ class FakeView:
         self.by_function = by_function
         self.chat_is_served = False
         self.dead = False
+        self.hangs = False
         self.failure: Exception | None = None
         self.answers: list[Any] | None = None
         self.calls: list[tuple[Any, tuple[Any, ...]]] = []
@@ -145,6 +170,8 @@ class FakeView:
             await asyncio.sleep(0.001)
         finally:
             self.num_running -= 1
+        if self.hangs:
+            await asyncio.Event().wait()
         if self.failure is not None:
             raise self.failure
         if self.answers is not None:
@@ -157,5 +184,7 @@ class FakeView:
         if name == "poc_compute":
             spec, nonces = VectorSpec(**args[0]), args[1]
             rows = b"".join(made_up_vector(spec, n).tobytes() for n in nonces)
-            return {"vectors": rows, "finite": [True] * len(nonces)}
+            return {"nonces": nonces, "vectors": rows, "finite": [True] * len(nonces)}
+        if name == "poc_compute_distances":
+            return {"nonces": args[1], "distances": [made_up_distance(DistanceSpec(**args[0]), n) for n in args[1]]}
         return {"rank": 1, "layers": [0], "is_output_rank": True} if name == "poc_describe" else None

@@ -12,7 +12,7 @@ from live_server import LiveServer
 
 from gonka_poc.access_log import ACCESS_LOGGER, PollFilter
 from gonka_poc.config import Settings
-from gonka_poc.errors import ComputeError, EngineUnavailableError
+from gonka_poc.errors import EngineUnavailableError
 from gonka_poc.middleware import POLLED
 from gonka_poc.routes import PREFIX, make_app
 from gonka_poc.service import PoCService
@@ -96,7 +96,7 @@ async def test_nothing_of_a_request_makes_a_line_of_its_own(where, caplog):
         manager.refusal = EngineUnavailableError(nasty)
         assert (await client.post("/generate", json=generate_body([1]))).status_code == 503
     else:
-        manager.script.append(ComputeError(nasty))
+        manager.script.append(EngineUnavailableError(nasty))
         path, body = ("/init/generate", round_body()) if where == "round" else ("/generate", generate_body([1]))
         await client.post(path, json=body)
         await until(lambda: not service.generating and not service.queue.queued_nonces)

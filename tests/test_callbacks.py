@@ -17,6 +17,7 @@ import pytest
 from fakes import until
 
 from gonka_poc import callback_client, callbacks, outbox
+from gonka_poc.access import CheckedTransport
 from gonka_poc.callback_client import seconds_to_wait
 from gonka_poc.callbacks import CallbackSender
 from gonka_poc.config import Settings
@@ -206,7 +207,9 @@ async def test_at_most_one_delivery_an_interval(make, receivers, simulated):
 async def test_callbacks_go_where_they_were_told_and_nowhere_else(make, receivers):
     """No redirects, no proxies of the environment, and no endless wait."""
     make(Settings(callback_timeout_sec=7.0))
-    assert receivers.options == [{"timeout": 7.0, "follow_redirects": False, "trust_env": False}]
+    (options,) = receivers.options
+    assert isinstance(options.pop("transport"), CheckedTransport)
+    assert [options] == [{"timeout": 7.0, "follow_redirects": False, "trust_env": False}]
 
 
 # --- receivers that do not take it ------------------------------------------------------------------------------

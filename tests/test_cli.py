@@ -182,7 +182,7 @@ def test_status_and_stop(server, capsys):
     assert run("status", "--url", server.url) == 0
     assert "IDLE" in capsys.readouterr().out
     assert run("stop", "--url", server.url, "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"status": "STOPPED"}
+    assert json.loads(capsys.readouterr().out) == {"status": "OK", "pow_status": {"status": "STOPPED"}}
 
 
 def test_status_for_machines(server, capsys):
@@ -210,7 +210,10 @@ def test_wrong_usage_is_an_error_and_no_fraud(args, capsys):
     assert "Usage:" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["generate"], ["validate"], ["status"], ["stop"]])
+@pytest.mark.parametrize(
+    "command",
+    [[], ["demo"], ["generate"], ["validate"], ["status"], ["stop"], ["doctor"], ["outbox"], ["outbox", "list"]],
+)
 def test_help_shows_a_real_command(command, capsys):
     assert run(*command, "--help") == 0
     assert "gonka-poc" in capsys.readouterr().out

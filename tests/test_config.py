@@ -27,6 +27,8 @@ def test_defaults():
         "callback_interval_sec": 5.0,
         "callback_timeout_sec": 30.0,
         "chat_backoff_sec": 0.05,
+        "batch_timeout_sec": 600.0,
+        "max_step_ms": 200.0,
         "max_body_bytes": 32 * 1024 * 1024,
         "max_queued_nonces": 100_000,
         "outbox_grace_sec": 600.0,
@@ -110,7 +112,15 @@ def test_the_token_is_in_no_text_of_the_settings(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["callback_interval_sec", "callback_timeout_sec", "chat_backoff_sec", "outbox_grace_sec"]
+    "name",
+    [
+        "callback_interval_sec",
+        "callback_timeout_sec",
+        "chat_backoff_sec",
+        "outbox_grace_sec",
+        "batch_timeout_sec",
+        "max_step_ms",
+    ],
 )
 def test_no_pause_is_endless(monkeypatch, name):
     monkeypatch.setenv(f"POC_{name.upper()}", "inf")

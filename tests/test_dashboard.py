@@ -62,7 +62,7 @@ async def test_figures_of_a_server_that_does_nothing():
 async def test_figures_of_a_server_that_works():
     now = 1000.0
     metrics = Metrics(History(lambda: now))
-    service = PoCService(PoCManagerV1(FakeView(), metrics), Settings(priority="poc"), metrics)
+    service = PoCService(PoCManagerV1(FakeView(), metrics=metrics), Settings(priority="poc"), metrics)
     service.recent_errors.install()
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(service.recent_errors.remove)

@@ -146,6 +146,7 @@ def test_defaults_of_a_request_for_nonces():
         ("validation.artifacts", []),
         ("validation.artifacts", [{"nonce": 0, "vector_b64": "not base64 \ud800"}]),
         ("url", None),
+        ("url", ""),
         ("url", "http://127.0.0.1:9000"),
         ("url", "https://[::1]:9000/a/b"),
         ("wait", True),
@@ -193,7 +194,9 @@ BAD = [
     *[(path, value) for path in COUNTS for value in (-1, 1.0, "1", True, None, math.nan, [1])],
     *[(path, 2**63) for path in COUNTS if not path.startswith("params")],
     *[(path, 0) for path in ("node_count", "n_groups", "batch_size", "params.k_dim", "params.seq_len")],
-    *[(path, 1) for path in ("node_id", "group_id")],  # node_count and n_groups are 1
+    ("group_id", 1),  # n_groups is 1
+    ("node_id", 2**53 + 1),
+    ("node_count", 2**53 + 1),
     *[("params", value) for value in (None, [], "x", {})],
     *[("poc_stronger_rng", value) for value in (None, 1, "true")],
     ("surprise", 1),
@@ -202,7 +205,6 @@ BAD = [
     *[
         ("url", url)
         for url in (
-            "",
             "host",
             "//host",
             "ftp://host",
@@ -284,7 +286,6 @@ def test_bad_requests_for_nonces(path, value):
     ("path", "value", "says"),
     [
         ("nonces", [3, 5, 3], "nonce 3 appears more than once"),
-        ("node_id", 4, "node_id 4 must be less than node_count 1"),
         ("group_id", 4, "group_id 4 must be less than n_groups 1"),
         ("url", "ftp://host", "http:// or https://"),
         ("nonces", [2**63], str(MAX_NONCE)),
@@ -305,10 +306,9 @@ def test_a_round_has_no_other_fields(key):
     ("body", "says"),
     [
         (round_body(r_target=1.4), "not both"),
-        (changed(round_body(r_target=1.4), "params", MISSING), "no threshold rounds"),
         (changed(round_body(), "params", MISSING), "params"),
     ],
-    ids=["both", "r_target", "neither"],
+    ids=["both", "neither"],
 )
 def test_a_round_is_of_one_protocol(body, says):
     assert says in refusal(InitGenerateRequest, body)

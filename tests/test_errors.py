@@ -15,6 +15,7 @@ STATUSES = {
     "BodyTooLargeError": 413,
     "QueueFullError": 429,
     "ComputeError": 500,
+    "OtherRankError": 500,
     "WorkerMemoryError": 500,
     "SettingsError": 500,
     "ServerStartError": 500,

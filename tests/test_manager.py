@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from fakes import MODEL, FakeManager, FakeView, made_up_vector
 
+from gonka_poc.config import Settings
 from gonka_poc.data import Params, VectorSpec
 from gonka_poc.errors import (
     ComputeError,
@@ -17,6 +18,7 @@ from gonka_poc.errors import (
     PoCError,
     RequestError,
     UnsupportedServerError,
+    WorkerMemoryError,
 )
 from gonka_poc.manager import PoCManagerV1
 from gonka_poc.vllm_compat import ApiView
@@ -122,7 +124,7 @@ async def test_vectors_by_nonce():
 
 async def test_rows_with_nan_are_dropped_and_logged(caplog):
     view = FakeView()
-    view.answers = [{"vectors": ROW + NAN_ROW + ROW, "finite": [True, False, True]}]
+    view.answers = [{"nonces": [5, 3, 9], "vectors": ROW + NAN_ROW + ROW, "finite": [True, False, True]}]
     result = await PoCManagerV1(view).compute(SPEC, [5, 3, 9])
     assert list(result.vectors) == [5, 9]
     assert result.not_computed_nonces == [3]
@@ -135,7 +137,7 @@ async def test_rows_with_nan_are_dropped_and_logged(caplog):
 )
 async def test_an_answer_of_another_size_is_never_taken(answer):
     view = FakeView()
-    view.answers = [answer]
+    view.answers = [{"nonces": [5, 3], **answer}]
     with pytest.raises((ComputeError, ValueError)):
         await PoCManagerV1(view).compute(SPEC, [5, 3])
 
@@ -143,7 +145,7 @@ async def test_an_answer_of_another_size_is_never_taken(answer):
 @pytest.mark.parametrize("answering", [0, 2])
 async def test_exactly_one_worker_must_answer(answering):
     view = FakeView()
-    view.answers = [None, *[{"vectors": ROW, "finite": [True]}] * answering]
+    view.answers = [None, *[{"nonces": [5], "vectors": ROW, "finite": [True]}] * answering]
     with pytest.raises(ComputeError, match=f"{answering} of {answering + 1} did"):
         await PoCManagerV1(view).compute(SPEC, [5])
 
@@ -155,6 +157,15 @@ async def test_a_refusal_of_a_worker_keeps_its_class(error, rank):
     view.answers = [None, None]
     view.answers[rank] = refused(error.__name__)
     with pytest.raises(error, match="^too hot$"):
+        await PoCManagerV1(view).compute(SPEC, [5])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+async def test_the_rank_that_failed_tells_more_than_the_others(rank):
+    view = FakeView()
+    view.answers = [refused("OtherRankError", "1 other rank failed")] * 2
+    view.answers[rank] = refused("UnsupportedServerError", "no metadata")
+    with pytest.raises(UnsupportedServerError, match="no metadata"):
         await PoCManagerV1(view).compute(SPEC, [5])
 
 
@@ -170,8 +181,61 @@ async def test_an_exception_in_a_worker_is_a_compute_error():
 async def test_a_dead_engine_is_said_to_be_dead():
     view = FakeView()
     view.failure, view.dead = RuntimeError("EngineCore died"), True
-    with pytest.raises(EngineUnavailableError, match="the engine is dead: EngineCore died; restart"):
+    with pytest.raises(EngineUnavailableError, match="the engine is dead; restart"):
         await PoCManagerV1(view).compute(SPEC, [5])
+
+
+async def test_an_engine_that_dies_under_a_call_does_not_answer_it(monkeypatch):
+    """vLLM leaves such a call without an answer for ever."""
+    monkeypatch.setattr("gonka_poc.manager.DEAD_POLL_SEC", 0.001)
+    view = FakeView()
+    view.hangs = True
+    manager = PoCManagerV1(view)
+    waiting = asyncio.create_task(manager.compute(SPEC, [5]))
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    view.dead = True
+    with pytest.raises(EngineUnavailableError):
+        await asyncio.wait_for(waiting, 5)
+
+
+async def test_a_dead_engine_is_no_busy_chat():
+    view = FakeView()
+    view.dead = view.chat_is_served = True
+    with pytest.raises(EngineUnavailableError):
+        await PoCManagerV1(view).compute(SPEC, [5])
+
+
+async def test_workers_that_do_not_answer_in_time(monkeypatch):
+    monkeypatch.setattr("gonka_poc.manager.DEAD_POLL_SEC", 0.001)
+    view = FakeView()
+    view.hangs = True
+    manager = PoCManagerV1(view, Settings(batch_timeout_sec=0.01))
+    with pytest.raises(ComputeError, match=r"within 0.01 s \(POC_BATCH_TIMEOUT_SEC\)"):
+        await asyncio.wait_for(manager.compute(SPEC, [5]), 5)
+    view.hangs = False
+    assert await manager.compute(SPEC, [5])
+
+
+async def test_an_answer_for_other_nonces_is_never_taken():
+    """One that an earlier call left unread would give each nonce the vector of another."""
+    view = FakeView()
+    view.answers = [{"nonces": [3, 5], "vectors": ROW * 2, "finite": [True, True]}]
+    with pytest.raises(ComputeError, match="other nonces"):
+        await PoCManagerV1(view).compute(SPEC, [5, 3])
+
+
+async def test_a_batch_that_does_not_fit_into_memory_is_halved(caplog):
+    view = FakeView()
+    manager = PoCManagerV1(view)
+    assert manager.micro_batch_size(4) == 5
+    view.answers = [None, refused("WorkerMemoryError")]
+    assert await manager.compute(SPEC, [1, 2, 3, 4, 5]) is None
+    assert manager.micro_batch_size(4) == 2
+    assert manager.micro_batch_size(3) == 5
+    with pytest.raises(WorkerMemoryError):
+        await manager.compute(SPEC, [1])
+    assert "did not fit into memory, going on with 2" in caplog.text
 
 
 async def test_an_error_of_our_own_passes_unchanged():

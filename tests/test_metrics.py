@@ -75,6 +75,8 @@ def test_every_metric_is_there_from_the_start(registry):
     assert {key[1]: value for key, value in found.items() if key[0] == "gonka_poc_state"} == {
         "IDLE": 1,
         "GENERATING": 0,
+        "VALIDATING": 0,
+        "STOPPED": 0,
     }
 
 
@@ -142,10 +144,10 @@ def test_names_are_as_prometheus_wants_them(registry):
 
 async def test_the_manager_reports_its_batches():
     view, metrics = FakeView(), Metrics()
-    manager = PoCManagerV1(view, metrics)
+    manager = PoCManagerV1(view, metrics=metrics)
     await manager.compute(SPEC, [1, 2, 3])
     rows = b"".join(bytes(6) for _ in range(3))
-    view.answers = [None, {"vectors": rows, "finite": [True, False, False]}]
+    view.answers = [None, {"nonces": [4, 5, 6], "vectors": rows, "finite": [True, False, False]}]
     await manager.compute(SPEC, [4, 5, 6])
     view.chat_is_served = True
     assert await manager.compute(SPEC, [7]) is None
@@ -162,7 +164,7 @@ async def test_the_manager_reports_its_batches():
 async def test_the_service_is_asked_at_each_scrape(registry):
     metrics = Metrics()
     view = FakeView()
-    service = PoCService(PoCManagerV1(view, metrics), Settings(chat_backoff_sec=0.001), metrics)
+    service = PoCService(PoCManagerV1(view, metrics=metrics), Settings(chat_backoff_sec=0.001), metrics)
     metrics.attach(registry)
     await service.init_generate(InitGenerateRequest.model_validate(round_body()))
     await service.submit(GenerateRequest.model_validate(generate_body([1, 2, 3])))

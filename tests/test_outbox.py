@@ -174,14 +174,19 @@ class Model:
         return [batch for batch in self.batches if batch.url == url and batch.status in ("open", "pending")]
 
     def add(self, url: str, payload: dict, nonces: list[int] | None) -> None:
-        last = self.to_send(url)[-1:]
         if nonces is None:
             self.batches.append(ModelBatch(url, payload, "pending"))
-        elif last and last[0].status == "open" and last[0].payload == payload and self._fits(last[0], nonces):
+        else:
+            for start in range(0, len(nonces), self.limit):
+                self._add_part(url, payload, nonces[start : start + self.limit])
+        self.change(url, ("kept",), "pending")
+
+    def _add_part(self, url: str, payload: dict, nonces: list[int]) -> None:
+        last = self.to_send(url)[-1:]
+        if last and last[0].status == "open" and last[0].payload == payload and self._fits(last[0], nonces):
             last[0].nonces.extend(nonces)
         else:
             self.batches.append(ModelBatch(url, payload, "open", list(nonces)))
-        self.change(url, ("kept",), "pending")
 
     def _fits(self, batch: ModelBatch, nonces: list[int]) -> bool:
         return len(batch.nonces) + len(nonces) <= self.limit

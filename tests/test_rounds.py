@@ -10,7 +10,7 @@ from fakes import BUSY, FakeManager, made_up_vector, round_body, until
 
 from gonka_poc.config import Settings
 from gonka_poc.data import BatchResult, InitGenerateRequest
-from gonka_poc.errors import ComputeError
+from gonka_poc.errors import ComputeError, EngineUnavailableError
 from gonka_poc.rounds import GenerateRound
 
 SETTINGS = Settings(chat_backoff_sec=0.001)
@@ -96,9 +96,9 @@ async def test_a_batch_that_cannot_be_delivered_ends_the_round_uncounted():
 
 @pytest.mark.parametrize(
     ("failure", "error"),
-    [(ComputeError("a worker failed"), "a worker failed"), (ZeroDivisionError("oops"), "ZeroDivisionError: oops")],
+    [(EngineUnavailableError("dead"), "dead"), (ZeroDivisionError("oops"), "ZeroDivisionError: oops")],
 )
-async def test_a_failed_batch_ends_the_round(caplog, failure, error):
+async def test_what_will_not_get_better_ends_the_round(caplog, failure, error):
     manager, delivered = FakeManager(), Delivered()
     manager.script.extend(["ok", failure])
     current = start(manager, delivered)
@@ -107,6 +107,48 @@ async def test_a_failed_batch_ends_the_round(caplog, failure, error):
     assert current.stats.total_processed == 4 == len(delivered.nonces)
     assert not current.active
     assert "PoC round failed after 4 nonces" in caplog.text
+
+
+async def test_a_batch_that_failed_is_tried_again_with_the_same_nonces(monkeypatch):
+    monkeypatch.setattr("gonka_poc.rounds.RETRY_SEC", 0.001)
+    manager, delivered = FakeManager(), Delivered()
+    failure = ComputeError("a worker failed")
+    manager.script.extend([failure, failure, "ok", failure, failure, "ok", failure, failure, failure])
+    current = start(manager, delivered)
+    await current.task
+    assert current.error == "a worker failed"
+    assert delivered.nonces == list(range(8))
+    assert [asked[0] for asked in manager.asked] == [0, 0, 0, 4, 4, 4, 8, 8, 8]
+
+
+async def test_batches_of_nan_only_end_the_round():
+    manager, delivered = FakeManager(), Delivered()
+    manager.nan_nonces = {*range(8), *range(12, 200)}  # two such batches, a good one, then all
+    current = start(manager, delivered)
+    await current.task
+    assert "3 batches in a row gave only NaN or Inf" in current.error
+    assert delivered.nonces == [8, 9, 10, 11]
+    assert current.stats.total_processed == 24
+
+
+async def test_a_round_that_has_no_nonces_left():
+    manager, delivered = FakeManager(), Delivered()
+    step = 2**53
+    current = start(manager, delivered, node_count=step)
+    await current.task
+    assert "no nonces left" in current.error
+    assert delivered.nonces == [i * step for i in range(1024)]
+
+
+async def test_the_size_of_a_batch_is_asked_for_each_time():
+    manager, delivered = FakeManager(batches=0), Delivered()
+    current = start(manager, delivered)
+    await until(lambda: manager.asked)
+    manager.micro_batch = 2
+    manager.allow(2)
+    await until(lambda: len(delivered) == 2)
+    assert manager.asked[:2] == [[0, 1, 2, 3], [4, 5]]
+    await finish(current, manager)
 
 
 async def test_nonces_that_cannot_be_computed_are_done():

@@ -23,7 +23,12 @@ SETTINGS = Settings(
 )
 SPEC = VectorSpec("block", "key", seq_len=4, k_dim=3)
 ROUTES = {
+    ("POST", "/init"),
     ("POST", "/init/generate"),
+    ("POST", "/init/validate"),
+    ("POST", "/phase/generate"),
+    ("POST", "/phase/validate"),
+    ("POST", "/validate"),
     ("POST", "/generate"),
     ("GET", "/generate/{request_id}"),
     ("GET", "/status"),
@@ -70,12 +75,20 @@ async def test_schema_has_every_route(api):
 async def test_schema_describes_bodies_and_refusals(api):
     schema = (await api.client.get("/openapi.json")).json()
     post = {path.removeprefix(PREFIX): item["post"] for path, item in schema["paths"].items() if "post" in item}
-    for path, model in (("/init/generate", "InitGenerateRequest"), ("/generate", "GenerateRequest")):
+    models = {
+        "/generate": ["GenerateRequest"],
+        "/init/generate": ["InitGenerateRequest", "ThresholdRequest"],
+        "/init": ["ThresholdRequest"],
+        "/init/validate": ["ThresholdRequest"],
+        "/validate": ["ProofBatch"],
+    }
+    for path, names in models.items():
         body = post[path]["requestBody"]["content"]["application/json"]["schema"]
-        assert body == {"$ref": f"#/components/schemas/{model}"}
+        assert [item["$ref"] for item in body.get("oneOf", [body])] == [f"#/components/schemas/{n}" for n in names]
         assert {"200", "400", "409", "413", "422", "500", "501", "503"} <= set(post[path]["responses"])
-        assert schema["components"]["schemas"][model]["additionalProperties"] is False
+        assert all(schema["components"]["schemas"][name]["additionalProperties"] is False for name in names)
     assert "429" in post["/generate"]["responses"]
+    assert "429" in post["/validate"]["responses"]
 
 
 async def test_docs_are_served(api):
@@ -94,7 +107,7 @@ async def test_other_methods_are_405(api, path):
             assert response.headers["allow"] == ", ".join(sorted(allowed))
 
 
-@pytest.mark.parametrize("path", ["/", "/init", "/nothing", "/generate/a/b", "/init/validate", "/../v1/models"])
+@pytest.mark.parametrize("path", ["/", "/phase", "/nothing", "/generate/a/b", "/init/x", "/../v1/models"])
 async def test_unknown_paths_are_404(api, path):
     assert (await api.client.get(path)).status_code == 404
 
@@ -412,11 +425,11 @@ async def test_a_round_can_start_while_the_last_batch_of_another_ends(api):
 
 
 async def test_a_round_that_failed_says_why_and_another_can_start(api):
-    api.manager.script.append(ComputeError("a worker failed"))
+    api.manager.script.append(EngineUnavailableError("the engine is dead"))
     await api.client.post("/init/generate", json=round_body())
     await until(lambda: api.service.status().error)
     status = (await api.client.get("/status")).json()
-    assert status == {"status": "IDLE", "config": None, "stats": None, "error": "a worker failed"}
+    assert status == {"status": "IDLE", "config": None, "stats": None, "error": "the engine is dead"}
     assert (await api.client.post("/init/generate", json=round_body())).status_code == 200
     assert "error" not in (await api.client.get("/status")).json()
 
@@ -437,7 +450,7 @@ async def test_generate_waits_for_the_round_and_is_never_409(api):
 
 
 async def test_generate_goes_on_after_a_round_that_failed(api):
-    api.manager.script.extend([BUSY] * 3 + [ComputeError("a worker failed")])
+    api.manager.script.extend([BUSY] * 3 + [EngineUnavailableError("the engine is dead")])
     await api.client.post("/init/generate", json=round_body())
     api.manager.allow(1)
     assert (await api.client.post("/generate", json=generate_body([77], wait=True))).status_code == 200

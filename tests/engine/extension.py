@@ -38,14 +38,16 @@ class Probe(PoCWorkerExtension):
             "num_hooks": len(hooks),
             "moved_caches": [name for name, layer in layers.items() if layer.kv_cache is not first[name]],
             "num_scratch": len(runner._view._scratch) if runner else 0,
-            "num_reflections": len(runner._reflections) if runner else 0,
+            "has_round": runner is not None and runner._round is not None,
             "forward_context": is_forward_context_available(),
         }
 
     # -- faults --
 
-    def poc_test_fail_once(self, where: str) -> None:
-        """The next call of what `where` names raises."""
+    def poc_test_fail_once(self, where: str, rank: int | None = None) -> None:
+        """The next call of what `where` names raises; with `rank` on that worker only."""
+        if rank not in (None, self.rank):
+            return
         model = self.model_runner.model.model
         group = self.model_runner.attn_groups[0][0]
         attention = _attention_layers(self)[group.layer_names[1]]

@@ -30,7 +30,7 @@ NOTHING_LEFT = {
     "num_hooks": 0,
     "moved_caches": [],
     "num_scratch": 0,
-    "num_reflections": 0,
+    "has_round": False,
     "forward_context": False,
 }
 
@@ -105,12 +105,15 @@ def test_a_failed_request_in_the_queue_ends_as_failed(server: Client) -> None:
     assert golden_distance(server, CASE) < LIMIT
 
 
-def test_a_failed_round_says_why_and_lets_the_queue_go_on(server: Client) -> None:
+def test_a_round_tries_a_failed_batch_again_and_after_three_lets_the_queue_go_on(server: Client) -> None:
     body = body_of(CASE)
     del body["nonces"]
-    server.post("/api/v1/pow/init/generate", json=body).raise_for_status()
-    request_id = server.post("/api/v1/pow/generate", json=body_of(CASE)).json()["request_id"]
     server.rpc("poc_test_fail_once", "attention")
+    server.post("/api/v1/pow/init/generate", json=body).raise_for_status()
+    until(lambda: server.status()["stats"]["total_processed"] > 0)
+    request_id = server.post("/api/v1/pow/generate", json=body_of(CASE)).json()["request_id"]
+    for _ in range(3):
+        server.rpc("poc_test_fail_once", "attention")
     answer = server.outcome(request_id)
     assert answer["status"] == "completed"
     status = server.status()
@@ -125,6 +128,11 @@ def test_memory_is_released_when_a_round_ends(server: Client) -> None:
     until(lambda: server.status()["stats"]["total_processed"] > 0)
     assert state(server)["num_scratch"] == 1, "one layer deep: all layers of one cache shape share a scratch cache"
     server.post("/api/v1/pow/stop").raise_for_status()
+    until(lambda: state(server) == NOTHING_LEFT)
+
+
+def test_memory_is_released_when_the_queue_is_empty(server: Client) -> None:
+    assert golden_distance(server, CASE) < LIMIT
     until(lambda: state(server) == NOTHING_LEFT)
 
 

@@ -25,16 +25,11 @@ class VLLMRunner:
 
         command = [
             os.getenv("VLLM_PYTHON_PATH", self.VLLM_PYTHON_PATH),
-            "-m",
-            "vllm.entrypoints.openai.api_server",
-            "--model",
-            self.model,
-            "--dtype",
-            self.dtype,
-            "--port",
-            str(self.VLLM_PORT),
-            "--host",
-            self.VLLM_HOST,
+            "-m", "vllm.entrypoints.openai.api_server",
+            "--model", self.model,
+            "--dtype", self.dtype,
+            "--port", str(self.VLLM_PORT),
+            "--host", self.VLLM_HOST
         ] + self.additional_args
 
         self.process = subprocess.Popen(

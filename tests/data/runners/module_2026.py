@@ -27,20 +27,17 @@ class VLLMRunner:
         if self.processes:
             raise RuntimeError("already started")
 
-        vllm_module = os.getenv("MLNODE_VLLM_MODULE", "vllm.entrypoints.openai.api_server")
+        vllm_module = os.getenv(
+            "MLNODE_VLLM_MODULE", "vllm.entrypoints.openai.api_server"
+        )
         for i in range(GPU_COUNT):
             vllm_command = [
                 self.vllm_python_path,
-                "-m",
-                vllm_module,
-                "--model",
-                self.model,
-                "--dtype",
-                self.dtype,
-                "--port",
-                str(self.VLLM_PORT + i + 1),
-                "--host",
-                self.VLLM_HOST,
+                "-m", vllm_module,
+                "--model", self.model,
+                "--dtype", self.dtype,
+                "--port", str(self.VLLM_PORT + i + 1),
+                "--host", self.VLLM_HOST
             ] + self.additional_args
 
             vllm_command_str = " ".join(shlex.quote(arg) for arg in vllm_command)

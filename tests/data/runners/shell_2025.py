@@ -32,16 +32,11 @@ class VLLMRunner:
             port = self.VLLM_PORT + i + 1
             vllm_command = [
                 self.vllm_python_path,
-                "-m",
-                "vllm.entrypoints.openai.api_server",
-                "--model",
-                self.model,
-                "--dtype",
-                self.dtype,
-                "--port",
-                str(port),
-                "--host",
-                self.VLLM_HOST,
+                "-m", "vllm.entrypoints.openai.api_server",
+                "--model", self.model,
+                "--dtype", self.dtype,
+                "--port", str(port),
+                "--host", self.VLLM_HOST
             ] + self.additional_args
 
             vllm_command_str = " ".join(shlex.quote(arg) for arg in vllm_command)

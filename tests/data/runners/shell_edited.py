@@ -23,18 +23,12 @@ class VLLMRunner:
         for i in range(2):
             command = [
                 "/usr/bin/python3.12",
-                "-m",
-                os.getenv("MLNODE_VLLM_MODULE", "vllm.entrypoints.openai.api_server"),
-                "--model",
-                self.model,
-                "--dtype",
-                self.dtype,
-                "--port",
-                str(5001 + i),
-                "--host",
-                self.VLLM_HOST,
-                "--max-num-batched-tokens",
-                "32768",
+                "-m", os.getenv("MLNODE_VLLM_MODULE", "vllm.entrypoints.openai.api_server"),
+                "--model", self.model,
+                "--dtype", self.dtype,
+                "--port", str(5001 + i),
+                "--host", self.VLLM_HOST,
+                "--max-num-batched-tokens", "32768",
                 "--enforce-eager",
             ] + self.additional_args
             if i:

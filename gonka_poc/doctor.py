@@ -1,0 +1,362 @@
+"""Checks of a host: would vLLM, started here by MLNode, serve proof of compute? They only look.
+
+    python -m gonka_poc.doctor [--runner FILE] [--json]
+
+vLLM and torch are read as files, never imported: a broken installation is what this has to tell about.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from gonka_poc import vllm_compat
+from gonka_poc.errors import UnsupportedServerError
+from gonka_poc.vllm_compat import INSECURE_SERIALIZATION, MIDDLEWARE, SUPPORTED, WORKER_EXTENSION
+
+MODULE_VARIABLE = "MLNODE_VLLM_MODULE"
+PYTHON_VARIABLE = "VLLM_PYTHON_PATH"
+PYTHON_MIN = (3, 10)
+# NVIDIA's table of minor version compatibility: the oldest driver that runs any release of that CUDA.
+MIN_DRIVER = ((12, 525), (13, 580))
+# The scratch cache is one layer deep: 32768 tokens of 8 heads of 128 in bfloat16 are 128 MiB. The rest is for the
+# activations of that batch.
+SCRATCH_MIB = 1024
+
+State = Literal["ok", "warn", "fail"]
+
+# What this package uses of vLLM: how it is called here, its name in the source, and the files that may define it.
+EXTENSION_POINTS = (
+    ("--middleware", "middleware", "entrypoints/**/cli_args.py"),
+    ("--worker-extension-cls", "worker_extension_cls", "engine/arg_utils.py"),
+    ("the OpenAI server", "run_server", "entrypoints/openai/api_server.py"),
+    ("collective_rpc", "collective_rpc", "v1/engine/async_llm.py"),
+    ("set_forward_context", "set_forward_context", "forward_context.py"),
+    ("CommonAttentionMetadata", "CommonAttentionMetadata", "v1/attention/backend.py"),
+    ("IntermediateTensors", "IntermediateTensors", "sequence.py"),
+    ("get_pp_group", "get_pp_group", "distributed/parallel_state.py"),
+    ("get_tp_group", "get_tp_group", "distributed/parallel_state.py"),
+    ("get_world_group", "get_world_group", "distributed/parallel_state.py"),
+    ("resolve_obj_by_qualname", "resolve_obj_by_qualname", "utils/import_utils.py"),
+    (INSECURE_SERIALIZATION, INSECURE_SERIALIZATION, "envs.py"),
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table; `fix` is empty where there is nothing to do."""
+
+    name: str
+    state: State
+    found: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What is checked: this interpreter, MLNode's file, and the environment that MLNode would pass on."""
+
+    runner: Path | None
+    python: str | None
+    environment: Mapping[str, str]
+
+    def runner_text(self) -> str:
+        """MLNode's file, or an empty text where there is none to read."""
+        with contextlib.suppress(OSError):
+            return self.runner.read_text(encoding="utf-8", errors="replace") if self.runner else ""
+        return ""
+
+    def runner_python(self) -> str | None:
+        """The interpreter that MLNode's file names."""
+        found = re.search(r"^\s+VLLM_PYTHON_PATH\s*=\s*[\"']([^\"'\n]+)[\"']", self.runner_text(), flags=re.MULTILINE)
+        return found[1] if found else None
+
+    def mlnode_python(self) -> str:
+        """The interpreter that MLNode starts vLLM with, as far as can be known from here."""
+        return self.python or self.environment.get(PYTHON_VARIABLE) or self.runner_python() or sys.executable
+
+
+def run_checks(
+    runner: Path | None = None, python: str | None = None, environment: Mapping[str, str] | None = None
+) -> list[Check]:
+    """All checks, in the order in which a cause comes before what follows from it.
+
+    `runner` is MLNode's runner.py, `python` the interpreter that MLNode uses where its own file or environment does
+    not say so, `environment` replaces this process's.
+    """
+    here = Surroundings(runner, python, os.environ if environment is None else environment)
+    return [
+        check_python(),
+        check_vllm(),
+        check_gpu(),
+        check_extension_points(),
+        check_package(here),
+        check_runner(here),
+        check_module(here),
+        check_serialization(here),
+        check_eager(here),
+        check_memory(),
+    ]
+
+
+def check_python() -> Check:
+    """The interpreter that runs this."""
+    found = f"{'.'.join(map(str, sys.version_info[:3]))}, {sys.executable}"
+    if sys.version_info[:2] >= PYTHON_MIN:
+        return Check("Python", "ok", found)
+    return Check("Python", "fail", found, "use Python 3.10 or newer, 3.12 if you can choose")
+
+
+def check_vllm() -> Check:
+    """vLLM's release."""
+    try:
+        return Check("vLLM", "ok", f"{vllm_compat.installed_version()} (supported: {SUPPORTED})")
+    except UnsupportedServerError as error:
+        return Check("vLLM", "fail", str(error), "bash install.sh, or pip install a release in that range")
+
+
+def check_gpu() -> Check:
+    """GPUs and driver, against the CUDA that torch was built for."""
+    name = "GPU and driver"
+    cuda = torch_cuda()
+    if cuda is None:
+        return Check(name, "ok", "torch is built without CUDA; no GPU is used")
+    need = dict(MIN_DRIVER).get(cuda, MIN_DRIVER[-1][1])
+    rows = nvidia_smi("name,driver_version")
+    if not rows:
+        return Check(name, "fail", "nvidia-smi shows no GPU", "install the driver, or give the container its GPUs")
+    driver = rows[0][-1]
+    found = f"{len(rows)} x {rows[0][0]}, driver {driver}; torch is built for CUDA {cuda}"
+    major = re.match(r"\d+", driver)
+    if not major or int(major[0]) < need:
+        return Check(name, "fail", found, f"update the driver to {need} or newer, or take a vLLM for an older CUDA")
+    return Check(name, "ok", found)
+
+
+def torch_cuda() -> int | None:
+    """Major CUDA release that the installed torch was built for."""
+    folder = package_folder("torch")
+    path = folder / "version.py" if folder else None
+    text = path.read_text(encoding="utf-8", errors="replace") if path and path.is_file() else ""
+    found = re.search(r"^cuda\b[^=\n]*=\s*'(\d+)", text, flags=re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+def nvidia_smi(query: str) -> list[list[str]]:
+    """The cells of its answer, a row a GPU; empty where it is missing or fails."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60, check=True)
+    except (subprocess.SubprocessError, OSError):
+        return []
+    rows = [line.rsplit(",", query.count(",")) for line in done.stdout.splitlines() if line.strip()]
+    return [[cell.strip() for cell in row] for row in rows if len(row) == query.count(",") + 1]
+
+
+def package_folder(package: str) -> Path | None:
+    """Where `package` lies, without importing it."""
+    spec = importlib.util.find_spec(package)
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def check_extension_points() -> Check:
+    """The options and names of vLLM that this package uses, in its source."""
+    name = "extension points"
+    folder = package_folder("vllm")
+    if folder is None:
+        return Check(name, "fail", "vLLM is not installed", "bash install.sh")
+    missing = [label for label, word, files in EXTENSION_POINTS if not is_defined(word, folder.glob(files))]
+    if missing:
+        return Check(name, "fail", f"this vLLM lacks {', '.join(missing)}", f"install vLLM {SUPPORTED}")
+    return Check(name, "ok", f"all {len(EXTENSION_POINTS)} are in this vLLM")
+
+
+def is_defined(word: str, files: Iterable[Path]) -> bool:
+    """Whether one of the files defines `word`: a function, a class, or a name that is assigned or imported."""
+    for path in files:
+        with contextlib.suppress(OSError, SyntaxError, ValueError):
+            if any(word in defined_names(node) for node in ast.walk(ast.parse(path.read_bytes()))):
+                return True
+    return False
+
+
+def defined_names(node: ast.AST) -> list[str]:
+    """The names that this one node gives a meaning to."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return [node.name]
+    if isinstance(node, ast.ImportFrom):
+        return [alias.asname or alias.name for alias in node.names]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def check_package(here: Surroundings) -> Check:
+    """Whether the Python that MLNode starts vLLM with can import this package."""
+    name = "gonka_poc in MLNode's Python"
+    python = here.mlnode_python()
+    problem = why_not_found(python, "gonka_poc")
+    if problem:
+        return Check(name, "fail", problem, f"bash install.sh --python {python}; or set {PYTHON_VARIABLE} for MLNode")
+    named = here.environment.get(PYTHON_VARIABLE) or here.runner_python()
+    if named and here.python and os.path.abspath(named) != os.path.abspath(here.python):
+        fix = f"start MLNode with {PYTHON_VARIABLE}={here.python}"
+        return Check(name, "warn", f"{python} finds it, but MLNode here would use {named}", fix)
+    return Check(name, "ok", f"{python} finds it")
+
+
+FIND = """
+import importlib.util, os, sys
+first, *rest = sys.argv[1].split(".")
+spec = importlib.util.find_spec(first)
+folders = [os.path.join(f, *rest) for f in (spec.submodule_search_locations or [])] if spec and rest else []
+found = spec is not None and (not rest or any(os.path.exists(p) for f in folders for p in (f + ".py", f)))
+sys.exit(0 if found else 3)
+"""
+
+
+def why_not_found(python: str, module: str) -> str:
+    """An empty text if `python` finds `module`; only its file is looked for, nothing of it is run."""
+    try:
+        done = subprocess.run([python, "-I", "-B", "-c", FIND, module], capture_output=True, timeout=60, check=False)
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        return f"{python} does not run: {error}"
+    if done.returncode == 0:
+        return ""
+    return f"{python} does not find {module}" if done.returncode == 3 else f"{python} does not run as Python 3"
+
+
+def check_runner(here: Surroundings) -> Check:
+    """Whether MLNode's file brings the two options. A light look: `patch_runner.py check` compares all of it."""
+    name = "runner.py"
+    if here.runner is None:
+        return Check(name, "warn", "not looked at", "add --runner FILE (MLNode's inference/vllm/runner.py)")
+    text = here.runner_text()
+    if not text:
+        return Check(name, "fail", f"{here.runner} cannot be read", "give the path of MLNode's runner.py")
+    try:
+        compile(text, str(here.runner), "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        return Check(name, "fail", f"{here.runner} does not compile: {error}", "put it right, then patch it again")
+    missing = [option for option in (MIDDLEWARE, WORKER_EXTENSION) if option not in text]
+    if missing:
+        return Check(name, "fail", f"{here.runner} lacks {', '.join(missing)}", f"patch_runner.py apply {here.runner}")
+    return Check(name, "ok", f"{here.runner} brings both options")
+
+
+def check_module(here: Surroundings) -> Check:
+    """Whether the module that MLNode is told to start instead of vLLM's exists."""
+    module = here.environment.get(MODULE_VARIABLE)
+    if not module:
+        return Check(MODULE_VARIABLE, "ok", "not set; MLNode starts vLLM's own server")
+    problem = why_not_found(here.mlnode_python(), module)
+    if problem:
+        fix = f"unset it, or set it to {vllm_compat.API_SERVER_MODULE} or gonka_poc.entrypoint.api_router"
+        return Check(MODULE_VARIABLE, "fail", f"{module}: {problem}", fix)
+    return Check(MODULE_VARIABLE, "ok", module)
+
+
+def check_serialization(here: Surroundings) -> Check:
+    """Whether functions may travel to the workers, which only servers without the worker extension need."""
+    name = "serialization"
+    text = here.runner_text()
+    in_file = re.search(rf"{INSECURE_SERIALIZATION}\W+1\b", text) is not None
+    in_environment = here.environment.get(INSECURE_SERIALIZATION, "0") not in ("", "0")
+    if in_environment and "gonka-poc patch" in text and not in_file:
+        fix = f"unset {INSECURE_SERIALIZATION} where MLNode is started: the hardened profile does without"
+        return Check(name, "warn", "runner.py is hardened, but the environment allows functions", fix)
+    if in_file or in_environment:
+        return Check(name, "ok", "functions may travel to the workers (profile standard)")
+    return Check(name, "ok", "calls by name only (profile hardened, or not set)")
+
+
+def check_eager(here: Surroundings) -> Check:
+    """Whether proofs run without compilation, one way or the other."""
+    name = "eager forward"
+    if "--enforce-eager" in here.runner_text():
+        return Check(name, "ok", "runner.py starts vLLM with --enforce-eager")
+    if vllm_compat.can_skip_compiled():
+        return Check(name, "ok", "this vLLM can leave a compiled model aside")
+    state: State = "fail" if here.runner else "warn"
+    return Check(name, state, "this vLLM cannot leave a compiled model aside", "start it with --enforce-eager")
+
+
+def check_memory() -> Check:
+    """Room for the scratch cache beside what is taken now."""
+    name = "free memory"
+    if torch_cuda() is None:
+        free = [available_mib()]
+    else:
+        free = [int(row[0]) for row in nvidia_smi("memory.free") if row[0].isdigit()]
+    if not free:
+        return Check(name, "warn", "nvidia-smi does not tell", "look at nvidia-smi")
+    found = f"{min(free)} MiB" + (f" on the fullest of {len(free)} GPUs" if len(free) > 1 else "")
+    if min(free) >= SCRATCH_MIB:
+        return Check(name, "ok", found)
+    fix = f"leave about {SCRATCH_MIB} MiB: a smaller --gpu-memory-utilization, or stop what else uses it"
+    return Check(name, "warn", found, fix)
+
+
+def available_mib() -> int:
+    """What Linux says could be given to a new process."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), flags=re.MULTILINE)
+        if found:
+            return int(found[1]) // 1024
+    return 0
+
+
+def doctor_command(json_output: bool = False, runner: Path | None = None, python: str | None = None) -> int:
+    """Print the checks; 1 if one failed."""
+    checks = run_checks(runner, python)
+    failed = any(check.state == "fail" for check in checks)
+    if json_output:
+        print(json.dumps({"ok": not failed, "checks": [asdict(check) for check in checks]}, indent=2))
+    else:
+        print_table(checks)
+    return 1 if failed else 0
+
+
+def print_table(checks: Sequence[Check]) -> None:
+    """One row a check, with the fix beside what is not as it should be."""
+    console = Console(highlight=False, **({} if sys.stdout.isatty() else {"width": 160}))  # type: ignore[arg-type]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("state")
+    table.add_column("check")
+    table.add_column("found", overflow="fold")
+    table.add_column("what to do", overflow="fold")
+    styles = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+    for check in checks:
+        row = (check.state, check.name, check.found, check.fix)
+        table.add_row(*(text.replace("[", r"\[") for text in row), style=styles[check.state])
+    console.print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m gonka_poc.doctor`, for what runs before or without the command line."""
+    parser = argparse.ArgumentParser(prog="python -m gonka_poc.doctor", description="Look whether this host is ready.")
+    parser.add_argument("--runner", type=Path, metavar="FILE", help="MLNode's inference/vllm/runner.py")
+    parser.add_argument("--python", metavar="P", help="the Python that MLNode starts vLLM with")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args(argv)
+    return doctor_command(options.json, options.runner, options.python)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

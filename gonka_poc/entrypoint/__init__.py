@@ -1,0 +1,1 @@
+"""Modules that other software starts by their name."""

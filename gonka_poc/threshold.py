@@ -1,0 +1,266 @@
+"""A threshold round (docs/protocol.md, section 4): its states, its progress, and the validation of others' proofs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Literal
+
+from gonka_poc.config import Settings
+from gonka_poc.data import RoundStats, State
+from gonka_poc.errors import ConflictError, PoCError, QueueFullError, printable
+from gonka_poc.manager import PoCManagerV1
+from gonka_poc.rounds import Round
+from gonka_poc.threshold_data import (
+    DistanceResult,
+    ProofBatch,
+    ProofVerdict,
+    ThresholdConfig,
+    ThresholdRequest,
+    ThresholdStatusAnswer,
+    ValidatedBatch,
+)
+from gonka_poc.validation import validate_proof
+
+logger = logging.getLogger("vllm.gonka_poc.threshold")
+
+MAX_SHOWN = 10_000
+
+
+class PoCStats:
+    """How far a threshold round came; its time is the time in which it generates."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.total_checked = 0
+        self.total_valid = 0
+        self.valid_nonces: deque[int] = deque(maxlen=MAX_SHOWN)
+        self.valid_distances: deque[float] = deque(maxlen=MAX_SHOWN)
+        self._clock = clock
+        self._elapsed = 0.0
+        self._since: float | None = None
+
+    def resume(self) -> None:
+        """The round generates from now on."""
+        if self._since is None:
+            self._since = self._clock()
+
+    def pause(self) -> None:
+        """The round does not generate any more."""
+        self._elapsed, self._since = self.elapsed, None
+
+    def add(self, result: DistanceResult, r_target: float) -> None:
+        """A batch was computed and delivered."""
+        valid = valid_distances(result, r_target)
+        self.total_checked += len(result.distances)
+        self.total_valid += len(valid)
+        self.valid_nonces.extend(valid)
+        self.valid_distances.extend(valid.values())
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of generating."""
+        return self._elapsed + (0.0 if self._since is None else self._clock() - self._since)
+
+    @property
+    def rate(self) -> float:
+        """Nonces checked a second."""
+        return self.total_checked / self.elapsed if self.elapsed > 0 else 0.0
+
+    def __str__(self) -> str:
+        minutes, valid = self.elapsed / 60, self.total_valid
+        one_in = f"{self.total_checked / valid:.1f}" if valid else "inf"
+        per_minute = valid / minutes if minutes > 0 else 0.0
+        return (
+            f"Generated: {valid} / {self.total_checked} (1 in {one_in}) Time: {minutes:.1f} min "
+            f"({per_minute:.1f} valid/min, {60 * self.rate:.1f} raw/min)"
+        )
+
+
+def valid_distances(result: DistanceResult, r_target: float) -> dict[int, float]:
+    """The valid nonces of a batch, with their distances."""
+    return {nonce: distance for nonce, distance in result.distances.items() if distance < r_target}
+
+
+class ThresholdRound(Round[ThresholdRequest, DistanceResult]):
+    """Begins IDLE. `enter` moves it between IDLE, GENERATING and VALIDATING; `stop`, or a failure, ends it: STOPPED.
+
+    It goes through its nonces while it is GENERATING; where it left off, it goes on.
+    """
+
+    def __init__(
+        self,
+        manager: PoCManagerV1,
+        request: ThresholdRequest,
+        deliver: Callable[[DistanceResult], Awaitable[None]],
+        settings: Settings,
+    ) -> None:
+        super().__init__(manager, request, deliver, settings)
+        self.progress = PoCStats()
+        self._phase: State = "IDLE"
+        self._running.clear()
+        self.task.add_done_callback(lambda _: self.progress.pause())
+
+    @property
+    def state(self) -> State:
+        """Where the round is in the state machine."""
+        return "STOPPED" if self.stopped else self._phase
+
+    def enter(self, phase: Literal["IDLE", "GENERATING", "VALIDATING"]) -> None:
+        """Change the phase. A batch that a worker is computing is finished, delivered and counted in any phase."""
+        self._phase = phase
+        if phase == "GENERATING":
+            self._running.set()
+            self.progress.resume()
+        else:
+            self._running.clear()
+            self.progress.pause()
+
+    @property
+    def config(self) -> ThresholdConfig:
+        """The round as /status shows it."""
+        fields = self.request.model_dump(include=set(ThresholdConfig.model_fields))
+        return ThresholdConfig(**fields, group_id=0, n_groups=1, k_dim=None)
+
+    @property
+    def stats(self) -> RoundStats:
+        """Counts since the round began, over the time in which it generated."""
+        elapsed = self.progress.elapsed
+        return RoundStats(total_processed=self._done, nonces_per_second=self._done / elapsed if elapsed > 0 else 0.0)
+
+    def status(self, problem: str | None) -> ThresholdStatusAnswer:
+        """GET /status; `problem` is what keeps the server from storing what it computes."""
+        progress = self.progress
+        return ThresholdStatusAnswer(
+            status=self.state,
+            config=self.config,
+            stats=self.stats,
+            error=problem or self.error,
+            state=self.state,
+            valid_nonces=list(progress.valid_nonces),
+            valid_distances=list(progress.valid_distances),
+            total_checked=progress.total_checked,
+            total_valid=progress.total_valid,
+            elapsed_seconds=progress.elapsed,
+            rate_per_second=progress.rate,
+            r_target=self.request.r_target,
+        )
+
+    async def _compute(self, nonces: list[int]) -> DistanceResult | None:
+        return await self._manager.compute_distances(self.request.spec, nonces)
+
+    def _count(self, result: DistanceResult) -> None:
+        self.progress.add(result, self.request.r_target)
+
+    def _report(self) -> None:
+        logger.info("%s", self.progress)
+
+
+class ProofJob:
+    """A proof that waits for its verdict: `outcome` ends with it, or with the PoCError that ended the job."""
+
+    def __init__(self, current: ThresholdRound, proof: ProofBatch) -> None:
+        self.round = current
+        self.proof = proof
+        self.outcome: asyncio.Future[ProofVerdict] = asyncio.get_running_loop().create_future()
+        # an outcome that nobody waits for any more is no error of the event loop
+        self.outcome.add_done_callback(lambda future: future.cancelled() or future.exception())
+
+
+class ProofQueue:
+    """One worker task validates proofs in order, so that of two micro-batches one is left to a round that generates.
+
+    `on_validated` is awaited with each job that was computed, before its outcome is known.
+    """
+
+    def __init__(
+        self,
+        manager: PoCManagerV1,
+        settings: Settings,
+        on_validated: Callable[[ProofJob, ValidatedBatch], Awaitable[None]],
+    ) -> None:
+        self._manager = manager
+        self._settings = settings
+        self._on_validated = on_validated
+        self._pending: dict[ProofJob, None] = {}
+        self._worker: asyncio.Task[None] | None = None
+
+    @property
+    def queued_nonces(self) -> int:
+        """Nonces of all proofs that have no verdict."""
+        return sum(len(job.proof.nonces) for job in self._pending)
+
+    def submit(self, current: ThresholdRound, proof: ProofBatch) -> ProofJob:
+        """Accept a proof. Raises QueueFullError where it would take the proofs that wait over their limit."""
+        limit, queued = self._settings.max_queued_nonces, self.queued_nonces
+        if queued + len(proof.nonces) > limit:
+            raise QueueFullError(
+                f"{len(proof.nonces)} nonces do not fit: {queued} wait for validation, the limit is {limit} "
+                "(POC_MAX_QUEUED_NONCES); send fewer, or later"
+            )
+        job = ProofJob(current, proof)
+        self._pending[job] = None
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work(), name="poc-proofs")
+        return job
+
+    def drop(self, job: ProofJob, reason: str) -> None:
+        """End a job that has no outcome; a micro-batch of it that is being computed is thrown away."""
+        self._end(job, ConflictError(reason))
+
+    def clear(self, reason: str) -> None:
+        """End all jobs."""
+        for job in list(self._pending):
+            self.drop(job, reason)
+
+    async def close(self) -> None:
+        """End all jobs and the worker task."""
+        self.clear("the server is shutting down")
+        if self._worker is not None:
+            self._worker.cancel()
+            await asyncio.gather(self._worker, return_exceptions=True)
+
+    async def _work(self) -> None:
+        while self._pending:
+            job = next(iter(self._pending))
+            request = job.round.request
+            try:
+                distances = await self._compute(job)
+                if not job.outcome.done():
+                    batch = validate_proof(job.proof, distances, request.r_target, request.fraud_threshold)
+                    await self._on_validated(job, batch)
+                    self._end(job, batch.verdict)
+            except PoCError as error:
+                logger.error("PoC validation failed: %s", printable(str(error)))
+                self._end(job, error)
+            except Exception as error:
+                logger.exception("PoC validation failed")
+                self._end(job, PoCError(f"{type(error).__name__}: {error}"))
+
+    async def _compute(self, job: ProofJob) -> dict[int, float]:
+        """The distances of a proof's nonces, behind any chat; less than all only if the job was dropped."""
+        request, nonces = job.round.request, job.proof.nonces
+        spec = request.spec_of(job.proof.public_key)
+        distances: dict[int, float] = {}
+        done = 0
+        while done < len(nonces) and not job.outcome.done():
+            size = min(request.batch_size, self._manager.micro_batch_size(request.seq_len))
+            batch = nonces[done : done + size]
+            result = await self._manager.compute_distances(spec, batch)
+            if result is None:
+                await asyncio.sleep(self._settings.chat_backoff_sec)
+                continue
+            distances.update(result.distances)
+            done += len(batch)
+        return distances
+
+    def _end(self, job: ProofJob, outcome: ProofVerdict | PoCError) -> None:
+        self._pending.pop(job, None)
+        if job.outcome.done():
+            return
+        if isinstance(outcome, PoCError):
+            job.outcome.set_exception(outcome)
+        else:
+            job.outcome.set_result(outcome)

@@ -1,0 +1,200 @@
+"""What is said over HTTP in threshold rounds: request and answer models (docs/protocol.md, sections 4, 6).
+
+As strict as `data`; imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
+
+from gonka_poc.data import (
+    MAX_NONCE,
+    MAX_STEP,
+    CallbackUrl,
+    DistanceSpec,
+    InitGenerateRequest,
+    Nonce,
+    NonceSequence,
+    Randomization,
+    RoundConfig,
+    RoundStats,
+    State,
+    StatusAnswer,
+    Text,
+    _is_none,
+    _refuse_duplicates,
+    _Strict,
+)
+
+Target = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False, description="a nonce is valid below this distance")]
+Distance = Annotated[float, Field(allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class DistanceResult:
+    """Distances by nonce, and the nonces whose computation gave a NaN or Inf."""
+
+    distances: dict[int, float]
+    not_computed_nonces: list[int]
+
+
+# --- requests ---------------------------------------------------------------------------------------------------
+
+
+class ThresholdRequest(_Strict):
+    """Body of POST /init, /init/generate and /init/validate of a threshold round."""
+
+    block_hash: Text
+    block_height: int = Field(ge=0, le=MAX_NONCE)
+    public_key: Text
+    r_target: Target
+    fraud_threshold: float = Field(default=0.01, ge=0, le=1, description="p-value below which a host is a fraud")
+    node_id: int = Field(default=-1, ge=-1, le=MAX_STEP, description="-1: this round does not generate")
+    node_count: int = Field(default=-1, ge=-1, le=MAX_STEP, description="-1: this round does not generate")
+    batch_size: int = Field(default=32, ge=1, le=1_000_000, description="nonces a batch; one larger than fits is cut")
+    seq_len: int = Field(default=256, ge=1, description="tokens a nonce")
+    callback_url: CallbackUrl | None = Field(
+        default=None, description="callbacks are POSTed to {callback_url}/generated or {callback_url}/validated"
+    )
+    randomization: Annotated[Randomization, Field(strict=False)] = Randomization.SIGN_FLIPS
+    use_sign_flips: bool | None = Field(default=None, description="older clients' form of randomization")
+    use_layer_hooks: bool | None = Field(default=None, description="older clients' form of randomization")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _randomization_of_older_clients(cls, body: Any) -> Any:
+        if not isinstance(body, dict) or body.get("use_sign_flips") is body.get("use_layer_hooks") is None:
+            return body
+        flips, hooks = body.get("use_sign_flips"), body.get("use_layer_hooks") or False
+        if flips is None:
+            flips = not hooks
+        if flips is True and hooks is True:
+            raise ValueError("use_sign_flips and use_layer_hooks contradict each other; send randomization")
+        meant = Randomization.PERMUTATION
+        if flips or hooks:
+            meant = Randomization.SIGN_FLIPS if flips else Randomization.LAYER_HOOKS
+        if body.get("randomization", meant) != meant:
+            raise ValueError(f"randomization contradicts use_sign_flips and use_layer_hooks, which mean {meant.value}")
+        return {**body, "randomization": meant}
+
+    @field_validator("callback_url", mode="before")
+    @classmethod
+    def _empty_url_is_none(cls, url: Any) -> Any:
+        return None if url == "" else url
+
+    @property
+    def can_generate(self) -> bool:
+        """Whether the round knows its nonces."""
+        return self.node_id >= 0 and self.node_count >= 1
+
+    @property
+    def nonces(self) -> NonceSequence:
+        """The nonces that this node goes through."""
+        return NonceSequence(self.node_id, self.node_count)
+
+    @property
+    def url(self) -> str | None:
+        """The receiver of callbacks."""
+        return self.callback_url
+
+    @property
+    def spec(self) -> DistanceSpec:
+        """What the distances of this round's own public key depend on."""
+        return self.spec_of(self.public_key)
+
+    def spec_of(self, public_key: str) -> DistanceSpec:
+        """What the distances of a prover depend on."""
+        return DistanceSpec(self.block_hash, public_key, self.seq_len, self.randomization.value)
+
+
+def _protocol_of(body: Any) -> str:
+    return "threshold" if isinstance(body, dict) and "r_target" in body and "params" not in body else "artifact"
+
+
+# what decides is a field: the round that is not meant adds nothing to what is said of a wrong body
+InitGenerateBody = Annotated[
+    Annotated[InitGenerateRequest, Tag("artifact")] | Annotated[ThresholdRequest, Tag("threshold")],
+    Discriminator(_protocol_of),
+]
+
+
+class ProofBatch(_Strict):
+    """Body of POST /validate, and what /generated carries: nonces of a prover and their distances."""
+
+    public_key: Text
+    block_hash: Text
+    block_height: int = Field(ge=0, le=MAX_NONCE)
+    nonces: list[Nonce]
+    dist: list[Distance] = Field(description="the distance of each nonce")
+    node_id: int = Field(default=-1, ge=-1, le=MAX_NONCE)
+
+    @model_validator(mode="after")
+    def _one_distance_a_nonce(self) -> ProofBatch:
+        _refuse_duplicates("nonces", self.nonces)
+        if len(self.nonces) != len(self.dist):
+            raise ValueError(f"{len(self.nonces)} nonces but {len(self.dist)} distances")
+        return self
+
+    def sub_batch(self, r_target: float) -> ProofBatch:
+        """The part of this batch that is valid: distances below `r_target`."""
+        valid = [(nonce, dist) for nonce, dist in zip(self.nonces, self.dist, strict=True) if dist < r_target]
+        return self.model_copy(update={"nonces": [nonce for nonce, _ in valid], "dist": [dist for _, dist in valid]})
+
+
+# --- answers ----------------------------------------------------------------------------------------------------
+
+
+class ProofVerdict(BaseModel):
+    """Answer of POST /validate. A distance that this host could not compute is null, and counts for nothing."""
+
+    status: Literal["OK"] = "OK"
+    fraud_detected: bool
+    computed_distances: list[float | None] = Field(description="in the order of the nonces")
+    n_invalid: int
+    probability_honest: float = Field(description="of at least n_invalid invalid nonces from an honest host")
+    not_computed_nonces: list[int] | None = Field(default=None, exclude_if=_is_none)
+
+
+class ValidatedBatch(ProofVerdict):
+    """What is POSTed to {callback_url}/validated: the verdict, with the batch that it is about."""
+
+    public_key: str
+    block_hash: str
+    block_height: int
+    node_id: int
+    nonces: list[int]
+    received_distances: list[float]
+    r_target: float
+    fraud_threshold: float
+
+    @property
+    def verdict(self) -> ProofVerdict:
+        """The verdict alone."""
+        return ProofVerdict(**self.model_dump(include=set(ProofVerdict.model_fields)))
+
+
+class ThresholdConfig(RoundConfig):
+    """The threshold round that is set."""
+
+    batch_size: int
+    fraud_threshold: float
+    randomization: Randomization
+
+
+class ThresholdStatusAnswer(StatusAnswer):
+    """GET /status while a threshold round is set, and after it was stopped."""
+
+    config: ThresholdConfig
+    stats: RoundStats
+    state: State = Field(description="the same as status")
+    valid_nonces: Sequence[int] = Field(description="the newest 10,000")
+    valid_distances: Sequence[float] = Field(description="of valid_nonces")
+    total_checked: int = Field(description="nonces whose distance was computed")
+    total_valid: int
+    elapsed_seconds: float = Field(description="time spent generating")
+    rate_per_second: float = Field(description="nonces checked a second of that time")
+    r_target: float

@@ -1,0 +1,343 @@
+"""What the installer changes on a host, recorded before it happens, and how each change is taken back.
+
+A change is either packages that pip installed, or one file. Standard library only.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from host_target import ROOT, Distribution, Host, InstallError, say
+
+JOURNAL_FORMAT = 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files and the journal
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def write_file(path: Path, data: bytes, mode_of: Path | None = None) -> None:
+    """Complete beside its place before it takes it; owner and mode are those of `mode_of`."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if mode_of is not None:
+            like = mode_of.stat()
+            if (like.st_uid, like.st_gid) != (os.geteuid(), os.getegid()):
+                os.chown(temporary, like.st_uid, like.st_gid)
+            os.chmod(temporary, stat.S_IMODE(like.st_mode))
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+class Journal:
+    """What was changed on this host, oldest first, in `folder`/journal.json; the folder goes with the last change."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / "journal.json"
+        self.changes: list[dict[str, Any]] = []
+        self.made_folders: list[str] = []
+        if self.path.exists():
+            try:
+                content = json.loads(self.path.read_bytes())
+                if content["format"] != JOURNAL_FORMAT:
+                    raise ValueError(f"format {content['format']}")
+                self.changes, self.made_folders = content["changes"], content["made_folders"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise InstallError(f"{self.path} cannot be read: {error!r}; move it away, or restore it") from error
+
+    def begin(self, change: dict[str, Any], state: str = "begun") -> dict[str, Any]:
+        """Record a change before it is made."""
+        self._make_folder()
+        self.changes.append(change)
+        self.set_state(change, state)
+        return change
+
+    def set_state(self, change: dict[str, Any], state: str) -> None:
+        change["state"] = state
+        self.save()
+
+    def forget(self, change: dict[str, Any]) -> None:
+        """The change is taken back, or never came to be."""
+        if change.get("kept"):
+            shutil.rmtree(change["kept"], ignore_errors=True)
+        self.changes.remove(change)
+        if self.changes:
+            self.save()
+            return
+        self.path.unlink(missing_ok=True)
+        for name in reversed(self.made_folders):
+            with contextlib.suppress(OSError):
+                os.rmdir(name)
+
+    def save(self) -> None:
+        content = {"format": JOURNAL_FORMAT, "made_folders": self.made_folders, "changes": self.changes}
+        write_file(self.path, (json.dumps(content, indent=1) + "\n").encode("ascii"))
+
+    def new_folder(self) -> Path:
+        """The name of a folder of its own in which a change keeps what it replaces."""
+        return self.folder / f"kept-{os.getpid()}-{len(self.changes)}"
+
+    def _make_folder(self) -> None:
+        if self.folder.is_dir():
+            return
+        missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        self.made_folders = [str(path) for path in reversed(missing)]
+        self.folder.mkdir(parents=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Changes: pip
+
+
+def install_packages(host: Host, journal: Journal, spec: Sequence[str]) -> None:
+    """pip install, in such a way that `undo_packages` can take it back to the byte and without the network."""
+    before = host.target.look().own()
+    planned = plan_packages(host, spec)
+    if not planned:
+        return
+    replaced = sorted(name for name in planned if name in before)
+    unlisted = [name for name in replaced if before[name].files is None]
+    if unlisted:
+        raise InstallError(
+            f"{', '.join(unlisted)} in {host.target.prefix} did not come from pip, and would have to be replaced\n"
+            "install into a virtual environment instead: --python VENV/bin/python"
+        )
+    for name in replaced:
+        say(f"    replaces {name} {before[name].version} by {planned[name]}; what is replaced is kept")
+    kept = journal.new_folder() if replaced else None
+    change = journal.begin(
+        {
+            "kind": "packages",
+            "planned": planned,
+            "before": sorted(before),
+            "replaced": {name: before[name].version for name in replaced},
+            "kept": str(kept) if kept else None,
+            "prefix": host.target.prefix,
+        },
+        "keeping",  # until what is replaced is kept in full, there is nothing to undo
+    )
+    for name in replaced:
+        keep_files(before[name], Path(host.target.prefix), kept)
+    journal.set_state(change, "begun")
+    host.pip("install", *pip_flags(host), *spec)
+    now = host.target.look().own()
+    missing = [name for name in planned if name not in now or now[name].version != planned[name]]
+    if missing:
+        raise InstallError(f"pip installed something else than it said it would: {', '.join(missing)}")
+    change["records"] = {name: sha256((now[name].record or "").encode()) for name in planned}
+    journal.set_state(change, "done")
+
+
+def pip_flags(host: Host) -> list[str]:
+    return ["--break-system-packages"] if host.target.managed and host.options.force else []
+
+
+def plan_packages(host: Host, spec: Sequence[str]) -> dict[str, str]:
+    """Name and version of what pip would install now."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = os.path.join(folder, "report.json")
+        host.pip("install", "--quiet", "--dry-run", "--report", report, *pip_flags(host), *spec)
+        items = json.loads(Path(report).read_text(encoding="utf-8"))["install"]
+    return {normal_name(item["metadata"]["name"]): item["metadata"]["version"] for item in items}
+
+
+def normal_name(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def keep_files(found: Distribution, prefix: Path, kept: Path | None) -> None:
+    """Second names (or copies, across file systems) for the files; pip writes new files and leaves these alone."""
+    if kept is None:
+        return
+    for name in found.files or []:
+        source = Path(os.path.normpath(name))
+        if not source.is_file() or not source.is_relative_to(prefix):
+            continue
+        target = kept / source.relative_to(prefix)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        link_or_copy(source, target)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def undo_packages(host: Host, change: Mapping[str, Any], force: bool) -> list[str]:
+    """Remove what came, put back what was replaced; the names of packages that stay because others need them now."""
+    if change["state"] == "keeping":
+        return []
+    prefix = Path(change["prefix"])
+    now = host.target.look().own()
+    present = [name for name in change["planned"] if name in now]
+    if change["state"] == "done" and not force:
+        refuse_later_edits(now, change, present)
+    stay = needed_by_others(now, change, present)
+    going = [name for name in present if name not in stay]
+    folders = {str(Path(f).parent) for name in going for f in now[name].files or []}
+    if going:
+        host.pip("uninstall", "--yes", *pip_flags(host), *going)
+    kept = change["kept"] and Path(change["kept"])
+    if kept:
+        for path in sorted(kept.rglob("*")):
+            if path.is_symlink() or not path.is_dir():
+                target = prefix / path.relative_to(kept)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.unlink(missing_ok=True)
+                link_or_copy(path, target)
+    remove_empty(folders, prefix)
+    left = host.target.look().own()
+    wrong = [name for name in going if name in left and name not in change["replaced"]]
+    wrong += [name for name, version in change["replaced"].items() if name not in left or left[name].version != version]
+    if wrong:
+        raise InstallError(f"still not as before: {', '.join(wrong)}")
+    return stay
+
+
+def refuse_later_edits(now: Mapping[str, Distribution], change: Mapping[str, Any], present: Sequence[str]) -> None:
+    """Stop if a package is no longer the one that we put there. Our own is compared file by file."""
+    for name in present:
+        if sha256((now[name].record or "").encode()) != change["records"][name]:
+            raise InstallError(
+                f"{name} {now[name].version} was installed again since, by somebody else; it is left as it is\n"
+                f"to take it away all the same: --uninstall --force"
+            )
+    edited = edited_files(now["gonka-poc"]) if "gonka-poc" in present else []
+    if edited:
+        raise InstallError(
+            f"edited since it was installed: {', '.join(edited)}; left as it is\n"
+            "save what you need of it, then: --uninstall --force"
+        )
+
+
+def edited_files(found: Distribution) -> list[str]:
+    """Files of a package that no longer have the hash that its RECORD names."""
+    edited = []
+    for line in (found.record or "").splitlines():
+        match = re.fullmatch(r'"?([^"]+?)"?,sha256=([\w-]+),\d*', line)
+        path = Path(found.folder).parent / match[1] if match else None
+        if path is not None and path.is_file():
+            digest = base64.urlsafe_b64encode(hashlib.sha256(path.read_bytes()).digest()).rstrip(b"=").decode()
+            if digest != match[2]:
+                edited.append(str(path))
+    return edited
+
+
+def needed_by_others(now: Mapping[str, Distribution], change: Mapping[str, Any], present: Sequence[str]) -> list[str]:
+    """Packages that came with ours and that something installed later requires; it, too, keeps what it requires."""
+    ours = {"gonka-poc", "vllm", *change["replaced"]}
+    later = set(now) - set(change["before"]) - set(change["planned"])
+    stay: set[str] = set()
+    wanted = [requirement for name in later for requirement in now[name].requires]
+    while wanted:
+        requirement = wanted.pop()
+        match = re.match(r"[A-Za-z0-9._-]+", requirement)
+        name = normal_name(match[0]) if match else ""
+        if name in present and name not in ours and name not in stay and "extra ==" not in requirement:
+            stay.add(name)
+            wanted += now[name].requires
+    return sorted(stay)
+
+
+def remove_empty(folders: set[str], prefix: Path) -> None:
+    """Folders that the packages leave behind: byte code without its source, then what is empty, deepest first."""
+    every = {parent for name in folders for parent in (Path(name), *Path(name).parents)}
+    inside = [path for path in every if path.is_relative_to(prefix) and path != prefix and path.is_dir()]
+    for path in sorted(inside, key=lambda path: -len(path.parts)):
+        cache = path / "__pycache__"
+        for compiled in [*cache.glob("*.pyc"), *([*path.glob("*.pyc")] if path.name == "__pycache__" else [])]:
+            if not (compiled.parent.parent / f"{compiled.name.split('.')[0]}.py").exists():
+                compiled.unlink()
+        for empty in (cache, path):
+            with contextlib.suppress(OSError):
+                os.rmdir(empty)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Changes: a file
+
+
+def change_file(journal: Journal, path: Path, old: bytes, new: bytes) -> None:
+    change = {
+        "kind": "file",
+        "path": str(path),
+        "old_sha256": sha256(old),
+        "new_sha256": sha256(new),
+        "original_base64": base64.b64encode(old).decode("ascii"),
+    }
+    journal.begin(change)
+    write_file(path, new, mode_of=path)
+    journal.set_state(change, "done")
+
+
+def undo_file(change: Mapping[str, Any], force: bool) -> None:
+    """Write the original back where the file still is ours, or was left unpatched by somebody else."""
+    path = Path(change["path"])
+    original = base64.b64decode(change["original_base64"])
+    if sha256(original) != change["old_sha256"]:
+        raise InstallError(f"the journal's copy of {path} does not have its own hash; it is not written back")
+    if not path.exists():
+        say(f"    {path} is gone; nothing to put back")
+        return
+    current = path.read_bytes()
+    patcher = load_patcher()
+    if sha256(current) == change["new_sha256"]:
+        write_file(path, original, mode_of=path)
+    elif sha256(current) != change["old_sha256"]:
+        try:
+            unpatched, marks = patcher.remove_patch(current)
+        except patcher.PatchError as error:
+            raise InstallError(f"{path}: the patch in it is damaged: {error}; put it right by hand") from error
+        if not marks:
+            say(f"    {path} was replaced by a file without the patch; it is left as it is")
+        elif force:
+            write_file(path, unpatched, mode_of=path)
+        else:
+            raise InstallError(
+                f"{path} was edited since it was patched; it is left as it is\n"
+                "to take out the patch and keep the edits: --uninstall --force"
+            )
+
+
+def load_patcher() -> ModuleType:
+    """patches/patch_runner.py as a module."""
+    path = ROOT / "patches" / "patch_runner.py"
+    spec = importlib.util.spec_from_file_location("gonka_poc_patch_runner", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise InstallError(f"{path} is missing; run this from a complete checkout")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

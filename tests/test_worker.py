@@ -1,0 +1,74 @@
+"""PoCWorkerExtension: what it answers, and that it never raises."""
+
+from __future__ import annotations
+
+import pytest
+
+from gonka_poc.data import VectorSpec
+from gonka_poc.errors import RequestError
+from gonka_poc.worker import MAX_MESSAGE, PoCWorkerExtension, poc_call
+
+SPEC = {"block_hash": "b", "public_key": "k", "seq_len": 4, "k_dim": 3, "poc_stronger_rng": False}
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's."""
+
+
+class Runner:
+    def __init__(self, failure=None):
+        self.failure, self.asked = failure, []
+
+    def compute(self, spec, nonces):
+        self.asked.append((spec, nonces))
+        if self.failure is not None:
+            raise self.failure
+        return {"nonces": nonces}
+
+    describe = release = lambda self: self.compute(None, [])
+
+
+class Worker(PoCWorkerExtension):
+    def __init__(self, runner):
+        self.poc_runner = runner
+
+
+def test_an_answer_is_that_of_the_runner():
+    worker = Worker(Runner())
+    assert worker.poc_compute(SPEC, [1, 2]) == {"nonces": [1, 2]}
+    assert worker.poc_runner.asked == [(VectorSpec(**SPEC), [1, 2])]
+
+
+@pytest.mark.parametrize(
+    ("failure", "name"),
+    [
+        (RequestError("too long"), "RequestError"),
+        (ZeroDivisionError("oops"), "ComputeError"),
+        (OutOfMemoryError("4 GiB"), "WorkerMemoryError"),
+    ],
+)
+@pytest.mark.parametrize("method", ["poc_compute", "poc_describe", "poc_release"])
+def test_a_failure_is_an_answer(failure, name, method):
+    """vLLM would leave the answers of the other workers unread, and take them for those to its next call."""
+    args = (SPEC, [1]) if method == "poc_compute" else ()
+    error = getattr(Worker(Runner(failure)), method)(*args)["error"]
+    assert error["type"] == name
+    assert str(failure) in error["message"]
+
+
+def test_arguments_that_are_none_of_ours_are_an_answer():
+    assert Worker(Runner()).poc_compute({"what": 1}, [1])["error"]["type"] == "ComputeError"
+
+
+def test_a_message_is_bounded():
+    message = Worker(Runner(ValueError("x" * 10**6))).poc_compute(SPEC, [1])["error"]["message"]
+    assert len(message) == MAX_MESSAGE
+
+
+def test_a_worker_without_a_runner_has_nothing_to_release():
+    assert poc_call(type("Bare", (), {})(), "poc_release") is None
+
+
+def test_every_attribute_is_ours():
+    """vLLM refuses an extension that shares a name with its worker."""
+    assert all(name.startswith(("poc_", "__")) for name in vars(PoCWorkerExtension))
