@@ -24,6 +24,7 @@ from gonka_poc.data import (
     chunks,
 )
 from gonka_poc.errors import ServerAnswerError
+from gonka_poc.threshold_data import ProofBatch, ProofVerdict, ThresholdRequest, ThresholdStatusAnswer
 from gonka_poc.validation import Verdict, judge
 from gonka_poc.vllm_compat import MIDDLEWARE
 
@@ -60,44 +61,7 @@ class _Chat(BaseModel):
     choices: list[_Choice] = Field(min_length=1)
 
 
-class _Ok(BaseModel):
-    status: Literal["OK"]
-
-
 Polled = PendingAnswer | ArtifactsAnswer | ValidationAnswer | FailedAnswer
-
-
-class DistanceBatch(BaseModel):
-    """Distances that a prover claims for nonces: the body of POST /validate."""
-
-    public_key: str
-    block_hash: str
-    block_height: int = 0
-    nonces: list[int]
-    dist: list[float]
-    node_id: int = 0
-
-
-class DistanceVerdict(BaseModel):
-    """Answer of POST /validate. A distance is None where the server made NaN or Inf of the nonce."""
-
-    fraud_detected: bool
-    computed_distances: list[float | None]
-    n_invalid: int
-    probability_honest: float
-
-
-class DistanceStatus(BaseModel):
-    """What GET /status has of a threshold round; nothing of it is there outside of one."""
-
-    state: str | None = None
-    total_checked: int = 0
-    total_valid: int = 0
-    valid_nonces: list[int] = Field(default_factory=list)
-    valid_distances: list[float] = Field(default_factory=list)
-    elapsed_seconds: float = 0.0
-    rate_per_second: float = 0.0
-    r_target: float | None = None
 
 
 class PoCClient:
@@ -141,21 +105,24 @@ class PoCClient:
         """POST /init/generate."""
         return self._ask(OkAnswer, "POST", f"{PREFIX}/init/generate", request.model_dump())
 
-    def init_threshold(self, body: dict[str, Any], then: Literal["generate", "validate"] | None = None) -> None:
-        """POST /init, or /init/generate or /init/validate: a threshold round begins."""
-        self._ask(_Ok, "POST", f"{PREFIX}/init/{then}" if then else f"{PREFIX}/init", body)
+    def init_threshold(
+        self, request: ThresholdRequest, then: Literal["generate", "validate"] | None = None
+    ) -> OkAnswer:
+        """POST /init, or /init/generate or /init/validate: set a threshold round, which then waits, or begins."""
+        path = f"{PREFIX}/init/{then}" if then else f"{PREFIX}/init"
+        return self._ask(OkAnswer, "POST", path, request.model_dump(mode="json", exclude_none=True))
 
-    def phase(self, phase: Literal["generate", "validate"]) -> None:
+    def phase(self, phase: Literal["generate", "validate"]) -> OkAnswer:
         """POST /phase/generate or /phase/validate."""
-        self._ask(_Ok, "POST", f"{PREFIX}/phase/{phase}")
+        return self._ask(OkAnswer, "POST", f"{PREFIX}/phase/{phase}")
 
-    def validate_distances(self, batch: DistanceBatch) -> DistanceVerdict:
-        """POST /validate: the server recomputes the distances of `batch` in its present threshold round."""
-        return self._ask(DistanceVerdict, "POST", f"{PREFIX}/validate", batch.model_dump())
+    def validate_distances(self, proof: ProofBatch) -> ProofVerdict:
+        """POST /validate: the server recomputes the distances of `proof` in the threshold round that is set."""
+        return self._ask(ProofVerdict, "POST", f"{PREFIX}/validate", proof.model_dump())
 
-    def distance_status(self) -> DistanceStatus:
-        """GET /status, as a threshold round has it."""
-        return self._ask(DistanceStatus, "GET", f"{PREFIX}/status")
+    def threshold_status(self) -> ThresholdStatusAnswer:
+        """GET /status while a threshold round is set."""
+        return self._ask(ThresholdStatusAnswer, "GET", f"{PREFIX}/status")
 
     def queue(self, file: ArtifactFile, nonces: Sequence[int], batch_size: int) -> QueuedAnswer:
         """POST /generate without waiting."""

@@ -8,7 +8,8 @@ import json
 import math
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,20 +18,22 @@ import httpx
 import numpy as np
 import pytest
 from engineless import engineless_server, run
-from fakes import MODEL, FakeManager, round_body
+from fakes import MODEL, FakeManager, made_up_distance, round_body
 
 from gonka_poc.artifact_file import ArtifactFile, read_artifact_file, write_artifact_file
 from gonka_poc.client import PoCClient
-from gonka_poc.data import VECTOR_DTYPE, Artifact, StatTest, encode_vector
-from gonka_poc.errors import ArtifactFileError, ServerAnswerError, ToolError
-from gonka_poc.tools import plots
-from gonka_poc.tools.calibrate import calibrate
+from gonka_poc.data import VECTOR_DTYPE, Artifact, DistanceSpec, StatTest, encode_vector
+from gonka_poc.errors import ArtifactFileError, ComputeError, ServerAnswerError, ToolError
+from gonka_poc.tools import plots, prover
+from gonka_poc.tools.calibrate import calibrate, measure_distances
 from gonka_poc.tools.checks import Check, ResultFile, run_cases
 from gonka_poc.tools.coexist import Load, coexist
 from gonka_poc.tools.compare import compare, fabricated, with_turned_vectors
-from gonka_poc.tools.prover import is_gapless, wait_until
+from gonka_poc.tools.e2e import least_fraud
+from gonka_poc.tools.prover import Sizes, is_gapless, wait_until
 from gonka_poc.tools.receive import Delivery, Receiver
 from gonka_poc.tools.report import as_html, row_of
+from gonka_poc.tools.smoke import smoke
 
 
 @pytest.fixture
@@ -268,9 +271,11 @@ def files(tmp_path: Path) -> list[Path]:
 def test_report_of_several_files(files, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     page = tmp_path / "report.html"
+    assert run("report", *files, "--html", page) == 0
+    capsys.readouterr()
     for theme in ("light", "dark"):
         png = tmp_path / f"{theme}.png"
-        assert run("report", *files, "--png", png, "--html", page, "--theme", theme, "--json") == 0
+        assert run("report", *files, "--png", png, "--theme", theme, "--json") == 0
         assert png.read_bytes().startswith(b"\x89PNG")
         found = json.loads(capsys.readouterr().out)
         assert [row["fraud_detected"] for row in found] == [False, True, True]
@@ -353,6 +358,159 @@ def test_terminal_histogram_points_at_the_mark():
     lines = plots.terminal_histogram(np.array([0.0, 0.0, 0.5, 1.0]), 0.5, rows=2)
     assert [line.split()[0] for line in lines] == ["0.0000", "0.5000"]
     assert [line.endswith("<-") for line in lines] == [False, True]
+
+
+def test_measured_distances_are_the_servers(server):
+    server.manager.nan_nonces = {3}
+    with PoCClient(server.url) as client:
+        found = measure_distances(client, ["a", "b"], 20, seq_len=4, batch_size=8)
+        assert client.status().status == "STOPPED"
+    for block_hash, distances in found.items():
+        spec = DistanceSpec(block_hash, "calibrate", 4, "sign_flips")
+        assert distances.tolist() == [made_up_distance(spec, nonce) for nonce in range(20) if nonce != 3]
+
+
+def test_calibrate_on_the_command_line(server, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    png = tmp_path / "d.png"
+    args = ("calibrate", "--url", server.url, "--rate", "0.2", "--nonces", "400", "--blocks", "4")
+    assert run(*args, "--png", png, "--theme", "dark") == 0
+    shown = capsys.readouterr().out
+    assert "r_target 1.40" in shown
+    assert shown.count("calibrate-") == 4
+    assert "<-" in shown
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert run(*args, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["r_target"] == pytest.approx(math.sqrt(2) - 0.8416 * 0.0078, abs=2e-3)
+    assert [block["nonces"] for block in found["blocks"]] == [100] * 4
+
+
+def test_calibrate_leaves_a_round_alone(server, capsys):
+    with httpx.Client(base_url=f"{server.url}/api/v1/pow") as client:
+        assert client.post("/init/generate", json=round_body()).is_success
+        assert run("calibrate", "--url", server.url) == 1
+        assert "generates; `gonka-poc stop`" in capsys.readouterr().err
+        assert client.get("/status").json()["status"] == "GENERATING"
+
+
+# --- smoke and e2e: what they find wrong --------------------------------------------------------------------------
+
+
+class Broken(FakeManager):
+    """A server with one thing wrong; `fault` None: with nothing wrong."""
+
+    def __init__(self, fault: str | None = None) -> None:
+        super().__init__()
+        self.fault = fault
+        self.count = 0
+
+    async def compute(self, spec: Any, nonces: list[int]) -> Any:
+        await asyncio.sleep(0.002)
+        self.count += 1
+        if self.fault == "other each time":
+            spec = replace(spec, block_hash=f"{spec.block_hash}{self.count}")
+        if self.fault == "any key":
+            spec = replace(spec, public_key="")
+        result = await super().compute(spec, nonces)
+        if self.fault == "too long":
+            result = replace(result, vectors={n: (v * 1.1).astype(VECTOR_DTYPE) for n, v in result.vectors.items()})
+        return result
+
+    async def compute_distances(self, spec: Any, nonces: list[int]) -> Any:
+        await asyncio.sleep(0.002)
+        self.count += 1
+        if self.fault == "other each time":
+            spec = replace(spec, block_hash=f"{spec.block_hash}{self.count}")
+        if self.fault == "any key":
+            spec = replace(spec, public_key="")
+        result = await super().compute_distances(spec, nonces)
+        if self.fault == "off":
+            result = replace(result, distances={n: d + 0.01 for n, d in result.distances.items()})
+        return result
+
+
+SMALL = Sizes(nonces=60, seq_len=4, batch_size=16, deadline_sec=20)
+
+
+def fails(checks: Iterable[Check]) -> set[str]:
+    return {check.name for check in checks if not check.ok}
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        (None, set()),
+        ("other each time", {"recomputed vectors are equal", "recomputed distances are equal"}),
+        ("any key", {"another public key gives other vectors", "another public key gives other distances"}),
+        ("too long", {"vectors have length 1"}),
+        ("off", {"distances in [0, 2]"}),
+    ],
+)
+def test_smoke_finds_what_is_wrong(monkeypatch, fault, found):
+    monkeypatch.setattr(prover, "QUIET_SEC", 0.2)
+    with engineless_server(Broken(fault)) as server, PoCClient(server.url) as client:
+        checks = list(smoke(prover.Prover(client, SMALL)))
+    assert len(checks) == 8
+    assert fails(checks) == found, "\n".join(check.line for check in checks)
+
+
+class NoProcess:
+    """ServerProcess of a server that runs already."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def start(self) -> None: ...
+    def restart(self) -> None: ...
+    def stop(self) -> None: ...
+
+
+FRAUDS = {"wrong block hash", "wrong public key", "fabricated nonces"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        (None, set()),
+        ("any key", {"artifacts: wrong public key", "threshold: wrong public key"}),
+        ("other each time", {"artifacts: honest", "threshold: honest"}),
+    ],
+)
+def test_e2e_finds_what_is_wrong(monkeypatch, tmp_path, capsys, fault, found):
+    monkeypatch.setattr(prover, "QUIET_SEC", 0.2)
+    out, keep = tmp_path / "r.jsonl", tmp_path / "kept"
+    with engineless_server(Broken(fault)) as server:
+        monkeypatch.setattr("gonka_poc.tools.e2e.server_of", lambda *_: NoProcess(server.url))
+        sizes = ("--nonces", "60", "--seq-len", "4", "--batch-size", "16")
+        status = run("e2e", "--models", tmp_path, tmp_path, "--out", out, "--keep", keep, *sizes)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert status == (1 if found else 0)
+    assert {line["name"] for line in lines if not line["ok"]} == found, capsys.readouterr().out
+    assert len(lines) == 22  # two models
+    assert {line["model"] for line in lines} == {str(tmp_path)}
+    for name in FRAUDS:
+        assert f"threshold: {name}" in {line["name"] for line in lines}
+    kept = next(keep.iterdir())
+    assert {file.stem for file in kept.iterdir()} >= {
+        "honest",
+        "1-of-60-tampered",
+        *(n.replace(" ", "-") for n in FRAUDS),
+    }
+
+
+@pytest.mark.parametrize(("count", "least"), [(1, 1), (20, 2), (100, 2), (146, 3), (500, 4)])
+def test_the_least_fraud(count, least):
+    assert least_fraud(count, StatTest()) == least
+
+
+def test_a_round_that_delivers_nothing_is_said(monkeypatch):
+    manager = Broken()
+    manager.script.extend([ComputeError("a worker failed")] * 10)
+    with engineless_server(manager) as server, PoCClient(server.url) as client:
+        checks = list(smoke(prover.Prover(client, replace(SMALL, deadline_sec=0.1))))
+        assert "the round delivered 0 of 60 nonces in 0.1 s" in checks[0].result
+        assert client.status().status != "GENERATING"
 
 
 # --- checks -----------------------------------------------------------------------------------------------------

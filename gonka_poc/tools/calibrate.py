@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy.stats import binom, binomtest, chi2
 
-from gonka_poc.client import DistanceBatch, PoCClient, Progress, ignore_progress
-from gonka_poc.data import chunks
+from gonka_poc.client import PoCClient, Progress, ignore_progress
+from gonka_poc.data import Randomization, chunks
 from gonka_poc.errors import ServerAnswerError, ToolError
+from gonka_poc.threshold_data import ProofBatch, ThresholdRequest
 
 CONFIDENCE = 0.95
 # Distances lie in [0, 2], so with these every one would be valid and no placeholder is called a fraud.
@@ -83,17 +83,14 @@ def measure_distances(
     found = {}
     try:
         for block_hash in hashes:
-            client.init_threshold(
-                threshold_body(
-                    block_hash, public_key, ANY_DISTANCE, seq_len, randomization=randomization, batch_size=batch_size
-                ),
-                "validate",
+            request = threshold_request(
+                block_hash, public_key, ANY_DISTANCE, seq_len, batch_size, Randomization(randomization)
             )
+            client.init_threshold(request, "validate")
             distances: list[float] = []
             for nonces in chunks(list(range(nonces_per_block)), batch_size):
-                dist = [PLACEHOLDER] * len(nonces)
-                batch = DistanceBatch(public_key=public_key, block_hash=block_hash, nonces=nonces, dist=dist)
-                distances += [d for d in client.validate_distances(batch).computed_distances if d is not None]
+                verdict = client.validate_distances(proof_of(request, nonces, [PLACEHOLDER] * len(nonces)))
+                distances += [d for d in verdict.computed_distances if d is not None]
                 progress(len(nonces))
             found[block_hash] = np.array(distances)
     finally:
@@ -103,17 +100,42 @@ def measure_distances(
 
 def refuse_if_busy(client: PoCClient) -> None:
     """Raises ServerAnswerError if the server generates: a test tool must not end what earns."""
-    if client.distance_status().state == "GENERATING" or client.status().status == "GENERATING":
+    if client.status().status == "GENERATING":
         raise ServerAnswerError(f"{client.url} generates; `gonka-poc stop` ends that, then start this tool again")
 
 
-def threshold_body(block_hash: str, public_key: str, r_target: float, seq_len: int, **more: Any) -> dict[str, Any]:
-    """A body of POST /init, as node 0 of 1."""
-    return {
-        **{"block_hash": block_hash, "block_height": 0, "public_key": public_key, "r_target": r_target},
-        **{"seq_len": seq_len, "node_id": 0, "node_count": 1},
-        **more,
-    }
+def threshold_request(
+    block_hash: str,
+    public_key: str,
+    r_target: float,
+    seq_len: int,
+    batch_size: int,
+    randomization: Randomization = Randomization.SIGN_FLIPS,
+) -> ThresholdRequest:
+    """A threshold round of node 0 of 1."""
+    return ThresholdRequest(
+        block_hash=block_hash,
+        block_height=0,
+        public_key=public_key,
+        r_target=r_target,
+        node_id=0,
+        node_count=1,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        randomization=randomization,
+    )
+
+
+def proof_of(request: ThresholdRequest, nonces: list[int], dist: list[float]) -> ProofBatch:
+    """What the prover of `request` claims of `nonces`."""
+    return ProofBatch(
+        public_key=request.public_key,
+        block_hash=request.block_hash,
+        block_height=request.block_height,
+        nonces=nonces,
+        dist=dist,
+        node_id=request.node_id,
+    )
 
 
 def calibrate(distances: Mapping[str, np.ndarray], rate: float) -> Calibration:

@@ -12,6 +12,7 @@ from gonka_poc.artifact_file import ArtifactFile
 from gonka_poc.client import PoCClient, Polled
 from gonka_poc.data import ArtifactsAnswer, FailedAnswer
 from gonka_poc.errors import ServerAnswerError
+from gonka_poc.tools.calibrate import refuse_if_busy
 from gonka_poc.tools.checks import Case, Check, run_cases
 from gonka_poc.tools.prover import round_request, wait_until
 
@@ -36,8 +37,7 @@ class Load:
 
 def coexist(client: PoCClient, load: Load) -> Iterator[Check]:
     """All checks, each as it ends; the server is stopped after. Raises ServerAnswerError if it generates already."""
-    if client.status().status == "GENERATING":
-        raise ServerAnswerError(f"{client.url} generates; `gonka-poc stop` ends that, then start this tool again")
+    refuse_if_busy(client)
     run = _Coexist(client, load)
     cases: list[tuple[str, Case]] = [
         ("wait=false is queued and polled to completed", run.queued),

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gonka_poc.artifact_file import ArtifactFile, write_artifact_file
-from gonka_poc.client import DistanceBatch
 from gonka_poc.data import StatTest
+from gonka_poc.threshold_data import ProofBatch
 from gonka_poc.tools.checks import Case, Check, Say, run_cases
 from gonka_poc.tools.compare import fabricated, with_turned_vectors
 from gonka_poc.tools.prover import R_TARGET, Prover, Sizes, client_of, is_gapless, server_of
+from gonka_poc.validation import binomial_p_value
 
 OTHER_BLOCK, OTHER_KEY = "another-block", "another-host"
-TAMPERED_PERCENT = 1
+TAMPERED_SHARE = 0.01
 
 
 def e2e(model: Path, work: Path, sizes: Sizes, server_args: Sequence[str], say: Say) -> Iterator[Check]:
@@ -45,7 +47,7 @@ class _Generation:
     def __init__(self, prover: Prover) -> None:
         self._prover = prover
         self.file: ArtifactFile | None = None
-        self.batch: DistanceBatch | None = None
+        self.batch: ProofBatch | None = None
 
     def checks(self) -> Iterator[Check]:
         cases: list[tuple[str, Case]] = [
@@ -84,7 +86,7 @@ class _Validation:
 
     def _artifact_cases(self, honest: ArtifactFile) -> Iterator[tuple[str, Case]]:
         count = len(honest.artifacts)
-        num_tampered = count * TAMPERED_PERCENT // 100 + 1
+        num_tampered = max(math.ceil(count * TAMPERED_SHARE), least_fraud(count, StatTest()))
         unseen = range(10 * count, 11 * count)
         claims = {
             "honest": honest,
@@ -104,7 +106,7 @@ class _Validation:
         ok = verdict.fraud_detected == fraud and verdict.n_total == len(claim.artifacts)
         return Check(name, ok, f"{result}, p = {verdict.p_value:.2g}", verdict.p_value)
 
-    def _distance_cases(self, honest: DistanceBatch) -> Iterator[tuple[str, Case]]:
+    def _distance_cases(self, honest: ProofBatch) -> Iterator[tuple[str, Case]]:
         count = len(honest.nonces)
         shuffled = random.Random(0).sample(honest.dist, count)
         unseen = [max(honest.nonces) + 10 * count + i for i in range(count)]
@@ -118,11 +120,18 @@ class _Validation:
             name = f"threshold: {what}"
             yield name, lambda name=name, claim=claim: self._distances(name, claim, claim is not honest)  # type: ignore[misc]
 
-    def _distances(self, name: str, claim: DistanceBatch, fraud: bool) -> Check:
+    def _distances(self, name: str, claim: ProofBatch, fraud: bool) -> Check:
         verdict = self._prover.judge_distances(claim)
         result = f"{_word(verdict.fraud_detected)}, {verdict.n_invalid} of {len(claim.nonces)} invalid"
         ok = verdict.fraud_detected == fraud
         return Check(name, ok, f"{result}, p = {verdict.probability_honest:.2g}", verdict.probability_honest)
+
+
+def least_fraud(n_total: int, stat_test: StatTest) -> int:
+    """The least number of mismatches that is called a fraud."""
+    numbers = range(1, n_total)
+    p, threshold = stat_test.p_mismatch, stat_test.fraud_threshold
+    return next((n for n in numbers if binomial_p_value(n, n_total, p) < threshold), n_total)
 
 
 def _word(fraud_detected: bool) -> str:

@@ -8,17 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gonka_poc.artifact_file import ArtifactFile
-from gonka_poc.client import DistanceBatch, DistanceStatus, DistanceVerdict, PoCClient
+from gonka_poc.client import PoCClient
 from gonka_poc.config import load_settings
 from gonka_poc.data import Artifact, InitGenerateRequest, NonceSequence, Params
 from gonka_poc.errors import ServerAnswerError
 from gonka_poc.server_process import ServerProcess
-from gonka_poc.tools.calibrate import threshold_body
+from gonka_poc.threshold_data import ProofBatch, ProofVerdict, ThresholdRequest, ThresholdStatusAnswer
+from gonka_poc.tools.calibrate import proof_of, threshold_request
 from gonka_poc.tools.receive import Delivery, Receiver
 
 MODEL = "tool"
 BLOCK_HASH, PUBLIC_KEY = "tool-block", "tool-host"
 POLL_SEC = 0.05
+QUIET_SEC = 1.0
 # the protocol's usual r_target: about one nonce in ten is valid, whatever the model
 R_TARGET = 1.405
 
@@ -100,34 +102,32 @@ class Prover:
         file.artifacts += [Artifact.model_validate(a) for delivery in taken for a in delivery.payload["artifacts"]]
         return file, stats.total_processed if stats else 0
 
-    def threshold_round(self, r_target: float = R_TARGET) -> tuple[DistanceBatch, DistanceStatus]:
+    def threshold_round(self, r_target: float = R_TARGET) -> tuple[ProofBatch, ThresholdStatusAnswer]:
         """Run a round until it delivered enough valid nonces; those, and the status just before it was stopped."""
         deliveries: list[Delivery] = []
         with Receiver(on_delivery=deliveries.append) as receiver:
-            body = self.threshold_body(BLOCK_HASH, PUBLIC_KEY, r_target)
-            self.client.init_threshold({**body, "callback_url": receiver.url}, "generate")
+            request = self.threshold_request(BLOCK_HASH, PUBLIC_KEY, r_target)
+            self.client.init_threshold(request.model_copy(update={"callback_url": receiver.url}), "generate")
             self._until_delivered(deliveries)
-            status = self.client.distance_status()
+            status = self.client.threshold_status()
             self.client.stop()
             self._until_quiet(deliveries)
         taken = [delivery.payload for delivery in deliveries if not delivery.duplicate]
         nonces = [nonce for payload in taken for nonce in payload["nonces"]]
         distances = [distance for payload in taken for distance in payload["dist"]]
-        batch = DistanceBatch(public_key=PUBLIC_KEY, block_hash=BLOCK_HASH, nonces=nonces, dist=distances)
-        return batch, status
+        return proof_of(request, nonces, distances), status
 
-    def judge_distances(self, batch: DistanceBatch, r_target: float = R_TARGET) -> DistanceVerdict:
-        """The server's verdict on a claimed batch, as the validator of that block and key; then it is stopped."""
-        self.client.init_threshold(self.threshold_body(batch.block_hash, batch.public_key, r_target), "validate")
+    def judge_distances(self, proof: ProofBatch, r_target: float = R_TARGET) -> ProofVerdict:
+        """The server's verdict on a claim, as the validator of that block and key; then it is stopped."""
+        self.client.init_threshold(self.threshold_request(proof.block_hash, proof.public_key, r_target), "validate")
         try:
-            return self.client.validate_distances(batch)
+            return self.client.validate_distances(proof)
         finally:
             self.client.stop()
 
-    def threshold_body(self, block_hash: str, public_key: str, r_target: float) -> dict[str, object]:
-        """A body of POST /init with this host's sizes."""
-        more = {"batch_size": self.sizes.batch_size}
-        return threshold_body(block_hash, public_key, r_target, self.sizes.seq_len, **more)
+    def threshold_request(self, block_hash: str, public_key: str, r_target: float) -> ThresholdRequest:
+        """A threshold round with this host's sizes."""
+        return threshold_request(block_hash, public_key, r_target, self.sizes.seq_len, self.sizes.batch_size)
 
     def _until_delivered(self, deliveries: list[Delivery]) -> None:
         """Wait until `nonces` were delivered. Raises ServerAnswerError if the round ends or takes too long."""
@@ -145,11 +145,11 @@ class Prover:
             )
 
     def _until_quiet(self, deliveries: list[Delivery]) -> None:
-        """Wait until nothing came for a second: what a stopped round has computed is still delivered."""
+        """Wait until nothing came for a while: what a stopped round has computed is still delivered."""
         before = -1
         while before != len(deliveries):
             before = len(deliveries)
-            time.sleep(1.0)
+            time.sleep(QUIET_SEC)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from gonka_poc.artifact_file import ArtifactFile
-from gonka_poc.client import DistanceBatch
-from gonka_poc.tools.calibrate import ANY_DISTANCE, PLACEHOLDER
+from gonka_poc.tools.calibrate import ANY_DISTANCE, PLACEHOLDER, proof_of
 from gonka_poc.tools.checks import Case, Check, run_cases
 from gonka_poc.tools.compare import compare, finite_vector
 from gonka_poc.tools.prover import BLOCK_HASH, PUBLIC_KEY, Prover, is_gapless
@@ -94,8 +93,7 @@ class _Smoke:
     def threshold_stats(self) -> Check:
         batch, status = self._prover.threshold_round()
         right = (
-            status.r_target is not None
-            and len(set(batch.nonces)) == len(batch.nonces)
+            len(set(batch.nonces)) == len(batch.nonces)
             and all(0 <= distance < status.r_target for distance in batch.dist)
             # the status was asked for before the round was stopped, so a little more may have come after
             and self._prover.sizes.nonces <= status.total_valid <= min(len(batch.nonces), status.total_checked)
@@ -114,7 +112,7 @@ class _Smoke:
         return file
 
     def _distances(self, public_key: str) -> np.ndarray:
-        dist = [PLACEHOLDER] * len(self._nonces)
-        batch = DistanceBatch(public_key=public_key, block_hash=BLOCK_HASH, nonces=self._nonces, dist=dist)
-        verdict = self._prover.judge_distances(batch, ANY_DISTANCE)
+        request = self._prover.threshold_request(BLOCK_HASH, public_key, ANY_DISTANCE)
+        proof = proof_of(request, self._nonces, [PLACEHOLDER] * len(self._nonces))
+        verdict = self._prover.judge_distances(proof, ANY_DISTANCE)
         return np.array([np.nan if d is None else d for d in verdict.computed_distances])
