@@ -44,24 +44,32 @@ def theme_of(name: str) -> Theme:
 def distance_histogram(
     series: Mapping[str, np.ndarray], thresholds: Mapping[str, float], title: str, theme: Theme
 ) -> Figure:
-    """L2 distances on a logarithmic axis, a colour a series; each threshold is a line with its name."""
-    figure, axes = _empty(title, "L2 distance", "nonces", theme)
+    """L2 distances, a row a series over one axis; each threshold is a line with its name.
+
+    Both axes are logarithmic: a few tampered nonces of many, hundreds of times further away, are still seen.
+    """
+    figure, rows = _empty(title, len(series), theme)
     drawn = [np.maximum(values, SAME) for values in series.values()]
     ends = [*(float(values.max()) for values in drawn if len(values)), *thresholds.values(), 10 * SAME]
     bins = np.geomspace(SAME / 1.5, 1.5 * max(ends), NUM_BINS)
-    for i, (name, values) in enumerate(zip(series, drawn, strict=True)):
+    for i, (axes, name, values) in enumerate(zip(rows, series, drawn, strict=True)):
         colour = theme.series[i % len(theme.series)]
-        axes.hist(values, bins, label=f"{name} ({len(values)})", color=colour, alpha=0.55, edgecolor=colour)
-    axes.set_xscale("log")
-    _mark(axes, thresholds, theme)
-    _legend(axes, theme)
+        axes.hist(values, bins, color=colour, edgecolor=theme.paper, linewidth=0.5)
+        axes.set_xscale("log")
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set_ylim(0, 2 * max(len(values), 5))
+        axes.set_title(f"{_plain(name)} ({len(values)})", color=colour, loc="left", fontsize="medium")
+        _mark(axes, thresholds, theme)
+    rows[-1].set_xlabel("L2 distance", color=theme.ink)
+    _legend(rows[0], theme)
     return figure
 
 
 def value_histogram(values: np.ndarray, marks: Mapping[str, float], title: str, theme: Theme) -> Figure:
     """Threshold distances on a plain axis, with marks."""
-    figure, axes = _empty(title, "distance to the target", "nonces", theme)
-    axes.hist(values, NUM_BINS, color=theme.series[0], alpha=0.7, edgecolor=theme.series[0])
+    figure, (axes,) = _empty(title, 1, theme)
+    axes.hist(values, NUM_BINS, color=theme.series[0], edgecolor=theme.paper, linewidth=0.5, alpha=0.75)
+    axes.set_xlabel("distance to the target", color=theme.ink)
     _mark(axes, marks, theme)
     _legend(axes, theme)
     return figure
@@ -93,29 +101,26 @@ def terminal_histogram(values: np.ndarray, mark: float, rows: int = 20) -> list[
     return lines
 
 
-def _new_figure() -> Figure:
+def _empty(title: str, num_rows: int, theme: Theme) -> tuple[Figure, list[Any]]:
+    """A figure with a row of axes a series. Raises ToolError where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure as NewFigure
     except ImportError as error:
         raise ToolError("plots need matplotlib, which is not installed: pip install 'gonka-poc[tools]'") from error
-    return NewFigure(figsize=(9, 4.8), layout="constrained")
-
-
-def _empty(title: str, x_label: str, y_label: str, theme: Theme) -> tuple[Figure, Any]:
-    figure = _new_figure()
+    figure = NewFigure(figsize=(9, 4.8 if num_rows == 1 else 1.2 + 1.6 * num_rows), layout="constrained")
     figure.set_facecolor(theme.paper)
-    axes = figure.add_subplot()
-    axes.set_facecolor(theme.paper)
-    axes.set_title(_plain(title), color=theme.ink, loc="left")
-    axes.set_xlabel(x_label, color=theme.ink)
-    axes.set_ylabel(y_label, color=theme.ink)
-    axes.tick_params(which="both", colors=theme.ink)
-    axes.grid(axis="y", color=theme.grid, linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(theme.ink)
-    return figure, axes
+    figure.suptitle(_plain(title), color=theme.ink)
+    rows = list(figure.subplots(num_rows, sharex=True, squeeze=False)[:, 0])
+    for axes in rows:
+        axes.set_facecolor(theme.paper)
+        axes.set_ylabel("nonces", color=theme.ink)
+        axes.tick_params(which="both", colors=theme.ink)
+        axes.grid(axis="y", color=theme.grid, linewidth=0.6)
+        axes.set_axisbelow(True)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(theme.ink)
+    return figure, rows
 
 
 def _mark(axes: Any, marks: Mapping[str, float], theme: Theme) -> None:
