@@ -57,6 +57,7 @@ def coexist(client: PoCClient, load: Load) -> Iterator[Check]:
 class _Coexist:
     def __init__(self, client: PoCClient, load: Load) -> None:
         self._client, self._load = client, load
+        self._chatting = False  # what the threads that chat look at before each chat
         self._idle_speed = 0.0
         self._speed_of_generate = 0.0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from gonka_poc.artifact_file import ArtifactFile, write_artifact_file
@@ -98,7 +99,7 @@ class _Validation:
         for what, claim in claims.items():
             write_artifact_file(self._work / f"{what.replace(' ', '-')}.json", claim)
             name = f"artifacts: {what}"
-            yield name, lambda name=name, claim=claim: self._artifacts(name, claim, claim is not honest)  # type: ignore[misc]
+            yield name, partial(self._artifacts, name, claim, claim is not honest)
 
     def _artifacts(self, name: str, claim: ArtifactFile, fraud: bool) -> Check:
         verdict = self._prover.client.validate(claim, StatTest(), self._prover.sizes.batch_size)
@@ -118,7 +119,7 @@ class _Validation:
         }
         for what, claim in claims.items():
             name = f"threshold: {what}"
-            yield name, lambda name=name, claim=claim: self._distances(name, claim, claim is not honest)  # type: ignore[misc]
+            yield name, partial(self._distances, name, claim, claim is not honest)
 
     def _distances(self, name: str, claim: ProofBatch, fraud: bool) -> Check:
         verdict = self._prover.judge_distances(claim)

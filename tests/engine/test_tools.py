@@ -12,8 +12,6 @@ from gonka_poc import cli
 from gonka_poc.artifact_file import ArtifactFile
 from gonka_poc.client import PoCClient
 from gonka_poc.data import StatTest
-from gonka_poc.threshold_data import ProofVerdict
-from gonka_poc.tools.calibrate import ANY_DISTANCE, PLACEHOLDER, proof_of, threshold_request
 from gonka_poc.tools.compare import with_turned_vectors
 from gonka_poc.tools.reference import check_reference, make_reference
 from tests.engine.support import DATA, MODEL, ROOT, ServerConfig, Servers
@@ -22,12 +20,11 @@ SERVER_ARGS = "--dtype float32 --enforce-eager --max-model-len 256"
 SEQ_LEN = 16
 NONCES = 500
 TAMPERED = NONCES // 100
-R_TARGET = 1.4045  # in the midst of the distances, so that rounding could turn the validity of some
 
 Show = Callable[[str], None]
 
 
-def run(*args: str | Path) -> int:
+def run(*args: object) -> int:
     """The exit status of `gonka-poc args`."""
     with pytest.raises(SystemExit) as end:
         cli.main([str(arg) for arg in args])
@@ -43,6 +40,32 @@ def show(capsys: pytest.CaptureFixture[str]) -> Show:
             print(f"\n{text}")
 
     return print_line
+
+
+# --- provers that cheat: 1% of 500, and one whose float16 is honest -------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def float16_claims(servers: Servers) -> ArtifactFile:
+    """Vectors of 500 nonces by a server that computes in float16."""
+    asked = ArtifactFile(model=MODEL, seq_len=SEQ_LEN, k_dim=12, block_hash="cheat", public_key="prover")
+    with PoCClient(str(servers.get(ServerConfig(dtype="float16")).base_url)) as client:
+        return make_reference(client, asked, range(NONCES), 32)
+
+
+def test_vectors_of_a_cheating_prover(float16_claims: ArtifactFile, servers: Servers, show: Show) -> None:
+    honest = float16_claims
+    verdicts = {}
+    with PoCClient(str(servers.get(ServerConfig()).base_url)) as client:
+        for name, claim in {"honest float16": honest, "1% tampered": with_turned_vectors(honest, TAMPERED)}.items():
+            found, _ = check_reference(client, claim, None, StatTest(), 32)
+            verdicts[name] = client.validate(claim, StatTest(), 32)
+            n_mismatch, p_value = found.verdict.n_mismatch, verdicts[name].p_value
+            show(f"{name}: {n_mismatch} of {NONCES} differ, largest L2 {found.largest:.1e}, p = {p_value:.3g}")
+            assert found.verdict == verdicts[name]  # on this machine, and by the server
+    assert not verdicts["honest float16"].fraud_detected
+    assert verdicts["1% tampered"].n_mismatch == TAMPERED
+    assert verdicts["1% tampered"].fraud_detected
 
 
 # --- tools for a server that runs ---------------------------------------------------------------------------------
@@ -75,70 +98,6 @@ def test_calibrate(servers: Servers, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert found["standard_errors_from_sqrt2"] < 3
     assert found["r_target"] == pytest.approx(1.405, abs=2e-3)
     assert png.stat().st_size > 10_000
-
-
-# --- provers that cheat: 1% of 500, and one whose float16 is honest -------------------------------------------------
-
-
-def distances(url: str, dist: list[float], r_target: float) -> ProofVerdict:
-    """The server's verdict on the distances of nonces 0, 1, ..."""
-    request = threshold_request("cheat", "prover", r_target, SEQ_LEN, batch_size=32)
-    with PoCClient(url) as client:
-        client.init_threshold(request, "validate")
-        verdict = client.validate_distances(proof_of(request, list(range(len(dist))), dist))
-        client.stop()
-    return verdict
-
-
-@pytest.fixture(scope="module")
-def float16_claims(servers: Servers) -> tuple[ArtifactFile, list[float]]:
-    """Vectors of 500 nonces, and distances of 5,000, by a server that computes in float16."""
-    url = str(servers.get(ServerConfig(dtype="float16")).base_url)
-    asked = ArtifactFile(model=MODEL, seq_len=SEQ_LEN, k_dim=12, block_hash="cheat", public_key="prover")
-    with PoCClient(url) as client:
-        file = make_reference(client, asked, range(NONCES), 32)
-    computed = distances(url, [PLACEHOLDER] * 10 * NONCES, ANY_DISTANCE).computed_distances
-    return file, [d for d in computed if d is not None]
-
-
-def test_vectors_of_a_cheating_prover(
-    float16_claims: tuple[ArtifactFile, list[float]], servers: Servers, show: Show
-) -> None:
-    honest, _ = float16_claims
-    verdicts = {}
-    with PoCClient(str(servers.get(ServerConfig()).base_url)) as client:
-        for name, claim in {"honest float16": honest, "1% tampered": with_turned_vectors(honest, TAMPERED)}.items():
-            found, _ = check_reference(client, claim, None, StatTest(), 32)
-            verdicts[name] = client.validate(claim, StatTest(), 32)
-            show(f"{name}: {verdicts[name].n_mismatch} of {NONCES} differ, largest L2 {found.largest:.1e}, "
-                 f"p = {verdicts[name].p_value:.3g}")  # fmt: skip
-            assert found.verdict == verdicts[name]  # on this machine, and by the server
-    assert not verdicts["honest float16"].fraud_detected
-    assert verdicts["1% tampered"].n_mismatch == TAMPERED
-    assert verdicts["1% tampered"].fraud_detected
-
-
-def test_distances_of_a_cheating_prover(
-    float16_claims: tuple[ArtifactFile, list[float]], servers: Servers, show: Show
-) -> None:
-    """500 valid nonces of an honest float16 prover, recomputed in float32; and with 1% of them not valid in truth."""
-    _, computed = float16_claims
-    url = str(servers.get(ServerConfig()).base_url)
-    valid = [i for i, distance in enumerate(computed) if distance < R_TARGET][:NONCES]
-    assert len(valid) == NONCES
-    others = [i for i, distance in enumerate(computed) if distance > R_TARGET + 0.005][:TAMPERED]
-    request = threshold_request("cheat", "prover", R_TARGET, SEQ_LEN, batch_size=32)
-    dist = [computed[i] for i in valid]
-    claims = {"honest float16": valid, "1% tampered": valid[:-TAMPERED] + others}
-    verdicts = {}
-    with PoCClient(url) as client:
-        client.init_threshold(request, "validate")
-        for name, nonces in claims.items():
-            verdicts[name] = client.validate_distances(proof_of(request, nonces, dist))
-            show(f"{name}: {verdicts[name].n_invalid} of {NONCES} invalid, p = {verdicts[name].probability_honest:.3g}")
-        client.stop()
-    assert verdicts["1% tampered"].fraud_detected
-    assert not verdicts["honest float16"].fraud_detected
 
 
 # --- tools that start a server --------------------------------------------------------------------------------------
