@@ -80,7 +80,7 @@ class _Coexist:
         with self._round():
             self._moves_on()
             self._idle_speed = self._speed(self._load.seconds)
-        ok = self._idle_speed >= FULL_SPEED * self._speed_of_generate
+        ok = self._idle_speed >= FULL_SPEED * self._speed_of_generate > 0
         result = f"{self._idle_speed:.1f} nonces/s, /generate alone {self._speed_of_generate:.1f}"
         return Check("chat idle: full speed", ok, result)
 
@@ -106,7 +106,7 @@ class _Coexist:
             waited = time.monotonic() - waited
             # the steps grow back to their full size after chat was seen for the last time
             speed = max(self._speed(self._load.seconds / 2) for _ in range(4))
-        ok = speed >= FULL_SPEED * self._idle_speed
+        ok = speed >= FULL_SPEED * self._idle_speed > 0
         result = f"{num_chats} chats, next nonce after {waited:.2f} s (from {before}), then {speed:.1f} nonces/s"
         return Check("generating resumes after chat", ok, result)
 
