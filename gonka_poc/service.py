@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Literal
@@ -226,11 +227,13 @@ class PoCService:
         self.stop()
         await self.queue.close()
         await self.proofs.close()
-        if self._background:
-            _, late = await asyncio.wait(self._background, timeout=CLOSE_TIMEOUT_SEC)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+        deadline = time.monotonic() + CLOSE_TIMEOUT_SEC
+        while self._background and time.monotonic() < deadline:  # a round that ends adds the release of its memory
+            await asyncio.wait(self._background, timeout=deadline - time.monotonic())
+        late = list(self._background)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
         await self.callbacks.close()
 
     def _keep(self, task: asyncio.Task[Any]) -> asyncio.Task[Any]:

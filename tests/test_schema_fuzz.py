@@ -29,6 +29,9 @@ schema = schemathesis.openapi.from_dict(make_app(PoCService(PoCManagerV1(FakeVie
 @schema.hook
 def map_body(context, body):
     """Half of the bodies name the served model and stay within its limits, so that they come further than a 422."""
+    if isinstance(body, dict) and "r_target" in body:
+        body |= {"seq_len": 4}
+        body.pop("callback_url", None)
     if isinstance(body, dict) and isinstance(body.get("params"), dict) and str(body.get("block_height"))[-1] in "02468":
         body["params"] = {"model": MODEL, "seq_len": 4, "k_dim": 3}
         body |= {"node_id": 0, "node_count": 1, "group_id": 0, "n_groups": 1}
@@ -53,10 +56,10 @@ def test_no_request_is_answered_5xx(case, server, statuses):
     response = case.call(base_url=server.url, timeout=20)
     statuses[response.status_code] += 1
     case.validate_response(response, checks=CHECKS)
-    if case.path.endswith("/init/generate"):
+    if case.path.endswith(("/init/generate", "/phase/generate")):
         server.post("/stop")  # or a later request would wait for this round
 
 
 def test_the_server_lives_and_requests_came_through(server, statuses):
-    assert server.get(f"{PREFIX}/status").json()["status"] == "IDLE"
+    assert server.get(f"{PREFIX}/status").json()["status"] in ("IDLE", "STOPPED", "VALIDATING")
     assert {200, 422} <= set(statuses)
