@@ -49,6 +49,7 @@ class Server(RuleBasedStateMachine):
         self.rounds: list[Round] = []
         self.proofs: list[tuple[int, int, asyncio.Task[httpx.Response]]] = []
         self.posted: list[tuple[str, dict[str, Any]]] = []
+        self.keys: set[str] = set()
         self.view = SlowView()
         self.loop.run_until_complete(self._start())
 
@@ -59,7 +60,10 @@ class Server(RuleBasedStateMachine):
         self.client = httpx.AsyncClient(transport=transport, base_url=f"http://test{PREFIX}")
 
     def _receive(self, request: httpx.Request) -> httpx.Response:
-        self.posted.append((str(request.url), json.loads(request.content)))
+        # a callback that is on its way when the server ends is sent once more, with the same key
+        if request.headers["idempotency-key"] not in self.keys:
+            self.keys.add(request.headers["idempotency-key"])
+            self.posted.append((str(request.url), json.loads(request.content)))
         return httpx.Response(200)
 
     def call(self, path: str, body: dict[str, Any] | None, expected: int) -> None:
@@ -76,8 +80,8 @@ class Server(RuleBasedStateMachine):
 
     # -- what a client may do --
 
-    @rule(path=st.sampled_from(sorted(PHASES)), knows=st.booleans(), node=st.integers(0, 2))
-    def init(self, path: str, knows: bool, node: int) -> None:
+    @rule(path=st.sampled_from([*PHASES, "/init/generate"]), knows=st.integers(0, 4), node=st.integers(0, 2))
+    def init(self, path: str, knows: int, node: int) -> None:
         who = {"node_id": node, "node_count": 3} if knows else {"node_id": -1, "node_count": -1}
         url = f"http://receiver/{self.number}"
         body = threshold_body(**who, block_hash=f"block {self.number}", r_target=1.41, callback_url=url, batch_size=3)
@@ -87,7 +91,19 @@ class Server(RuleBasedStateMachine):
             self.call(path, body, 409)
         else:
             self.call(path, body, 200)
-            self.begun(PHASES[path], knows)
+            self.begun(PHASES[path], bool(knows))
+
+    @rule(node=st.integers(0, 2), phase=st.sampled_from(["/stop", "/phase/validate"]), steps=st.integers(1, 8))
+    def replace(self, node: int, phase: str, steps: int) -> None:
+        """A round that generates, and another that follows it while its last batch is computed."""
+        if self.state not in ("GENERATING", "ARTIFACTS"):
+            self.init("/init/generate", 1, node)
+            self.wait(steps, False)
+            self.view.laps = 1000
+            self.wait(2, False)
+            self.stop() if phase == "/stop" else self.enter("VALIDATING")
+            self.init("/init/generate", 1, node)
+            self.view.laps = 0
 
     @rule()
     def init_artifacts(self) -> None:
@@ -130,7 +146,7 @@ class Server(RuleBasedStateMachine):
     def ask_for_artifacts(self) -> None:
         self.call("/generate", generate_body([1, 2]), 200)
 
-    @rule(laps=st.sampled_from([0, 30, 100, 1000]))
+    @rule(laps=st.sampled_from([0, 30, 100, 400]))
     def workers_take(self, laps: int) -> None:
         self.view.laps = laps
 
