@@ -3,105 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from gonka_poc import __version__
 from gonka_poc.artifact_file import ArtifactFile, read_artifact_file, write_artifact_file
+from gonka_poc.cli_common import ERROR, FRAUD, PASS, Nonces, print_json, progress_bar, say, server_options
 from gonka_poc.client import PoCClient
 from gonka_poc.config import load_settings
-from gonka_poc.data import MAX_NONCE, Artifact
+from gonka_poc.data import Artifact
 from gonka_poc.demo import run_demo
 from gonka_poc.doctor import doctor_command
 from gonka_poc.errors import ArtifactFileError, PoCError, printable
 from gonka_poc.outbox_admin import purge, retry_parked, summary
 from gonka_poc.outbox_file import outbox_path
+from gonka_poc.tools import commands as tools
 
-PASS, ERROR, FRAUD, INTERRUPTED = 0, 1, 2, 130
-MAX_NONCES = 10_000_000
+INTERRUPTED = 130
 # a file is written again after at least this many more artifacts, so that a killed command loses little
 SAVE_EVERY = 2_000
-
-
-# --- what commands share ----------------------------------------------------------------------------------------
-
-
-class Nonces(click.ParamType):
-    """`0-99`, `7`, or several of both with commas: a list of nonces without repeats."""
-
-    name = "NONCES"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> list[int]:
-        """The nonces in the order written. Fails with what is wrong."""
-        if isinstance(value, list):
-            return value
-        nonces: dict[int, None] = {}
-        for part in value.split(","):
-            first, dash, last = part.strip().partition("-")
-            if not first.isdecimal() or (dash and not last.isdecimal()):
-                self.fail(f"{part!r} is neither a nonce nor a range like 0-99", param, ctx)
-            start, end = int(first), int(last if dash else first)
-            if end < start or end > MAX_NONCE:
-                self.fail(f"{part!r}: a range goes upwards, and to {MAX_NONCE} at most", param, ctx)
-            if len(nonces) + end - start >= MAX_NONCES:
-                self.fail(f"{value!r}: more than {MAX_NONCES} nonces; make several files", param, ctx)
-            nonces.update(dict.fromkeys(range(start, end + 1)))
-        return list(nonces)
-
-
-def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of every command that talks to a server."""
-    for option in (
-        click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, for machines."),
-        click.option("--token", envvar="POC_API_TOKEN", help="The server's POC_API_TOKEN [env: POC_API_TOKEN]"),
-        click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Where the server is."),
-    ):
-        command = option(command)
-    return command
-
-
-class _RateColumn(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        """Nonces a second."""
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.1f} nonces/s", style="progress.data.speed")
-
-
-@contextmanager
-def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr with nonces/s and time left; gives the function that moves it on."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda count: bar.advance(task, count)
-
-
-def say(text: str) -> None:
-    """A line on stderr."""
-    click.echo(text, err=True)
-
-
-def print_json(value: Any) -> None:
-    """JSON on stdout."""
-    click.echo(json.dumps(value, indent=1))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="gonka-poc")
 def app() -> None:
     """Proof of compute on vLLM: ask a server for artifacts, validate them, see and stop a round."""
+
+
+tools.register(app)
 
 
 # --- commands ---------------------------------------------------------------------------------------------------

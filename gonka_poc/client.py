@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import httpx
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, RootModel, ValidationError
 
 from gonka_poc.artifact_file import ArtifactFile
 from gonka_poc.data import (
     PREFIX,
     Artifact,
     ArtifactsAnswer,
+    FailedAnswer,
     InitGenerateRequest,
     OkAnswer,
+    PendingAnswer,
+    QueuedAnswer,
     StatTest,
     StatusAnswer,
     ValidationAnswer,
     chunks,
 )
 from gonka_poc.errors import ServerAnswerError
+from gonka_poc.threshold_data import ProofBatch, ProofVerdict, ThresholdRequest, ThresholdStatusAnswer
 from gonka_poc.validation import Verdict, judge
 from gonka_poc.vllm_compat import MIDDLEWARE
 
@@ -55,6 +59,9 @@ class _Choice(BaseModel):
 
 class _Chat(BaseModel):
     choices: list[_Choice] = Field(min_length=1)
+
+
+Polled = PendingAnswer | ArtifactsAnswer | ValidationAnswer | FailedAnswer
 
 
 class PoCClient:
@@ -98,13 +105,41 @@ class PoCClient:
         """POST /init/generate."""
         return self._ask(OkAnswer, "POST", f"{PREFIX}/init/generate", request.model_dump())
 
-    def chat(self, model: str, text: str, max_tokens: int) -> str:
-        """The answer of a greedy chat."""
-        body = {
+    def init_threshold(
+        self, request: ThresholdRequest, then: Literal["generate", "validate"] | None = None
+    ) -> OkAnswer:
+        """POST /init, or /init/generate or /init/validate: set a threshold round, which then waits, or begins."""
+        path = f"{PREFIX}/init/{then}" if then else f"{PREFIX}/init"
+        return self._ask(OkAnswer, "POST", path, request.model_dump(mode="json", exclude_none=True))
+
+    def phase(self, phase: Literal["generate", "validate"]) -> OkAnswer:
+        """POST /phase/generate or /phase/validate."""
+        return self._ask(OkAnswer, "POST", f"{PREFIX}/phase/{phase}")
+
+    def validate_distances(self, proof: ProofBatch) -> ProofVerdict:
+        """POST /validate: the server recomputes the distances of `proof` in the threshold round that is set."""
+        return self._ask(ProofVerdict, "POST", f"{PREFIX}/validate", proof.model_dump())
+
+    def threshold_status(self) -> ThresholdStatusAnswer:
+        """GET /status while a threshold round is set."""
+        return self._ask(ThresholdStatusAnswer, "GET", f"{PREFIX}/status")
+
+    def queue(self, file: ArtifactFile, nonces: Sequence[int], batch_size: int) -> QueuedAnswer:
+        """POST /generate without waiting."""
+        return self._generate(QueuedAnswer, file, nonces, batch_size, wait=False)
+
+    def poll(self, request_id: str) -> Polled:
+        """GET /generate/{request_id}."""
+        return self._ask(RootModel[Polled], "GET", f"{PREFIX}/generate/{request_id}").root
+
+    def chat(self, model: str, text: str, max_tokens: int, ignore_eos: bool = False) -> str:
+        """The answer of a greedy chat; with `ignore_eos` (vLLM's own field) it is `max_tokens` long."""
+        body: dict[str, Any] = {
             "model": model,
             "messages": [{"role": "user", "content": text}],
             "max_tokens": max_tokens,
             "temperature": 0,
+            **({"ignore_eos": True} if ignore_eos else {}),
         }
         return self._ask(_Chat, "POST", "/v1/chat/completions", body).choices[0].message.content or ""
 

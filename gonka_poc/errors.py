@@ -14,6 +14,7 @@ PoCError
 ├── ServerStartError         500  a server that a command started did not come up; never over HTTP
 ├── ArtifactFileError        500  a file of artifacts cannot be read or written; never over HTTP
 ├── ServerAnswerError        500  a server that a command asked refused or is not there; never over HTTP
+├── ToolError                500  a test tool cannot do what it was asked; never over HTTP
 ├── OutboxError              500  the file of POC_OUTBOX_PATH cannot be used
 ├── UnsupportedServerError   501  this model or server configuration cannot give a correct vector
 ├── EngineUnavailableError   503  the engine or the way to its workers is missing
@@ -93,6 +94,10 @@ class ArtifactFileError(PoCError):
 
 class ServerAnswerError(PoCError):
     """The server that a command asked refused, or cannot be reached; the text has its answer."""
+
+
+class ToolError(PoCError):
+    """A test tool cannot do what it was asked: a value that makes no sense there, or a package that is missing."""
 
 
 class OutboxError(PoCError):

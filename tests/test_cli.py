@@ -3,60 +3,26 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import uvicorn
+from engineless import engineless_server, run
 from fakes import MODEL, FakeManager
 
-from gonka_poc import cli
-from gonka_poc.config import Settings
+from gonka_poc import cli, cli_common
 from gonka_poc.data import Artifact, StatTest
 from gonka_poc.demo import Row
 from gonka_poc.errors import ComputeError, RequestError
-from gonka_poc.routes import make_app
 from gonka_poc.server_process import free_port
-from gonka_poc.service import PoCService
 
 
 @pytest.fixture
 def server() -> Iterator[SimpleNamespace]:
-    """A PoC application over a FakeManager on a port of its own."""
-    manager = FakeManager()
-    service: list[PoCService] = []
-
-    async def vllm_models() -> dict[str, Any]:
-        return {"data": [{"id": MODEL}]}
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        if not service:  # its tasks belong to the event loop of the server
-            service.append(PoCService(manager, Settings(chat_backoff_sec=0.001)))
-            service.append(make_app(service[0]))  # type: ignore[arg-type]
-            service[1].add_api_route("/v1/models", vllm_models)  # type: ignore[attr-defined]
-        await service[1](scope, receive, send)  # type: ignore[operator]
-
-    port = free_port()
-    uvicorn_server = uvicorn.Server(uvicorn.Config(app, port=port, lifespan="off", log_config=None))
-    thread = threading.Thread(target=uvicorn_server.run)
-    thread.start()
-    deadline = time.monotonic() + 10
-    while not uvicorn_server.started and time.monotonic() < deadline:
-        time.sleep(0.01)
-    yield SimpleNamespace(url=f"http://127.0.0.1:{port}", manager=manager)
-    uvicorn_server.should_exit = True
-    thread.join(10)
-
-
-def run(*args: str | Path) -> int:
-    """The exit status of `gonka-poc args`."""
-    with pytest.raises(SystemExit) as end:
-        cli.main([str(arg) for arg in args])
-    return end.value.code  # type: ignore[return-value]
+    """A server over a FakeManager."""
+    with engineless_server(FakeManager()) as server:
+        yield server
 
 
 def generate(server: SimpleNamespace, out: Path, nonces: str = "0-9", *more: str) -> int:
@@ -131,7 +97,7 @@ def test_a_file_that_cannot_be_written_costs_no_computation(server, tmp_path, ca
     ("text", "nonces"), [("7", [7]), ("0-3", [0, 1, 2, 3]), ("5,1-2, 9", [5, 1, 2, 9]), ("1,1-2", [1, 2])]
 )
 def test_nonces_as_written(text, nonces):
-    assert cli.Nonces().convert(text, None, None) == nonces
+    assert cli_common.Nonces().convert(text, None, None) == nonces
 
 
 @pytest.mark.parametrize("text", ["", "a", "3-1", "-1", "1-", "1..4", "0-9999999999", str(2**63), "1,,2"])

@@ -21,6 +21,7 @@ STATUSES = {
     "ServerStartError": 500,
     "ArtifactFileError": 500,
     "ServerAnswerError": 500,
+    "ToolError": 500,
     "OutboxError": 500,
     "UnsupportedServerError": 501,
     "EngineUnavailableError": 503,

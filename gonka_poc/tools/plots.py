@@ -1,0 +1,155 @@
+"""Histograms by matplotlib (an extra: `pip install gonka-poc[tools]`), light and dark, and in the terminal."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gonka_poc.errors import ArtifactFileError, ToolError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DPI = 150
+NUM_BINS = 40
+# float16 vectors of length 1: what is nearer than this is the same, and a logarithmic axis needs a least value
+SAME = 1e-5
+TERMINAL_WIDTH = 50
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a plot; `series` are told apart also without colour vision."""
+
+    paper: str
+    ink: str
+    grid: str
+    series: tuple[str, ...]
+
+
+LIGHT = Theme("#ffffff", "#1f2328", "#d8dee4", ("#0969da", "#cf4a00", "#8250df", "#1a7f64", "#bf3989", "#6e7781"))
+DARK = Theme("#0d1117", "#e6edf3", "#30363d", ("#58a6ff", "#ff9b50", "#c297ff", "#4ecfae", "#f778ba", "#8b949e"))
+
+
+def theme_of(name: str) -> Theme:
+    """LIGHT or DARK by name."""
+    return DARK if name == "dark" else LIGHT
+
+
+def distance_histogram(
+    series: Mapping[str, np.ndarray], thresholds: Mapping[str, float], title: str, theme: Theme
+) -> Figure:
+    """L2 distances, a row a series over one axis; each threshold is a line with its name.
+
+    Both axes are logarithmic: a few tampered nonces of many, hundreds of times further away, are still seen.
+    """
+    figure, rows = _empty(title, len(series), theme)
+    drawn = [np.maximum(values, SAME) for values in series.values()]
+    ends = [*(float(values.max()) for values in drawn if len(values)), *thresholds.values(), 10 * SAME]
+    bins = np.geomspace(SAME / 1.5, 1.5 * max(ends), NUM_BINS)
+    for i, (axes, name, values) in enumerate(zip(rows, series, drawn, strict=True)):
+        colour = theme.series[i % len(theme.series)]
+        axes.hist(values, bins, color=colour, edgecolor=theme.paper, linewidth=0.5)
+        axes.set_xscale("log")
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set_ylim(0, 2 * max(len(values), 5))
+        axes.set_title(f"{_plain(name)} ({len(values)})", color=colour, loc="left", fontsize="medium")
+        _mark(axes, thresholds, theme)
+    rows[-1].set_xlabel("L2 distance", color=theme.ink)
+    _legend(rows[0], theme)
+    return figure
+
+
+def value_histogram(values: np.ndarray, marks: Mapping[str, float], title: str, theme: Theme) -> Figure:
+    """Threshold distances on a plain axis, with marks."""
+    figure, (axes,) = _empty(title, 1, theme)
+    axes.hist(values, NUM_BINS, color=theme.series[0], edgecolor=theme.paper, linewidth=0.5, alpha=0.75)
+    axes.set_xlabel("distance to the target", color=theme.ink)
+    _mark(axes, marks, theme)
+    _legend(axes, theme)
+    return figure
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write `figure` to `path`. Raises ArtifactFileError."""
+    try:
+        path.write_bytes(_rendered(figure, "png"))
+    except OSError as error:
+        raise ArtifactFileError(f"cannot write {path}: {error.strerror}") from error
+
+
+def as_svg(figure: Figure) -> bytes:
+    """`figure` as an SVG document."""
+    return _rendered(figure, "svg")
+
+
+def terminal_histogram(values: np.ndarray, mark: float, rows: int = 20) -> list[str]:
+    """A line a bin: its lower end, a bar, its count; the bin of `mark` is pointed at."""
+    counts, edges = np.histogram(values, rows)
+    longest = max(int(counts.max()), 1)
+    lines = []
+    for count, low, high in zip(counts, edges, edges[1:], strict=False):
+        pointer = " <-" if low <= mark < high else ""
+        lines.append(
+            f"{low:.4f} {'█' * round(TERMINAL_WIDTH * int(count) / longest):<{TERMINAL_WIDTH}} {count}{pointer}"
+        )
+    return lines
+
+
+def _empty(title: str, num_rows: int, theme: Theme) -> tuple[Figure, list[Any]]:
+    """A figure with a row of axes a series. Raises ToolError where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure as NewFigure
+    except ImportError as error:
+        raise ToolError("plots need matplotlib, which is not installed: pip install 'gonka-poc[tools]'") from error
+    figure = NewFigure(figsize=(9, 4.8 if num_rows == 1 else 1.2 + 1.6 * num_rows), layout="constrained")
+    figure.set_facecolor(theme.paper)
+    figure.suptitle(_plain(title), color=theme.ink)
+    rows = list(figure.subplots(num_rows, sharex=True, squeeze=False)[:, 0])
+    for axes in rows:
+        axes.set_facecolor(theme.paper)
+        axes.set_ylabel("nonces", color=theme.ink)
+        axes.tick_params(which="both", colors=theme.ink)
+        axes.grid(axis="y", color=theme.grid, linewidth=0.6)
+        axes.set_axisbelow(True)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(theme.ink)
+    return figure, rows
+
+
+def _mark(axes: Any, marks: Mapping[str, float], theme: Theme) -> None:
+    styles: Sequence[str] = ("--", ":", "-.")
+    for i, (name, value) in enumerate(marks.items()):
+        axes.axvline(
+            value, color=theme.ink, linestyle=styles[i % len(styles)], linewidth=1.4, label=f"{name} {value:.5g}"
+        )
+
+
+def _legend(axes: Any, theme: Theme) -> None:
+    handles, names = axes.get_legend_handles_labels()
+    axes.figure.legend(
+        handles,
+        [_plain(name) for name in names],
+        loc="outside lower left",
+        ncols=3,
+        frameon=False,
+        labelcolor=theme.ink,
+    )
+
+
+def _plain(text: str) -> str:
+    """`text` with nothing that matplotlib would read as mathematics."""
+    return text.replace("$", r"\$")
+
+
+def _rendered(figure: Figure, form: str) -> bytes:
+    buffer = io.BytesIO()
+    metadata: dict[str, Any] = {"Date": None} if form == "svg" else {}
+    figure.savefig(buffer, format=form, dpi=DPI, facecolor=figure.get_facecolor(), metadata=metadata)
+    return buffer.getvalue()

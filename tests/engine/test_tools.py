@@ -1,0 +1,135 @@
+"""The test tools on real CPU servers: what each prints and its verdicts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gonka_poc import cli
+from gonka_poc.artifact_file import ArtifactFile
+from gonka_poc.client import PoCClient
+from gonka_poc.data import StatTest
+from gonka_poc.tools.compare import with_turned_vectors
+from gonka_poc.tools.reference import check_reference, make_reference
+from tests.engine.support import DATA, MODEL, ROOT, ServerConfig, Servers
+
+SERVER_ARGS = "--dtype float32 --enforce-eager --max-model-len 256"
+SEQ_LEN = 16
+NONCES = 500
+TAMPERED = NONCES // 100
+
+Show = Callable[[str], None]
+
+
+def run(*args: object) -> int:
+    """The exit status of `gonka-poc args`."""
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(arg) for arg in args])
+    return int(str(end.value.code))
+
+
+@pytest.fixture
+def show(capsys: pytest.CaptureFixture[str]) -> Show:
+    """Print a line in spite of pytest's capture: the figures are asked for."""
+
+    def print_line(text: str) -> None:
+        with capsys.disabled():
+            print(f"\n{text}")
+
+    return print_line
+
+
+# --- provers that cheat: 1% of 500, and one whose float16 is honest -------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def float16_claims(servers: Servers) -> ArtifactFile:
+    """Vectors of 500 nonces by a server that computes in float16."""
+    asked = ArtifactFile(model=MODEL, seq_len=SEQ_LEN, k_dim=12, block_hash="cheat", public_key="prover")
+    with PoCClient(str(servers.get(ServerConfig(dtype="float16")).base_url)) as client:
+        return make_reference(client, asked, range(NONCES), 32)
+
+
+def test_vectors_of_a_cheating_prover(float16_claims: ArtifactFile, servers: Servers, show: Show) -> None:
+    honest = float16_claims
+    verdicts = {}
+    with PoCClient(str(servers.get(ServerConfig()).base_url)) as client:
+        for name, claim in {"honest float16": honest, "1% tampered": with_turned_vectors(honest, TAMPERED)}.items():
+            found, _ = check_reference(client, claim, None, StatTest(), 32)
+            verdicts[name] = client.validate(claim, StatTest(), 32)
+            n_mismatch, p_value = found.verdict.n_mismatch, verdicts[name].p_value
+            show(f"{name}: {n_mismatch} of {NONCES} differ, largest L2 {found.largest:.1e}, p = {p_value:.3g}")
+            assert found.verdict == verdicts[name]  # on this machine, and by the server
+    assert not verdicts["honest float16"].fraud_detected
+    assert verdicts["1% tampered"].n_mismatch == TAMPERED
+    assert verdicts["1% tampered"].fraud_detected
+
+
+# --- tools for a server that runs ---------------------------------------------------------------------------------
+
+
+def test_coexist(servers: Servers, capsys: pytest.CaptureFixture[str], show: Show) -> None:
+    url = str(servers.get(ServerConfig()).base_url)
+    status = run("coexist", "--url", url, "--seq-len", SEQ_LEN, "--max-tokens", 100, "--seconds", 3)
+    shown = capsys.readouterr().out
+    show(shown)
+    assert status == 0
+    assert shown.count("PASS  ") == 6
+
+
+def test_calibrate(servers: Servers, tmp_path: Path, capsys: pytest.CaptureFixture[str], show: Show) -> None:
+    """Over 2,000 nonces and 8 block hashes the mean is sqrt(2); r_target for 10% is about 1.405."""
+    pytest.importorskip("matplotlib")
+    url = str(servers.get(ServerConfig()).base_url)
+    png = tmp_path / "distances.png"
+    assert run("calibrate", "--url", url, "--rate", 0.1, "--seq-len", SEQ_LEN, "--png", png, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    show(
+        f"mean {found['mean']:.5f}, {found['standard_errors_from_sqrt2']:.2f} standard errors from sqrt(2); r_target "
+        f"{found['r_target']:.5f} ({found['low']:.5f} to {found['high']:.5f}); valid rates "
+        f"{[round(block['rate'], 3) for block in found['blocks']]}, standard deviation {found['rate_sd']:.4f}, by "
+        f"chance {found['rate_sd_by_chance']:.4f}, p = {found['p_same']:.2g}"
+    )
+    assert found["nonces"] == 2000
+    assert len(found["blocks"]) == 8
+    assert found["standard_errors_from_sqrt2"] < 3
+    assert found["r_target"] == pytest.approx(1.405, abs=2e-3)
+    assert png.stat().st_size > 10_000
+
+
+# --- tools that start a server --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other server runs, and the ones to come find this package."""
+    servers.stop()
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("VLLM_NO_USAGE_STATS", "1")
+
+
+def test_smoke(alone: None, capsys: pytest.CaptureFixture[str], show: Show) -> None:
+    status = run("smoke", "--model", DATA / "models" / "qwen3", "--server-args", SERVER_ARGS)
+    shown = capsys.readouterr().out
+    show(shown)
+    assert status == 0
+    assert shown.endswith("8 of 8 passed\n")
+
+
+def test_e2e(alone: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], show: Show) -> None:
+    out = tmp_path / "results.jsonl"
+    args = ("--models", DATA / "models" / "llama", "--out", out, "--keep", tmp_path, "--server-args", SERVER_ARGS)
+    status = run("e2e", *args)
+    shown = capsys.readouterr().out
+    show(shown)
+    assert status == 0
+    assert shown.endswith("11 of 11 passed\n")
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(lines) == 11
+    assert {line["ok"] for line in lines} == {True}
+    kept = tmp_path / "0-llama"
+    assert run("report", kept / "honest.json", kept / "2-of-100-tampered.json", "--json") == 0
+    assert json.loads(capsys.readouterr().out)[0]["n_mismatch"] == 2

@@ -1,0 +1,68 @@
+"""A PoC server without an engine for tests of the command line, and the command line itself."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import uvicorn
+from fakes import MODEL, FakeManager
+
+from gonka_poc import cli
+from gonka_poc.config import Settings
+from gonka_poc.routes import make_app
+from gonka_poc.server_process import free_port
+from gonka_poc.service import PoCService
+
+
+@contextmanager
+def engineless_server(
+    manager: FakeManager, chat: Callable[[dict[str, Any]], Awaitable[Any]] | None = None
+) -> Iterator[SimpleNamespace]:
+    """A PoC application over `manager` on a port of its own; `chat` answers /v1/chat/completions."""
+    inner: list[Any] = []
+
+    async def vllm_models() -> dict[str, Any]:
+        return {"data": [{"id": MODEL}]}
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "lifespan":
+            return await inner[0](scope, receive, send)
+        await receive()
+        # the tasks of the service belong to the event loop of the server
+        service = PoCService(manager, Settings(chat_backoff_sec=0.001, callback_interval_sec=0.05))  # type: ignore[arg-type]
+        service.start()
+        inner.append(make_app(service))
+        inner[0].add_api_route("/v1/models", vllm_models)
+        if chat is not None:
+            inner[0].add_api_route("/v1/chat/completions", chat, methods=["POST"])
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await service.close()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    port = free_port()
+    uvicorn_server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None))
+    thread = threading.Thread(target=uvicorn_server.run)
+    thread.start()
+    deadline = time.monotonic() + 10
+    while not uvicorn_server.started and time.monotonic() < deadline:
+        time.sleep(0.01)
+    try:
+        yield SimpleNamespace(url=f"http://127.0.0.1:{port}", manager=manager)
+    finally:
+        uvicorn_server.should_exit = True
+        thread.join(10)
+
+
+def run(*args: str | Path) -> int:
+    """The exit status of `gonka-poc args`."""
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(arg) for arg in args])
+    return end.value.code  # type: ignore[return-value]

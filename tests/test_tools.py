@@ -1,0 +1,626 @@
+"""The test tools against a server without an engine; those that start one of their own are in engine/test_tools.py."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import math
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from engineless import engineless_server, run
+from fakes import MODEL, FakeManager, made_up_distance, round_body
+
+from gonka_poc.artifact_file import ArtifactFile, read_artifact_file, write_artifact_file
+from gonka_poc.client import PoCClient
+from gonka_poc.data import VECTOR_DTYPE, Artifact, DistanceSpec, StatTest, encode_vector
+from gonka_poc.errors import ArtifactFileError, ComputeError, ServerAnswerError, ToolError
+from gonka_poc.tools import plots, prover
+from gonka_poc.tools.calibrate import calibrate, measure_distances
+from gonka_poc.tools.checks import Check, ResultFile, run_cases
+from gonka_poc.tools.coexist import Load, coexist
+from gonka_poc.tools.compare import compare, fabricated, with_turned_vectors
+from gonka_poc.tools.e2e import least_fraud
+from gonka_poc.tools.prover import Sizes, is_gapless, wait_until
+from gonka_poc.tools.receive import Delivery, Receiver
+from gonka_poc.tools.report import as_html, row_of
+from gonka_poc.tools.smoke import smoke
+
+
+@pytest.fixture
+def server() -> Iterator[SimpleNamespace]:
+    """A server over a FakeManager."""
+    with engineless_server(FakeManager()) as server:
+        yield server
+
+
+def nonces_in(file: Path) -> list[int]:
+    return [artifact["nonce"] for artifact in json.loads(file.read_text())["artifacts"]]
+
+
+# --- receive ----------------------------------------------------------------------------------------------------
+
+
+def post(receiver: Receiver, path: str = "/generated", key: str | None = "k", **payload: Any) -> int:
+    headers = {"Idempotency-Key": key} if key else {}
+    with httpx.Client(verify=False, trust_env=False) as client:
+        return client.post(receiver.url + path, json=payload, headers=headers).status_code
+
+
+def artifacts(*nonces: int) -> list[dict[str, Any]]:
+    return [{"nonce": nonce, "vector_b64": "AAA="} for nonce in nonces]
+
+
+def test_receiver_stores_and_counts_once(tmp_path):
+    out = tmp_path / "callbacks.jsonl"
+    with Receiver(out=out) as receiver:
+        assert post(receiver, key="1", block_hash="b", public_key="p", artifacts=artifacts(0, 1)) == 200
+        assert post(receiver, key="1", block_hash="b", public_key="p", artifacts=artifacts(0, 1)) == 200
+        assert post(receiver, key="2", block_hash="b", public_key="p", nonces=[1, 2], dist=[1.4, 1.4]) == 200
+        assert post(receiver, "/validated", key="3", n_total=2) == 200
+    summary = receiver.summary
+    assert (summary.posts, summary.taken, summary.duplicates, summary.failed_on_purpose) == (4, 4, 1, 0)
+    assert (summary.nonces, summary.repeated_nonces) == (3, 1)  # nonce 1 came under two keys
+    assert summary.by_path == {"/generated": 3, "/validated": 1}
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["idempotency_key"] for line in lines] == ["1", "1", "2", "3"]
+    assert [line["duplicate"] for line in lines] == [False, True, False, False]
+    assert lines[2]["payload"]["dist"] == [1.4, 1.4]
+
+
+def test_receiver_fails_on_purpose_and_takes_the_second_try():
+    with Receiver(fail_rate=0.5, fail_status=500, seed=1) as receiver:
+        statuses = []
+        for key in range(100):
+            while True:
+                statuses.append(post(receiver, key=str(key), block_hash="b", public_key="p", artifacts=artifacts(key)))
+                if statuses[-1] == 200:
+                    break
+    assert set(statuses) == {200, 500}
+    assert receiver.summary.failed_on_purpose == statuses.count(500) > 50
+    assert (receiver.summary.nonces, receiver.summary.repeated_nonces, receiver.summary.duplicates) == (100, 0, 0)
+
+
+def test_receiver_takes_what_is_no_callback():
+    with Receiver() as receiver:
+        for body in (b"", b"{", b"[]", b"7", b'{"artifacts": 7, "nonces": "x"}', b'{"artifacts": [{}]}', b"\xff"):
+            assert httpx.post(receiver.url, content=body, trust_env=False).status_code == 200
+        assert httpx.post(receiver.url, content=iter([b"{}"]), trust_env=False).status_code == 411
+    assert receiver.summary.posts == 7
+    assert receiver.summary.nonces == 0
+
+
+def test_two_receivers_on_one_port():
+    with Receiver() as receiver:
+        with pytest.raises(ToolError, match="cannot listen"):
+            Receiver(port=int(receiver.url.rpartition(":")[2]))
+
+
+def test_receive_on_the_command_line(tmp_path, capsys):
+    from gonka_poc.server_process import free_port
+
+    port, out = free_port(), tmp_path / "c.jsonl"
+
+    def send() -> None:
+        transport = httpx.HTTPTransport(retries=5)
+        with httpx.Client(transport=transport, trust_env=False) as client:
+            for _ in range(2):
+                client.post(f"http://127.0.0.1:{port}/generated", json={"artifacts": artifacts(4)})
+
+    threading.Thread(target=send).start()
+    assert run("receive", "--port", str(port), "--out", out, "--count", "2", "--json") == 0
+    captured = capsys.readouterr()
+    summary = json.loads(captured.out)
+    assert (summary["posts"], summary["nonces"], summary["repeated_nonces"]) == (2, 1, 1)
+    assert "200 /generated no key: 1 nonces" in captured.err
+    assert len(out.read_text().splitlines()) == 2
+
+
+# --- callbacks of a real round through the receiver ---------------------------------------------------------------
+
+
+def test_a_round_is_received_without_a_gap(server):
+    seen: list[Delivery] = []
+    with Receiver(on_delivery=seen.append) as receiver, PoCClient(server.url) as client:
+        assert httpx.post(f"{server.url}/api/v1/pow/init/generate", json=round_body(url=receiver.url)).is_success
+        assert wait_until(lambda: sum(len(delivery.nonces) for delivery in seen) >= 40, 10)
+        client.stop()
+    nonces = [nonce for delivery in seen for nonce in delivery.nonces]
+    assert is_gapless(nonces)
+
+
+# --- reference --------------------------------------------------------------------------------------------------
+
+
+def make(server, out: Path, *more: str) -> int:
+    return run(
+        *("reference", "make", "--out", out, "--url", server.url, "--seq-len", "4", "--k-dim", "12", "--count", "50"),
+        *more,
+    )
+
+
+def test_a_reference_is_made_and_checked(server, tmp_path, capsys):
+    out = tmp_path / "reference.json"
+    assert make(server, out, "--node-id", "1", "--node-count", "3") == 0
+    assert nonces_in(out) == [1 + 3 * i for i in range(50)]
+    content = json.loads(out.read_text())
+    wanted = ["model", "seq_len", "k_dim", "block_hash", "block_height", "public_key", "node_id", "node_count"]
+    assert [*wanted, "stat_test", "artifacts"] == [key for key in content if key != "poc_stronger_rng"]
+    capsys.readouterr()
+    assert run("reference", "check", out, "--url", server.url, "--json", "--out", tmp_path / "own.json") == 0
+    verdict = json.loads(capsys.readouterr().out)
+    assert (verdict["n_total"], verdict["n_mismatch"], verdict["p_value"], verdict["largest"]) == (50, 0, 1.0, 0.0)
+    assert nonces_in(tmp_path / "own.json") == nonces_in(out)
+
+
+def test_a_reference_made_elsewhere_is_read(server, tmp_path):
+    """Without poc_stronger_rng and with fields of others; thresholds are the file's."""
+    out = tmp_path / "reference.json"
+    make(server, out)
+    content = json.loads(out.read_text())
+    del content["poc_stronger_rng"]
+    content |= {"made_by": "someone", "stat_test": {"dist_threshold": 3.0, "p_mismatch": 0.1, "fraud_threshold": 0.05}}
+    for artifact in content["artifacts"]:
+        vector = np.frombuffer(base64.b64decode(artifact["vector_b64"]), dtype=VECTOR_DTYPE)
+        artifact["vector_b64"] = encode_vector(-vector)
+    out.write_text(json.dumps(content))
+    assert run("reference", "check", out, "--url", server.url) == 0  # L2 2 is under 3
+    out.write_text(json.dumps({**content, "stat_test": StatTest().model_dump()}))
+    assert run("reference", "check", out, "--url", server.url) == 2
+
+
+def test_a_reference_of_another_model_is_an_error(server, tmp_path, capsys):
+    out = tmp_path / "reference.json"
+    make(server, out)
+    content = read_artifact_file(out)
+    write_artifact_file(out, content.model_copy(update={"artifacts": []}))
+    assert run("reference", "check", out, "--url", server.url) == 1
+    assert "nothing to check" in capsys.readouterr().err
+    broken = [*content.artifacts[:1], Artifact(nonce=99, vector_b64="AAA=")]
+    write_artifact_file(out, content.model_copy(update={"artifacts": broken}))
+    assert run("reference", "check", out, "--url", server.url) == 1
+    assert "nonce 99" in capsys.readouterr().err
+
+
+def test_a_reference_is_not_overwritten_and_has_all_nonces(server, tmp_path, capsys):
+    out = tmp_path / "reference.json"
+    server.manager.nan_nonces = {3}
+    assert make(server, out) == 1
+    assert "NaN or Inf of [3]" in capsys.readouterr().err
+    assert not out.exists()
+    server.manager.nan_nonces = set()
+    assert make(server, out) == 0
+    assert make(server, out) == 1
+    assert "not overwritten" in capsys.readouterr().err
+
+
+# --- compare: provers that cheat ----------------------------------------------------------------------------------
+
+
+def honest_file(count: int, k_dim: int = 12) -> tuple[ArtifactFile, np.ndarray]:
+    rows = np.random.default_rng(5).standard_normal((count, k_dim))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    file = ArtifactFile(model=MODEL, seq_len=4, k_dim=k_dim, block_hash="b", public_key="p")
+    file.artifacts += [Artifact(nonce=n, vector_b64=encode_vector(row)) for n, row in enumerate(rows)]
+    return file, rows
+
+
+def test_one_percent_tampered_of_500_is_caught_and_float16_noise_is_not(capsys):
+    file, rows = honest_file(500)
+    # the size that float16 arithmetic has on a served model: 2e-3 (docs/gpu.md)
+    noise = np.random.default_rng(6).standard_normal(rows.shape) * 2e-3 / math.sqrt(rows.shape[1])
+    noisy = file.model_copy(
+        update={"artifacts": [Artifact(nonce=n, vector_b64=encode_vector(r)) for n, r in enumerate(rows + noise)]}
+    )
+    honest = compare("honest", noisy, file, StatTest())
+    tampered = compare("tampered", with_turned_vectors(noisy, 5), file, StatTest())
+    made_up = compare("made up", fabricated(file, range(500)), file, StatTest())
+    with capsys.disabled():
+        for found in (honest, tampered, made_up):
+            print("\n" + "  ".join(row_of(found)))
+    assert (honest.verdict.n_mismatch, honest.verdict.p_value, honest.verdict.fraud_detected) == (0, 1.0, False)
+    assert tampered.verdict.n_mismatch == 5
+    assert tampered.verdict.p_value == pytest.approx(1.7e-4, rel=0.05)
+    assert tampered.verdict.fraud_detected
+    assert made_up.verdict.n_mismatch == 500
+
+
+def test_what_is_in_one_file_only_is_not_compared():
+    file, _ = honest_file(10)
+    part = file.model_copy(update={"artifacts": file.artifacts[5:] + fabricated(file, [77]).artifacts})
+    found = compare("part", part, file, StatTest())
+    assert (found.verdict.n_total, found.verdict.not_computed_nonces) == (5, [77])
+    nothing = compare("nothing", file.model_copy(update={"artifacts": []}), file, StatTest())
+    assert math.isnan(nothing.largest)
+    assert nothing.verdict.p_value == 1.0
+    with pytest.raises(ToolError, match="length 3"):
+        compare("other", honest_file(2, 3)[0], file, StatTest())
+
+
+# --- report -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    """A reference, an honest file with noise, a tampered one and one that is made up."""
+    file, rows = honest_file(200)
+    noise = np.random.default_rng(6).standard_normal(rows.shape) * 4e-4
+    honest = [Artifact(nonce=n, vector_b64=encode_vector(row)) for n, row in enumerate(rows + noise)]
+    noisy = file.model_copy(update={"artifacts": honest})
+    paths = []
+    for name, content in {
+        "recomputed": file,
+        "honest": noisy,
+        "tampered": with_turned_vectors(noisy, 5),
+        "<b>foreign$": fabricated(file, range(200)),
+    }.items():
+        paths.append(tmp_path / f"{name.replace('/', '')}.json")
+        write_artifact_file(paths[-1], content)
+    return paths
+
+
+def test_report_of_several_files(files, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    page = tmp_path / "report.html"
+    assert run("report", *files, "--html", page) == 0
+    capsys.readouterr()
+    for theme in ("light", "dark"):
+        png = tmp_path / f"{theme}.png"
+        assert run("report", *files, "--png", png, "--theme", theme, "--json") == 0
+        assert png.read_bytes().startswith(b"\x89PNG")
+        found = json.loads(capsys.readouterr().out)
+        assert [row["fraud_detected"] for row in found] == [False, True, True]
+        assert [row["n_mismatch"] for row in found] == [0, 5, 200]
+    text = page.read_text()
+    assert text.count("data:image/svg+xml;base64,") == 2
+    assert "<b>foreign" not in text
+    assert "&lt;b&gt;foreign$" in text
+    assert 'src="http' not in text
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_report_as_a_table_needs_no_matplotlib(files, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert run("report", *files) == 0
+    shown = capsys.readouterr().out
+    assert "FRAUD" in shown
+    assert "pass" in shown
+    assert run("report", *files, "--png", files[0].with_suffix(".png")) == 1
+    assert "pip install 'gonka-poc[tools]'" in capsys.readouterr().err
+    assert not files[0].with_suffix(".png").exists()
+
+
+def test_report_of_one_file_says_what_is_missing(files, capsys):
+    assert run("report", files[0]) == 1
+    assert "one file or more to compare" in capsys.readouterr().err
+
+
+def test_nothing_to_draw_is_drawn():
+    pytest.importorskip("matplotlib")
+    file, _ = honest_file(3)
+    empty = compare("empty", file.model_copy(update={"artifacts": []}), file, StatTest())
+    same = compare("same", file, file, StatTest())
+    assert "nothing to compare" in as_html(file, [empty, same], StatTest(dist_threshold=0))
+
+
+# --- calibrate ----------------------------------------------------------------------------------------------------
+
+
+def normal_distances(means: list[float], count: int = 250) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(1)
+    return {f"b{i}": generator.normal(mean, 0.0078, count) for i, mean in enumerate(means)}
+
+
+def test_calibrate_finds_the_rate_and_its_spread():
+    found = calibrate(normal_distances([math.sqrt(2)] * 8), 0.10)
+    assert found.r_target == pytest.approx(math.sqrt(2) - 1.2816 * 0.0078, abs=1e-3)
+    assert found.low < found.r_target < found.high
+    assert found.high - found.low < 2e-3
+    assert found.nonces == 2000
+    assert np.mean([block.rate for block in found.blocks]) == pytest.approx(0.1, abs=1e-3)
+    assert all(block.low < block.rate < block.high for block in found.blocks)
+    assert found.p_same > 0.01
+    assert found.standard_errors_from_sqrt2 < 3
+
+
+def test_calibrate_sees_that_the_block_matters():
+    found = calibrate(normal_distances([math.sqrt(2) + 0.004 * (i % 2) for i in range(8)]), 0.10)
+    assert found.p_same < 1e-6
+    assert found.rate_sd > 2 * found.rate_sd_by_chance
+
+
+def test_the_interval_of_r_target_covers():
+    """Of 200 samples, the 95% interval covers the true quantile about as often."""
+    generator = np.random.default_rng(2)
+    covered = 0
+    for _ in range(200):
+        found = calibrate({"b": generator.uniform(0, 1, 500)}, 0.10)
+        covered += found.low <= 0.10 <= found.high
+    assert covered >= 183  # 95% less 2.3 standard errors
+
+
+@pytest.mark.parametrize("distances", [{"a": np.zeros(10)}, {"a": np.ones(100), "b": np.array([])}])
+def test_calibrate_refuses_too_few(distances):
+    with pytest.raises(ToolError, match="too few"):
+        calibrate(distances, 0.10)
+
+
+def test_terminal_histogram_points_at_the_mark():
+    lines = plots.terminal_histogram(np.array([0.0, 0.0, 0.5, 1.0]), 0.5, rows=2)
+    assert [line.split()[0] for line in lines] == ["0.0000", "0.5000"]
+    assert [line.endswith("<-") for line in lines] == [False, True]
+
+
+def test_measured_distances_are_the_servers(server):
+    server.manager.nan_nonces = {3}
+    with PoCClient(server.url) as client:
+        found = measure_distances(client, ["a", "b"], 20, seq_len=4, batch_size=8)
+        assert client.status().status == "STOPPED"
+    for block_hash, distances in found.items():
+        spec = DistanceSpec(block_hash, "calibrate", 4, "sign_flips")
+        assert distances.tolist() == [made_up_distance(spec, nonce) for nonce in range(20) if nonce != 3]
+
+
+def test_calibrate_on_the_command_line(server, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    png = tmp_path / "d.png"
+    args = ("calibrate", "--url", server.url, "--rate", "0.2", "--nonces", "400", "--blocks", "4")
+    assert run(*args, "--png", png, "--theme", "dark") == 0
+    shown = capsys.readouterr().out
+    assert "r_target 1.40" in shown
+    assert shown.count("calibrate-") == 4
+    assert "<-" in shown
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert run(*args, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["r_target"] == pytest.approx(math.sqrt(2) - 0.8416 * 0.0078, abs=2e-3)
+    assert [block["nonces"] for block in found["blocks"]] == [100] * 4
+
+
+def test_calibrate_leaves_a_round_alone(server, capsys):
+    with httpx.Client(base_url=f"{server.url}/api/v1/pow") as client:
+        assert client.post("/init/generate", json=round_body()).is_success
+        assert run("calibrate", "--url", server.url) == 1
+        assert "generates; `gonka-poc stop`" in capsys.readouterr().err
+        assert client.get("/status").json()["status"] == "GENERATING"
+
+
+# --- smoke and e2e: what they find wrong --------------------------------------------------------------------------
+
+
+class Broken(FakeManager):
+    """A server with one thing wrong; `fault` None: with nothing wrong."""
+
+    def __init__(self, fault: str | None = None) -> None:
+        super().__init__()
+        self.fault = fault
+        self.count = 0
+
+    async def compute(self, spec: Any, nonces: list[int]) -> Any:
+        await asyncio.sleep(0.002)
+        self.count += 1
+        if self.fault == "other each time":
+            spec = replace(spec, block_hash=f"{spec.block_hash}{self.count}")
+        if self.fault == "any key":
+            spec = replace(spec, public_key="")
+        result = await super().compute(spec, nonces)
+        if self.fault == "too long":
+            result = replace(result, vectors={n: (v * 1.1).astype(VECTOR_DTYPE) for n, v in result.vectors.items()})
+        return result
+
+    async def compute_distances(self, spec: Any, nonces: list[int]) -> Any:
+        await asyncio.sleep(0.002)
+        self.count += 1
+        if self.fault == "other each time":
+            spec = replace(spec, block_hash=f"{spec.block_hash}{self.count}")
+        if self.fault == "any key":
+            spec = replace(spec, public_key="")
+        result = await super().compute_distances(spec, nonces)
+        if self.fault == "off":
+            result = replace(result, distances={n: d + 0.01 for n, d in result.distances.items()})
+        return result
+
+
+SMALL = Sizes(nonces=60, seq_len=4, batch_size=16, deadline_sec=20)
+
+
+def fails(checks: Iterable[Check]) -> set[str]:
+    return {check.name for check in checks if not check.ok}
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        (None, set()),
+        ("other each time", {"recomputed vectors are equal", "recomputed distances are equal"}),
+        ("any key", {"another public key gives other vectors", "another public key gives other distances"}),
+        ("too long", {"vectors have length 1"}),
+        ("off", {"distances in [0, 2]"}),
+    ],
+)
+def test_smoke_finds_what_is_wrong(monkeypatch, fault, found):
+    monkeypatch.setattr(prover, "QUIET_SEC", 0.2)
+    with engineless_server(Broken(fault)) as server, PoCClient(server.url) as client:
+        checks = list(smoke(prover.Prover(client, SMALL)))
+    assert len(checks) == 8
+    assert fails(checks) == found, "\n".join(check.line for check in checks)
+
+
+class NoProcess:
+    """ServerProcess of a server that runs already."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def start(self) -> None: ...
+    def restart(self) -> None: ...
+    def stop(self) -> None: ...
+
+
+FRAUDS = {"wrong block hash", "wrong public key", "fabricated nonces"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        (None, set()),
+        ("any key", {"artifacts: wrong public key", "threshold: wrong public key"}),
+        ("other each time", {"artifacts: honest", "threshold: honest"}),
+    ],
+)
+def test_e2e_finds_what_is_wrong(monkeypatch, tmp_path, capsys, fault, found):
+    monkeypatch.setattr(prover, "QUIET_SEC", 0.2)
+    out, keep = tmp_path / "r.jsonl", tmp_path / "kept"
+    with engineless_server(Broken(fault)) as server:
+        monkeypatch.setattr("gonka_poc.tools.e2e.server_of", lambda *_: NoProcess(server.url))
+        sizes = ("--nonces", "60", "--seq-len", "4", "--batch-size", "16")
+        status = run("e2e", "--models", tmp_path, tmp_path, "--out", out, "--keep", keep, *sizes)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert status == (1 if found else 0)
+    assert {line["name"] for line in lines if not line["ok"]} == found, capsys.readouterr().out
+    assert len(lines) == 22  # two models
+    assert {line["model"] for line in lines} == {str(tmp_path)}
+    for name in FRAUDS:
+        assert f"threshold: {name}" in {line["name"] for line in lines}
+    kept = next(keep.iterdir())
+    written = {file.stem for file in kept.iterdir()}
+    assert written == {"honest", "2-of-60-tampered", *(name.replace(" ", "-") for name in FRAUDS)}
+    honest, cheat = (read_artifact_file(kept / f"{name}.json") for name in ("honest", "2-of-60-tampered"))
+    assert compare("cheat", cheat, honest, StatTest()).verdict.n_mismatch == 2
+
+
+@pytest.mark.parametrize(("count", "least"), [(1, 1), (20, 2), (100, 2), (150, 3), (500, 4)])
+def test_the_least_fraud(count, least):
+    assert least_fraud(count, StatTest()) == least
+
+
+def test_a_round_that_delivers_nothing_is_said(monkeypatch):
+    manager = Broken()
+    manager.script.extend([ComputeError("a worker failed")] * 10)
+    with engineless_server(manager) as server, PoCClient(server.url) as client:
+        checks = list(smoke(prover.Prover(client, replace(SMALL, deadline_sec=0.1))))
+        assert "the round delivered 0 of 60 nonces in 0.1 s" in checks[0].result
+        assert client.status().status != "GENERATING"
+
+
+# --- checks -----------------------------------------------------------------------------------------------------
+
+
+def test_a_case_that_the_server_refuses_fails_with_its_words():
+    def refused() -> Check:
+        raise ServerAnswerError("answered 409")
+
+    found = list(run_cases([("a", lambda: Check("a", True, "fine")), ("b", refused)]))
+    assert [check.line for check in found] == ["PASS  a: fine", "FAIL  b: answered 409"]
+
+
+def test_results_are_lines_of_json(tmp_path):
+    file = ResultFile(tmp_path / "r.jsonl")
+    file.add(Check("a", True, "fine", 0.5), model="m")
+    assert json.loads((tmp_path / "r.jsonl").read_text()) == {
+        **{"model": "m", "name": "a", "ok": True, "result": "fine", "p_value": 0.5}
+    }
+    ResultFile(None).add(Check("a", True, "fine"))
+    with pytest.raises(ArtifactFileError, match="cannot write"):
+        ResultFile(tmp_path / "missing" / "r.jsonl")
+
+
+# --- coexist ----------------------------------------------------------------------------------------------------
+
+
+class BesideChat(FakeManager):
+    """Computes for a while, and not at all while `chats` are being served, unless it is `rude`."""
+
+    def __init__(self, rude: bool = False) -> None:
+        super().__init__()
+        self.chats = 0
+        self.rude = rude
+
+    async def compute(self, spec: Any, nonces: list[int]) -> Any:
+        if self.chats and not self.rude:
+            return None
+        await asyncio.sleep(0.002)
+        return await super().compute(spec, nonces)
+
+    async def chat(self, body: dict[str, Any]) -> dict[str, Any]:
+        """An answer that takes a millisecond a token."""
+        self.chats += 1
+        try:
+            await asyncio.sleep(0.002 * body["max_tokens"])
+        finally:
+            self.chats -= 1
+        return {"choices": [{"message": {"content": "x" * body["max_tokens"]}}]}
+
+
+SMALL_LOAD = Load(MODEL, seq_len=4, k_dim=3, batch_size=4, max_tokens=64, seconds=0.5)
+
+
+@pytest.mark.parametrize("rude", [False, True])
+def test_coexist_tells_a_server_that_yields_from_one_that_does_not(rude):
+    manager = BesideChat(rude)
+    with engineless_server(manager, manager.chat) as server, PoCClient(server.url) as client:
+        found = {check.name: check for check in coexist(client, SMALL_LOAD)}
+        assert client.status().status != "GENERATING"
+    assert len(found) == 6
+    assert [name for name, check in found.items() if not check.ok] == (
+        ["a round that starts beside chats yields until they end"] if rude else []
+    ), "\n".join(check.line for check in found.values())
+
+
+def test_coexist_on_the_command_line(capsys):
+    manager = BesideChat()
+    sizes = ("--seq-len", "4", "--k-dim", "3", "--batch-size", "4", "--seconds", "0.3")
+    with engineless_server(manager, manager.chat) as server:
+        assert run("coexist", "--url", server.url, *sizes) == 0
+        shown = capsys.readouterr().out.splitlines()
+        assert [line[:4] for line in shown[:-1]] == ["PASS"] * 6
+        assert shown[-1] == "6 of 6 passed"
+        assert httpx.post(f"{server.url}/api/v1/pow/init/generate", json=round_body()).is_success
+        assert run("coexist", "--url", server.url, *sizes) == 1
+        assert "generates; `gonka-poc stop`" in capsys.readouterr().err
+        assert httpx.get(f"{server.url}/api/v1/pow/status").json()["status"] == "GENERATING"
+
+
+def test_coexist_against_a_server_without_chat(server, capsys):
+    assert run("coexist", "--url", server.url, "--seq-len", "4", "--k-dim", "3", "--seconds", "0.1", "--json") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["ok"]
+    assert "answered 404" in next(c["result"] for c in found["checks"] if c["name"].startswith("chat while"))
+
+
+# --- the command line -----------------------------------------------------------------------------------------
+
+
+TOOLS = [
+    ["receive"],
+    ["reference"],
+    ["reference", "make"],
+    ["reference", "check"],
+    ["calibrate"],
+    ["smoke"],
+    ["e2e"],
+    ["coexist"],
+    ["report"],
+]
+
+
+@pytest.mark.parametrize("command", TOOLS, ids=" ".join)
+def test_help_shows_what_a_tool_does(command, capsys):
+    assert run(*command, "--help") == 0
+    assert "gonka-poc" in capsys.readouterr().out
+
+
+def test_every_tool_is_in_the_readme():
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    for command in TOOLS:
+        if command != ["reference"]:
+            assert f"gonka-poc {' '.join(command)} " in readme
