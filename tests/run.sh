@@ -60,7 +60,12 @@ main() {
     check "ruff check" "$VENV/bin/ruff" check .
     check "ruff format" "$VENV/bin/ruff" format --check .
     check mypy "$VENV/bin/mypy"
-    check pytest "$VENV/bin/python" -m pytest "$@"
+    if (($# > 0)); then
+        check pytest "$VENV/bin/python" -m pytest "$@"
+    else
+        check "pytest, times" "$VENV/bin/python" -m pytest -m timing
+        check pytest "$VENV/bin/python" -m pytest -m "not timing" -n 2 --dist loadfile
+    fi
 
     # No numbers here: the last count printed is pytest's own.
     for result in "${results[@]}"; do note "$result"; done

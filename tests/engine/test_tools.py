@@ -71,6 +71,7 @@ def test_vectors_of_a_cheating_prover(float16_claims: ArtifactFile, servers: Ser
 # --- tools for a server that runs ---------------------------------------------------------------------------------
 
 
+@pytest.mark.timing
 def test_coexist(servers: Servers, capsys: pytest.CaptureFixture[str], show: Show) -> None:
     url = str(servers.get(ServerConfig()).base_url)
     status = run("coexist", "--url", url, "--seq-len", SEQ_LEN, "--max-tokens", 100, "--seconds", 3)
