@@ -64,7 +64,8 @@ main() {
         check pytest "$VENV/bin/python" -m pytest "$@"
     else
         check "pytest, times" "$VENV/bin/python" -m pytest -m timing
-        check pytest "$VENV/bin/python" -m pytest -m "not timing" -n 2 --dist loadfile
+        check "pytest, engine" "$VENV/bin/python" -m pytest -m "not timing" -n 2 --dist loadfile tests/engine
+        check pytest "$VENV/bin/python" -m pytest -m "not timing" --ignore tests/engine
     fi
 
     # No numbers here: the last count printed is pytest's own.

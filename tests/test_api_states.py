@@ -44,6 +44,15 @@ class ArtifactApi(RuleBasedStateMachine):
     def post(self, path: str, body: Any = None) -> httpx.Response:
         return self.run(self.client.post(path, json=body))
 
+    def let_work_end(self) -> None:
+        """What is being computed is finished, whoever asked for it; after that nothing is computed again."""
+        self.manager.allow(1000)
+        worker = self.service.queue._worker
+        self.run(until(lambda: not self.service._background and (worker is None or worker.done())))
+        assert self.manager._permits is not None
+        while self.manager._permits._value:
+            self.run(self.manager._permits.acquire())
+
     def teardown(self) -> None:
         self.manager.allow(1000)
         self.run(self.service.close())
@@ -73,19 +82,12 @@ class ArtifactApi(RuleBasedStateMachine):
         self.dropped |= set(self.waiting)
         self.waiting.clear()
         self.round = False
-        # what a worker computes is finished first, whoever asked for it
-        self.manager.allow(1)
-        self.run(until(lambda: not any(not task.done() for task in self.service._background)))
-        while self.manager._permits and self.manager._permits._value:
-            self.run(self.manager._permits.acquire())
+        self.let_work_end()
 
     @precondition(lambda self: self.waiting and not self.round)
     @rule()
     def compute_the_queue(self) -> None:
-        self.manager.allow(1000)
-        self.run(until(lambda: not self.service.queue.queued_nonces))
-        while self.manager._permits and self.manager._permits._value:
-            self.run(self.manager._permits.acquire())
+        self.let_work_end()
         self.completed |= self.waiting
         self.waiting.clear()
 
@@ -108,5 +110,5 @@ class ArtifactApi(RuleBasedStateMachine):
 
 TestArtifactApi = ArtifactApi.TestCase
 TestArtifactApi.settings = settings(
-    max_examples=40, stateful_step_count=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=15, stateful_step_count=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )

@@ -104,7 +104,7 @@ def without_engine(tmp_path_factory: pytest.TempPathFactory) -> HostTree:
         "forward_context.py": "def set_forward_context(skip_compiled): ...",
         "v1/attention/backend.py": "class CommonAttentionMetadata: ...",
         "sequence.py": "class IntermediateTensors: ...",
-        "distributed/parallel_state.py": "get_pp_group = get_tp_group = 1",
+        "distributed/parallel_state.py": "get_pp_group = get_tp_group = get_world_group = 1",
         "utils/import_utils.py": "def resolve_obj_by_qualname(): ...",
         "envs.py": "VLLM_ALLOW_INSECURE_SERIALIZATION = 0",
         "__init__.py": "",
