@@ -68,9 +68,9 @@ def test_serving_kv_cache_is_byte_identical_and_its_prefix_cache_still_hits(serv
 
 
 def test_chat_goes_first_and_neither_disturbs_the_other(server: Client) -> None:
-    alone = server.chat("long", max_tokens=300)
+    alone = server.chat("long", max_tokens=900)
     answers: list[list[int]] = []
-    chat = threading.Thread(target=lambda: answers.append(server.chat("long", max_tokens=300)))
+    chat = threading.Thread(target=lambda: answers.append(server.chat("long", max_tokens=900)))
     chat.start()
     until(lambda: metric(server, "vllm:num_requests_running") > 0)
     request_id = server.post("/api/v1/pow/generate", json=body_of(CASE)).json()["request_id"]
