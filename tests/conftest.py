@@ -11,7 +11,7 @@ _ENVIRONMENT = pytest.MonkeyPatch()
 
 def pytest_configure() -> None:
     """Before any module is imported, so that servers started by module fixtures inherit it."""
-    for name in [name for name in os.environ if name.startswith("POC_")]:
+    for name in [name for name in os.environ if name.startswith("POC_") and not name.startswith("POC_TEST_")]:
         _ENVIRONMENT.delenv(name)
     _ENVIRONMENT.setenv("POC_OUTBOX_PATH", ":memory:")
 
