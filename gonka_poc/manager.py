@@ -47,7 +47,6 @@ class PoCManagerV1:
         self._metrics = metrics or Metrics()
         self._step_size = StepSize(settings.max_step_ms / 1000)
         self._timeout_sec = settings.batch_timeout_sec
-        self._last_seconds = 0.0
         self._lock = asyncio.Lock()
         self._prepared = False
 
@@ -100,25 +99,29 @@ class PoCManagerV1:
         Then the same nonces are to be tried again. Raises ComputeError, WorkerMemoryError (a single nonce does not
         fit), EngineUnavailableError or UnsupportedServerError.
         """
-        answer = await self._compute("poc_compute", spec, nonces)
-        if answer is None:
+        computed = await self._compute("poc_compute", spec, nonces)
+        if computed is None:
             return None
+        answer, seconds = computed
         vectors = np.frombuffer(answer["vectors"], dtype=VECTOR_DTYPE).reshape(len(nonces), spec.k_dim)
         rows = zip(nonces, vectors, answer["finite"], strict=True)
-        computed = {nonce: row for nonce, row, finite in rows if finite}
-        return BatchResult(computed, self._not_computed(computed, nonces))
+        finite_rows = {nonce: row for nonce, row, finite in rows if finite}
+        return BatchResult(finite_rows, self._not_computed(finite_rows, nonces, seconds))
 
     async def compute_distances(self, spec: DistanceSpec, nonces: list[int]) -> DistanceResult | None:
         """Distances of at most one micro-batch of nonces, in all else like `compute`."""
-        answer = await self._compute("poc_compute_distances", spec, nonces)
-        if answer is None:
+        computed = await self._compute("poc_compute_distances", spec, nonces)
+        if computed is None:
             return None
+        answer, seconds = computed
         rows = zip(nonces, answer["distances"], strict=True)
         distances = {nonce: float(distance) for nonce, distance in rows if math.isfinite(distance)}
-        return DistanceResult(distances, self._not_computed(distances, nonces))
+        return DistanceResult(distances, self._not_computed(distances, nonces, seconds))
 
-    async def _compute(self, method: str, spec: VectorSpec | DistanceSpec, nonces: list[int]) -> dict[str, Any] | None:
-        """The answer of the output rank to a call for `nonces`; None as `compute` says."""
+    async def _compute(
+        self, method: str, spec: VectorSpec | DistanceSpec, nonces: list[int]
+    ) -> tuple[dict[str, Any], float] | None:
+        """The answer of the output rank to a call for `nonces`, and its seconds; None as `compute` says."""
         async with self._lock:
             self._refuse_dead()
             if self._view.has_unfinished_requests():
@@ -137,21 +140,21 @@ class PoCManagerV1:
                     "PoC: %d nonces did not fit into memory, going on with %d: %a", len(nonces), size, str(error)
                 )
                 return None
-            self._last_seconds = time.monotonic() - started
-        self._step_size.measured(spec.seq_len, len(nonces), self._last_seconds)
+            seconds = time.monotonic() - started
+        self._step_size.measured(spec.seq_len, len(nonces), seconds)
         results = [answer for answer in answers if answer is not None]
         if len(results) != 1:
             raise ComputeError(f"one worker must answer with the vectors; {len(results)} of {len(answers)} did")
         if results[0]["nonces"] != nonces:
             raise ComputeError("a worker answered for other nonces than it was asked for; restart the server")
-        return results[0]
+        return results[0], seconds
 
-    def _not_computed(self, computed: Container[int], nonces: list[int]) -> list[int]:
+    def _not_computed(self, computed: Container[int], nonces: list[int], seconds: float) -> list[int]:
         """Counts a batch, and says which of its nonces gave a NaN or Inf."""
         bad = [nonce for nonce in nonces if nonce not in computed]
         if bad:
             logger.warning("PoC dropped %d nonces with NaN or Inf: %s", len(bad), bad[:MAX_LOGGED])
-        self._metrics.computed(len(nonces) - len(bad), len(bad), self._last_seconds)
+        self._metrics.computed(len(nonces) - len(bad), len(bad), seconds)
         return bad
 
     async def release(self) -> None:

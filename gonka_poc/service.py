@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Any, Literal
 
 from gonka_poc.callbacks import CallbackSender
@@ -79,11 +78,10 @@ class PoCService:
         """
         async with self._starting:
             await self._check_start(request.url, lambda: self._manager.check(request.params))
-            self._set_round(
-                GenerateRound(
-                    self._manager, request, lambda result: self._send_generated(request, result), self._settings
-                )
+            current = GenerateRound(
+                self._manager, request, lambda result: self._send_generated(current, result), self._settings
             )
+            self._set_round(current)
             self._no_round.clear()
 
     async def init_threshold(
@@ -250,15 +248,13 @@ class PoCService:
     def _generates_for(self, url: str) -> bool:
         return self._round is not None and self._round.active and self._round.request.url == url
 
-    async def _send_generated(self, request: InitGenerateRequest, result: BatchResult) -> None:
+    async def _send_generated(self, current: GenerateRound, result: BatchResult) -> None:
         """Returns when the artifacts are durable; while there is no room for them, their round waits here."""
+        request = current.request
         if request.url is not None:
             artifacts = [{"nonce": n, "vector_b64": encode_vector(vector)} for n, vector in result.vectors.items()]
-            stopped = partial(self._has_stopped, request)
-            await self.callbacks.add_artifacts(request.url, _generated_envelope(request), artifacts, stopped)
-
-    def _has_stopped(self, request: InitGenerateRequest) -> bool:
-        return self._round is None or self._round.request is not request or not self._round.active
+            envelope = _generated_envelope(request)
+            await self.callbacks.add_artifacts(request.url, envelope, artifacts, lambda: current.stopped)
 
     async def _send_distances(self, current: ThresholdRound, result: DistanceResult) -> None:
         """Like `_send_generated`; of valid nonces only."""
