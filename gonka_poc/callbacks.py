@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 
 from gonka_poc.callback_client import CallbackClient
 from gonka_poc.config import Settings
-from gonka_poc.errors import OutboxFullError
+from gonka_poc.errors import OutboxError, OutboxFullError, PoCError, printable
 from gonka_poc.metrics import Metrics
-from gonka_poc.outbox import Batch, Outbox
+from gonka_poc.outbox import Batch, Outbox, RoundMark
 
 logger = logging.getLogger("vllm.gonka_poc.callbacks")
 
@@ -67,30 +67,47 @@ class CallbackSender:
         self._receivers: dict[str, asyncio.Task[None]] = {}
         self._deadlines: dict[str, float] = {}
         self._closed = False
+        self._num_waiting = 0
+        self._damage: OutboxError | None = None
 
     def start(self) -> None:
         """Begin to deliver; what an earlier server left, too."""
         self._watcher = asyncio.create_task(self._watch(), name="poc-outbox")
 
     async def check_room(self) -> None:
-        """Raise OutboxFullError where new work could not be stored."""
+        """Raise OutboxFullError where new work could not be stored, OutboxError where the file is damaged."""
+        self._refuse_damaged()
         await self._write(self._outbox.check_room, give_up=lambda: True)
         self._has_room()
+
+    async def begin_round(self, fingerprint: str, replaced: int | None) -> RoundMark:
+        """Where a round is to begin (`Outbox.begin_round`). Raises what `check_room` raises."""
+        self._refuse_damaged()
+        mark = await self._write(self._outbox.begin_round, fingerprint, replaced, give_up=lambda: True)
+        self._has_room()
+        return mark
+
+    async def end_round(self, round_id: int) -> None:
+        """A client ended the round: an equal one will begin anew."""
+        await self._write(self._outbox.end_round, round_id)
 
     async def add_artifacts(
         self,
         url: str,
         envelope: dict[str, Any],
         artifacts: list[dict[str, Any]],
+        mark: RoundMark | None = None,
         give_up: Callable[[], bool] = _never,
     ) -> None:
-        """Store artifacts for `{url}/generated`; those of one envelope travel together. Returns when they are durable.
+        """Store artifacts for `{url}/generated`, and how far their round is with them. Returns when that is durable.
 
-        Waits for room where there is none; raises OutboxFullError once `give_up` says so.
+        Those of one round travel together. Waits for room where there is none; raises OutboxFullError once `give_up`
+        says so.
         """
-        if artifacts:
-            await self._write(self._outbox.add_artifacts, url, envelope, artifacts, give_up=give_up)
+        if artifacts or mark is not None:
+            await self._write(self._outbox.add_artifacts, url, envelope, artifacts, mark, give_up=give_up)
             self._has_room()
+        if artifacts:
             self._ensure_task(url)
 
     async def add_validated(self, url: str, payload: dict[str, Any], give_up: Callable[[], bool] = _never) -> None:
@@ -105,17 +122,24 @@ class CallbackSender:
             return
         self._closed = True
         await _cancelled([task for task in (self._watcher, *self._receivers.values()) if task is not None])
-        last_tries = [asyncio.create_task(self._send_all(url)) for url in await self._run(self._outbox.receivers)]
-        if last_tries:
-            await asyncio.wait(last_tries, timeout=self._settings.callback_timeout_sec)
-            await _cancelled(last_tries)
+        with suppress(OutboxError):  # said already
+            await self._try_once_more()
         if self.counts.pending_batches and self._outbox.is_durable:
             logger.warning("PoC: %d callbacks stay in %a for the next start", *self._left())
         elif self.counts.pending_batches:
             logger.error("PoC: %d callbacks were not delivered and are lost with %a", *self._left())
         await self._client.close()
-        await self._run(self._outbox.close, count=False)
+        try:
+            await self._run(self._outbox.close, count=False)
+        except sqlite3.Error as error:
+            logger.error("PoC: the outbox was not closed in order: %s", error)
         self._thread.shutdown(wait=False)
+
+    async def _try_once_more(self) -> None:
+        tries = [asyncio.create_task(self._send_all(url)) for url in await self._run(self._outbox.receivers)]
+        if tries:
+            await asyncio.wait(tries, timeout=self._settings.callback_timeout_sec)
+            await _cancelled(tries)
 
     def _left(self) -> tuple[int, str]:
         return self.counts.pending_batches, self._outbox.path
@@ -126,26 +150,50 @@ class CallbackSender:
         def work() -> T:
             result = operation(*args)
             if count:
-                with suppress(sqlite3.Error):  # what was done is done, counted or not
+                with suppress(sqlite3.Error, OutboxError):  # what was done is done, counted or not
                     self.counts = self._outbox.counts()
             return result
 
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except OutboxError as error:
+            self._has_problem(error)
+            self._damage = error
+            raise
+
+    def _refuse_damaged(self) -> None:
+        if self._damage is not None:  # which does not heal, though not every use of the file meets it
+            raise self._damage.with_traceback(None)
 
     async def _write(self, operation: Callable[..., T], *args: Any, give_up: Callable[[], bool] = _never) -> T:
         """Write, as soon as there is room."""
-        while True:
-            try:
-                return await self._run(operation, *args)
-            except OutboxFullError as error:
-                if self.problem is None:
-                    logger.error("PoC: %s", error)
-                self.problem = str(error)
-                if give_up():
-                    raise
-            await self._sleep(ROOM_POLL_SEC)
+        try:
+            return await self._run(operation, *args)
+        except OutboxFullError as error:
+            self._has_problem(error)
+            if give_up():
+                raise
+        self._num_waiting += 1
+        try:
+            while True:
+                await self._sleep(ROOM_POLL_SEC)
+                try:
+                    return await self._run(operation, *args)
+                except OutboxFullError as error:
+                    self._has_problem(error)
+                    if give_up():
+                        raise
+        finally:
+            self._num_waiting -= 1
+
+    def _has_problem(self, error: PoCError) -> None:
+        if self.problem is None:
+            logger.error("PoC: %s", printable(str(error)))
+        self.problem = str(error)
 
     def _has_room(self) -> None:
+        if self._num_waiting or self._damage is not None:  # who waits, waits for more room than there is
+            return
         if self.problem is not None:
             logger.warning("PoC: the outbox takes callbacks again")
         self.problem = None
@@ -165,7 +213,9 @@ class CallbackSender:
                     if url not in self._receivers:
                         self._ensure_task(url)
             except OutboxFullError as error:
-                self.problem = str(error)
+                self._has_problem(error)
+            except OutboxError:
+                pass  # said once, and shown as the problem
             except Exception:
                 logger.exception("PoC: the outbox cannot be read")
             await self._sleep(self._settings.callback_interval_sec)
@@ -182,7 +232,7 @@ class CallbackSender:
     def _ended(self, url: str, task: asyncio.Task[None]) -> None:
         if self._receivers.get(url) is task:
             del self._receivers[url], self._deadlines[url]
-        if not task.cancelled() and task.exception() is not None:
+        if not task.cancelled() and not isinstance(task.exception(), OutboxError | None):
             logger.error("PoC callbacks to %a failed", url, exc_info=task.exception())
 
     async def _deliver(self, url: str) -> None:

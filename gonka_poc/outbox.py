@@ -2,13 +2,15 @@
 
 A batch is what one POST carries. Its status is one of
 
-    open      takes further artifacts of the same envelope
+    open      takes further artifacts of the same round
     pending   fixed, because it is being sent: each try has the same body and the same idempotency key
     kept      was not delivered within the grace time; pending after a restart, a retry, or new work for its receiver
     parked    the receiver refused it (4xx); pending again only after a retry
 
-and a batch that was delivered is deleted. Batches of a receiver are sent in the order of their ids. Methods raise
-OutboxFullError where nothing could be written; then nothing was. They block, and one thread at a time may call them.
+and a batch that was delivered is deleted. Batches of a receiver are sent in the order of their ids. Of each round it
+is kept how many nonces are done, so that one that lost its server goes on where it was. Methods raise OutboxFullError
+where nothing could be written; then nothing was; and OutboxError where the file is damaged. They block, and one thread
+at a time may call them.
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ from typing import Any
 
 from gonka_poc.data import chunks
 from gonka_poc.errors import OutboxFullError
-from gonka_poc.outbox_file import FORMAT_VERSION, IN_MEMORY, Slot, connect, outbox_path, transaction
+from gonka_poc.outbox_file import FORMAT_VERSION, IN_MEMORY, Slot, connect, outbox_path, reading, transaction
 
 MAX_ARTIFACTS_A_BATCH = 10_000
 # free pages that an empty outbox keeps: room to write even if something else fills the disk
 MAX_FREE_PAGES = 16_384
+MAX_ROUNDS = 100
 TO_SEND = "status IN ('open', 'pending')"
 TAKE_UP = "UPDATE batch SET status = 'pending' WHERE slot = ? AND status = 'kept'"
 
@@ -42,6 +45,14 @@ class Batch:
     path: str
     key: str
     body: bytes
+
+
+@dataclass(frozen=True)
+class RoundMark:
+    """How far a round came: so many of its nonces, in their order, are done."""
+
+    round_id: int
+    done: int
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,8 @@ class Outbox:
         self._max_bytes = max_bytes
         self._db = connect(self.path, create=True)
         self._slot = Slot(self.path)
+        with self._transaction():  # the server that had this place before has ended
+            self._db.execute("UPDATE round SET slot = NULL WHERE slot = ?", (self._slot.number,))
 
     @property
     def is_durable(self) -> bool:
@@ -71,32 +84,91 @@ class Outbox:
 
     def close(self) -> None:
         """Leave the file, with all that is in it, to the next server."""
-        self._db.close()
-        self._slot.close()
+        try:
+            self._db.close()
+        finally:
+            self._slot.close()
+
+    # --- rounds -------------------------------------------------------------------------------------------------
+
+    def begin_round(self, fingerprint: str, replaced: int | None = None) -> RoundMark:
+        """Where a round begins: after the nonces of an equal one that no client ended, before whatever ended it.
+
+        `replaced` is the id of the round that this one takes the place of. Raises OutboxFullError as `check_room`.
+        """
+        self.check_room()
+        with self._transaction():
+            self._forget(replaced)
+            mark = self._left_round(fingerprint)
+            if mark is None:
+                cursor = self._db.execute(
+                    "INSERT INTO round (fingerprint, slot, done, updated_at) VALUES (?, ?, 0, ?)",
+                    (fingerprint, self._slot.number, time.time()),
+                )
+                assert cursor.lastrowid is not None
+                mark = RoundMark(cursor.lastrowid, 0)
+            self._db.execute(
+                "DELETE FROM round WHERE id NOT IN (SELECT id FROM round ORDER BY updated_at DESC LIMIT ?)",
+                (MAX_ROUNDS,),
+            )
+        return mark
+
+    def _left_round(self, fingerprint: str) -> RoundMark | None:
+        rows = self._db.execute(
+            "SELECT id, slot, done FROM round WHERE fingerprint = ? ORDER BY done DESC", (fingerprint,)
+        ).fetchall()
+        for round_id, slot, done in rows:
+            if self._may_take(slot):
+                self._db.execute(
+                    "UPDATE round SET slot = ?, updated_at = ? WHERE id = ?", (self._slot.number, time.time(), round_id)
+                )
+                return RoundMark(round_id, done)
+        return None
+
+    def _may_take(self, slot: int | None) -> bool:
+        """Whether no other living server is at work in `slot`; on this one an equal round has failed."""
+        if slot is None or slot == self._slot.number:
+            return True
+        with self._slot.orphaned(slot) as orphaned:
+            return orphaned
+
+    def end_round(self, round_id: int) -> None:
+        """A client ended the round: an equal one begins with its first nonce."""
+        with self._transaction():
+            self._forget(round_id)
+
+    def _forget(self, round_id: int | None) -> None:
+        self._db.execute("DELETE FROM round WHERE id = ?", (round_id,))
 
     # --- what goes in -------------------------------------------------------------------------------------------
 
-    def add_artifacts(self, url: str, envelope: dict[str, Any], artifacts: Sequence[dict[str, Any]]) -> None:
-        """Store artifacts for `{url}/generated`; when this returns they are on disk.
+    def add_artifacts(
+        self, url: str, envelope: dict[str, Any], artifacts: Sequence[dict[str, Any]], mark: RoundMark | None = None
+    ) -> None:
+        """Store artifacts for `{url}/generated`, and how far their round is with them; on disk when this returns.
 
         Each is {"nonce", "vector_b64"}, or all are {"nonce", "dist"}: those of a threshold round.
         """
-        payload = _json(envelope)
+        payload, round_id = _json(envelope), mark.round_id if mark else None
         with self._transaction():
             for part in chunks(list(artifacts), MAX_ARTIFACTS_A_BATCH):
-                self._add_part(url, payload, part)
+                self._add_part(url, payload, round_id, part)
+            if mark is not None:  # a round that was ended meanwhile stays forgotten
+                self._db.execute(
+                    "UPDATE round SET done = ?, updated_at = ? WHERE id = ?", (mark.done, time.time(), mark.round_id)
+                )
             self._added(url)
 
-    def _add_part(self, url: str, payload: str, artifacts: Sequence[dict[str, Any]]) -> None:
+    def _add_part(self, url: str, payload: str, round_id: int | None, artifacts: Sequence[dict[str, Any]]) -> None:
         last = self._db.execute(
-            f"SELECT id, status, path, payload, num_artifacts FROM batch WHERE slot = ? AND url = ? AND {TO_SEND} "
-            "ORDER BY id DESC LIMIT 1",
+            f"SELECT id, status, path, round_id, payload, num_artifacts FROM batch WHERE slot = ? AND url = ? "
+            f"AND {TO_SEND} ORDER BY id DESC LIMIT 1",
             (self._slot.number, url),
         ).fetchone()
-        batch_id, size = (last[0], last[4]) if last else (0, 0)
+        batch_id, size = (last[0], last[5]) if last else (0, 0)
         fits = size + len(artifacts) <= MAX_ARTIFACTS_A_BATCH
-        if last is None or last[1:4] != ("open", "generated", payload) or not fits:
-            batch_id, size = self._insert(url, "generated", payload, "open"), 0
+        if last is None or last[1:5] != ("open", "generated", round_id, payload) or not fits:
+            batch_id, size = self._insert(url, "generated", payload, "open", round_id), 0
         rows = ((batch_id, size + i, item["nonce"], _value(item)) for i, item in enumerate(artifacts))
         self._db.executemany("INSERT INTO artifact (batch_id, position, nonce, value) VALUES (?, ?, ?, ?)", rows)
         self._db.execute("UPDATE batch SET num_artifacts = ? WHERE id = ?", (size + len(artifacts), batch_id))
@@ -113,10 +185,11 @@ class Outbox:
             self._db.execute(f"PRAGMA user_version = {FORMAT_VERSION}")  # a write, to see whether there can be one
             self._refuse_above(self._max_bytes - self._max_bytes // 100)
 
-    def _insert(self, url: str, path: str, payload: str, status: str) -> int:
+    def _insert(self, url: str, path: str, payload: str, status: str, round_id: int | None = None) -> int:
         cursor = self._db.execute(
-            "INSERT INTO batch (slot, url, path, payload, key, status, created_at) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (self._slot.number, url, path, payload, str(uuid.uuid4()), status, time.time()),
+            "INSERT INTO batch (slot, round_id, url, path, payload, key, status, created_at) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (self._slot.number, round_id, url, path, payload, str(uuid.uuid4()), status, time.time()),
         )
         assert cursor.lastrowid is not None
         return cursor.lastrowid
@@ -145,7 +218,8 @@ class Outbox:
     def newest(self, url: str) -> int | None:
         """The id of the last batch to send to `url`; None if there is none."""
         query = f"SELECT max(id) FROM batch WHERE slot = ? AND url = ? AND {TO_SEND}"
-        return self._db.execute(query, (self._slot.number, url)).fetchone()[0]
+        with reading(self.path):
+            return self._db.execute(query, (self._slot.number, url)).fetchone()[0]
 
     def next_batch(self, url: str, newest: int) -> Batch | None:
         """The first batch to send to `url`, up to the id `newest`. What is in it does not change any more."""
@@ -160,10 +234,12 @@ class Outbox:
             batch_id, status, path, key, payload = row
             if status == "open":
                 self._db.execute("UPDATE batch SET status = 'pending' WHERE id = ? AND status = 'open'", (batch_id,))
+            # here, where `gonka-poc outbox purge` cannot come between
+            query = "SELECT nonce, value FROM artifact WHERE batch_id = ? ORDER BY position"
+            artifacts = self._db.execute(query, (batch_id,)).fetchall()
         body = json.loads(payload)
         if path == "generated":
-            query = "SELECT nonce, value FROM artifact WHERE batch_id = ? ORDER BY position"
-            body |= _artifacts_body(self._db.execute(query, (batch_id,)).fetchall())
+            body |= _artifacts_body(artifacts)
         return Batch(batch_id, url, path, key, _json(body).encode())
 
     def delivered(self, batch_id: int) -> None:
@@ -208,7 +284,9 @@ class Outbox:
     def adopt(self) -> None:
         """Take over the batches of servers that ended."""
         mine = self._slot.number
-        for (slot,) in self._db.execute("SELECT DISTINCT slot FROM batch WHERE slot <> ?", (mine,)).fetchall():
+        with reading(self.path):
+            slots = self._db.execute("SELECT DISTINCT slot FROM batch WHERE slot <> ?", (mine,)).fetchall()
+        for (slot,) in slots:
             with self._slot.orphaned(slot) as orphaned:
                 if orphaned:
                     with self._transaction():
@@ -218,13 +296,14 @@ class Outbox:
     def receivers(self) -> list[str]:
         """The URLs that there is something to send to, the one that waits longest first."""
         query = f"SELECT url FROM batch WHERE slot = ? AND {TO_SEND} GROUP BY url ORDER BY min(id)"
-        return [url for (url,) in self._db.execute(query, (self._slot.number,))]
+        with reading(self.path):
+            return [url for (url,) in self._db.execute(query, (self._slot.number,))]
 
     def counts(self) -> Counts:
         """What is in the outbox."""
-        query = "SELECT status = 'parked', count(*), sum(num_artifacts) FROM batch GROUP BY status = 'parked'"
-        found = {parked: (batches, artifacts) for parked, batches, artifacts in self._db.execute(query)}
-        return Counts(*found.get(0, (0, 0)), *found.get(1, (0, 0)))
+        with reading(self.path):
+            still, parked = self._db.execute("SELECT batches, artifacts FROM total ORDER BY parked").fetchall()
+        return Counts(*still, *parked)
 
     def _transaction(self) -> AbstractContextManager[None]:
         return transaction(self._db, self.path)

@@ -19,14 +19,22 @@ from gonka_poc.errors import OutboxError, OutboxFullError
 
 IN_MEMORY = ":memory:"
 APPLICATION_ID = 0x506F4378  # "PoCx": no other program's file
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BUSY_TIMEOUT_SEC = 30.0
 MAX_SLOTS = 1024
 
 SCHEMA = """
+CREATE TABLE round ( -- how far the rounds came that no client ended
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    fingerprint TEXT NOT NULL,
+    slot INTEGER, -- of the server that it runs on; null: that server ended
+    done INTEGER NOT NULL,
+    updated_at REAL NOT NULL
+);
 CREATE TABLE batch (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     slot INTEGER NOT NULL,
+    round_id INTEGER, -- null: not of a round
     url TEXT NOT NULL,
     path TEXT NOT NULL CHECK (path IN ('generated', 'validated')),
     payload TEXT NOT NULL,
@@ -39,6 +47,25 @@ CREATE TABLE batch (
     tried_at REAL
 );
 CREATE INDEX batch_to_send ON batch (slot, url, id) WHERE status IN ('open', 'pending');
+CREATE INDEX batch_kept ON batch (slot, url) WHERE status = 'kept';
+CREATE INDEX batch_slot ON batch (slot);
+-- counted as it changes: a look at every batch after each change would take longer than the change
+CREATE TABLE total (parked INTEGER PRIMARY KEY, batches INTEGER NOT NULL, artifacts INTEGER NOT NULL);
+INSERT INTO total VALUES (0, 0, 0), (1, 0, 0);
+CREATE TRIGGER batch_comes AFTER INSERT ON batch BEGIN
+    UPDATE total SET batches = batches + 1, artifacts = artifacts + new.num_artifacts
+    WHERE parked = (new.status = 'parked');
+END;
+CREATE TRIGGER batch_changes AFTER UPDATE OF status, num_artifacts ON batch BEGIN
+    UPDATE total SET batches = batches - 1, artifacts = artifacts - old.num_artifacts
+    WHERE parked = (old.status = 'parked');
+    UPDATE total SET batches = batches + 1, artifacts = artifacts + new.num_artifacts
+    WHERE parked = (new.status = 'parked');
+END;
+CREATE TRIGGER batch_goes AFTER DELETE ON batch BEGIN
+    UPDATE total SET batches = batches - 1, artifacts = artifacts - old.num_artifacts
+    WHERE parked = (old.status = 'parked');
+END;
 CREATE TABLE artifact (
     batch_id INTEGER NOT NULL REFERENCES batch (id) ON DELETE CASCADE,
     position INTEGER NOT NULL,
@@ -73,6 +100,8 @@ def connect(path: str, create: bool) -> sqlite3.Connection:
             _refuse_foreign(path)
             return _prepared(path)
     except (OSError, sqlite3.Error) as error:
+        if is_damage(error):
+            raise damaged(path, error) from error
         raise OutboxError(
             f"the outbox {path!r} cannot be opened: {error}; set POC_OUTBOX_PATH to a file on a local disk that this "
             f"user may write, or to {IN_MEMORY} to do without"
@@ -117,9 +146,43 @@ def _prepared(path: str) -> sqlite3.Connection:
     return db
 
 
+def is_damage(error: Exception) -> bool:
+    """Whether SQLite says that the content of a file is not what it wrote; its other errors are of subclasses."""
+    return type(error) is sqlite3.DatabaseError
+
+
+def damaged(path: str, error: Exception) -> OutboxError:
+    """What to do where `is_damage`."""
+    return OutboxError(
+        f"the outbox {path!r} is damaged ({error}); stop the server and move the file away together with those whose "
+        "names begin with its name, or set POC_OUTBOX_PATH to another file; `sqlite3 FILE .recover` shows what can "
+        "still be read of it"
+    )
+
+
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Raises OutboxError where what is read inside shows that the file is damaged."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        if is_damage(error):
+            raise damaged(path, error) from error
+        raise
+
+
 @contextmanager
 def transaction(db: sqlite3.Connection, path: str) -> Iterator[None]:
-    """All that is written inside, or nothing of it. Raises OutboxFullError where it cannot be written."""
+    """All that is written inside, or nothing of it.
+
+    Raises OutboxFullError where it cannot be written, OutboxError where the file is damaged.
+    """
+    with reading(path), _written(db, path):
+        yield
+
+
+@contextmanager
+def _written(db: sqlite3.Connection, path: str) -> Iterator[None]:
     try:
         # the write lock first, so that what is read inside is still so when it is changed
         db.execute("BEGIN IMMEDIATE")

@@ -31,6 +31,7 @@ class Round(ABC, Generic[Request, Result]):
     """Goes through a node's nonces in order; `deliver` takes each batch before its nonces count as done.
 
     A nonce is done when `deliver` has returned; a batch that chat displaced is tried again with the same nonces.
+    `start` of them were done before: by a round that lost its server.
     """
 
     def __init__(
@@ -39,15 +40,17 @@ class Round(ABC, Generic[Request, Result]):
         request: Request,
         deliver: Callable[[Result], Awaitable[None]],
         settings: Settings,
+        start: int = 0,
     ) -> None:
         self.request = request
         self.error: str | None = None
         self._manager = manager
         self._deliver = deliver
         self._settings = settings
-        self._done = 0
+        self._first = self._done = start
         self._started = time.monotonic()
         self._stopping = False
+        self._stopped_at: float | None = None
         self._running = asyncio.Event()
         self._running.set()
         self._failures = 0
@@ -67,7 +70,18 @@ class Round(ABC, Generic[Request, Result]):
     def stop(self) -> None:
         """Start no further batch. One that a worker is computing is finished and delivered by `task`."""
         self._stopping = True
+        self._stopped_at = self._stopped_at or time.monotonic()
         self._running.set()
+
+    @property
+    def done(self) -> int:
+        """How many of the node's nonces are done, from its first on."""
+        return self._done
+
+    @property
+    def seconds_stopped(self) -> float:
+        """Since it was told to stop; 0 before."""
+        return 0.0 if self._stopped_at is None else time.monotonic() - self._stopped_at
 
     @property
     @abstractmethod
@@ -84,8 +98,8 @@ class Round(ABC, Generic[Request, Result]):
     @property
     def stats(self) -> RoundStats:
         """Counts since the round began."""
-        elapsed = time.monotonic() - self._started
-        return RoundStats(total_processed=self._done, nonces_per_second=self._done / elapsed if elapsed > 0 else 0.0)
+        elapsed, count = time.monotonic() - self._started, self._done - self._first
+        return RoundStats(total_processed=count, nonces_per_second=count / elapsed if elapsed > 0 else 0.0)
 
     async def _run(self) -> None:
         request = self.request
@@ -95,6 +109,8 @@ class Round(ABC, Generic[Request, Result]):
             request.node_count,
             request.block_height,
         )
+        if self._first:
+            logger.info("PoC round goes on after %d nonces that an earlier server computed", self._first)
         next_report = self._started + REPORT_INTERVAL_SEC
         try:
             while not self._stopping:
@@ -108,7 +124,11 @@ class Round(ABC, Generic[Request, Result]):
             logger.info("PoC round stopped after %d nonces", self._done)
         except PoCError as error:
             self.error = str(error)
-            logger.error("PoC round failed after %d nonces: %s", self._done, printable(self.error))
+            # the engine of a server that is told to end can be gone before a batch is
+            level, end = (
+                (logging.WARNING, "stopped, its last batch failed,") if self._stopping else (logging.ERROR, "failed")
+            )
+            logger.log(level, "PoC round %s after %d nonces: %s", end, self._done, printable(self.error))
         except Exception as error:
             self.error = f"{type(error).__name__}: {error}"
             logger.exception("PoC round failed after %d nonces", self._done)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
@@ -25,7 +27,7 @@ from gonka_poc.generate_queue import GenerateJob, GenerateQueue
 from gonka_poc.history import RecentErrors
 from gonka_poc.manager import PoCManagerV1
 from gonka_poc.metrics import Metrics
-from gonka_poc.outbox import Outbox
+from gonka_poc.outbox import Outbox, RoundMark
 from gonka_poc.rounds import GenerateRound
 from gonka_poc.threshold import ProofJob, ProofQueue, ThresholdRound, valid_distances
 from gonka_poc.threshold_data import (
@@ -38,6 +40,8 @@ from gonka_poc.threshold_data import (
 
 STOPPED = "stopped by POST /stop"
 REPLACED = "another round was set"
+# of a round's request: what changes neither its nonces nor what is said of them
+NOT_OF_A_ROUND = {"batch_size", "fraud_threshold", "use_sign_flips", "use_layer_hooks"}
 # the time that a batch on the workers has to end when the server does; its artifacts are still delivered
 CLOSE_TIMEOUT_SEC = 20.0
 
@@ -52,6 +56,7 @@ class PoCService:
         self._settings = settings
         self._callback_rules = settings.callback_rules
         self._round: GenerateRound | ThresholdRound | None = None
+        self._round_id: int | None = None
         self._starting = asyncio.Lock()
         self._stops = 0
         self._no_round = asyncio.Event()
@@ -77,11 +82,15 @@ class PoCService:
         PoCManagerV1.check raises.
         """
         async with self._starting:
-            await self._check_start(request.url, lambda: self._manager.check(request.params))
+            mark = await self._check_start(request, lambda: self._manager.check(request.params))
             current = GenerateRound(
-                self._manager, request, lambda result: self._send_generated(current, result), self._settings
+                self._manager,
+                request,
+                lambda result: self._send_generated(current, mark, result),
+                self._settings,
+                start=mark.done if mark else 0,
             )
-            self._set_round(current)
+            self._set_round(current, mark)
             self._no_round.clear()
 
     async def init_threshold(
@@ -94,11 +103,15 @@ class PoCService:
         async with self._starting:
             if phase == "GENERATING":
                 _check_can_generate(request)
-            await self._check_start(request.url, lambda: self._manager.check_seq_len(request.seq_len))
+            mark = await self._check_start(request, lambda: self._manager.check_seq_len(request.seq_len))
             current = ThresholdRound(
-                self._manager, request, lambda result: self._send_distances(current, result), self._settings
+                self._manager,
+                request,
+                lambda result: self._send_distances(current, mark, result),
+                self._settings,
+                start=mark.done if mark else 0,
             )
-            self._set_round(current)
+            self._set_round(current, mark)
             self._enter(current, phase)
 
     async def enter_phase(self, phase: Literal["GENERATING", "VALIDATING"]) -> None:
@@ -126,25 +139,35 @@ class PoCService:
                 raise ConflictError(REPLACED)
         return self.proofs.submit(current, proof)
 
-    async def _check_start(self, url: str | None, check: Callable[[], Awaitable[None]]) -> None:
-        """Refuse a round that cannot start now. Nothing is awaited after its last check."""
-        if url is not None:
-            self._callback_rules.check_url(url)
+    async def _check_start(
+        self, request: InitGenerateRequest | ThresholdRequest, check: Callable[[], Awaitable[None]]
+    ) -> RoundMark | None:
+        """Where the round begins; None for one without callbacks, which begins with its first nonce.
+
+        Refuses a round that cannot start now. Nothing is awaited after its last check.
+        """
+        if request.url is not None:
+            self._callback_rules.check_url(request.url)
         if self.generating:
             raise ConflictError("a round is already generating; POST /api/v1/pow/stop ends it")
-        stops = self._stops
+        stops, mark = self._stops, None
         await check()
-        if url is not None:
-            await self.callbacks.check_room()
+        if request.url is not None:
+            # a round that is set and has not failed was not ended yet: the new one takes its place
+            lives = self._round is not None and not self._round.stopped
+            mark = await self.callbacks.begin_round(_fingerprint(request), self._round_id if lives else None)
         if self._stops != stops:
+            self._forget(mark.round_id if mark else None)
             raise ConflictError(f"{STOPPED} before it began")
+        return mark
 
-    def _set_round(self, new: GenerateRound | ThresholdRound) -> None:
+    def _set_round(self, new: GenerateRound | ThresholdRound, mark: RoundMark | None) -> None:
         """The one round of this server; a threshold round that does not generate is replaced."""
-        if self._round is not None:
+        if self._round is not None and not self._round.stopped:
             self._round.stop()
+            self._forget(self._round_id)
         self.proofs.clear(REPLACED)
-        self._round = new
+        self._round, self._round_id = new, mark.round_id if mark else None
         self._keep(new.task).add_done_callback(lambda task: self._round_ended(task))
 
     def _enter(self, current: ThresholdRound, phase: Literal["IDLE", "GENERATING", "VALIDATING"]) -> None:
@@ -213,6 +236,16 @@ class PoCService:
 
     def stop(self) -> None:
         """End the round and drop queued requests; what was computed is still delivered."""
+        self._stop()
+        self._forget(self._round_id)
+        self._round_id = None
+
+    def _forget(self, round_id: int | None) -> None:
+        """The client ended this round, so it is not one to go on with after a crash."""
+        if round_id is not None:
+            self._keep(asyncio.ensure_future(self.callbacks.end_round(round_id)))
+
+    def _stop(self) -> None:
         self._stops += 1
         if self._round is not None:
             self._round.stop()
@@ -221,8 +254,8 @@ class PoCService:
         self.proofs.clear(STOPPED)
 
     async def close(self) -> None:
-        """End everything, delivering what can be delivered now."""
-        self.stop()
+        """End everything, delivering what can be delivered now. The round is one that the next server goes on with."""
+        self._stop()
         await self.queue.close()
         await self.proofs.close()
         deadline = time.monotonic() + CLOSE_TIMEOUT_SEC
@@ -248,22 +281,40 @@ class PoCService:
     def _generates_for(self, url: str) -> bool:
         return self._round is not None and self._round.active and self._round.request.url == url
 
-    async def _send_generated(self, current: GenerateRound, result: BatchResult) -> None:
+    async def _send_generated(self, current: GenerateRound, mark: RoundMark | None, result: BatchResult) -> None:
         """Returns when the artifacts are durable; while there is no room for them, their round waits here."""
-        request = current.request
-        if request.url is not None:
-            artifacts = [{"nonce": n, "vector_b64": encode_vector(vector)} for n, vector in result.vectors.items()]
-            envelope = _generated_envelope(request)
-            await self.callbacks.add_artifacts(request.url, envelope, artifacts, lambda: current.stopped)
+        artifacts = [{"nonce": n, "vector_b64": encode_vector(vector)} for n, vector in result.vectors.items()]
+        num_done = len(artifacts) + len(result.not_computed_nonces)
+        await self._store(current, mark, _generated_envelope(current.request), artifacts, num_done)
 
-    async def _send_distances(self, current: ThresholdRound, result: DistanceResult) -> None:
+    async def _send_distances(self, current: ThresholdRound, mark: RoundMark | None, result: DistanceResult) -> None:
         """Like `_send_generated`; of valid nonces only."""
         request = current.request
-        if request.url is not None:
-            envelope = {**_identity(request), "r_target": request.r_target}
-            valid = valid_distances(result, request.r_target)
-            artifacts = [{"nonce": nonce, "dist": distance} for nonce, distance in valid.items()]
-            await self.callbacks.add_artifacts(request.url, envelope, artifacts, lambda: current.stopped)
+        envelope = {**_identity(request), "r_target": request.r_target}
+        valid = valid_distances(result, request.r_target)
+        artifacts = [{"nonce": nonce, "dist": distance} for nonce, distance in valid.items()]
+        num_done = len(result.distances) + len(result.not_computed_nonces)
+        await self._store(current, mark, envelope, artifacts, num_done)
+
+    async def _store(
+        self,
+        current: GenerateRound | ThresholdRound,
+        mark: RoundMark | None,
+        envelope: dict[str, Any],
+        artifacts: list[dict[str, Any]],
+        num_done: int,
+    ) -> None:
+        url = current.request.url
+        if url is None or mark is None:
+            return
+        await self.callbacks.add_artifacts(
+            url,
+            envelope,
+            artifacts,
+            RoundMark(mark.round_id, current.done + num_done),
+            # the last batch of a round that was stopped may wait as long as its receiver may
+            give_up=lambda: current.seconds_stopped >= self._settings.outbox_grace_sec,
+        )
 
     async def _send_validated(self, job: ProofJob, batch: ValidatedBatch) -> None:
         url = job.round.request.url
@@ -277,7 +328,7 @@ class PoCService:
         if isinstance(answer, ArtifactsAnswer):
             envelope = {**_generated_envelope(request), "request_id": job.request_id}
             artifacts = [a.model_dump() for a in answer.artifacts]
-            await self.callbacks.add_artifacts(request.url, envelope, artifacts, job.outcome.done)
+            await self.callbacks.add_artifacts(request.url, envelope, artifacts, give_up=job.outcome.done)
         else:
             payload = {**_identity(request), **answer.model_dump(exclude={"status"})}
             await self.callbacks.add_validated(request.url, payload, job.outcome.done)
@@ -286,6 +337,12 @@ class PoCService:
 def _check_can_generate(request: ThresholdRequest) -> None:
     if not request.can_generate:
         raise RequestError("to generate, a round needs a node_id from 0 and a node_count from 1")
+
+
+def _fingerprint(request: InitGenerateRequest | ThresholdRequest) -> str:
+    """Equal for rounds with the same nonces, vectors or distances, receiver and envelope."""
+    fields = request.model_dump(mode="json", exclude=NOT_OF_A_ROUND)
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _identity(request: InitGenerateRequest | GenerateRequest | ThresholdRequest) -> dict[str, Any]:

@@ -96,8 +96,9 @@ class ThresholdRound(Round[ThresholdRequest, DistanceResult]):
         request: ThresholdRequest,
         deliver: Callable[[DistanceResult], Awaitable[None]],
         settings: Settings,
+        start: int = 0,
     ) -> None:
-        super().__init__(manager, request, deliver, settings)
+        super().__init__(manager, request, deliver, settings, start)
         self.progress = PoCStats()
         self._phase: State = "IDLE"
         self._running.clear()
@@ -127,8 +128,8 @@ class ThresholdRound(Round[ThresholdRequest, DistanceResult]):
     @property
     def stats(self) -> RoundStats:
         """Counts since the round began, over the time in which it generated."""
-        elapsed = self.progress.elapsed
-        return RoundStats(total_processed=self._done, nonces_per_second=self._done / elapsed if elapsed > 0 else 0.0)
+        elapsed, count = self.progress.elapsed, self._done - self._first
+        return RoundStats(total_processed=count, nonces_per_second=count / elapsed if elapsed > 0 else 0.0)
 
     def status(self, problem: str | None) -> ThresholdStatusAnswer:
         """GET /status; `problem` is what keeps the server from storing what it computes."""

@@ -9,8 +9,10 @@ import json
 import sqlite3
 import time
 from collections import defaultdict, deque
+from collections.abc import Awaitable
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
+from pathlib import Path
 
 import httpx
 import pytest
@@ -21,7 +23,7 @@ from gonka_poc.access import CheckedTransport
 from gonka_poc.callback_client import seconds_to_wait
 from gonka_poc.callbacks import CallbackSender
 from gonka_poc.config import Settings
-from gonka_poc.errors import OutboxFullError
+from gonka_poc.errors import OutboxError, OutboxFullError
 from gonka_poc.outbox import Outbox
 from gonka_poc.outbox_admin import retry_parked, summary
 
@@ -546,7 +548,7 @@ async def test_an_addition_can_be_given_up(make, receivers, disk):
     disk(sender, True)
     gave_up: list[bool] = []
     many = [{"nonce": n, "vector_b64": "A" * 99} for n in range(200)]
-    adding = asyncio.create_task(sender.add_artifacts(URL, {}, many, lambda: bool(gave_up)))
+    adding = asyncio.create_task(sender.add_artifacts(URL, {}, many, give_up=lambda: bool(gave_up)))
     await until(lambda: sender.problem)
     gave_up.append(True)
     with pytest.raises(OutboxFullError, match="disk is full"):
@@ -559,6 +561,62 @@ async def test_a_problem_that_nobody_waits_for_goes_away(make, disk):
     sender.problem = "the outbox is full"
     sender.start()
     await until(lambda: sender.problem is None)
+
+
+async def test_a_problem_stays_while_an_addition_waits(make, receivers, disk, caplog):
+    """Though there is room for something smaller."""
+    sender = make(QUICK)
+    disk(sender, True)
+    sender.start()
+    many = [{"nonce": n, "vector_b64": "A" * 99} for n in range(200)]
+    adding = asyncio.create_task(sender.add_artifacts(URL, {}, many))
+    await until(lambda: sender.problem)
+    for _ in range(100):
+        await asyncio.sleep(0.001)
+        assert sender.problem
+    assert "takes callbacks again" not in caplog.text
+    disk(sender, False)
+    await asyncio.wait_for(adding, 5)
+    assert sender.problem is None
+
+
+async def test_a_damaged_outbox_is_told_with_its_path_and_a_remedy(make, receivers, tmp_path, caplog):
+    """By every use, in the problem that /status shows, and by the next server; closing ends all the same."""
+    path = tmp_path / "outbox"
+    sender = make(QUICK, path)
+    for nonce in range(300):
+        sender._outbox.add_artifacts(URL, {"block_height": nonce}, artifacts(nonce))
+    damage(sender._outbox, path)
+    sender.start()
+    await until(lambda: sender.problem)
+    for said in (sender.problem, await refusal(sender.check_room()), await refusal(sender.add_validated(URL, {}))):
+        assert f"{str(path)!r} is damaged" in said
+        assert "move the file away" in said
+        assert "POC_OUTBOX_PATH" in said
+    await asyncio.sleep(0.02)
+    assert sender.problem
+    await asyncio.wait_for(sender.close(), 5)
+    assert "Traceback" not in caplog.text
+    assert caplog.text.count("is damaged") == 1
+    with pytest.raises(OutboxError, match="outbox' is damaged .*move the file away"):
+        Outbox(str(path), CAP)
+
+
+def damage(box: Outbox, path: Path) -> None:
+    """Overwrite all pages but the first."""
+    box._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    box._db.execute("PRAGMA cache_size = 0")
+    box._db.execute("PRAGMA shrink_memory").fetchall()
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xa5" * (size - 4096))
+
+
+async def refusal(call: Awaitable[None]) -> str:
+    with pytest.raises(OutboxError) as error:
+        await call
+    return str(error.value)
 
 
 async def test_what_was_taken_is_not_sent_again_because_the_disk_is_full(make, receivers, monkeypatch):

@@ -18,7 +18,7 @@ import pytest
 
 from gonka_poc import outbox as outbox_module
 from gonka_poc.errors import OutboxError, OutboxFullError
-from gonka_poc.outbox import Batch, Counts, Outbox
+from gonka_poc.outbox import Batch, Counts, Outbox, RoundMark
 from gonka_poc.outbox_admin import purge, retry_parked, summary
 from gonka_poc.outbox_file import APPLICATION_ID, FORMAT_VERSION, outbox_path
 
@@ -142,6 +142,14 @@ def test_a_stored_status_is_one_that_is_known(open_outbox):
         box._db.execute("UPDATE batch SET status = 'lost'")
 
 
+def test_what_is_kept_is_found_by_an_index(open_outbox):
+    rows = open_outbox()._db.execute(
+        "EXPLAIN QUERY PLAN UPDATE batch SET status = 'pending' WHERE slot = ? AND url = ? AND status = 'kept'",
+        (0, URL),
+    )
+    assert "INDEX batch_kept (slot=? AND url=?)" in str(list(rows))
+
+
 @pytest.mark.parametrize("query", ["SELECT max(id) FROM batch WHERE", "SELECT id FROM batch WHERE id < 9 AND"])
 def test_the_next_batch_is_found_by_an_index(open_outbox, query):
     """Whatever the number of parked batches."""
@@ -198,6 +206,13 @@ class Model:
         return len(changed)
 
 
+def counted(batches: list[ModelBatch]) -> Counts:
+    sizes = {
+        parked: [len(b.nonces or []) for b in batches if (b.status == "parked") is parked] for parked in (False, True)
+    }
+    return Counts(len(sizes[False]), sum(sizes[False]), len(sizes[True]), sum(sizes[True]))
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_random_operations_against_a_model(open_outbox, path, monkeypatch, seed):
     rng, model = random.Random(seed), Model()
@@ -251,9 +266,89 @@ def test_random_operations_against_a_model(open_outbox, path, monkeypatch, seed)
                 model.change(None, ("kept",), "pending")
         held = [(info.url, info.status, info.num_artifacts, info.attempts) for info in summary(path)]
         assert held == [(b.url, b.status, len(b.nonces or []), b.attempts) for b in model.batches]
+        assert box.counts() == counted(model.batches)
     assert len(set(keys.values())) == len(keys)
     (num_artifacts,) = box._db.execute("SELECT count(*) FROM artifact").fetchone()
     assert num_artifacts == sum(len(batch.nonces or []) for batch in model.batches)
+
+
+# --- rounds -----------------------------------------------------------------------------------------------------
+
+
+def begin(box: Outbox, fingerprint: str = "f", **options) -> RoundMark:
+    return box.begin_round(fingerprint, **options)
+
+
+def test_a_round_that_lost_its_server_goes_on_where_it_was(open_outbox):
+    """Also with no valid nonce in its last batch; a batch of before, not sent yet, takes what comes after."""
+    box = open_outbox()
+    first = begin(box)
+    assert first.done == 0
+    box.add_artifacts(URL, {}, artifacts(0, 1), RoundMark(first.round_id, 2))
+    box.add_artifacts(URL, {}, [], RoundMark(first.round_id, 5))
+    assert box.counts() == Counts(1, 2, 0, 0)
+    box.close()
+    box = open_outbox()
+    assert begin(box, "another").done == 0
+    mark = begin(box)
+    assert mark.done == 5
+    box.add_artifacts(URL, {}, artifacts(5), RoundMark(mark.round_id, 6))
+    assert [nonces_of(batch) for batch in drain(box)] == [[0, 1, 5]]
+
+
+def test_a_round_that_failed_goes_on_where_it_was(open_outbox):
+    box = open_outbox()
+    box.add_artifacts(URL, {}, artifacts(0), RoundMark(begin(box).round_id, 1))
+    assert begin(box).done == 1
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_round_that_its_client_ended_is_begun_anew(open_outbox, replaced):
+    """Its last batch, stored after its end, does not bring it back, and gets into no batch of the new round."""
+    box = open_outbox()
+    old = begin(box)
+    box.add_artifacts(URL, {}, artifacts(0), RoundMark(old.round_id, 1))
+    if not replaced:
+        box.end_round(old.round_id)
+    new = begin(box, replaced=old.round_id if replaced else None)
+    assert new.done == 0
+    assert new.round_id != old.round_id
+    box.add_artifacts(URL, {}, artifacts(0), RoundMark(new.round_id, 1))
+    box.add_artifacts(URL, {}, artifacts(1), RoundMark(old.round_id, 2))
+    box.add_artifacts(URL, {}, artifacts(1), RoundMark(new.round_id, 2))
+    assert [nonces_of(batch) for batch in drain(box)] == [[0], [0], [1], [1]]
+    box.end_round(new.round_id)
+    assert begin(box).done == 0
+
+
+def test_equal_rounds_of_two_servers_that_live_are_two(open_outbox):
+    """And where both end, and start again in another order, each goes on with one of them."""
+    one, two = open_outbox(), open_outbox()
+    for box, done in ((one, 1), (two, 2)):
+        mark = begin(box)
+        assert mark.done == 0
+        box.add_artifacts(URL, {}, artifacts(done), RoundMark(mark.round_id, done))
+    two.close()
+    assert begin(one, "other").done == 0
+    one.close()
+    again = open_outbox(), open_outbox()
+    assert [begin(box).done for box in reversed(again)] == [2, 1]
+    assert begin(open_outbox()).done == 0
+
+
+def test_a_round_of_a_server_that_ended_is_taken_over_once(open_outbox):
+    one, two, three = open_outbox(), open_outbox(), open_outbox()
+    two.add_artifacts(URL, {}, artifacts(0), RoundMark(begin(two).round_id, 1))
+    two.close()
+    assert [begin(box).done for box in (three, one)] == [1, 0]
+
+
+def test_the_newest_rounds_are_remembered(open_outbox, monkeypatch):
+    monkeypatch.setattr(outbox_module, "MAX_ROUNDS", 3)
+    box = open_outbox()
+    for name in "abcd":
+        box.add_artifacts(URL, {}, artifacts(0), RoundMark(begin(box, name).round_id, 1))
+    assert [begin(box, name).done for name in "abcd"[::-1]] == [1, 1, 1, 0]
 
 
 # --- the command line's functions -------------------------------------------------------------------------------

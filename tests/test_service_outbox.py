@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
-from contextlib import suppress
+import sqlite3
+from contextlib import closing, suppress
 from types import SimpleNamespace
 
 import httpx
 import pytest
-from fakes import FakeManager, generate_body, round_body, until
+from fakes import FakeManager, generate_body, made_up_distance, round_body, until
 
 from gonka_poc import callback_client, callbacks
+from gonka_poc import service as service_module
 from gonka_poc.config import Settings
-from gonka_poc.errors import OutboxFullError
+from gonka_poc.data import InitGenerateRequest
+from gonka_poc.errors import EngineUnavailableError, OutboxFullError
 from gonka_poc.outbox import Outbox
 from gonka_poc.outbox_admin import summary
 from gonka_poc.routes import PREFIX, make_app
 from gonka_poc.service import PoCService
+from gonka_poc.threshold_data import ThresholdRequest
 
 URL = "http://receiver"
 
@@ -25,12 +29,13 @@ URL = "http://receiver"
 @pytest.fixture
 async def server(monkeypatch, tmp_path):
     """`start()` makes a service and a client of its API; what receivers got is in `posted`, `up` if they answer."""
-    server = SimpleNamespace(posted=[], up=True, services=[], clients=[], path=str(tmp_path / "outbox"))
+    server = SimpleNamespace(posted=[], keys=[], up=True, services=[], clients=[], path=str(tmp_path / "outbox"))
     real = httpx.AsyncClient
 
     def receive(request: httpx.Request) -> httpx.Response:
         if server.up:
             server.posted.append(json.loads(request.content))
+            server.keys.append(request.headers["idempotency-key"])
         return httpx.Response(200 if server.up else 500)
 
     def start(manager: FakeManager, **settings) -> SimpleNamespace:
@@ -102,8 +107,8 @@ async def test_a_round_pauses_while_the_disk_is_full_and_goes_on(server, monkeyp
 
 
 async def test_a_round_that_is_stopped_while_the_disk_is_full_ends(server, monkeypatch):
-    """What could not be stored does not count as computed."""
-    api = server.start(FakeManager(batches=1))
+    """After the grace time; what could not be stored does not count as computed."""
+    api = server.start(FakeManager(batches=1), outbox_grace_sec=0.05)
     disk = FullDisk(api.service, monkeypatch)
     await api.client.post("/init/generate", json=round_body(url=URL))
     disk.full = True
@@ -135,7 +140,7 @@ async def test_new_work_is_refused_at_the_cap(server):
             earlier.add_artifacts(URL, {}, [{"nonce": n, "vector_b64": "AAAAAAAA"} for n in range(20)])
     earlier.close()
     server.up = False
-    api = server.start(FakeManager(), outbox_max_bytes=cap)
+    api = server.start(FakeManager(), outbox_max_bytes=cap, outbox_grace_sec=0.05)
     assert (await api.client.post("/init/generate", json=round_body(url=URL))).status_code == 200
     await until(lambda: api.service.callbacks.problem)
     assert "POC_OUTBOX_MAX_BYTES" in (await api.client.get("/status")).json()["error"]
@@ -163,3 +168,153 @@ async def test_the_next_server_delivers_what_the_last_one_computed(server):
     server.start(FakeManager())
     await until(lambda: delivered(server) == list(range(24)))
     await until(lambda: summary(server.path) == [])
+
+
+# --- a round begun again ----------------------------------------------------------------------------------------
+
+THRESHOLD = {
+    "block_hash": "b",
+    "block_height": 1,
+    "public_key": "k",
+    "r_target": 1.41,
+    "node_id": 0,
+    "node_count": 1,
+    "batch_size": 4,
+    "callback_url": URL,
+}
+ROUNDS = pytest.mark.parametrize("body", [round_body(url=URL), THRESHOLD], ids=["artifacts", "distances"])
+DONE = "SELECT coalesce(max(done), -1) FROM round"
+
+
+def nonces_by_key(server: SimpleNamespace) -> dict[str, list[int]]:
+    """What was delivered, each batch once; a batch that came twice came twice the same."""
+    found: dict[str, list[int]] = {}
+    for key, body in zip(server.keys, server.posted, strict=True):
+        nonces = body["nonces"] if "nonces" in body else [artifact["nonce"] for artifact in body["artifacts"]]
+        assert found.setdefault(key, nonces) == nonces
+    return found
+
+
+def valid_nonces(body: dict, count: int) -> list[int]:
+    """Of the first `count` nonces of a round those that are delivered."""
+    if "params" in body:
+        return list(range(count))
+    spec = ThresholdRequest.model_validate(body).spec
+    return [nonce for nonce in range(count) if made_up_distance(spec, nonce) < body["r_target"]]
+
+
+async def crash(api: SimpleNamespace) -> None:
+    """End a server as kill -9 does: nothing is closed in order, and nothing that it waits for comes."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await api.service.callbacks._run(api.service.callbacks._outbox.close, count=False)
+    api.service.callbacks._closed = True
+
+
+def done_in(api: SimpleNamespace) -> int:
+    """How far the outbox knows the newest round to be."""
+    with closing(sqlite3.connect(api.service.callbacks._outbox.path)) as db:
+        return db.execute(DONE).fetchone()[0]
+
+
+@ROUNDS
+@pytest.mark.parametrize("end", ["crash", "close", "failure"])
+async def test_a_round_that_lost_its_server_goes_on_where_it_was(server, body, end):
+    """No nonce is skipped, and none comes under two keys."""
+    for life in range(3):
+        api = server.start(FakeManager(batches=5 + life))
+        answer = await api.client.post("/init/generate", json=body)
+        assert answer.status_code == 200
+        await until(lambda api=api, life=life: len(api.manager.asked) == 6 + life)
+        status = (await api.client.get("/status")).json()
+        assert status["stats"]["total_processed"] == 4 * (5 + life)  # of this life
+        if end == "failure":
+            api.manager.script.append(EngineUnavailableError("the engine is dead"))
+            api.manager.allow(1)
+            await until(lambda api=api: api.service._round.error)
+        if end == "close":
+            api.manager.allow(1)
+        if end == "crash":
+            await crash(api)
+        else:
+            await api.service.close()
+    num_done = {"crash": 4 * (5 + 6 + 7), "close": 4 * (6 + 7 + 8), "failure": 4 * (6 + 7 + 8)}[end]
+    last = server.start(FakeManager())
+    await until(lambda: summary(server.path) == [])
+    assert done_in(last) == num_done
+    nonces = [nonce for batch in nonces_by_key(server).values() for nonce in batch]
+    assert nonces == valid_nonces(body, num_done)
+    assert len(nonces) >= 15
+
+
+@ROUNDS
+async def test_a_round_that_is_stopped_begins_anew_and_shares_no_callback(server, body):
+    """Within one interval; also where only what the envelope does not say is another."""
+    api = server.start(FakeManager(batches=4), callback_interval_sec=3600.0)
+    other = {**body, "params": {**body["params"], "seq_len": 8}} if "params" in body else {**body, "seq_len": 8}
+    for again in (body, body, other):
+        asked = len(api.manager.asked)
+        await api.client.post("/init/generate", json=again)
+        await until(lambda asked=asked: len(api.manager.asked) == asked + 5)
+        assert api.manager.asked[asked][0] == 0
+        await api.client.post("/stop")
+        api.manager.allow(1)
+        await until(lambda: not api.service._background)
+        api.manager.allow(4)
+    await api.service.close()
+    batches = list(nonces_by_key(server).values())
+    assert batches == [valid_nonces(again, 20) for again in (body, body, other)]
+
+
+async def test_a_threshold_round_that_is_replaced_begins_anew(server):
+    api = server.start(FakeManager())
+    for _ in range(2):
+        asked = len(api.manager.asked)
+        assert (await api.client.post("/init/generate", json=THRESHOLD)).status_code == 200
+        await until(lambda asked=asked: len(api.manager.asked) > asked + 5)
+        assert api.manager.asked[asked][0] == 0
+        assert (await api.client.post("/phase/validate")).status_code == 200
+
+
+async def test_rounds_of_other_nonces_or_vectors_are_others(server):
+    """Each begins with its first nonce, and all go on where they were; a batch's size makes no other round."""
+    api = server.start(FakeManager(batches=0))
+    bodies = [
+        {**round_body(url=URL), **changes}
+        for changes in (
+            {},
+            {"block_hash": "other"},
+            {"public_key": "other"},
+            {"node_count": 2},
+            {"n_groups": 2},
+            {"poc_stronger_rng": True},
+            {"params": {**round_body()["params"], "k_dim": 2}},
+            {"url": "http://other"},
+        )
+    ]
+    marks = [await api.service.callbacks.begin_round(fingerprint(body), None) for body in bodies]
+    assert len({mark.round_id for mark in marks}) == len(bodies)
+    again = await api.service.callbacks.begin_round(fingerprint({**bodies[0], "batch_size": 5}), None)
+    assert again.round_id == marks[0].round_id
+
+
+def fingerprint(body: dict) -> str:
+    return service_module._fingerprint(InitGenerateRequest.model_validate(body))
+
+
+async def test_the_last_batch_of_a_stopped_round_waits_for_a_locked_file(server, monkeypatch):
+    """Another program may hold the file for longer than SQLite waits."""
+    api = server.start(FakeManager(batches=2))
+    await api.client.post("/init/generate", json=round_body(url=URL))
+    await until(lambda: len(delivered(server)) == 8)
+    api.service.callbacks._outbox._db.execute("PRAGMA busy_timeout = 1")
+    with closing(sqlite3.connect(server.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        await api.client.post("/stop")
+        api.manager.allow(1)
+        await until(lambda: "locked" in (api.service.callbacks.problem or ""))
+        await asyncio.sleep(0.05)
+        other.execute("ROLLBACK")
+    await until(lambda: delivered(server) == list(range(12)))
