@@ -266,6 +266,32 @@ class WorkerView:
                 options["slot_mapping"] = slot_mapping
             yield run
 
+    @contextlib.contextmanager
+    def compilable(self) -> Iterator[None]:
+        """While entered, torch can compile the decoder layers: norms, rotary embeddings and activations are plain
+        torch operations that it may fuse, and the layers that are registered with vLLM (attention, experts, states)
+        are called as they are, never traced: they name themselves, which would compile each layer anew.
+        """
+        import torch
+        from vllm.model_executor.custom_op import CustomOp
+
+        with contextlib.ExitStack() as stack:
+            opaque: set[int] = set()
+            for cls in {type(layer) for layer in self._layers.values()}:
+                stack.enter_context(_replaced(cls, "forward", torch.compiler.disable(cls.forward)))
+            for layer in self._layers.values():
+                opaque.update(map(id, layer.modules()))
+            for module in self.model.modules():
+                if isinstance(module, CustomOp) and id(module) not in opaque:
+                    stack.enter_context(_replaced(module, "_forward_method", module.forward_native))
+            with contextlib.suppress(ImportError):
+                from vllm import ir  # 0.19
+
+                stack.enter_context(ir.enable_torch_wrap(False))
+                for op in ir.op.IrOp.registry.values():
+                    stack.enter_context(op.set_priority(["native"]))
+            yield
+
     def logits(self, hidden: Any) -> Any:
         """The model's own logits of `hidden` [n, hidden_size]: [n, vocab_size] on the output rank.
 
@@ -404,6 +430,21 @@ class WorkerView:
             storage = torch.zeros([shape[dim] for dim in order], dtype=cache.dtype, device=cache.device)
             found = self._scratch[key] = storage.permute([order.index(dim) for dim in range(cache.ndim)])
         return found
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """While entered, `owner.name` is `value`."""
+    own = name in vars(owner)
+    original = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
 
 
 def _tensors(cache: Any) -> list[Any]:
