@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gonka_poc.artifact_file import ArtifactFile
-from gonka_poc.client import PoCClient
-from gonka_poc.data import VECTOR_DTYPE, Artifact, InitGenerateRequest, Params, StatTest, decode_vector, encode_vector
+from gonka_poc.client import PoCClient, round_request
+from gonka_poc.data import VECTOR_DTYPE, Artifact, StatTest, decode_vector, encode_vector
 from gonka_poc.errors import ServerAnswerError, ServerStartError, UnsupportedServerError
 from gonka_poc.server_process import ServerProcess
 from gonka_poc.tiny_model import make_tiny_model
@@ -89,7 +89,7 @@ def _rows(work: Path, log: Path, say: Say) -> Iterator[Row]:
             say(f"generating {NONCES} artifacts")
             yield _generate(client, file)
             say(f"chatting {CHATS} times while a round generates")
-            yield _chat_beside_round(client)
+            yield _chat_beside_round(client, file)
         say("restarting the server")
         with _timed() as start:
             server.restart()
@@ -112,19 +112,9 @@ def _generate(client: PoCClient, file: ArtifactFile) -> Row:
     return Row("generate", f"{count} artifacts", f"{count / elapsed.seconds:.0f} nonces/s", count == NONCES)
 
 
-def _chat_beside_round(client: PoCClient) -> Row:
+def _chat_beside_round(client: PoCClient, file: ArtifactFile) -> Row:
     """Chat during a round: every chat is answered, alike, and the round goes on after them."""
-    client.init_generate(
-        InitGenerateRequest(
-            block_hash="demo-block",
-            block_height=1,
-            public_key="demo-host",
-            node_id=0,
-            node_count=1,
-            batch_size=BATCH_SIZE,
-            params=Params(model=MODEL, seq_len=SEQ_LEN, k_dim=K_DIM),
-        )
-    )
+    client.init_generate(round_request(file, BATCH_SIZE))
     before = _wait_for_round(client, 1)
     with _timed() as elapsed:
         answers = [client.chat(MODEL, "Hello", CHAT_TOKENS) for _ in range(CHATS)]
