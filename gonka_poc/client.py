@@ -97,6 +97,13 @@ class PoCClient:
         """GET /status."""
         return self._ask(StatusAnswer, "GET", f"{PREFIX}/status")
 
+    def total_processed(self) -> int:
+        """The nonces that the round has processed. Raises ServerAnswerError also where none generates."""
+        status = self.status()
+        if status.stats is None:
+            raise ServerAnswerError(f"the round ended: {status.error}")
+        return status.stats.total_processed
+
     def stop(self) -> OkAnswer:
         """POST /stop."""
         return self._ask(OkAnswer, "POST", f"{PREFIX}/stop")

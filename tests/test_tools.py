@@ -24,13 +24,14 @@ from gonka_poc.artifact_file import ArtifactFile, read_artifact_file, write_arti
 from gonka_poc.client import PoCClient
 from gonka_poc.data import VECTOR_DTYPE, Artifact, DistanceSpec, StatTest, encode_vector
 from gonka_poc.errors import ArtifactFileError, ComputeError, ServerAnswerError, ToolError
+from gonka_poc.polling import wait_until
 from gonka_poc.tools import plots, prover
 from gonka_poc.tools.calibrate import calibrate, measure_distances
 from gonka_poc.tools.checks import Check, ResultFile, run_cases
 from gonka_poc.tools.coexist import Load, coexist
 from gonka_poc.tools.compare import compare, fabricated, with_turned_vectors
 from gonka_poc.tools.e2e import least_fraud
-from gonka_poc.tools.prover import Sizes, is_gapless, wait_until
+from gonka_poc.tools.prover import Sizes, is_gapless
 from gonka_poc.tools.receive import Delivery, Receiver
 from gonka_poc.tools.report import as_html, row_of
 from gonka_poc.tools.smoke import smoke

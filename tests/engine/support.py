@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import httpx
 import numpy as np
 
 from gonka_poc.data import decode_vector
+from gonka_poc.polling import wait_until
 from gonka_poc.server_process import ServerProcess
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -201,10 +201,7 @@ def max_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 def until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
     """Poll until `condition` holds; fails after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds:g} s"
-        time.sleep(0.02)
+    assert wait_until(condition, seconds, interval=0.02), f"not within {seconds:g} s"
 
 
 # --- callbacks --------------------------------------------------------------------------------------------------
