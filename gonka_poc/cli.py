@@ -32,7 +32,7 @@ from gonka_poc.client import PoCClient
 from gonka_poc.config import load_settings
 from gonka_poc.data import Artifact
 from gonka_poc.demo import run_demo
-from gonka_poc.doctor import doctor_command
+from gonka_poc.doctor import contract_checks, doctor_command, print_checks
 from gonka_poc.errors import ArtifactFileError, PoCError, printable
 from gonka_poc.outbox_admin import purge, retry_parked, summary
 from gonka_poc.outbox_file import outbox_path
@@ -236,14 +236,27 @@ def stop(url: str, token: str | None, as_json: bool) -> int:
 @app.command()
 @click.option("--runner", type=click.Path(path_type=Path), help="MLNode's inference/vllm/runner.py")
 @click.option("--python", help="The Python that MLNode starts vLLM with")
+@click.option(
+    "--vllm",
+    metavar="DIR_OR_WHEEL",
+    type=click.Path(path_type=Path),
+    help="Look at this vLLM instead of this host: a source tree, a package folder or a wheel; nothing of it is run.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, for machines.")
-def doctor(runner: Path | None, python: str | None, as_json: bool) -> int:
+def doctor(runner: Path | None, python: str | None, vllm: Path | None, as_json: bool) -> int:
     """Look whether this host is ready, with the fix beside what is not. Exit status 1 if something is not.
+
+    With --vllm: whether a release of vLLM has every name that gonka_poc uses; each is there, moved or gone.
 
     \b
     gonka-poc doctor --runner /app/packages/api/src/api/inference/vllm/runner.py
+    gonka-poc doctor --vllm vllm-0.33.0-cp38-abi3-manylinux_2_28_x86_64.whl
     """
-    return doctor_command(as_json, runner, python)
+    if vllm is None:
+        return doctor_command(as_json, runner, python)
+    if runner or python:
+        raise click.UsageError("--vllm looks at a release, not at this host: leave --runner and --python out")
+    return print_checks(contract_checks(vllm), as_json)
 
 
 @app.group()
