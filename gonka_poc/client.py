@@ -97,6 +97,13 @@ class PoCClient:
         """GET /status."""
         return self._ask(StatusAnswer, "GET", f"{PREFIX}/status")
 
+    def total_processed(self) -> int:
+        """The nonces that the round has processed. Raises ServerAnswerError also where none generates."""
+        status = self.status()
+        if status.stats is None:
+            raise ServerAnswerError(f"the round ended: {status.error}")
+        return status.stats.total_processed
+
     def stop(self) -> OkAnswer:
         """POST /stop."""
         return self._ask(OkAnswer, "POST", f"{PREFIX}/stop")
@@ -186,17 +193,7 @@ class PoCClient:
     def _generate(
         self, answer: type[Answer], file: ArtifactFile, nonces: Sequence[int], batch_size: int, **more: Any
     ) -> Answer:
-        identity = file.model_dump(
-            include={"block_hash", "block_height", "public_key", "node_id", "node_count", "poc_stronger_rng"}
-        )
-        body = {
-            **identity,
-            "params": {"model": file.model, "seq_len": file.seq_len, "k_dim": file.k_dim},
-            "nonces": list(nonces),
-            "batch_size": batch_size,
-            "wait": True,
-            **more,
-        }
+        body = {**_round_fields(file, batch_size), "nonces": list(nonces), "wait": True, **more}
         return self._ask(answer, "POST", f"{PREFIX}/generate", body)
 
     def _ask(self, answer: type[Answer], method: str, path: str, body: Any = None) -> Answer:
@@ -218,6 +215,20 @@ class PoCClient:
             raise ServerAnswerError(
                 f"{self.url}{path} answered something else than expected; is it a vLLM server with gonka_poc?"
             ) from error
+
+
+def round_request(file: ArtifactFile, batch_size: int, url: str | None = None) -> InitGenerateRequest:
+    """The artifact round that makes what `file` asks."""
+    return InitGenerateRequest(**_round_fields(file, batch_size), url=url)
+
+
+def _round_fields(file: ArtifactFile, batch_size: int) -> dict[str, Any]:
+    """What every request for artifacts of `file` says."""
+    identity = file.model_dump(
+        include={"block_hash", "block_height", "public_key", "node_id", "node_count", "poc_stronger_rng"}
+    )
+    params = {"model": file.model, "seq_len": file.seq_len, "k_dim": file.k_dim}
+    return {**identity, "params": params, "batch_size": batch_size}
 
 
 def _detail(response: httpx.Response) -> str:

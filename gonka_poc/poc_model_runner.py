@@ -19,6 +19,7 @@ from gonka_poc.gpu_random import (
     artifact_vectors,
     layer_reflection,
     nonce_inputs,
+    nonce_projection,
     permuted_distances,
     projected_distances,
     random_projection,
@@ -111,11 +112,14 @@ class PoCModelRunner:
             raise RequestError(f"k_dim {spec.k_dim} is larger than the model's hidden size {size}")
 
         def vectors() -> torch.Tensor | None:
+            # made ahead of the forward, so that only the hidden states are missing when it ends
+            who = (spec.block_hash, spec.public_key, nonces)
+            projection = nonce_projection(*who, size, spec.k_dim, self._view.device)
             hooks = self._reflections(spec.block_hash)
             hidden = self._last_hidden_states(spec, nonces, hooks, spec.poc_stronger_rng)
             if hidden is None or not self._view.is_output_rank:
                 return None
-            return artifact_vectors(spec.block_hash, spec.public_key, nonces, hidden, spec.k_dim)
+            return artifact_vectors(hidden, projection)
 
         values = self._computed(vectors)
         if values is None:

@@ -261,10 +261,11 @@ class PoCService:
         deadline = time.monotonic() + CLOSE_TIMEOUT_SEC
         while self._background and time.monotonic() < deadline:  # a round that ends adds the release of its memory
             await asyncio.wait(self._background, timeout=deadline - time.monotonic())
-        late = list(self._background)
-        for task in late:
-            task.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
+        while self._background:  # so does one that is cancelled
+            late = list(self._background)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
         await self.callbacks.close()
 
     def _keep(self, task: asyncio.Task[Any]) -> asyncio.Task[Any]:

@@ -1,7 +1,8 @@
 """Everything of vLLM that this package touches and that vLLM does not promise to keep.
 
 One module, so that a new vLLM release means one file. Features are asked for, not compared by version; each
-comment names the first release that has the feature. Read against 0.14.0, 0.20.2, 0.25.1, 0.32.0 and 0.33.0.
+comment names the first release that has the feature, or the last. Every name used here stands in vllm_contract.py,
+against which a release is judged (`gonka-poc doctor --vllm`); 0.14.0 to 0.33.0 have them.
 
 The first half is used in the API process (`ApiView`), the second in the workers (`WorkerView`). vLLM is imported
 inside functions, so that the package can be imported without it.
@@ -57,7 +58,7 @@ def is_cpu_build() -> bool:
 
 
 def can_skip_compiled() -> bool:
-    """Whether a forward can leave the compiled model aside (0.17), read from the source without importing vLLM."""
+    """Whether a forward can leave the compiled model aside (0.15), read from the source without importing vLLM."""
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
         return False
@@ -266,6 +267,32 @@ class WorkerView:
                 options["slot_mapping"] = slot_mapping
             yield run
 
+    @contextlib.contextmanager
+    def compilable(self) -> Iterator[None]:
+        """While entered, torch can compile the decoder layers: norms, rotary embeddings and activations are plain
+        torch operations that it may fuse, and the layers that are registered with vLLM (attention, experts, states)
+        are called as they are, never traced: they name themselves, which would compile each layer anew.
+        """
+        import torch
+        from vllm.model_executor.custom_op import CustomOp
+
+        with contextlib.ExitStack() as stack:
+            opaque: set[int] = set()
+            for cls in {type(layer) for layer in self._layers.values()}:
+                stack.enter_context(_replaced(cls, "forward", torch.compiler.disable(cls.forward)))
+            for layer in self._layers.values():
+                opaque.update(map(id, layer.modules()))
+            for module in self.model.modules():
+                if isinstance(module, CustomOp) and id(module) not in opaque:
+                    stack.enter_context(_replaced(module, "_forward_method", module.forward_native))
+            with contextlib.suppress(ImportError):
+                from vllm import ir  # 0.19
+
+                stack.enter_context(ir.enable_torch_wrap(False))
+                for op in ir.op.IrOp.registry.values():
+                    stack.enter_context(op.set_priority(["native"]))
+            yield
+
     def logits(self, hidden: Any) -> Any:
         """The model's own logits of `hidden` [n, hidden_size]: [n, vocab_size] on the output rank.
 
@@ -281,7 +308,7 @@ class WorkerView:
     def _model_positions(self, positions: Any) -> Any:
         """Multi-axis rotary models (M-RoPE) take one row an axis; text has the same position on each."""
         axes = 3 if getattr(self._config.model_config, "uses_mrope", False) else 0
-        axes = axes or getattr(self._config.model_config, "uses_xdrope_dim", 0)
+        axes = axes or getattr(self._config.model_config, "uses_xdrope_dim", 0)  # until 0.29
         return positions.expand(axes, -1) if axes else positions
 
     # -- attention --
@@ -331,10 +358,10 @@ class WorkerView:
                 "slot_mapping": slots,
                 "causal": True,
                 "positions": positions,  # 0.20
-                "is_prefilling": torch.ones(num_seqs, dtype=torch.bool),  # 0.20
+                "is_prefilling": torch.ones(num_seqs, dtype=torch.bool),  # 0.19
                 "seq_lens_cpu_upper_bound": ints(lens, "cpu"),  # 0.20
-                "_seq_lens_cpu": ints(lens, "cpu"),  # until 0.25
-                "_num_computed_tokens_cpu": ints(torch.zeros(num_seqs), "cpu"),  # until 0.25
+                "_seq_lens_cpu": ints(lens, "cpu"),  # until 0.29
+                "_num_computed_tokens_cpu": ints(torch.zeros(num_seqs), "cpu"),  # until 0.29
             }
             common = CommonAttentionMetadata(**{name: value for name, value in values.items() if name in known})
             built = group.get_metadata_builder(0).build(0, common)
@@ -380,7 +407,7 @@ class WorkerView:
     def _scratch_like(self, cache: Any, axis: int, num_blocks: int, owner: str | None, part: int = 0) -> Any:
         """A scratch cache of the same structure, dtype and memory layout as `cache`, with at least `num_blocks`.
 
-        `cache` is a tensor, or a list or tuple of them (recurrent states; until 0.17 also a list of one tensor).
+        `cache` is a tensor, or a list or tuple of them (recurrent states; until 0.18 also a list of one tensor).
         """
         import torch
 
@@ -406,6 +433,21 @@ class WorkerView:
         return found
 
 
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """While entered, `owner.name` is `value`."""
+    own = name in vars(owner)
+    original = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
+
+
 def _tensors(cache: Any) -> list[Any]:
     """The non-empty tensors in a cache attribute (a tensor, or nested lists of them)."""
     import torch
@@ -418,11 +460,11 @@ def _tensors(cache: Any) -> list[Any]:
 def _block_axis(group: Any, cache_dtype: str) -> int:
     """Which axis of a layer's cache counts blocks.
 
-    A backend that gives the shape of its cache is asked with a number of blocks that stands out; from 0.26 on
+    A backend that gives the shape of its cache is asked with a number of blocks that stands out; from 0.29 on
     there is none to ask, and recurrent states never had one: there the first axis counts blocks.
     """
     spec = group.kv_cache_spec
-    get_shape = getattr(group.backend, "get_kv_cache_shape", None)
+    get_shape = getattr(group.backend, "get_kv_cache_shape", None)  # until 0.28
     if get_shape is None or not hasattr(spec, "num_kv_heads"):
         return 0
     marker = 1_234_577
@@ -443,9 +485,9 @@ def _forward_options(config: Any) -> dict[str, Any]:
 
     parameters: Mapping[str, Any] = inspect.signature(set_forward_context).parameters
     options: dict[str, Any] = {}
-    if "slot_mapping" in parameters:  # 0.17: the cache is updated outside of the attention backends
+    if "slot_mapping" in parameters:  # 0.15: the cache is updated outside of the attention backends
         options["slot_mapping"] = None
-    if "skip_compiled" in parameters:  # 0.17
+    if "skip_compiled" in parameters:  # 0.15
         options["skip_compiled"] = True
     elif not config.model_config.enforce_eager:
         raise UnsupportedServerError(
@@ -464,16 +506,16 @@ def _refuse_unsupported(config: Any, model: Any, attention_layers: Mapping[str, 
         "--prefill-context-parallel-size above 1": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "--kv-sharing-fast-prefill": getattr(config.cache_config, "kv_sharing_fast_prefill", False),
         "per-token quantised KV cache (its scales lie in the serving cache)": any(
-            getattr(getattr(layer, "impl", None), "_k_scale_cache", None) is not None
+            getattr(getattr(layer, "impl", None), "_k_scale_cache", None) is not None  # 0.20
             for layer in attention_layers.values()
         ),
-        "--calculate-kv-scales (the first forward, chat or proof, would set the scales)": getattr(
+        "--calculate-kv-scales (the first forward, chat or proof, would set the scales)": getattr(  # until 0.27
             config.cache_config, "calculate_kv_scales", False
         ),
         "a model whose layers read what the last chat's tokens left (per-layer embeddings)": any(
             getattr(module, "per_layer_embeddings", None) is not None for module in model.modules()
         ),
-        "a recurrent-state cache with replay": getattr(config.cache_config, "use_replayssm", False),
+        "a recurrent-state cache with replay": getattr(config.cache_config, "use_replayssm", False),  # 0.27
         "a model without attention": not attention_layers,
     }
     found = [reason for reason, present in reasons.items() if present]

@@ -1,4 +1,4 @@
-"""Stand-ins for the engine: a server without one, and a manager that makes its vectors up."""
+"""Stand-ins: a server without an engine, a manager that makes its vectors up, and a clock."""
 
 from __future__ import annotations
 
@@ -57,6 +57,16 @@ async def until(condition: Callable[[], Any]) -> None:
             await asyncio.sleep(0.001)
 
     await asyncio.wait_for(poll(), 5)
+
+
+class Clock:
+    """A clock that stands still until it is moved; its `now` is in seconds."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 class FakeManager:

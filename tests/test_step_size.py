@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
+from fakes import Clock
+
 from gonka_poc.step_size import CHAT_MEMORY_SEC, MEASUREMENTS, StepSize
-
-
-class Clock:
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
 
 
 def test_full_size_without_chat():

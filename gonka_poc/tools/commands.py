@@ -20,7 +20,17 @@ from rich.table import Table
 from rich.text import Text
 
 from gonka_poc.artifact_file import ArtifactFile, read_artifact_file, write_artifact_file
-from gonka_poc.cli_common import ERROR, FRAUD, PASS, Nonces, print_json, progress_bar, say, server_options
+from gonka_poc.cli_common import (
+    ERROR,
+    FRAUD,
+    PASS,
+    Nonces,
+    artifact_options,
+    print_json,
+    progress_bar,
+    say,
+    server_options,
+)
 from gonka_poc.client import PoCClient
 from gonka_poc.data import Randomization, StatTest
 from gonka_poc.errors import ArtifactFileError, PoCError, printable
@@ -105,18 +115,10 @@ def reference() -> None:
 @reference.command("make")
 @click.option("--nonces", type=Nonces(), help="For example 0-99 [default: the first --count of the node]")
 @click.option("--count", type=click.IntRange(1), default=100, show_default=True, help="Nonces of the node.")
-@click.option("--out", type=FilePath, required=True, help="The file to write.")
-@click.option("--model", help="A served model name [default: the one that is served]")
-@click.option("--api-key", envvar="VLLM_API_KEY", help="vLLM's own, to ask for the model's name [env: VLLM_API_KEY]")
-@click.option("--seq-len", type=click.IntRange(1), default=1024, show_default=True, help="Tokens a nonce.")
-@click.option("--k-dim", type=click.IntRange(1), default=12, show_default=True, help="Length of a vector.")
-@click.option("--block-hash", default="test-block", show_default=True)
-@click.option("--block-height", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--public-key", default="test-key", show_default=True)
 @click.option("--node-id", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--node-count", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--stronger-rng", is_flag=True, help="Ask for poc_stronger_rng.")
-@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Nonces a request.")
+@click.option("--out", type=FilePath, required=True, help="The file to write.")
+@artifact_options
 @server_options
 def reference_make(
     nonces: list[int] | None,
@@ -124,7 +126,6 @@ def reference_make(
     out: Path,
     model: str | None,
     api_key: str | None,
-    stronger_rng: bool,
     batch_size: int,
     url: str,
     token: str | None,
@@ -140,7 +141,7 @@ def reference_make(
         raise ArtifactFileError(f"{out} exists; a reference is not overwritten")
     nonces = nonces or node_nonces(asked["node_id"], asked["node_count"], count)
     with PoCClient(url, token=token, api_key=api_key) as client:
-        file = ArtifactFile(model=model or client.model_name(), poc_stronger_rng=stronger_rng, **asked)
+        file = ArtifactFile(model=model or client.model_name(), **asked)
         with progress_bar("computing", len(nonces)) as progress:
             file = make_reference(client, file, nonces, batch_size, progress)
     write_artifact_file(out, file)

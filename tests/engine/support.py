@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,9 @@ import httpx
 import numpy as np
 
 from gonka_poc.data import decode_vector
+from gonka_poc.polling import wait_until
 from gonka_poc.server_process import ServerProcess
+from gonka_poc.tools.receive import Receiver
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "tests" / "data"
@@ -201,10 +200,7 @@ def max_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 def until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
     """Poll until `condition` holds; fails after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds:g} s"
-        time.sleep(0.02)
+    assert wait_until(condition, seconds, interval=0.02), f"not within {seconds:g} s"
 
 
 # --- callbacks --------------------------------------------------------------------------------------------------
@@ -214,21 +210,5 @@ def until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
 def callback_receiver() -> Iterator[tuple[str, list[tuple[str, dict[str, Any]]]]]:
     """A receiver's URL, and the list of (path, payload) that it fills."""
     received: list[tuple[str, dict[str, Any]]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["content-length"]))
-            received.append((self.path, json.loads(body)))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, format: str, *args: Any) -> None: ...
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}", received
-        finally:
-            server.shutdown()
-            thread.join()
+    with Receiver(on_delivery=lambda delivery: received.append((delivery.path, delivery.payload))) as receiver:
+        yield receiver.url, received

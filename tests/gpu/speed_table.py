@@ -11,10 +11,8 @@ import argparse
 import json
 import shutil
 import statistics
-import threading
 import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from gonka_poc import kernels
 from gonka_poc.data import VectorSpec
 from gonka_poc.gpu_random import fill_normal_reference, householder_reference
 from gonka_poc.server_process import ServerProcess
+from gonka_poc.tools.receive import Receiver
 from tests.gpu.core_table import DATA, request_body, table, wait_for_nonces
 
 BATCH, SEQ_LEN = 32, 1024
@@ -126,27 +125,6 @@ def kernel_rows() -> list[dict[str, Any]]:
     return rows
 
 
-class Receiver:
-    """Takes callbacks in and counts their artifacts."""
-
-    def __init__(self) -> None:
-        self.artifacts = 0
-        receiver = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                receiver.artifacts += len(body["artifacts"])
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, format: str, *args: Any) -> None: ...
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-
 def prefill_rate(url: str, batches: int) -> float:
     """Sequences/s of the server's own prefill: completions of one token, a batch of prompts a request."""
     rates = []
@@ -160,12 +138,11 @@ def prefill_rate(url: str, batches: int) -> float:
     return statistics.median(rates)
 
 
-def round_rate(url: str, receiver: Receiver, seconds: float) -> float:
+def round_rate(url: str, callback_url: str, seconds: float) -> float:
     """Nonces/s of a round in its steady state, callbacks on."""
     spec = VectorSpec(f"speed-{time.time()}", "host", SEQ_LEN, 12)
-    httpx.post(
-        f"{url}/api/v1/pow/init/generate", json=request_body(spec, url=receiver.url), timeout=60
-    ).raise_for_status()
+    body = request_body(spec, url=callback_url)
+    httpx.post(f"{url}/api/v1/pow/init/generate", json=body, timeout=60).raise_for_status()
     first = wait_for_nonces(url, 3 * BATCH)["stats"]["total_processed"]
     started = time.perf_counter()
     time.sleep(seconds)
@@ -179,7 +156,6 @@ def server_rows(shape: str, work: Path, modes: list[str]) -> list[dict[str, Any]
     """A shape on an eager and on a compiled server."""
     rows = []
     model = make_shape(shape, work / shape)
-    receiver = Receiver()
     for mode in modes:
         args = [
             "--served-model-name",
@@ -194,10 +170,11 @@ def server_rows(shape: str, work: Path, modes: list[str]) -> list[dict[str, Any]
         args += ["--enforce-eager"] if mode == "eager" else []
         env = {"POC_OUTBOX_PATH": str(work / f"outbox-{shape}-{mode}")}
         log = work / f"{shape}-{mode}.log"
-        with ServerProcess(model, log_file=log, args=args, env=env, startup_timeout=400) as server:
-            rate = round_rate(server.url, receiver, 10.0)
+        server = ServerProcess(model, log_file=log, args=args, env=env, startup_timeout=400)
+        with Receiver() as receiver, server:
+            rate = round_rate(server.url, receiver.url, 10.0)
             own = prefill_rate(server.url, 4)
-            again = round_rate(server.url, receiver, 5.0)
+            again = round_rate(server.url, receiver.url, 5.0)
         rows.append(
             {
                 "shape": shape,
