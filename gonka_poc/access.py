@@ -15,7 +15,9 @@ import ipaddress
 import re
 import socket
 from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import httpx
 
@@ -32,16 +34,20 @@ FORBIDDEN_NETWORKS: tuple[tuple[Network, str], ...] = (
     (ipaddress.ip_network("100.100.100.200/32"), "cloud metadata"),
     (ipaddress.ip_network("168.63.129.16/32"), "cloud metadata"),
     (ipaddress.ip_network("192.0.0.192/32"), "cloud metadata"),
-    (ipaddress.ip_network("fd00:ec2::254/128"), "cloud metadata"),
+    (ipaddress.ip_network("fd00:ec2::/32"), "cloud metadata"),
     (ipaddress.ip_network("fd20:ce::254/128"), "cloud metadata"),
+    # where in such an address the IPv4 one lies, only its network knows
+    (ipaddress.ip_network("64:ff9b:1::/48"), "local-use NAT64"),
     (ipaddress.ip_network("0.0.0.0/8"), "unspecified"),
     (ipaddress.ip_network("::/128"), "unspecified"),
     (ipaddress.ip_network("224.0.0.0/4"), "multicast"),
     (ipaddress.ip_network("ff00::/8"), "multicast"),
     (ipaddress.ip_network("255.255.255.255/32"), "broadcast"),
 )
-# IPv6 networks whose last 32 bits are the IPv4 address that a gateway goes on to: NAT64, and the old "compatible" form
-NETWORKS_AROUND_IPV4 = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("::/96"))
+# IPv6 networks whose last 32 bits are the IPv4 address that a gateway goes on to: NAT64, SIIT, the "compatible" form
+NETWORKS_AROUND_IPV4 = tuple(ipaddress.ip_network(text) for text in ("64:ff9b::/96", "::ffff:0:0:0/96", "::/96"))
+# names that are looked up at once; a thread each, which a dead resolver holds for long after its callback gave up
+MAX_LOOKUPS = 16
 
 
 class BearerToken:
@@ -110,9 +116,10 @@ class CallbackRules:
             parsed = httpx.URL(url)
             name = _name_of(parsed)
         except (httpx.InvalidURL, ValueError) as error:
-            raise RequestError(f"the callback URL {url!a} cannot be used: {printable(str(error))}") from error
+            shown = shown_url(url)
+            raise RequestError(f"the callback URL {shown!a} cannot be used: {printable(str(error))}") from error
         if parsed.scheme not in ("http", "https"):
-            raise RequestError(f"the callback URL {url!a} must begin with http:// or https://")
+            raise RequestError(f"the callback URL {shown_url(url)!a} must begin with http:// or https://")
         address = _as_address(name)
         if address is not None:
             self.check_address(address)
@@ -133,13 +140,13 @@ class CallbackRules:
                 if form in network:
                     raise RequestError(f"callbacks to the address {str(address)!a} are refused: {reason}")
 
-    async def allowed_addresses(self, host: str, port: int) -> list[str]:
-        """The addresses of `host` that a callback may connect to, in the resolver's order.
+    async def allowed_addresses(self, host: str, port: int, threads: Executor | None = None) -> list[str]:
+        """The addresses of `host` that a callback may connect to, in the resolver's order; looked up in `threads`.
 
         Raises OSError if the host has none, RequestError if it has none that is allowed.
         """
-        loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        lookup = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().run_in_executor(threads, lookup)
         allowed, refusal = [], None
         for address in dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in found):
             try:
@@ -171,6 +178,8 @@ class CheckedTransport(httpx.AsyncBaseTransport):
         self._transport = transport or httpx.AsyncHTTPTransport(
             trust_env=False, limits=httpx.Limits(max_keepalive_connections=0)
         )
+        # not the event loop's threads, which vLLM uses too
+        self._threads = ThreadPoolExecutor(MAX_LOOKUPS, "poc-dns")
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send `request` to the first allowed address that can be connected to. Raises httpx.ConnectError if none."""
@@ -178,7 +187,7 @@ class CheckedTransport(httpx.AsyncBaseTransport):
         host = url.raw_host.decode("ascii")
         timeout = request.extensions.get("timeout", {}).get("connect")
         try:
-            resolving = self._rules.allowed_addresses(host, _port_of(url))
+            resolving = self._rules.allowed_addresses(host, _port_of(url), self._threads)
             addresses = await asyncio.wait_for(resolving, timeout)
         except asyncio.TimeoutError as error:  # another class than TimeoutError until Python 3.11
             raise httpx.ConnectTimeout(f"{host!a} was not resolved in time", request=request) from error
@@ -201,7 +210,13 @@ class CheckedTransport(httpx.AsyncBaseTransport):
 
     async def aclose(self) -> None:
         """Close the connections."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
         await self._transport.aclose()
+
+
+def shown_url(url: str) -> str:
+    """`url` for people and logs: with *** for a name and password in it."""
+    return re.sub(r"^([^/?#]*//)[^/?#]*@", r"\1***@", url)
 
 
 def _port_of(url: httpx.URL) -> int:

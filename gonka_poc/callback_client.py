@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
@@ -31,13 +32,25 @@ class CallbackClient:
     """Goes where it was told, if the rules allow the address: no redirects, and no proxies of the environment."""
 
     def __init__(self, timeout_sec: float, rules: CallbackRules) -> None:
+        self._timeout_sec = timeout_sec
         self._client = httpx.AsyncClient(
             transport=CheckedTransport(rules), timeout=timeout_sec, follow_redirects=False, trust_env=False
         )
 
     async def post(self, batch: Batch) -> Answer:
-        """Send a batch; a receiver that cannot be reached is one that did not take it."""
-        headers = {"Content-Type": "application/json", "Idempotency-Key": batch.key}
+        """Send a batch; a receiver that cannot be reached, or has not answered in time, is one that did not take it."""
+        post = asyncio.ensure_future(self._post(batch))
+        try:
+            # httpx's own timeout begins again with every byte; asyncio.wait_for loses a cancellation until Python 3.12
+            await asyncio.wait([post], timeout=self._timeout_sec)
+            if post.done():
+                return post.result()
+            return Answer(taken=False, refused=False, reason=f"no answer within {self._timeout_sec:g} s")
+        finally:
+            post.cancel()
+
+    async def _post(self, batch: Batch) -> Answer:
+        headers = {"Content-Type": "application/json", "Idempotency-Key": batch.key, "Accept-Encoding": "identity"}
         request = self._client.stream("POST", f"{batch.url}/{batch.path}", content=batch.body, headers=headers)
         try:
             async with request as response:
@@ -58,6 +71,8 @@ class CallbackClient:
 
 async def _beginning(response: httpx.Response) -> str:
     """The first bytes of the body; the rest, which could be any amount, is not read."""
+    if "content-encoding" in response.headers:  # not asked for: a few compressed bytes can be very many
+        return ""
     with suppress(httpx.HTTPError):  # the status has come, and decides
         async for chunk in response.aiter_bytes(MAX_REASON_BYTES):
             return chunk.decode("utf-8", "replace")

@@ -18,6 +18,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
+from gonka_poc.access import shown_url
 from gonka_poc.callback_client import CallbackClient
 from gonka_poc.config import Settings
 from gonka_poc.errors import OutboxError, OutboxFullError, PoCError, printable
@@ -233,7 +234,7 @@ class CallbackSender:
         if self._receivers.get(url) is task:
             del self._receivers[url], self._deadlines[url]
         if not task.cancelled() and not isinstance(task.exception(), OutboxError | None):
-            logger.error("PoC callbacks to %a failed", url, exc_info=task.exception())
+            logger.error("PoC callbacks to %a failed", shown_url(url), exc_info=task.exception())
 
     async def _deliver(self, url: str) -> None:
         failures, retry_after = 0, 0.0
@@ -248,7 +249,9 @@ class CallbackSender:
                 self._deadlines[url] = self._clock() + self._settings.outbox_grace_sec
             elif self._clock() >= self._deadlines[url]:
                 await self._write(self._outbox.keep, url)
-                logger.warning("PoC: callbacks to %a are kept for the next start, or `gonka-poc outbox retry`", url)
+                logger.warning(
+                    "PoC: callbacks to %a are kept for the next start, or `gonka-poc outbox retry`", shown_url(url)
+                )
                 return
 
     async def _send_all(self, url: str) -> float | None:
@@ -268,10 +271,10 @@ class CallbackSender:
             await self._write(self._outbox.delivered, batch.id)
             return None
         if answer.refused:
-            logger.error("PoC callback %d to %a is parked: %a", batch.id, batch.url, answer.reason)
+            logger.error("PoC callback %d to %a is parked: %a", batch.id, shown_url(batch.url), answer.reason)
             await self._write(self._outbox.park, batch.id, answer.reason)
             return None
-        logger.warning("PoC callback %d to %a failed: %a", batch.id, batch.url, answer.reason)
+        logger.warning("PoC callback %d to %a failed: %a", batch.id, shown_url(batch.url), answer.reason)
         with suppress(OutboxFullError):  # the count of tries is for people; the batch stays as it is
             await self._run(self._outbox.failed, batch.id, answer.reason)
         return answer.retry_after_sec

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gonka_poc import __version__
+from gonka_poc.access import shown_url
 from gonka_poc.artifact_file import ArtifactFile, read_artifact_file, write_artifact_file
 from gonka_poc.cli_common import (
     ERROR,
@@ -278,12 +279,19 @@ def outbox_list(path: str, as_json: bool) -> int:
     """What is in the outbox, the oldest first."""
     batches = summary(path)
     if as_json:
-        print_json([dataclasses.asdict(batch) for batch in batches])
+        print_json([{**dataclasses.asdict(batch), "url": shown_url(batch.url)} for batch in batches])
         return PASS
     table = Table("id", "status", "receiver", "artifacts", "tries", "created", "reason")
     for batch in batches:
         created = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(batch.created_at))
-        cells = (batch.id, batch.status, f"{batch.url}/{batch.path}", batch.num_artifacts, batch.attempts, created)
+        cells = (
+            batch.id,
+            batch.status,
+            f"{shown_url(batch.url)}/{batch.path}",
+            batch.num_artifacts,
+            batch.attempts,
+            created,
+        )
         table.add_row(*(Text(printable(str(cell))) for cell in (*cells, batch.reason or "")))
     Console().print(table)
     return PASS

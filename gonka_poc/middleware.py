@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gonka_poc.access import BearerToken
 from gonka_poc.access_log import PollFilter
 from gonka_poc.config import Settings, load_settings
-from gonka_poc.errors import BodyTooLargeError, EngineUnavailableError, PoCError, UnauthorizedError
+from gonka_poc.errors import BodyTooLargeError, EngineUnavailableError, PoCError, RequestError, UnauthorizedError
 from gonka_poc.manager import PoCManagerV1
 from gonka_poc.metrics import Metrics
 from gonka_poc.routes import PREFIX, make_app
@@ -25,7 +25,11 @@ DRAIN_FACTOR = 16
 DASHBOARD = f"{PREFIX}/dashboard"
 POLLED = ("/health", f"{PREFIX}/status", f"{DASHBOARD}/data")
 # what waits for a round under POC_PRIORITY=poc, and for how long before its client should ask again
-PAUSED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+PAUSED = (
+    *("/v1/chat/completions", "/v1/chat/completions/batch", "/v1/completions", "/v1/responses", "/v1/messages"),
+    # the same by other names: SageMaker's, Cohere's, and tokens in and out
+    *("/invocations", "/cohere/v2/chat", "/inference/v1/generate"),
+)
 RETRY_AFTER_SEC = 10
 
 
@@ -69,7 +73,7 @@ class PoCMiddleware:
             self._check_token(scope)
             # where the engine was not known when the server started, the service is made at the first request
             poc_app = self._poc_app or self._make_poc_app(scope["app"])
-            if int(Headers(scope=scope).get("content-length") or 0) > limit:
+            if _declared_length(scope) > limit:
                 await _drain(receive, DRAIN_FACTOR * limit)
                 raise _too_large(limit)
         except PoCError as error:
@@ -104,7 +108,7 @@ class PoCMiddleware:
         return (
             self._settings.priority == "poc"
             and self._service is not None
-            and self._service.generating
+            and self._service.computing
             and scope["method"] == "POST"
             and _path_of(scope) in PAUSED
         )
@@ -158,6 +162,13 @@ async def _answer_paused(scope: Scope, receive: Receive, send: Send) -> None:
     error = {"message": text, "type": "ServiceUnavailableError", "param": None, "code": 503}
     headers = {"Retry-After": str(RETRY_AFTER_SEC)}
     await JSONResponse({"error": error}, status_code=503, headers=headers)(scope, receive, send)
+
+
+def _declared_length(scope: Scope) -> int:
+    text = Headers(scope=scope).get("content-length") or "0"
+    if not (text.isascii() and text.isdecimal()):
+        raise RequestError(f"content-length {text[:20]!a} is no number of bytes")
+    return int(text[:20])
 
 
 def _too_large(limit: int) -> BodyTooLargeError:

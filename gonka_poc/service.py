@@ -218,6 +218,12 @@ class PoCService:
         return self._round is not None and self._round.active
 
     @property
+    def computing(self) -> bool:
+        """Whether a round generates, and does not wait for room for its callbacks."""
+        stored = self._round is not None and self._round.request.url is not None
+        return self.generating and not (stored and self.callbacks.problem)
+
+    @property
     def state(self) -> State:
         """What /status shows as status."""
         if isinstance(self._round, ThresholdRound):

@@ -6,14 +6,16 @@ import asyncio
 import ipaddress
 import random
 import socket
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 from fakes import FakeManager, generate_body, round_body
 
-from gonka_poc.access import FORBIDDEN_NETWORKS, CallbackRules, CheckedTransport
+from gonka_poc.access import FORBIDDEN_NETWORKS, CallbackRules, CheckedTransport, shown_url
 from gonka_poc.config import Settings
 from gonka_poc.errors import RequestError
 from gonka_poc.routes import PREFIX, make_app
@@ -227,7 +229,12 @@ def test_an_address_is_judged_as_the_one_that_it_stands_for(network):
         expected = any(address in forbidden for forbidden, _ in FORBIDDEN_NETWORKS)
         spellings: list[Any] = [address, str(address)]
         if network.version == 4:
-            spellings += [f"::ffff:{address}", f"64:ff9b::{address}", ipaddress.IPv6Address(0x2002 << 112 | bits << 80)]
+            spellings += [
+                f"::ffff:{address}",
+                f"::ffff:0:{address}",
+                f"64:ff9b::{address}",
+                ipaddress.IPv6Address(0x2002 << 112 | bits << 80),
+            ]
         assert {is_refused(spelling) for spelling in spellings} == {expected}, address
 
 
@@ -246,6 +253,42 @@ async def test_the_addresses_of_a_name(monkeypatch):
     resolving_to(monkeypatch, "169.254.169.254", "fe80::1%eth0")
     with pytest.raises(RequestError, match=r"'name': .*link-local"):
         await EVERYTHING.allowed_addresses("name", 80)
+
+
+async def test_names_that_are_not_answered_hold_up_neither_others_nor_the_event_loop(monkeypatch):
+    """More of them than the event loop has threads of its own."""
+    found, hangs = socket.getaddrinfo, threading.Event()
+
+    def getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> list[tuple]:
+        if host.startswith("dead"):
+            hangs.wait(20)
+        return found("127.0.0.1", *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(2))
+    transport = CheckedTransport(EVERYTHING, httpx.MockTransport(lambda request: httpx.Response(200)))
+    async with httpx.AsyncClient(transport=transport, timeout=30) as client:
+        dead = [asyncio.create_task(client.post(f"http://dead{number}/")) for number in range(4)]
+        await asyncio.sleep(0.05)
+        assert (await asyncio.wait_for(client.post("http://receiver.example/"), 5)).status_code == 200
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: "free"), 5) == "free"
+        assert not any(task.done() for task in dead)
+        hangs.set()
+        await asyncio.gather(*dead)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://user:pass@host:1/path", "http://***@host:1/path"),
+        ("https://a@b@host", "https://***@host"),
+        ("http://host/path@x", "http://host/path@x"),
+        ("http://host", "http://host"),
+    ],
+)
+def test_a_url_is_shown_without_its_password(url, shown):
+    assert shown_url(url) == shown
 
 
 async def test_numbers_that_only_a_resolver_understands():

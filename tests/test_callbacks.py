@@ -42,11 +42,13 @@ class Receivers:
         self.answers: dict[str, deque[int | httpx.Response | Exception]] = defaultdict(deque)
         self.gates: dict[str, asyncio.Event] = {}
         self.options: list[dict] = []
+        self.headers: list[httpx.Headers] = []
 
     async def answer(self, request: httpx.Request) -> httpx.Response:
         host = request.url.host
         assert request.headers["content-type"] == "application/json"
         self.got[host].append((request.url.path, json.loads(request.content)))
+        self.headers.append(request.headers)
         self.keys[host].append(request.headers["idempotency-key"])
         if host in self.gates:
             await self.gates[host].wait()
@@ -256,6 +258,17 @@ async def test_what_is_refused_is_parked_and_the_rest_goes_on(make, receivers, s
     assert parked.reason.startswith(f"answered {status}: bad\nnonce")
     assert len(parked.reason) < 250
     assert "bad\\nnonce" in caplog.text  # never a line of its own in the log
+
+
+@pytest.mark.parametrize("status", [400, 500])
+async def test_the_password_of_a_url_is_used_and_not_logged(make, receivers, status, caplog, tmp_path):
+    receivers.answers["receiver"].append(status)
+    sender = make(QUICK, tmp_path / "outbox")
+    await sender.add_artifacts("http://me:secret@receiver", {}, artifacts(1))
+    await until(lambda: caplog.text)
+    assert "http://***@receiver" in caplog.text
+    assert "secret" not in caplog.text
+    assert receivers.headers[0]["authorization"].startswith("Basic ")
 
 
 async def test_a_running_server_sees_a_retry(make, receivers, tmp_path):

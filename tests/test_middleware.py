@@ -19,8 +19,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from vllm.config import ParallelConfig
 
-from gonka_poc import callback_client, middleware
-from gonka_poc.errors import EngineUnavailableError, UnsupportedServerError
+from gonka_poc import callback_client, callbacks, middleware
+from gonka_poc.errors import EngineUnavailableError, OutboxFullError, UnsupportedServerError
 from gonka_poc.middleware import PoCMiddleware
 from gonka_poc.outbox import Outbox
 from gonka_poc.outbox_admin import summary
@@ -341,7 +341,10 @@ async def test_the_token_is_not_kept():
 
 # --- POC_PRIORITY -----------------------------------------------------------------------------------------------
 
-PAUSED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+PAUSED = (
+    *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/chat/completions/batch", "/v1/messages"),
+    *("/invocations", "/inference/v1/generate", "/cohere/v2/chat"),
+)
 
 
 @pytest.mark.parametrize("priority", ["chat", "poc"])
@@ -359,6 +362,38 @@ async def test_chat_while_a_round_generates(client, view, monkeypatch, priority)
         assert (await client.request(method, path)).status_code == 418
     await client.post(f"{PREFIX}/stop")
     assert await statuses() == {418}
+
+
+async def test_chat_is_served_while_a_round_waits_for_room(monkeypatch):
+    """Nothing is computed then, so nothing has to go first."""
+    monkeypatch.setenv("POC_PRIORITY", "poc")
+    monkeypatch.setattr(callbacks, "ROOM_POLL_SEC", 0.01)
+    served = PoCMiddleware(make_host())
+    scope_app = SimpleNamespace(state=SimpleNamespace())
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await served({**scope, "app": scope_app}, receive, send)
+
+    full = False
+
+    def add(*args: Any) -> None:
+        if full:
+            raise OutboxFullError("disk full")
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
+        await client.get(f"{PREFIX}/status")
+        monkeypatch.setattr(served._service.callbacks._outbox, "add_artifacts", add)
+        for url, during in ((None, 503), ("http://receiver", 418)):
+            await client.post(f"{PREFIX}/init/generate", json=round_body(url=url))
+            assert (await client.post(PAUSED[0])).status_code == 503
+            full = True
+            await asyncio.sleep(0.1)
+            assert (await client.post(PAUSED[0])).status_code == during
+            assert (await client.get(f"{PREFIX}/status")).json()["status"] == "GENERATING"
+            full = False
+            await until(lambda: served._service.callbacks.problem is None)
+            assert (await client.post(PAUSED[0])).status_code == 503
+            await client.post(f"{PREFIX}/stop")
 
 
 async def test_the_503_of_chat_is_what_its_clients_know(client, monkeypatch):
@@ -412,6 +447,15 @@ def padded(size: int) -> bytes:
 async def chunked(body: bytes) -> Any:
     for start in range(0, len(body), 100):
         yield body[start : start + 100]
+
+
+@pytest.mark.parametrize("length", ["abc", "-1", "1e9", "1_0", "\xb2", "9" * 30])
+async def test_a_length_that_is_no_number(client, length):
+    """The servers in use refuse those themselves; this one does not rely on it."""
+    headers = {"content-length": length.encode("latin-1")}
+    response = await client.post(f"{PREFIX}/generate", content=b"{}", headers=headers)
+    assert response.status_code == (413 if length.isdecimal() else 400)
+    assert "content-length" in response.text or "POC_MAX_BODY_BYTES" in response.text
 
 
 @pytest.mark.parametrize("as_content", [bytes, chunked], ids=["content-length", "chunked"])

@@ -1,0 +1,88 @@
+"""CallbackClient against receivers that try to hold it, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import time
+import tracemalloc
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from gonka_poc.access import CallbackRules
+from gonka_poc.callback_client import Answer, CallbackClient
+from gonka_poc.outbox import Batch
+
+Reply = Callable[[asyncio.StreamWriter], Awaitable[None]]
+
+
+@asynccontextmanager
+async def receiver(reply: Reply) -> AsyncIterator[str]:
+    """The URL of a receiver that reads a request's head, then does what `reply` does."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert b"accept-encoding: identity\r\n" in head.lower()
+        try:
+            await reply(writer)
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+
+
+async def post(url: str, timeout_sec: float = 30.0) -> Answer:
+    client = CallbackClient(timeout_sec, CallbackRules.parse(""))
+    try:
+        return await client.post(Batch(1, url, "generated", "key", b"{}"))
+    finally:
+        await client.close()
+
+
+async def head_for_ever(writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\n")
+    for number in range(1000):
+        writer.write(f"X-{number}: 1\r\n".encode())
+        await writer.drain()
+        await asyncio.sleep(0.05)
+
+
+async def body_for_ever(writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 500 No\r\nContent-Length: 1000000\r\n\r\n")
+    await asyncio.sleep(3600)
+
+
+@pytest.mark.parametrize("reply", [head_for_ever, body_for_ever])
+async def test_the_time_to_answer_is_one_for_the_whole_answer(reply):
+    """However little by little it comes."""
+    started = time.monotonic()
+    async with receiver(reply) as url:
+        answer = await post(url, timeout_sec=0.3)
+    assert time.monotonic() - started < 3
+    assert not answer.taken
+    assert not answer.refused
+    assert answer.reason == "no answer within 0.3 s"
+
+
+async def test_a_compressed_answer_is_not_made_large():
+    bomb = gzip.compress(bytes(100_000_000))
+
+    async def reply(writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 500 No\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(bomb) + bomb)
+        await writer.drain()
+
+    async with receiver(reply) as url:
+        tracemalloc.start()
+        answer = await post(url)
+        highest = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert answer.reason.startswith("answered 500: ")
+    assert highest < 10_000_000
