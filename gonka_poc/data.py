@@ -20,6 +20,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 MAX_NONCE = 2**63 - 1
 MAX_STEP = 2**53  # between two nonces of a node
 MAX_TEXT = 1024
+# of a request's lists; twice what the queue takes unless POC_MAX_QUEUED_NONCES says more
+MAX_LISTED = 200_000
+MAX_VECTOR_TEXT = 65_536
 PREFIX = "/api/v1/pow"
 State = Literal["IDLE", "GENERATING", "VALIDATING", "STOPPED"]
 VECTOR_DTYPE = np.dtype("<f2")
@@ -50,6 +53,16 @@ def _http_url(url: str) -> str:
 CallbackUrl = Annotated[
     Annotated[str, Field(max_length=4096), AfterValidator(_http_url)] | None, BeforeValidator(_empty_is_none)
 ]
+
+
+def _not_too_long(text: str) -> str:
+    # not by max_length, which refuses what is no Unicode; a text like that is a mismatch, not a wrong request
+    if len(text) > MAX_VECTOR_TEXT:
+        raise ValueError(f"should have at most {MAX_VECTOR_TEXT} characters")
+    return text
+
+
+VectorText = Annotated[str, AfterValidator(_not_too_long), Field(json_schema_extra={"maxLength": MAX_VECTOR_TEXT})]
 
 
 # --- vectors ----------------------------------------------------------------------------------------------------
@@ -196,13 +209,13 @@ class Artifact(StrictModel):
     """A nonce and its vector: base64 of k_dim little-endian float16."""
 
     nonce: Nonce
-    vector_b64: str
+    vector_b64: VectorText
 
 
 class Validation(StrictModel):
     """Received artifacts to compare with recomputed ones."""
 
-    artifacts: list[Artifact]
+    artifacts: list[Artifact] = Field(max_length=MAX_LISTED)
 
 
 class StatTest(StrictModel):
@@ -219,7 +232,7 @@ class GenerateRequest(_RoundFields):
     Callbacks go to `url` for a queued request; with `wait` the answer itself is the result.
     """
 
-    nonces: list[Nonce]
+    nonces: list[Nonce] = Field(max_length=MAX_LISTED)
     wait: bool = Field(default=False, description="true: answer with the result; false: queue and poll")
     validation: Validation | None = None
     stat_test: StatTest = Field(default_factory=StatTest)

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from cachetools import TTLCache
-from pydantic import TypeAdapter
 
 from gonka_poc.config import Settings
 from gonka_poc.data import (
@@ -27,8 +26,6 @@ from gonka_poc.job_queue import Job, JobQueue
 from gonka_poc.manager import PoCManagerV1
 from gonka_poc.validation import validate_artifacts
 
-_FINISHED: TypeAdapter[Completed | FailedAnswer] = TypeAdapter(Completed | FailedAnswer)
-
 
 class GenerateJob(Job[VectorSpec, Completed]):
     """One accepted request; its outcome is its answer."""
@@ -36,20 +33,13 @@ class GenerateJob(Job[VectorSpec, Completed]):
     def __init__(self, request: GenerateRequest) -> None:
         super().__init__(request.spec, request.nonces, request.batch_size)
         self.request = request
+        self.text: bytes | None = None
+        """The answer as JSON, once it is known that the job completed."""
 
     @property
     def name(self) -> str:
         """What the log calls it."""
         return f"PoC request {self.request_id}"
-
-    def answer(self) -> PendingAnswer | Completed | FailedAnswer:
-        """What a poll answers now."""
-        if not self.outcome.done():
-            return PendingAnswer(status=self.state, request_id=self.request_id)
-        error = self.outcome.exception()
-        if error is not None:
-            return FailedAnswer(request_id=self.request_id, error=str(error))
-        return self.outcome.result()
 
 
 class GenerateQueue(JobQueue[GenerateJob, BatchResult]):
@@ -77,17 +67,20 @@ class GenerateQueue(JobQueue[GenerateJob, BatchResult]):
         """Accept a request. Raises QueueFullError where it would take the queue over its limit."""
         return self._add(GenerateJob(request))
 
-    def poll(self, request_id: str) -> PendingAnswer | Completed | FailedAnswer:
-        """The state of a request, or its result. Raises NotFoundError for one that is unknown or has expired."""
+    def poll(self, request_id: str) -> PendingAnswer | bytes:
+        """The state of a request, or its answer (Completed or FailedAnswer) as JSON.
+
+        Raises NotFoundError for one that is unknown or has expired.
+        """
         job = self._pending.get(request_id)
         if job is not None:
-            return job.answer()
+            return PendingAnswer(status=job.state, request_id=request_id)
         finished = self._finished.get(request_id)
         if finished is None:
             raise NotFoundError(
                 f"no request {request_id!r}: unknown, or finished more than {self._settings.result_ttl_sec:g} s ago"
             )
-        return _FINISHED.validate_json(finished)
+        return finished
 
     async def _turn(self) -> None:
         await self._no_round.wait()
@@ -96,8 +89,13 @@ class GenerateQueue(JobQueue[GenerateJob, BatchResult]):
         return await self._manager.compute(spec, nonces)
 
     async def _finish(self, job: GenerateJob, results: list[BatchResult]) -> Completed:
-        answer = _answer(job, results)
-        await self._on_completed(job, answer)
+        # in a thread: of 100,000 nonces it takes seconds, in which no other request would be served
+        answer, text = await asyncio.to_thread(_answer_and_text, job, results)
+        if not job.outcome.done():
+            await self._on_completed(job, answer)
+            job.text = text
+            # a job that was dropped while its callback was stored has been delivered, so it has not failed
+            self._finished[job.request_id] = text
         return answer
 
     async def _idle(self) -> None:
@@ -105,8 +103,16 @@ class GenerateQueue(JobQueue[GenerateJob, BatchResult]):
             await self._manager.release()
 
     def _ended(self, job: GenerateJob) -> None:
-        # as text: the objects of 100,000 artifacts would take ten times as much
-        self._finished[job.request_id] = _FINISHED.dump_json(job.answer())  # type: ignore[arg-type]
+        error = job.outcome.exception()
+        if error is not None:
+            failed = FailedAnswer(request_id=job.request_id, error=str(error))
+            self._finished[job.request_id] = failed.model_dump_json().encode()
+
+
+def _answer_and_text(job: GenerateJob, results: list[BatchResult]) -> tuple[Completed, bytes]:
+    # as text: the objects of 100,000 artifacts would take ten times as much
+    answer = _answer(job, results)
+    return answer, answer.model_dump_json().encode()
 
 
 def _answer(job: GenerateJob, results: list[BatchResult]) -> Completed:

@@ -56,8 +56,8 @@ class JobQueue(ABC, Generic[SomeJob, Result]):
 
     @property
     def queued_nonces(self) -> int:
-        """Nonces of all jobs that have not ended."""
-        return sum(len(job.nonces) for job in self._pending.values())
+        """Nonces of all jobs that have not ended; a job without any counts as one."""
+        return sum(map(_weight, self._pending.values()))
 
     def drop(self, job: SomeJob, reason: str) -> None:
         """End a job that has not ended; a micro-batch of it that is being computed is thrown away."""
@@ -95,7 +95,7 @@ class JobQueue(ABC, Generic[SomeJob, Result]):
     def _add(self, job: SomeJob) -> SomeJob:
         """Accept a job. Raises QueueFullError where it would take the queue over its limit."""
         limit, queued = self._settings.max_queued_nonces, self.queued_nonces
-        if queued + len(job.nonces) > limit:
+        if queued + _weight(job) > limit:
             raise QueueFullError(
                 f"{len(job.nonces)} nonces do not fit: {queued} {self.WAITING}, the limit is {limit} "
                 "(POC_MAX_QUEUED_NONCES); send fewer, or later"
@@ -114,7 +114,8 @@ class JobQueue(ABC, Generic[SomeJob, Result]):
                 if not job.outcome.done():
                     self._end(job, await self._finish(job, results))
             except PoCError as error:
-                logger.error("%s failed: %s", job.name, printable(str(error)))
+                if not job.outcome.done():  # one that was dropped has nobody to miss it
+                    logger.error("%s failed: %s", job.name, printable(str(error)))
                 self._end(job, error)
             except Exception as error:
                 logger.exception("%s failed", job.name)
@@ -149,3 +150,7 @@ class JobQueue(ABC, Generic[SomeJob, Result]):
         else:
             job.outcome.set_result(outcome)
         self._ended(job)
+
+
+def _weight(job: Job[Any, Any]) -> int:
+    return max(1, len(job.nonces))

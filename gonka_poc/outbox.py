@@ -65,6 +65,13 @@ class Counts:
     parked_artifacts: int
 
 
+def most_bytes(num_artifacts: int, value_chars: int) -> int:
+    """At most so much an outbox grows by artifacts whose values are so long: rows, and pages that are not full."""
+    # a value of about 900 characters or more goes to pages of its own
+    row = 3 * (value_chars + 24) // 2 if value_chars < 900 else (value_chars // 4096 + 2) * 4096
+    return num_artifacts * row
+
+
 class Outbox:
     """One server's part of the outbox file."""
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from gonka_poc import __version__
 from gonka_poc.dashboard import DashboardData, dashboard_data, dashboard_page
@@ -109,19 +109,27 @@ async def validate(body: ProofBatch, request: Request, service: Service) -> Proo
     return await _outcome_while_connected(job.outcome, partial(service.proofs.drop, job), request)
 
 
-@router.post("/generate", responses=_errors(400, 409, 413, 429, 500, 501, 503, 507))
-async def generate(body: GenerateRequest, request: Request, service: Service) -> GenerateAnswer:
+@router.post("/generate", response_model=GenerateAnswer, responses=_errors(400, 409, 413, 429, 500, 501, 503, 507))
+async def generate(body: GenerateRequest, request: Request, service: Service) -> QueuedAnswer | Response:
     """Artifacts of given nonces, or the validation of received ones; `wait` true: inline, false: queued."""
     job = await service.submit(body)
     if not body.wait:
         return QueuedAnswer(request_id=job.request_id, queued_count=len(body.nonces))
-    return await _outcome_while_connected(job.outcome, partial(service.queue.drop, job), request)
+    await _outcome_while_connected(job.outcome, partial(service.queue.drop, job), request)
+    assert job.text is not None  # an outcome that is no error
+    return _as_it_is(job.text)
 
 
-@router.get("/generate/{request_id}", responses=_errors(404))
-async def generate_result(request_id: str, service: Service) -> PendingAnswer | Completed | FailedAnswer:
+@router.get("/generate/{request_id}", response_model=PendingAnswer | Completed | FailedAnswer, responses=_errors(404))
+async def generate_result(request_id: str, service: Service) -> PendingAnswer | Response:
     """State or result of a queued request; 404 if unknown or expired."""
-    return service.queue.poll(request_id)
+    answer = service.queue.poll(request_id)
+    return _as_it_is(answer) if isinstance(answer, bytes) else answer
+
+
+def _as_it_is(text: bytes) -> Response:
+    """An answer that can be large: made into JSON once, and not looked at again."""
+    return Response(text, media_type="application/json")
 
 
 @router.get("/status")

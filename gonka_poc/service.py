@@ -27,7 +27,7 @@ from gonka_poc.generate_queue import GenerateJob, GenerateQueue
 from gonka_poc.history import RecentErrors
 from gonka_poc.manager import PoCManagerV1
 from gonka_poc.metrics import Metrics
-from gonka_poc.outbox import Outbox, RoundMark
+from gonka_poc.outbox import Outbox, RoundMark, most_bytes
 from gonka_poc.rounds import GenerateRound
 from gonka_poc.threshold import ProofJob, ProofQueue, ThresholdRound, valid_distances
 from gonka_poc.threshold_data import (
@@ -41,7 +41,7 @@ from gonka_poc.threshold_data import (
 STOPPED = "stopped by POST /stop"
 REPLACED = "another round was set"
 # of a round's request: what changes neither its nonces nor what is said of them
-NOT_OF_A_ROUND = {"batch_size", "fraud_threshold", "use_sign_flips", "use_layer_hooks"}
+NOT_OF_A_ROUND = ("batch_size", "fraud_threshold", "use_sign_flips", "use_layer_hooks")
 # the time that a batch on the workers has to end when the server does; its artifacts are still delivered
 CLOSE_TIMEOUT_SEC = 20.0
 
@@ -204,8 +204,19 @@ class PoCService:
                 )
         await self._manager.check(request.params)
         if request.url is not None and not request.wait:
+            self._check_size(request)
             await self.callbacks.check_room()
         return self.queue.submit(request)
+
+    def _check_size(self, request: GenerateRequest) -> None:
+        """Refuse a request whose callback would wait for ever for room. Raises RequestError."""
+        limit, chars = self._settings.outbox_max_bytes, 4 * ((2 * request.params.k_dim + 2) // 3)
+        size = most_bytes(len(request.nonces), chars)
+        if size > limit - limit // 4:  # the rest is for what holds it together, and what is there already
+            raise RequestError(
+                f"the callback of {len(request.nonces)} nonces may take {size} bytes of the outbox, which has {limit} "
+                "(POC_OUTBOX_MAX_BYTES); send fewer nonces a request"
+            )
 
     @property
     def settings(self) -> Settings:
@@ -334,7 +345,7 @@ class PoCService:
             return
         if isinstance(answer, ArtifactsAnswer):
             envelope = {**_generated_envelope(request), "request_id": job.request_id}
-            artifacts = [a.model_dump() for a in answer.artifacts]
+            artifacts = await asyncio.to_thread(lambda: [a.model_dump() for a in answer.artifacts])
             await self.callbacks.add_artifacts(request.url, envelope, artifacts, give_up=job.outcome.done)
         else:
             payload = {**_identity(request), **answer.model_dump(exclude={"status"})}
@@ -348,7 +359,7 @@ def _check_can_generate(request: ThresholdRequest) -> None:
 
 def _fingerprint(request: InitGenerateRequest | ThresholdRequest) -> str:
     """Equal for rounds with the same nonces, vectors or distances, receiver and envelope."""
-    fields = request.model_dump(mode="json", exclude=NOT_OF_A_ROUND)
+    fields = request.model_dump(mode="json", exclude=set(NOT_OF_A_ROUND))
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 

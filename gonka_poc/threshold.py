@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import deque
@@ -199,6 +200,7 @@ class ProofQueue(JobQueue[ProofJob, DistanceResult]):
     async def _finish(self, job: ProofJob, results: list[DistanceResult]) -> ProofVerdict:
         request = job.round.request
         distances = {nonce: distance for result in results for nonce, distance in result.distances.items()}
-        batch = validate_proof(job.proof, distances, request.r_target, request.fraud_threshold)
-        await self._on_validated(job, batch)
+        batch = await asyncio.to_thread(validate_proof, job.proof, distances, request.r_target, request.fraud_threshold)
+        if not job.outcome.done():
+            await self._on_validated(job, batch)
         return batch.verdict

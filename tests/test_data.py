@@ -14,6 +14,7 @@ from fakes import MODEL, generate_body, round_body
 from pydantic import ValidationError
 
 from gonka_poc.data import (
+    MAX_LISTED,
     MAX_NONCE,
     MAX_TEXT,
     ArtifactsAnswer,
@@ -335,3 +336,16 @@ def test_not_computed_nonces_are_said_only_if_there_are_any():
     plain = {"status": "completed", "request_id": "1", "artifacts": []}
     assert answer.model_dump() == {**plain, "encoding": {"dtype": "f16", "k_dim": 3, "endian": "le"}}
     assert answer.model_copy(update={"not_computed_nonces": [5]}).model_dump()["not_computed_nonces"] == [5]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"nonces": list(range(MAX_LISTED + 1))}, "at most 200000 items"),
+        ({"validation": {"artifacts": [{"nonce": 0, "vector_b64": ""}] * (MAX_LISTED + 1)}}, "at most 200000 items"),
+        ({"validation": {"artifacts": [{"nonce": 0, "vector_b64": "A" * 65_537}]}}, "at most 65536 characters"),
+    ],
+)
+def test_lists_and_vectors_have_a_largest_size(changes, said):
+    with pytest.raises(ValidationError, match=said):
+        GenerateRequest.model_validate(generate_body(**{"nonces": [0], **changes}))

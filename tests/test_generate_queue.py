@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import threading
 from types import SimpleNamespace
 
 import pytest
 from cachetools import TTLCache
 from fakes import BUSY, FakeManager, generate_body, made_up_vector, until
 
+from gonka_poc import generate_queue
 from gonka_poc.config import Settings
-from gonka_poc.data import ArtifactsAnswer, FailedAnswer, GenerateRequest, PendingAnswer, encode_vector
+from gonka_poc.data import ArtifactsAnswer, Completed, GenerateRequest, PendingAnswer, encode_vector
 from gonka_poc.errors import ComputeError, ConflictError, NotFoundError, PoCError, QueueFullError
-from gonka_poc.generate_queue import GenerateQueue
+from gonka_poc.generate_queue import GenerateJob, GenerateQueue
 
 SETTINGS = Settings(chat_backoff_sec=0.001, max_queued_nonces=10)
 
@@ -41,6 +44,17 @@ async def make():
     yield make_queue
     for queue in queues:
         await queue.close()
+
+
+def polled(queue: GenerateQueue, job: GenerateJob) -> dict:
+    """What a poll says of a job that has ended."""
+    text = queue.poll(job.request_id)
+    assert isinstance(text, bytes)
+    return json.loads(text)
+
+
+def failed_with(job: GenerateJob, error: str) -> dict:
+    return {"status": "failed", "request_id": job.request_id, "error": error}
 
 
 # --- what is computed -------------------------------------------------------------------------------------------
@@ -111,7 +125,7 @@ async def test_first_in_first_out(make):
     queue = make(manager).queue
     jobs = [queue.submit(request(nonces)) for nonces in ([5, 6], [3], [4, 1])]
     await until(lambda: manager.asked)
-    assert [job.answer() for job in jobs] == [
+    assert [queue.poll(job.request_id) for job in jobs] == [
         PendingAnswer(status=status, request_id=job.request_id)
         for job, status in zip(jobs, ("running", "queued", "queued"), strict=True)
     ]
@@ -165,7 +179,6 @@ async def test_the_queue_takes_so_many_nonces_and_no_more(make):
     assert queue.queued_nonces == 10
     with pytest.raises(QueueFullError, match=r"1 nonces do not fit: 10 are queued, the limit is 10 .*MAX_QUEUED"):
         queue.submit(request([0]))
-    queue.submit(request([]))
     queue.drop(last, "for room")
     queue.submit(request(range(4)))
 
@@ -195,10 +208,10 @@ async def test_a_result_can_be_polled_until_it_expires(make):
     queue = make(FakeManager()).queue
     queue._finished = TTLCache(maxsize=float("inf"), ttl=SETTINGS.result_ttl_sec, timer=lambda: now)
     job = queue.submit(request([1]))
-    assert queue.poll(job.request_id) == job.answer()
+    assert queue.poll(job.request_id) == PendingAnswer(status="queued", request_id=job.request_id)
     answer = await job.outcome
     now += SETTINGS.result_ttl_sec - 1
-    assert queue.poll(job.request_id) == answer
+    assert polled(queue, job) == answer.model_dump(mode="json")
     now += 2
     with pytest.raises(NotFoundError, match=rf"{job.request_id}.*more than 300 s ago"):
         queue.poll(job.request_id)
@@ -221,7 +234,10 @@ async def test_an_unknown_request(make):
 
 async def test_ids_are_not_reused(make):
     queue = make(FakeManager()).queue
-    assert len({queue.submit(request([])).request_id for _ in range(100)}) == 100
+    jobs = [queue.submit(request([])) for _ in range(10)]
+    assert len({job.request_id for job in jobs}) == 10
+    with pytest.raises(QueueFullError, match="10 are queued"):  # each counts, though there is nothing to compute
+        queue.submit(request([]))
 
 
 # --- failures ---------------------------------------------------------------------------------------------------
@@ -237,8 +253,7 @@ async def test_a_failed_job_says_why_and_the_next_one_works(make, failure, error
     made = make(manager)
     failed, good = made.queue.submit(request(range(6))), made.queue.submit(request([7]))
     assert [artifact.nonce for artifact in (await good.outcome).artifacts] == [7]
-    assert failed.answer() == FailedAnswer(request_id=failed.request_id, error=error)
-    assert made.queue.poll(failed.request_id) == failed.answer()
+    assert polled(made.queue, failed) == failed_with(failed, error)
     with pytest.raises(PoCError, match=error):
         await failed.outcome
     assert [job for job, _ in made.completed] == [good]
@@ -249,7 +264,60 @@ async def test_a_job_whose_result_cannot_be_handed_on_fails(make):
     made.queue._on_completed = lambda job, answer: 1 / 0
     job = made.queue.submit(request([1]))
     await asyncio.wait([job.outcome])
-    assert job.answer().error == "ZeroDivisionError: division by zero"
+    assert polled(made.queue, job) == failed_with(job, "ZeroDivisionError: division by zero")
+
+
+async def test_a_job_that_was_delivered_has_not_failed(make):
+    """Though it was stopped while its callback was being stored."""
+    made, storing, stored = make(FakeManager()), asyncio.Event(), asyncio.Event()
+
+    async def store(job: GenerateJob, answer: Completed) -> None:
+        storing.set()
+        await stored.wait()
+
+    made.queue._on_completed = store
+    job = made.queue.submit(request([1]))
+    await storing.wait()
+    made.queue.clear("stopped by hand")
+    assert polled(made.queue, job) == failed_with(job, "stopped by hand")
+    stored.set()
+    await until(lambda: polled(made.queue, job)["status"] == "completed")
+    assert [artifact["nonce"] for artifact in polled(made.queue, job)["artifacts"]] == [1]
+
+
+async def test_a_job_that_is_dropped_while_its_answer_is_made_is_not_delivered(make, monkeypatch):
+    made, making, made_answer = make(FakeManager()), threading.Event(), threading.Event()
+    real = generate_queue._answer
+
+    def slow(*args) -> Completed:
+        making.set()
+        made_answer.wait(5)
+        return real(*args)
+
+    monkeypatch.setattr(generate_queue, "_answer", slow)
+    job = made.queue.submit(request([1]))
+    await until(making.is_set)  # in a thread: this test, and any other request, goes on
+    made.queue.drop(job, "the client hung up")
+    made_answer.set()
+    await until(made.queue._worker.done)
+    assert made.completed == []
+    assert polled(made.queue, job) == failed_with(job, "the client hung up")
+
+
+async def test_a_dropped_job_that_fails_is_no_error(make, caplog):
+    """As when a server ends: its engine is gone before the batch is."""
+    manager = FakeManager(batches=0)
+    made = make(manager)
+
+    async def die(*args) -> None:
+        made.queue.drop(job, "the server is shutting down")
+        raise ComputeError("the engine is dead")
+
+    manager.compute = die
+    job = made.queue.submit(request([1]))
+    await asyncio.wait([job.outcome])
+    await until(made.queue._worker.done)
+    assert caplog.text == ""
 
 
 # --- ending jobs ------------------------------------------------------------------------------------------------
@@ -262,7 +330,7 @@ async def test_clear_fails_every_job_with_the_reason(make):
     await until(lambda: manager.asked)
     made.queue.clear("stopped by hand")
     for job in jobs:
-        assert made.queue.poll(job.request_id) == FailedAnswer(request_id=job.request_id, error="stopped by hand")
+        assert polled(made.queue, job) == failed_with(job, "stopped by hand")
         with pytest.raises(ConflictError, match="^stopped by hand$"):
             await job.outcome
     assert made.queue.queued_nonces == 0
@@ -278,7 +346,7 @@ async def test_a_dropped_job_computes_no_further_batch_and_delivers_nothing(make
     assert isinstance(await following.outcome, ArtifactsAnswer)
     assert manager.asked == [[0, 1, 2, 3], [9]]
     assert [job for job, _ in made.completed] == [following]
-    assert dropped.answer().error == "the client hung up"
+    assert polled(made.queue, dropped)["error"] == "the client hung up"
 
 
 async def test_a_job_dropped_before_its_turn_is_never_computed(make):
@@ -308,8 +376,8 @@ async def test_dropping_a_job_that_completed_changes_nothing(make):
     job = queue.submit(request([1]))
     answer = await job.outcome
     queue.drop(job, "too late")
-    assert job.answer() == answer
-    assert queue.poll(job.request_id) == job.answer()
+    assert job.outcome.result() == answer
+    assert polled(queue, job) == answer.model_dump(mode="json")
 
 
 async def test_close_ends_everything(make):
@@ -318,5 +386,5 @@ async def test_close_ends_everything(make):
     jobs = [queue.submit(request([nonce])) for nonce in range(2)]
     await until(lambda: manager.asked)
     await queue.close()
-    assert [job.answer().error for job in jobs] == ["the server is shutting down"] * 2
+    assert [polled(queue, job)["error"] for job in jobs] == ["the server is shutting down"] * 2
     assert queue.queued_nonces == 0

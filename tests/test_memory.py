@@ -10,7 +10,7 @@ from pathlib import Path
 LIMIT_MB = 50
 
 PROGRAM = """
-import asyncio, gc
+import asyncio, gc, json
 from fakes import FakeManager, generate_body
 from gonka_poc.config import Settings
 from gonka_poc.data import GenerateRequest
@@ -38,7 +38,7 @@ async def main():
         await asyncio.sleep(0.01)
     gc.collect()
     print(resident_mb() - before)
-    assert [len(service.queue.poll(request_id).artifacts) for request_id in ids] == [10_000] * 10
+    assert [len(json.loads(service.queue.poll(request_id))["artifacts"]) for request_id in ids] == [10_000] * 10
     await service.close()
 
 asyncio.run(main())

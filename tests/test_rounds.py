@@ -175,6 +175,21 @@ async def test_stop_delivers_the_batch_in_flight_and_starts_no_other():
     assert current.error is None
 
 
+async def test_a_batch_that_fails_after_the_stop_is_no_error(caplog):
+    """The engine of a server that is told to end can be gone before the batch is."""
+    manager = FakeManager()
+
+    async def die(*args) -> None:
+        current.stop()
+        raise EngineUnavailableError("the engine is dead")
+
+    manager.compute = die
+    current = start(manager, Delivered())
+    await current.task
+    assert current.error == "the engine is dead"
+    assert [record.levelname for record in caplog.records if "PoC round" in record.message] == ["WARNING"]
+
+
 async def test_stop_ends_a_round_that_waits_for_chat():
     manager = FakeManager()
     manager.script.extend([BUSY] * 1_000_000)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
+import time
 from contextlib import closing, suppress
 from types import SimpleNamespace
 
 import httpx
+import numpy as np
 import pytest
 from fakes import FakeManager, generate_body, made_up_distance, round_body, until
 
 from gonka_poc import callback_client, callbacks
 from gonka_poc import service as service_module
 from gonka_poc.config import Settings
-from gonka_poc.data import InitGenerateRequest
+from gonka_poc.data import VECTOR_DTYPE, BatchResult, GenerateRequest, InitGenerateRequest
 from gonka_poc.errors import EngineUnavailableError, OutboxFullError
+from gonka_poc.generate_queue import GenerateJob
 from gonka_poc.outbox import Outbox
 from gonka_poc.outbox_admin import summary
 from gonka_poc.routes import PREFIX, make_app
@@ -318,3 +321,53 @@ async def test_the_last_batch_of_a_stopped_round_waits_for_a_locked_file(server,
         await asyncio.sleep(0.05)
         other.execute("ROLLBACK")
     await until(lambda: delivered(server) == list(range(12)))
+
+
+async def test_a_request_that_the_outbox_could_never_take_is_refused(server):
+    """One that is accepted fits an outbox that is empty."""
+    params = {**round_body()["params"], "k_dim": 12}
+    api = server.start(FakeManager(), outbox_max_bytes=256 * 1024)
+    api.manager.micro_batch = 1000
+    accepted = 0
+    for count in (100_000, 20_000, 4_000, 3_000, 2_000, 1_000):
+        body = generate_body(list(range(2**62, 2**62 + count)), url=URL, batch_size=1000, params=params)
+        answer = await api.client.post("/generate", json=body)
+        if answer.status_code == 400:
+            assert f"the callback of {count} nonces may take" in answer.json()["detail"]
+            continue
+        accepted += count
+        await until(lambda accepted=accepted: len(delivered(server)) == accepted)
+        await until(lambda: not api.service.callbacks.counts.pending_batches)
+        await asyncio.to_thread(lambda: None)
+    assert 3_000 <= accepted < 20_000
+
+
+async def test_a_large_request_does_not_hold_the_event_loop(server):
+    """Its answer and its callback are made beside it; what is polled is not made again."""
+    api = server.start(FakeManager())
+    api.manager.micro_batch = 5000
+    longest, done = 0.0, asyncio.Event()
+
+    async def watch() -> None:
+        nonlocal longest
+        while not done.is_set():
+            before = time.perf_counter()
+            await asyncio.sleep(0.001)
+            longest = max(longest, time.perf_counter() - before)
+
+    results = [BatchResult({n: np.zeros(12, dtype=VECTOR_DTYPE) for n in range(100_000)}, [])]
+    job = GenerateJob(GenerateRequest.model_validate(generate_body([], url=URL)))
+    started = time.thread_time()
+    watching = asyncio.create_task(watch())
+    await asyncio.sleep(0)
+    await api.service.queue._finish(job, results)
+    done.set()
+    await watching
+    on_the_loop = time.thread_time() - started
+    api.service.queue._pending.clear()
+    started = time.thread_time()
+    text = api.service.queue.poll(job.request_id)
+    assert time.thread_time() - started < 0.01
+    assert len(json.loads(text)["artifacts"]) == 100_000
+    print(f"{on_the_loop:.3f} s of the event loop's thread, {longest:.3f} s at once")
+    assert on_the_loop < 0.5

@@ -44,8 +44,8 @@ class Probe(PoCWorkerExtension):
 
     # -- faults --
 
-    def poc_test_fail_once(self, where: str, rank: int | None = None) -> None:
-        """The next call of what `where` names raises; with `rank` on that worker only."""
+    def poc_test_fail_once(self, where: str, rank: int | None = None, memory: bool = False) -> None:
+        """The next call of what `where` names raises, with `memory` for want of it; with `rank` there only."""
         if rank not in (None, self.rank):
             return
         model = self.model_runner.model.model
@@ -62,7 +62,7 @@ class Probe(PoCWorkerExtension):
         }[where]
 
         def fail(original: Any, *args: Any, **kwargs: Any) -> Any:
-            raise RuntimeError(f"injected into {where}")
+            raise (torch.OutOfMemoryError if memory else RuntimeError)(f"injected into {where}")
 
         _replace_once(owner, name, fail)
 
@@ -73,6 +73,19 @@ class Probe(PoCWorkerExtension):
             output = original(*args, **kwargs)
             for tensor in output:
                 tensor[row * seq_len : (row + 1) * seq_len] = torch.nan
+            return output
+
+        _replace_once(self.model_runner.model.model.layers[0], "forward", poison)
+
+    def poc_test_poison_all(self, times: int) -> None:
+        """In the next forwards the first layer gives only NaN."""
+
+        def poison(original: Any, *args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            for tensor in output:
+                tensor[:] = torch.nan
+            if times > 1:
+                self.poc_test_poison_all(times - 1)
             return output
 
         _replace_once(self.model_runner.model.model.layers[0], "forward", poison)

@@ -157,6 +157,28 @@ def test_a_nonce_that_the_validator_cannot_compute_is_no_evidence(server: Client
     assert answer["not_computed_nonces"] == [CASE["nonces"][0]]
 
 
+def test_a_model_that_gives_only_nan_ends_the_round(server: Client) -> None:
+    """After three batches; a queued request goes on."""
+    body = body_of(CASE, batch_size=4)
+    del body["nonces"]
+    server.rpc("poc_test_poison_all", 3)
+    server.post("/api/v1/pow/init/generate", json=body).raise_for_status()
+    until(lambda: server.status()["status"] == "IDLE")
+    assert "3 batches in a row gave only NaN or Inf" in server.status()["error"]
+    assert golden_distance(server, CASE) < LIMIT
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved(server: Client) -> None:
+    put_off = metric(server, "gonka_poc_skipped_total")
+    server.rpc("poc_test_fail_once", "middle layer", None, True)
+    assert golden_distance(server, CASE) < LIMIT
+    assert 'gonka_poc_skipped_total{reason="memory"} 1.0' in server.get("/metrics").text
+    assert metric(server, "gonka_poc_skipped_total") > put_off
+    server.rpc("poc_test_fail_once", "middle layer", None, True)
+    detail = server.generate(body_of(CASE, nonces=[3]), status=500)["detail"]
+    assert "injected into middle layer" in detail  # one nonce cannot be halved
+
+
 @contextmanager
 def hidden(server: Client, what: str) -> Iterator[None]:
     server.rpc("poc_test_hide", what)

@@ -1,0 +1,177 @@
+"""POC_PRIORITY=poc on a real engine; what waiting for chat costs; and, last on the same server, an engine that dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from gonka_poc.server_process import ServerProcess
+from tests.engine.support import MODEL, POW, Client, ServerConfig, body_of, golden_cases, until
+
+CASE = golden_cases("qwen3")[0]
+ROUND = {key: value for key, value in body_of(CASE).items() if key != "nonces"}
+BACKOFF_SEC = 0.05
+TOKENS = 900
+# vLLM ends its server with its engine, unless it is told to stay; then /status can still say what happened
+CONFIG = ServerConfig(
+    args=("--enforce-eager", "--max-num-batched-tokens", "1024"),
+    env=(("POC_PRIORITY", "poc"), ("VLLM_KEEP_ALIVE_ON_ENGINE_DEATH", "1")),
+)
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with CONFIG.process(tmp_path_factory.mktemp("priority") / "server.log") as process:
+        Client(process.url).chat()  # what is compiled at the first chat is none of what is measured
+        yield process
+
+
+class Stream:
+    """A chat in a thread of its own: how it was answered, what came of it, and how it ended."""
+
+    def __init__(self, url: str) -> None:
+        self.status = 0
+        self.num_chunks = 0
+        self.finished: str | None = None
+        self._url = url
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Stream:
+        self._thread.start()
+        until(lambda: self.num_chunks > 0)
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self._thread.join()
+
+    def _run(self) -> None:
+        body = {
+            "model": MODEL,
+            "messages": [{"role": "user", "content": "long"}],
+            "max_tokens": TOKENS,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        with Client(self._url) as client, client.stream("POST", "/v1/chat/completions", json=body) as response:
+            self.status = response.status_code
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    self.num_chunks += 1
+                    self.finished = json.loads(line[6:])["choices"][0]["finish_reason"]
+
+
+def cpu_sec(process: ServerProcess) -> float:
+    times = psutil.Process(process.pid).cpu_times()
+    return times.user + times.system
+
+
+def skipped(client: Client) -> float:
+    found = re.search(r'^gonka_poc_skipped_total{reason="chat"} (\S+)$', client.get("/metrics").text, re.MULTILINE)
+    assert found, "the metrics of proof are in vLLM's own"
+    return float(found[1])
+
+
+def chat_statuses(client: Client) -> dict[str, tuple[int, str | None]]:
+    """Of each call that makes tokens: the status, and Retry-After."""
+    messages = [{"role": "user", "content": "x"}]
+    bodies = {
+        "/v1/chat/completions": {"messages": messages},
+        "/v1/chat/completions/batch": {"messages": [messages]},
+        "/v1/completions": {"prompt": "x"},
+        "/v1/responses": {"input": "x"},
+        "/v1/messages": {"messages": messages},
+        "/invocations": {"messages": messages},
+        "/inference/v1/generate": {"token_ids": [1], "sampling_params": {"max_tokens": 2}},
+    }
+    answers = {path: client.post(path, json={"model": MODEL, "max_tokens": 2, **body}) for path, body in bodies.items()}
+    return {path: (answer.status_code, answer.headers.get("retry-after")) for path, answer in answers.items()}
+
+
+def test_proof_goes_first_and_a_running_chat_ends_first(process: ServerProcess) -> None:
+    """New chats get 503 while the round generates; and waiting for the one that runs is no busy loop."""
+    client = Client(process.url)
+    before = chat_statuses(client)
+    assert before["/v1/chat/completions"][0] == 200
+    assert 503 not in {status for status, _ in before.values()}
+
+    with Stream(process.url) as alone:
+        started, used = time.monotonic(), cpu_sec(process)
+        until(lambda: alone.num_chunks > TOKENS // 2)
+        share_alone = (cpu_sec(process) - used) / (time.monotonic() - started)
+
+    with Stream(process.url) as stream:
+        client.post(f"{POW}/init/generate", json=ROUND).raise_for_status()
+        during = chat_statuses(client)
+        assert {status for status, _ in during.values()} == {503}, during
+        assert all(int(retry_after or 0) > 0 for _, retry_after in during.values())
+        started, used, put_off = time.monotonic(), cpu_sec(process), skipped(client)
+        until(lambda: stream.num_chunks > TOKENS // 2)
+        seconds, put_off = time.monotonic() - started, skipped(client) - put_off
+        share = (cpu_sec(process) - used) / seconds
+        assert client.status()["stats"]["total_processed"] == 0
+        assert stream.finished is None, "the chat ended too soon to show anything; let it make more tokens"
+    assert (alone.status, alone.finished) == (stream.status, stream.finished) == (200, "length")
+    print(
+        f"API process beside a chat: {share_alone:.0%} of a core, with a round that waits {share:.0%}; "
+        f"{put_off / seconds:.1f} batches put off a second over {seconds:.1f} s"
+    )
+    assert 0 < put_off / seconds <= 1.1 / BACKOFF_SEC
+    assert share - share_alone < 0.25
+
+    until(lambda: client.status()["stats"]["total_processed"] > 0)
+    client.post(f"{POW}/stop").raise_for_status()
+    assert chat_statuses(client) == before
+
+
+def test_metrics_are_in_vllms_own(process: ServerProcess) -> None:
+    text = Client(process.url).get("/metrics").text
+    for name in ("nonces_total", "batch_seconds_count", "nan_total", "outbox_pending", "queue_nonces", "state"):
+        assert f"\ngonka_poc_{name}" in text
+    assert "\nvllm:num_requests_running" in text
+
+
+def engine_of(server_pid: int) -> int:
+    """The process id of a server's engine core."""
+    children = psutil.Process(server_pid).children(recursive=True)
+    (engine,) = [child.pid for child in children if "EngineCore" in "".join(child.cmdline())]
+    return engine
+
+
+def test_an_engine_that_is_killed(process: ServerProcess) -> None:
+    """The round ends with the reason, and the server goes on answering; chat is not refused for the sake of proof."""
+    client = Client(process.url)
+    client.post(f"{POW}/init/generate", json=ROUND).raise_for_status()
+    until(lambda: client.status()["stats"]["total_processed"] > 0)
+    os.kill(engine_of(process.pid), signal.SIGKILL)
+    until(lambda: client.status()["status"] == "IDLE")
+    assert "the engine is dead" in client.status()["error"]
+    assert "PoC round failed" in process.log_tail(2000)
+    answer = client.post(f"{POW}/init/generate", json=ROUND)
+    assert answer.status_code == 503
+    assert "the engine is dead" in answer.json()["detail"]
+    assert client.status()["status"] == "IDLE"
+
+
+def test_a_server_that_is_told_to_end_reports_no_error(tmp_path: Path) -> None:
+    """In mid-round: what it computed is stored, and what its engine did not finish is no failure."""
+    log = tmp_path / "server.log"
+    with CONFIG.process(log) as process:
+        client = Client(process.url)
+        client.post(f"{POW}/init/generate", json=ROUND).raise_for_status()
+        until(lambda: client.status()["stats"]["total_processed"] > 0)
+        os.kill(process.pid, signal.SIGTERM)
+        until(lambda: process.has_ended)
+    text = log.read_text()
+    assert "PoC round stopped" in text
+    assert not [line for line in text.splitlines() if "ERROR" in line and "PoC" in line]
