@@ -80,6 +80,7 @@ class PoCManagerV1:
 
         Raises EngineUnavailableError, UnsupportedServerError or ComputeError.
         """
+        self._refuse_dead()
         if not self._prepared:
             answers = await self._call("poc_describe")
             logger.info("PoC is ready on %d worker(s): %s", len(answers), answers)
