@@ -313,6 +313,10 @@ class WorkerView:
 
     # -- attention --
 
+    def is_attention(self, module: Any) -> bool:
+        """Whether `module` has a KV cache (or a recurrent state)."""
+        return any(module is layer for layer in self._attention_layers().values())
+
     def _attention_layers(self) -> dict[str, Any]:
         """The layers that have a KV cache (or a recurrent state), by name, in the order in which they were built."""
         return {name: layer for name, layer in self._layers.items() if _tensors(getattr(layer, "kv_cache", None))}
@@ -333,11 +337,11 @@ class WorkerView:
         import torch
         from vllm.v1.attention.backend import CommonAttentionMetadata  # 0.14
 
-        def ints(values: Any, device: Any = self.device) -> Any:
-            return values.to(device=device, dtype=torch.int32)
-
-        starts = torch.arange(num_seqs + 1) * seq_len
-        lens = torch.full((num_seqs,), seq_len)
+        # made on the device: a copy from the host would wait for what the device is computing
+        starts = torch.arange(num_seqs + 1, dtype=torch.int32, device=self.device) * seq_len
+        starts_cpu = torch.arange(num_seqs + 1, dtype=torch.int32) * seq_len
+        lens = torch.full((num_seqs,), seq_len, dtype=torch.int32, device=self.device)
+        lens_cpu = torch.full((num_seqs,), seq_len, dtype=torch.int32)
         known = {f.name for f in dataclasses.fields(CommonAttentionMetadata)}
         metadata: dict[str, Any] = {}
         slots_by_layer: dict[str, Any] = {}
@@ -347,21 +351,21 @@ class WorkerView:
             block_table = first_block + torch.arange(blocks_per_seq, device=self.device)
             slots = first_block.repeat_interleave(seq_len, dim=1).flatten() * block_size + positions
             values = {
-                "query_start_loc": ints(starts),
-                "query_start_loc_cpu": ints(starts, "cpu"),
-                "seq_lens": ints(lens),
+                "query_start_loc": starts,
+                "query_start_loc_cpu": starts_cpu,
+                "seq_lens": lens,
                 "num_reqs": num_seqs,
                 "num_actual_tokens": num_seqs * seq_len,
                 "max_query_len": seq_len,
                 "max_seq_len": seq_len,
-                "block_table_tensor": ints(block_table),
+                "block_table_tensor": block_table.to(torch.int32),
                 "slot_mapping": slots,
                 "causal": True,
                 "positions": positions,  # 0.20
                 "is_prefilling": torch.ones(num_seqs, dtype=torch.bool),  # 0.19
-                "seq_lens_cpu_upper_bound": ints(lens, "cpu"),  # 0.20
-                "_seq_lens_cpu": ints(lens, "cpu"),  # until 0.29
-                "_num_computed_tokens_cpu": ints(torch.zeros(num_seqs), "cpu"),  # until 0.29
+                "seq_lens_cpu_upper_bound": lens_cpu,  # 0.20
+                "_seq_lens_cpu": lens_cpu,  # until 0.29
+                "_num_computed_tokens_cpu": torch.zeros(num_seqs, dtype=torch.int32),  # until 0.29
             }
             common = CommonAttentionMetadata(**{name: value for name, value in values.items() if name in known})
             built = group.get_metadata_builder(0).build(0, common)

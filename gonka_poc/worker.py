@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gonka_poc.data import DistanceSpec, VectorSpec
@@ -26,13 +26,21 @@ class PoCWorkerExtension:
         """PoCModelRunner.describe: refuses here, before any batch, if this server cannot give correct vectors."""
         return poc_answer(lambda: poc_runner_of(self).describe())
 
-    def poc_compute(self, spec: dict[str, Any], nonces: list[int]) -> dict[str, Any] | None:
-        """PoCModelRunner.compute with `spec` holding the fields of VectorSpec."""
-        return poc_answer(lambda: poc_runner_of(self).compute(VectorSpec(**spec), nonces))
+    def poc_warm_up(self, seq_len: int, num_nonces: int) -> dict[str, Any]:
+        """PoCModelRunner.warm_up."""
+        return poc_answer(lambda: poc_runner_of(self).warm_up(seq_len, num_nonces))
 
-    def poc_compute_distances(self, spec: dict[str, Any], nonces: list[int]) -> dict[str, Any] | None:
+    def poc_compute(
+        self, spec: dict[str, Any], nonces: list[int], following: Sequence[int] = ()
+    ) -> dict[str, Any] | None:
+        """PoCModelRunner.compute with `spec` holding the fields of VectorSpec."""
+        return poc_answer(lambda: poc_runner_of(self).compute(VectorSpec(**spec), nonces, following))
+
+    def poc_compute_distances(
+        self, spec: dict[str, Any], nonces: list[int], following: Sequence[int] = ()
+    ) -> dict[str, Any] | None:
         """PoCModelRunner.compute_distances with `spec` holding the fields of DistanceSpec."""
-        return poc_answer(lambda: poc_runner_of(self).compute_distances(DistanceSpec(**spec), nonces))
+        return poc_answer(lambda: poc_runner_of(self).compute_distances(DistanceSpec(**spec), nonces, following))
 
     def poc_release(self) -> dict[str, Any] | None:
         """PoCModelRunner.release, if there is a runner."""
