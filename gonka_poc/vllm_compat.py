@@ -196,7 +196,7 @@ class WorkerView:
         worker = vars(worker).get("worker", worker)
         self._runner = worker.model_runner
         self._config = worker.vllm_config
-        self.device = worker.device
+        self.device = self._runner.device  # before 0.25 a CPU worker has none itself
         self.dtype = self._config.model_config.dtype
         self.hidden_size: int = self._config.model_config.get_hidden_size()
         self.vocab_size: int = self._config.model_config.get_vocab_size()

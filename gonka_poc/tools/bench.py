@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from gonka_poc.artifact_file import ArtifactFile
@@ -37,16 +38,18 @@ POLL_SEC = 0.02
 DEADLINE_SEC = 600.0  # for the next nonces of a round
 # what only the workers can tell, and over HTTP nobody does
 ONLY_OFFLINE = ("inputs", "metadata", "forward", "reflections", "projection", "rpc")
-MEANING = {
-    "inputs": "embeddings of the nonces",
-    "metadata": "attention metadata, scratch KV cache",
-    "forward": "the model as for chat",
-    "reflections": "the model in proof, beyond that",
-    "projection": "pick, rotation, copy to the host",
-    "rpc": "the call beyond the workers' time",
-    "calls": "RPC and computation on the workers",
-    "idle": "the rest: Python, waiting, delivery",
-}
+MEANING: Mapping[str, str] = MappingProxyType(
+    {
+        "inputs": "embeddings of the nonces",
+        "metadata": "attention metadata, scratch KV cache",
+        "forward": "the model as for chat",
+        "reflections": "the model in proof, beyond that",
+        "projection": "pick, rotation, copy to the host",
+        "rpc": "the call beyond the workers' time",
+        "calls": "RPC and computation on the workers",
+        "idle": "the rest: Python, waiting, delivery",
+    }
+)
 
 
 @dataclass(frozen=True)

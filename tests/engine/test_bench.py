@@ -25,9 +25,9 @@ MODEL_FLOPS = 2 * WEIGHTS * SEQ_LEN + 4 * 2 * 8 * (32 + 32) * SEQ_LEN * (SEQ_LEN
 TOKEN_BYTES = 2 * 4 * 32 * 4
 
 
-def bench(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
+def bench(*args: object) -> subprocess.CompletedProcess[str]:
     """`gonka-poc bench args` in a process of its own; one thread, so that what else runs here disturbs it less."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_CPU_OMP_THREADS_BIND": "0", **env}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "gonka_poc.cli", "bench", *map(str, args)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
 
@@ -80,10 +80,9 @@ def test_offline(servers: Servers, tmp_path: Path, capsys: pytest.CaptureFixture
     [
         ("qwen3", "--no-such-option", (), "ServerStartError: vLLM does not take these options"),
         (None, SERVER_ARGS, (), "ServerStartError: vLLM could not start"),
-        ("qwen3", SERVER_ARGS, ("--seq-len", "2048"), "RequestError: seq_len 2048 is over this engine's"),
         ("qwen3", SERVER_ARGS, ("--k-dim", "257"), "RequestError: k_dim 257 is larger than the model's hidden size"),
     ],
-    ids=["option", "model", "seq_len", "k_dim"],
+    ids=["option", "model", "k_dim"],
 )
 def test_offline_that_cannot_be(
     model: str | None, server_args: str, sizes: tuple[str, ...], text: str, servers: Servers, tmp_path: Path
