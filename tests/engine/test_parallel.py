@@ -59,8 +59,8 @@ COMMON_PARTS = {"metadata", "prefill", "forward", "proof_forward"}
 def test_bench_under_tensor_parallelism(servers: Servers) -> None:
     server = servers.get(config("qwen3", "--tensor-parallel-size"))
     ranks = server.rpc("poc_bench_describe", BENCH_SPEC)
-    # 4 layers of 655,360 weights and attention of 8 heads of 32, half on each rank
-    flops = 2 * 4 * 655_360 * 16 + 4 * 2 * 8 * (32 + 32) * 16 * 17 / 2
+    # 4 layers of 589,824 weights and attention of 8 heads of 32, half on each rank
+    flops = 2 * 4 * 589_824 * 16 + 4 * 2 * 8 * (32 + 32) * 16 * 17 / 2
     assert [rank["model_flops"] for rank in ranks] == [flops / 2] * 2
     assert all(batch["seconds"] > 0 for batch in server.rpc("poc_bench_batch", BENCH_SPEC, [0, 1, 2]))
     first, second = server.rpc("poc_bench_parts", BENCH_SPEC, [0, 1, 2])
