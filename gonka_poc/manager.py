@@ -18,12 +18,11 @@ from gonka_poc.errors import (
     ComputeError,
     ConflictError,
     EngineUnavailableError,
-    OtherRankError,
     PoCError,
     RequestError,
     WorkerMemoryError,
-    error_by_name,
     printable,
+    raise_worker_error,
 )
 from gonka_poc.metrics import Metrics
 from gonka_poc.step_size import StepSize
@@ -219,11 +218,7 @@ class PoCManagerV1:
         except Exception as error:
             self._refuse_dead()
             raise ComputeError(f"a worker failed: {error}; the server's log has its traceback") from error
-        errors = [answer["error"] for answer in answers if answer is not None and "error" in answer]
-        if errors:
-            # the rank that failed tells more than those that only learnt of it
-            told = next((e for e in errors if e["type"] != OtherRankError.__name__), errors[0])
-            raise error_by_name(told["type"], told["message"])
+        raise_worker_error(answers)
         return answers
 
     async def _answers(self, call: Any, args: tuple[Any, ...]) -> list[Any]:

@@ -133,6 +133,11 @@ class PoCModelRunner:
         # asked for now, so that a model that cannot be used is refused before the first batch
         EmbeddingInjectionHook(view.model, None)
 
+    @property
+    def view(self) -> WorkerView:
+        """The worker that this computes on."""
+        return self._view
+
     def describe(self) -> dict[str, Any]:
         """Rank, kind of device and layers of this worker, for the log, for the warm-up and for tests.
 

@@ -42,6 +42,18 @@ class PoCWorkerExtension:
         """PoCModelRunner.compute_distances with `spec` holding the fields of DistanceSpec."""
         return poc_answer(lambda: poc_runner_of(self).compute_distances(DistanceSpec(**spec), nonces, following))
 
+    def poc_bench_describe(self, spec: dict[str, Any]) -> dict[str, Any]:
+        """bench_worker.describe: the device, and what the model asks of it."""
+        return poc_answer(lambda: poc_bench().describe(poc_runner_of(self), VectorSpec(**spec)))
+
+    def poc_bench_batch(self, spec: dict[str, Any], nonces: list[int]) -> dict[str, Any]:
+        """bench_worker.measure_batch: seconds of a batch."""
+        return poc_answer(lambda: poc_bench().measure_batch(poc_runner_of(self), VectorSpec(**spec), nonces))
+
+    def poc_bench_parts(self, spec: dict[str, Any], nonces: list[int]) -> dict[str, Any]:
+        """bench_worker.measure_parts: seconds of the parts of a batch."""
+        return poc_answer(lambda: poc_bench().measure_parts(poc_runner_of(self), VectorSpec(**spec), nonces))
+
     def poc_release(self) -> dict[str, Any] | None:
         """PoCModelRunner.release, if there is a runner."""
         runner = getattr(self, "poc_runner", None)
@@ -66,6 +78,13 @@ def poc_runner_of(worker: Any) -> Any:
 
         runner = worker.poc_runner = PoCModelRunner(WorkerView(worker))
     return runner
+
+
+def poc_bench() -> Any:
+    """The module that measures, imported by workers that are asked to."""
+    from gonka_poc import bench_worker
+
+    return bench_worker
 
 
 def poc_answer(compute: Callable[[], Any]) -> Any:

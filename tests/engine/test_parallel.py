@@ -52,6 +52,24 @@ def test_tensor_parallel(servers: Servers, model: str) -> None:
     assert (first["is_output_rank"], second["is_output_rank"]) == (True, False)
 
 
+BENCH_SPEC = {"block_hash": "b", "public_key": "k", "seq_len": 16, "k_dim": 12}
+COMMON_PARTS = {"metadata", "prefill", "forward", "proof_forward"}
+
+
+def test_bench_under_tensor_parallelism(servers: Servers) -> None:
+    server = servers.get(config("qwen3", "--tensor-parallel-size"))
+    ranks = server.rpc("poc_bench_describe", BENCH_SPEC)
+    # 4 layers of 589,824 weights and attention of 8 heads of 32, half on each rank
+    flops = 2 * 4 * 589_824 * 16 + 4 * 2 * 8 * (32 + 32) * 16 * 17 / 2
+    assert [rank["model_flops"] for rank in ranks] == [flops / 2] * 2
+    assert all(batch["seconds"] > 0 for batch in server.rpc("poc_bench_batch", BENCH_SPEC, [0, 1, 2]))
+    first, second = server.rpc("poc_bench_parts", BENCH_SPEC, [0, 1, 2])
+    assert (first["stage"], second["stage"]) == (0, 0)
+    assert set(first["seconds"]) == {*COMMON_PARTS, "inputs", "projection"}
+    assert set(second["seconds"]) == {*COMMON_PARTS, "inputs"}
+    assert_one_failure_fails_once(server, "inputs", 0)
+
+
 @pytest.mark.parametrize(("where", "rank"), [("inputs", 0), ("metadata builder", 1), ("middle layer", None)])
 def test_a_failure_under_tensor_parallelism(servers: Servers, where: str, rank: int | None) -> None:
     server = servers.get(config("qwen3", "--tensor-parallel-size"))
@@ -70,6 +88,18 @@ def test_pipeline_parallel(servers: Servers) -> None:
     # global indices: the second stage must not reflect with the vectors of the first
     assert (first["layers"], second["layers"]) == ([0, 1], [2, 3])
     assert (first["is_output_rank"], second["is_output_rank"]) == (False, True)
+
+
+def test_bench_under_pipeline_parallelism(servers: Servers) -> None:
+    server = servers.get(config("qwen3", "--pipeline-parallel-size"))
+    first, second = server.rpc("poc_bench_parts", BENCH_SPEC, [0, 1, 2])
+    assert (first["stage"], second["stage"]) == (0, 1)
+    assert set(first["seconds"]) == {*COMMON_PARTS, "inputs"}
+    assert set(second["seconds"]) == {*COMMON_PARTS, "projection"}
+    for rank in (first, second):
+        assert all(seconds > 0 for seconds in rank["seconds"].values())
+    for case in golden_cases("qwen3"):
+        assert golden_distance(server, case) < GOLDEN_LIMIT["float32"]
 
 
 @pytest.mark.parametrize(("where", "rank"), [("inputs", None), ("metadata builder", 1), ("vectors", None)])

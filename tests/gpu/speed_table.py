@@ -11,20 +11,21 @@ import argparse
 import json
 import shutil
 import statistics
+import threading
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 
 from gonka_poc import kernels
-from gonka_poc.data import VectorSpec
+from gonka_poc.client import PoCClient
 from gonka_poc.gpu_random import fill_normal_reference, householder_reference
 from gonka_poc.server_process import ServerProcess
-from gonka_poc.tools.receive import Receiver
-from tests.gpu.core_table import DATA, request_body, table, wait_for_nonces
+from gonka_poc.tools.bench import Sizes, bench_server
+from tests.gpu.core_table import DATA, table
 
 BATCH, SEQ_LEN = 32, 1024
 # nonces/s of the network's reference on one H200 with the same shapes and batches
@@ -125,37 +126,32 @@ def kernel_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def prefill_rate(url: str, batches: int) -> float:
-    """Sequences/s of the server's own prefill: completions of one token, a batch of prompts a request."""
-    rates = []
-    for i in range(batches + 1):
-        prompts = [[(i * 7919 + 31 * row + 17 * j) % 500 + 3 for j in range(SEQ_LEN)] for row in range(BATCH)]
-        body = {"model": "m", "prompt": prompts, "max_tokens": 1, "temperature": 0, "detokenize": False}
-        started = time.perf_counter()
-        httpx.post(f"{url}/v1/completions", json=body, timeout=300).raise_for_status()
-        if i:
-            rates.append(BATCH / (time.perf_counter() - started))
-    return statistics.median(rates)
+class Receiver:
+    """Takes callbacks in and counts their artifacts."""
 
+    def __init__(self) -> None:
+        self.artifacts = 0
+        receiver = self
 
-def round_rate(url: str, callback_url: str, seconds: float) -> float:
-    """Nonces/s of a round in its steady state, callbacks on."""
-    spec = VectorSpec(f"speed-{time.time()}", "host", SEQ_LEN, 12)
-    body = request_body(spec, url=callback_url)
-    httpx.post(f"{url}/api/v1/pow/init/generate", json=body, timeout=60).raise_for_status()
-    first = wait_for_nonces(url, 3 * BATCH)["stats"]["total_processed"]
-    started = time.perf_counter()
-    time.sleep(seconds)
-    last = httpx.get(f"{url}/api/v1/pow/status", timeout=60).json()["stats"]["total_processed"]
-    rate = (last - first) / (time.perf_counter() - started)
-    httpx.post(f"{url}/api/v1/pow/stop", timeout=60)
-    return rate
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                receiver.artifacts += len(body["artifacts"])
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, format: str, *args: Any) -> None: ...
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
 
 def server_rows(shape: str, work: Path, modes: list[str]) -> list[dict[str, Any]]:
     """A shape on an eager and on a compiled server."""
     rows = []
     model = make_shape(shape, work / shape)
+    receiver = Receiver()
     for mode in modes:
         args = [
             "--served-model-name",
@@ -170,21 +166,20 @@ def server_rows(shape: str, work: Path, modes: list[str]) -> list[dict[str, Any]
         args += ["--enforce-eager"] if mode == "eager" else []
         env = {"POC_OUTBOX_PATH": str(work / f"outbox-{shape}-{mode}")}
         log = work / f"{shape}-{mode}.log"
-        server = ServerProcess(model, log_file=log, args=args, env=env, startup_timeout=400)
-        with Receiver() as receiver, server:
-            rate = round_rate(server.url, receiver.url, 10.0)
-            own = prefill_rate(server.url, 4)
-            again = round_rate(server.url, receiver.url, 5.0)
+        with ServerProcess(model, log_file=log, args=args, env=env, startup_timeout=400) as server:
+            with PoCClient(server.url) as client:
+                found = bench_server(client, "m", Sizes(SEQ_LEN, batch_size=BATCH, seconds=8.0), receiver.url)
         rows.append(
             {
                 "shape": shape,
                 "server": mode,
-                "nonces/s": rate,
-                "again": again,
-                "own prefill over HTTP, seq/s": own,
-                "share of own prefill": rate / own,
+                "nonces/s": found.nonces_per_second,
+                "by /generate": found.generate_nonces_per_second,
+                "own prefill over HTTP, seq/s": found.prefill_per_second,
+                "share of own prefill": found.nonces_per_second / found.prefill_per_second,
+                **{f"{phase}, ms a batch": 1e3 * seconds for phase, seconds in found.phases.items()},
                 "reference nonces/s": REFERENCE[shape],
-                "to the reference": rate / REFERENCE[shape],
+                "to the reference": found.nonces_per_second / REFERENCE[shape],
             }
         )
         print(rows[-1], flush=True)
