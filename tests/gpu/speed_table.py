@@ -160,12 +160,11 @@ def prefill_rate(url: str, batches: int) -> float:
     return statistics.median(rates)
 
 
-def round_rate(url: str, receiver: Receiver, seconds: float) -> float:
-    """Nonces/s of a round in its steady state, callbacks on."""
+def round_rate(url: str, receiver: Receiver, seconds: float, **more: Any) -> float:
+    """Nonces/s of a round in its steady state, callbacks on; `more` changes the body of its start."""
     spec = VectorSpec(f"speed-{time.time()}", "host", SEQ_LEN, 12)
-    httpx.post(
-        f"{url}/api/v1/pow/init/generate", json=request_body(spec, url=receiver.url), timeout=60
-    ).raise_for_status()
+    body = request_body(spec, url=receiver.url, **more)
+    httpx.post(f"{url}/api/v1/pow/init/generate", json=body, timeout=60).raise_for_status()
     first = wait_for_nonces(url, 3 * BATCH)["stats"]["total_processed"]
     started = time.perf_counter()
     time.sleep(seconds)
