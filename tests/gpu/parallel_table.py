@@ -49,16 +49,17 @@ START_SEC = 200.0
 
 @dataclass(frozen=True)
 class Case:
-    """A server. `options` are those of its reference too, `parallel` are its own."""
+    """A server. `options` are those of its reference too; `parallel`, and `env` (NAME=value), are its own."""
 
     model: str
     options: tuple[str, ...] = ()
     parallel: tuple[str, ...] = ()
     limit: float | None = LIMIT  # None: reported only
+    env: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        words = [self.model, *(option.removeprefix("--") for option in (*self.options, *self.parallel))]
+        words = [self.model, *(option.removeprefix("--") for option in (*self.options, *self.parallel)), *self.env]
         return " ".join(words)
 
     @property
@@ -72,6 +73,10 @@ class Case:
     @property
     def reference(self) -> Case:
         return Case(self.model, self.options)
+
+
+# one GPU, other weights: its vectors must be far away
+CONTROL = Case("dense, other weights", limit=None)
 
 
 def cases_of(model: str, *parallel: tuple[str, ...], options: tuple[str, ...] = (), limit: float | None = LIMIT) -> Any:
@@ -165,6 +170,16 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
+def make_checkpoints(cases: Sequence[Case], work: Path) -> None:
+    """The folders that `cases`, their references and the control are started from."""
+    models = {case.model for case in cases}
+    models |= {CONTROL.model} if "dense" in models else set()
+    for model in [name for name in CHECKPOINTS if name in models]:
+        if not (work / slug(model) / "config.json").exists():
+            make_checkpoint(model, work / slug(model))
+    torch.cuda.empty_cache()
+
+
 class Vectors:
     """Starts the servers of cases and asks each for the vectors of NONCES."""
 
@@ -185,7 +200,7 @@ class Vectors:
             # a stated cache size: servers that start side by side would disturb each other's memory profiling
             memory = ["--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", "1G"]
             args = [*COMMON, *memory, *case.options, *case.parallel]
-            env = {**ENV, "CUDA_VISIBLE_DEVICES": visible}
+            env = {**ENV, "CUDA_VISIBLE_DEVICES": visible, **dict(pair.split("=", 1) for pair in case.env)}
             model = self._work / slug(case.model)
             started = time.monotonic()
             timeout = min(START_SEC, left)
@@ -200,10 +215,9 @@ class Vectors:
 
 def compare(report: Report, vectors: Vectors, cases: Sequence[Case], workers: int) -> None:
     """A row a case: the largest L2 distance to the vectors of its reference."""
-    control = Case("dense, other weights", limit=None)
     references = list(dict.fromkeys(case.reference for case in cases))
     if Case("dense") in references:
-        references.append(control)
+        references.append(CONTROL)
     # the largest first: they wait for several GPUs, and small ones fill what is left
     wanted = sorted([*cases, *references], key=lambda case: -case.gpus)
     found: dict[Case, dict[str, Any]] = {}
@@ -218,7 +232,7 @@ def compare(report: Report, vectors: Vectors, cases: Sequence[Case], workers: in
                 found[case] = {"vectors": None, "again": None, "seconds": None, "error": reason_of(error)}
                 print(f"{time.strftime('%X')} {case.name}: {type(error).__name__}: {error}", flush=True)
                 report.keep_log(case.name, vectors.log(case))
-            report.vectors = rows_of([*cases, *([control] if control in references else [])], found)
+            report.vectors = rows_of([*cases, *([CONTROL] if CONTROL in references else [])], found)
             report.write()
 
 
@@ -226,7 +240,7 @@ def rows_of(cases: Sequence[Case], found: dict[Case, dict[str, Any]]) -> list[di
     """Rows of the cases that are done as far as they and their references are."""
     rows = []
     for case in cases:
-        is_control = case.model == "dense, other weights"
+        is_control = case == CONTROL
         reference_case = Case("dense") if is_control else case.reference
         if case not in found or reference_case not in found:
             continue
@@ -248,7 +262,8 @@ def rows_of(cases: Sequence[Case], found: dict[Case, dict[str, Any]]) -> list[di
             {
                 "model": case.model,
                 "options": " ".join(case.options) or "-",
-                "parallel": " ".join(case.parallel) or ("other weights, must differ" if is_control else "-"),
+                "parallel": " ".join((*case.parallel, *case.env))
+                or ("other weights, must differ" if is_control else "-"),
                 "GPUs": case.gpus,
                 "largest L2 to one GPU": distance,
                 "limit": f"> {APART}" if is_control else case.limit,
@@ -381,12 +396,7 @@ def main() -> int:
     report.notes["versions"] = f"vLLM {vllm.__version__}, torch {torch.__version__}, {torch.cuda.get_device_name()}"
     if cases:
         started = time.monotonic()
-        models = {case.model for case in cases}
-        models |= {"dense, other weights"} if "dense" in models else set()
-        for model in [name for name in CHECKPOINTS if name in models]:
-            if not (options.work / slug(model) / "config.json").exists():
-                make_checkpoint(model, options.work / slug(model))
-        torch.cuda.empty_cache()
+        make_checkpoints(cases, options.work)
         report.notes["seconds, checkpoints"] = round(time.monotonic() - started)
         vectors = Vectors(options.work, Gpus(options.gpus, options.slots), deadline)
         compare(report, vectors, cases, workers=options.gpus * options.slots)
