@@ -42,7 +42,7 @@ def ray_start(*options: str, address: str, gpus: int, env: dict[str, str], log: 
 
 def await_nodes(address: str, count: int, log: Path) -> None:
     """Return when `count` nodes are alive. Raises TimeoutError."""
-    script = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); print(sum(n['Alive'] for n in ray.nodes()))"
+    script = "import ray, sys; ray.init(sys.argv[1], log_to_driver=False); print(sum(n['Alive'] for n in ray.nodes()))"
     deadline = time.monotonic() + START_SEC
     found = ""
     while time.monotonic() < deadline:
