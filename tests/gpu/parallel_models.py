@@ -103,8 +103,12 @@ CHECKPOINTS = MappingProxyType(
             {
                 **SMALL,
                 "num_hidden_layers": 8,
-                "num_experts": 0,
-                "num_experts_per_tok": 1,
+                # vLLM wants a layer with experts on each pipeline stage
+                **MOE,
+                "num_experts": 16,
+                "shared_expert_intermediate_size": 512,
+                "decoder_sparse_step": 1,
+                "mlp_only_layers": [0, 1, 2, 4, 5, 6],
                 "linear_num_key_heads": 8,
                 "linear_num_value_heads": 16,
                 "linear_key_head_dim": 128,
