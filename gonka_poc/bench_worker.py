@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from gonka_poc.data import VectorSpec
-from gonka_poc.gpu_random import artifact_vectors, nonce_inputs
+from gonka_poc.gpu_random import artifact_vectors, nonce_inputs, nonce_projection
 from gonka_poc.poc_model_runner import PoCModelRunner
 from gonka_poc.vllm_compat import WorkerView
 
@@ -65,7 +65,7 @@ def measure_parts(runner: PoCModelRunner, spec: VectorSpec, nonces: Sequence[int
         seconds["metadata"] = seconds_of(view.device, _prepare, view, len(nonces), spec.seq_len)
         if view.is_output_rank:
             hidden = torch.randn(len(nonces), view.hidden_size, device=view.device).to(view.dtype)
-            seconds["projection"] = seconds_of(view.device, _project, spec, nonces, hidden)
+            seconds["projection"] = seconds_of(view.device, _project, *who, spec.k_dim, hidden)
     with contextlib.ExitStack() as stack:
         with view.agreement():
             run = stack.enter_context(view.prefill(len(nonces), spec.seq_len, skip_compiled=False))
@@ -112,8 +112,9 @@ def _prepare(view: WorkerView, num_seqs: int, seq_len: int) -> None:
         pass
 
 
-def _project(spec: VectorSpec, nonces: Sequence[int], hidden: torch.Tensor) -> torch.Tensor:
-    return artifact_vectors(spec.block_hash, spec.public_key, nonces, hidden, spec.k_dim).cpu()
+def _project(block_hash: str, public_key: str, nonces: Sequence[int], k_dim: int, hidden: torch.Tensor) -> torch.Tensor:
+    projection = nonce_projection(block_hash, public_key, nonces, hidden.shape[-1], k_dim, hidden.device)
+    return artifact_vectors(hidden, projection).cpu()
 
 
 def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, count: int) -> None:

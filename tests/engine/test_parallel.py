@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+from pathlib import Path
+
 import pytest
 
 from tests.engine.support import (
     GOLDEN_LIMIT,
+    POW,
     Client,
     ServerConfig,
     Servers,
+    assert_ends,
     body_of,
     decoded,
     golden_cases,
     golden_distance,
     max_distance,
+    until,
 )
 
 # one core a worker; without it vLLM says "Not enough allowed NUMA nodes"
@@ -37,6 +45,17 @@ def assert_one_failure_fails_once(server: Client, where: str, rank: int | None) 
     for nonce, vector_b64 in zip(case["nonces"], case["vectors_b64"], strict=True):
         expected = decoded([vector_b64], case["k_dim"])
         assert max_distance(server.vectors(case, [nonce]), expected) < GOLDEN_LIMIT["float32"]
+
+
+def assert_a_slow_rank_is_waited_for(server: Client, rank: int) -> None:
+    """One worker stops for seconds in mid-forward: the answer is late and right, and so are the ones after it."""
+    (case, _) = golden_cases("qwen3")
+    seconds = 6.0
+    server.rpc("poc_test_sleep_once", seconds, rank)
+    started = time.monotonic()
+    assert golden_distance(server, case) < GOLDEN_LIMIT["float32"]
+    assert time.monotonic() - started > seconds
+    assert golden_distance(server, case) < GOLDEN_LIMIT["float32"]
 
 
 @pytest.mark.parametrize("model", ["qwen3_moe", "qwen3"])
@@ -78,6 +97,14 @@ def test_a_failure_under_tensor_parallelism(servers: Servers, where: str, rank: 
     assert server.chat() == chat
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_slow_rank_under_tensor_parallelism(servers: Servers, rank: int) -> None:
+    server = servers.get(config("qwen3", "--tensor-parallel-size"))
+    chat = server.chat()
+    assert_a_slow_rank_is_waited_for(server, rank)
+    assert server.chat() == chat
+
+
 def test_pipeline_parallel(servers: Servers) -> None:
     # without chat: vLLM's own chat forward asserts on the CPU under pipeline parallelism (intermediate_tensors)
     server = servers.get(config("qwen3", "--pipeline-parallel-size"))
@@ -106,3 +133,25 @@ def test_bench_under_pipeline_parallelism(servers: Servers) -> None:
 def test_a_failure_under_pipeline_parallelism(servers: Servers, where: str, rank: int | None) -> None:
     server = servers.get(config("qwen3", "--pipeline-parallel-size"))
     assert_one_failure_fails_once(server, where, rank)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_slow_rank_under_pipeline_parallelism(servers: Servers, rank: int) -> None:
+    assert_a_slow_rank_is_waited_for(servers.get(config("qwen3", "--pipeline-parallel-size")), rank)
+
+
+def test_a_rank_that_is_killed(tmp_path: Path) -> None:
+    """vLLM cannot go on without a worker: the round ends with a reason, and the server does not stay as a shell."""
+    log = tmp_path / "server.log"
+    with config("qwen3", "--tensor-parallel-size").process(log) as process:
+        client = Client(process.url)
+        pids = {answer["rank"]: answer["pid"] for answer in client.rpc("poc_test_pid")}
+        body = body_of(golden_cases("qwen3")[0])
+        del body["nonces"]
+        client.post(f"{POW}/init/generate", json=body).raise_for_status()
+        until(lambda: client.status()["stats"]["total_processed"] > 0)
+        os.kill(pids[1], signal.SIGKILL)
+        assert_ends(process, client)
+    text = log.read_text()
+    assert "died unexpectedly" in text
+    assert "PoC round failed" in text or "PoC round stopped" in text
