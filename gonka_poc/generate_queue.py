@@ -85,8 +85,8 @@ class GenerateQueue(JobQueue[GenerateJob, BatchResult]):
     async def _turn(self) -> None:
         await self._no_round.wait()
 
-    async def _compute(self, spec: VectorSpec, nonces: list[int]) -> BatchResult | None:
-        return await self._manager.compute(spec, nonces)
+    async def _compute(self, spec: VectorSpec, nonces: list[int], following: list[int]) -> BatchResult | None:
+        return await self._manager.compute(spec, nonces, following)
 
     async def _finish(self, job: GenerateJob, results: list[BatchResult]) -> Completed:
         # in a thread: of 100,000 nonces it takes seconds, in which no other request would be served

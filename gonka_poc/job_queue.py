@@ -76,7 +76,7 @@ class JobQueue(ABC, Generic[SomeJob, Result]):
             await asyncio.gather(self._worker, return_exceptions=True)
 
     @abstractmethod
-    async def _compute(self, spec: Any, nonces: list[int]) -> Result | None:
+    async def _compute(self, spec: Any, nonces: list[int], following: list[int]) -> Result | None:
         """What the manager answers for one micro-batch; None if the same nonces are to be tried again."""
 
     @abstractmethod
@@ -133,7 +133,8 @@ class JobQueue(ABC, Generic[SomeJob, Result]):
                 break
             size = min(job.batch_size, self._manager.micro_batch_size(job.spec.seq_len))
             nonces = job.nonces[done : done + size]
-            result = await self._compute(job.spec, nonces)
+            following = job.nonces[done + size : done + 2 * size]
+            result = await self._compute(job.spec, nonces, following)
             if result is None:
                 await asyncio.sleep(self._settings.chat_backoff_sec)
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from gonka_poc.data import (
     StatusAnswer,
     encode_vector,
 )
-from gonka_poc.errors import ConflictError, RequestError
+from gonka_poc.errors import ConflictError, PoCError, RequestError, printable
 from gonka_poc.generate_queue import GenerateJob, GenerateQueue
 from gonka_poc.history import RecentErrors
 from gonka_poc.manager import PoCManagerV1
@@ -37,6 +38,8 @@ from gonka_poc.threshold_data import (
     ThresholdStatusAnswer,
     ValidatedBatch,
 )
+
+logger = logging.getLogger("vllm.gonka_poc.service")
 
 STOPPED = "stopped by POST /stop"
 REPLACED = "another round was set"
@@ -74,6 +77,16 @@ class PoCService:
     def start(self) -> None:
         """Begin to deliver callbacks, first of all those that an earlier server left."""
         self.callbacks.start()
+
+    async def prepare(self) -> None:
+        """Reach the workers and warm them up, before there is chat that would wait for it.
+
+        What stands against proof here is only logged: it is told to the first request for proof.
+        """
+        try:
+            await self._manager.prepare()
+        except PoCError as error:
+            logger.warning("PoC is not ready: %s", printable(str(error)))
 
     async def init_generate(self, request: InitGenerateRequest) -> None:
         """Start a round.

@@ -149,8 +149,8 @@ class ThresholdRound(Round[ThresholdRequest, DistanceResult]):
             r_target=self.request.r_target,
         )
 
-    async def _compute(self, nonces: list[int]) -> DistanceResult | None:
-        return await self._manager.compute_distances(self.request.spec, nonces)
+    async def _compute(self, nonces: list[int], following: list[int]) -> DistanceResult | None:
+        return await self._manager.compute_distances(self.request.spec, nonces, following)
 
     def _count(self, result: DistanceResult) -> None:
         self.progress.add(result, self.request.r_target)
@@ -194,8 +194,8 @@ class ProofQueue(JobQueue[ProofJob, DistanceResult]):
         """Accept a proof. Raises QueueFullError where it would take the proofs that wait over their limit."""
         return self._add(ProofJob(current, proof))
 
-    async def _compute(self, spec: DistanceSpec, nonces: list[int]) -> DistanceResult | None:
-        return await self._manager.compute_distances(spec, nonces)
+    async def _compute(self, spec: DistanceSpec, nonces: list[int], following: list[int]) -> DistanceResult | None:
+        return await self._manager.compute_distances(spec, nonces, following)
 
     async def _finish(self, job: ProofJob, results: list[DistanceResult]) -> ProofVerdict:
         request = job.round.request

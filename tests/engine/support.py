@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -201,6 +202,23 @@ def max_distance(a: np.ndarray, b: np.ndarray) -> float:
 def until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
     """Poll until `condition` holds; fails after `seconds`."""
     assert wait_until(condition, seconds, interval=0.02), f"not within {seconds:g} s"
+
+
+def assert_ends(process: ServerProcess, client: Client, seconds: float = 90.0) -> None:
+    """The server ends by itself, as vLLM does when its engine is lost: a supervisor starts it again.
+
+    While it still answers, it does not go on saying that it generates.
+    """
+    seen: list[dict[str, Any]] = []
+
+    def ended() -> bool:
+        if not process.has_ended:
+            with contextlib.suppress(httpx.HTTPError):
+                seen.append(client.status())
+        return process.has_ended
+
+    until(ended, seconds)
+    assert all(status["status"] == "GENERATING" or "dead" in status["error"] for status in seen)
 
 
 # --- callbacks --------------------------------------------------------------------------------------------------
