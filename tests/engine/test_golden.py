@@ -17,10 +17,22 @@ from tests.engine.support import (
     max_distance,
 )
 
-CONFIGS = [ServerConfig(model, dtype) for model in ("qwen3", "llama", "qwen3_moe") for dtype in ("float32", "float16")]
+MODELS = ("qwen3", "llama", "qwen3_moe")
+DTYPES = ("float32", "float16")
+# each model and each dtype on every release of vLLM
+IN_MATRIX = {("qwen3", "float32"), ("qwen3", "float16"), ("llama", "float16"), ("qwen3_moe", "float32")}
+CONFIGS = [
+    pytest.param(
+        ServerConfig(model, dtype),
+        id=f"{model}-{dtype}",
+        marks=[pytest.mark.matrix] if (model, dtype) in IN_MATRIX else [],
+    )
+    for model in MODELS
+    for dtype in DTYPES
+]
 
 
-@pytest.fixture(scope="module", params=CONFIGS, ids=lambda config: f"{config.model}-{config.dtype}")
+@pytest.fixture(scope="module", params=CONFIGS)
 def config(request: pytest.FixtureRequest) -> ServerConfig:
     return request.param
 

@@ -39,7 +39,7 @@ def assert_one_failure_fails_once(server: Client, where: str, rank: int | None) 
         assert max_distance(server.vectors(case, [nonce]), expected) < GOLDEN_LIMIT["float32"]
 
 
-@pytest.mark.parametrize("model", ["qwen3_moe", "qwen3"])
+@pytest.mark.parametrize("model", ["qwen3_moe", pytest.param("qwen3", marks=pytest.mark.matrix)])
 def test_tensor_parallel(servers: Servers, model: str) -> None:
     server = servers.get(config(model, "--tensor-parallel-size"))
     chat = server.chat()
@@ -52,6 +52,7 @@ def test_tensor_parallel(servers: Servers, model: str) -> None:
     assert (first["is_output_rank"], second["is_output_rank"]) == (True, False)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("where", "rank"), [("inputs", 0), ("metadata builder", 1), ("middle layer", None)])
 def test_a_failure_under_tensor_parallelism(servers: Servers, where: str, rank: int | None) -> None:
     server = servers.get(config("qwen3", "--tensor-parallel-size"))

@@ -22,6 +22,8 @@ from tests.engine.support import (
     until,
 )
 
+pytestmark = pytest.mark.matrix
+
 CASE = golden_cases("qwen3")[0]
 LIMIT = GOLDEN_LIMIT["float32"]
 IDENTITY = {"block_hash": CASE["block_hash"], "block_height": 100, "public_key": CASE["public_key"]}
