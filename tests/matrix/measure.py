@@ -28,6 +28,7 @@ from tests.matrix.table import write_table
 SPEC = ArtifactFile(model=MODEL, seq_len=64, k_dim=12, block_hash="compatibility", block_height=1, public_key="matrix")
 NONCES = range(16)
 DTYPES = ("float32", "float16")
+ENV = (("VLLM_SERVER_DEV_MODE", "1"), ("POC_OUTBOX_PATH", ":memory:"))
 # A line of a log or a traceback that names an exception. Of those, what only says that another process failed is none.
 ERROR = re.compile(r"(?<![\w.])(?P<error>(?:\w+\.)*\w*(?:Error|Exception): \S.*)")
 NO_CAUSE = ("Engine core initialization failed", "WorkerProc initialization failed", "ServerStartError")
@@ -73,8 +74,7 @@ def measure_vectors(folder: Path) -> tuple[dict[str, ArtifactFile], list[str], l
     failures: list[Failure] = []
     servers = Servers(folder)
     for dtype in DTYPES:
-        probe = "tests.engine.extension.Probe"
-        config = ServerConfig(dtype=dtype, env=(("VLLM_SERVER_DEV_MODE", "1"),), extension=probe, direct=True)
+        config = ServerConfig(dtype=dtype, env=ENV, extension="tests.engine.extension.Probe", direct=True)
         try:
             with servers.get(config) as http, PoCClient(str(http.base_url)) as client:
                 vectors[dtype] = make_reference(client, SPEC, NONCES, len(NONCES))
