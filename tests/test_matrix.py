@@ -124,14 +124,15 @@ def test_a_junit_report_is_counted(tmp_path):
     report = tmp_path / "junit.xml"
     report.write_text(
         """<testsuites><testsuite>
-        <testcase classname="tests.engine.test_a" name="test_1"/>
+        <testcase classname="tests.engine.test_a" name="test_1"><properties>
+        <property name="a" value="1"/><property name="b" value="2 3"/></properties></testcase>
         <testcase classname="tests.engine.test_a" name="test_2"><skipped message="why"/></testcase>
         <testcase classname="tests.engine.test_a" name="test_3"><failure>E   AssertionError: 3</failure></testcase>
         <testcase classname="tests.engine.test_a" name="test_4"><error>E   OSError: 4</error></testcase>
         </testsuite></testsuites>"""
     )
-    passed, skipped, failures = read_junit(report)
-    assert (passed, skipped) == (1, 1)
+    passed, skipped, failures, properties = read_junit(report)
+    assert (passed, skipped, properties) == (1, 1, {"a": "1", "b": "2 3"})
     assert [(f.test, f.message) for f in failures] == [
         ("tests.engine.test_a::test_3", "AssertionError: 3"),
         ("tests.engine.test_a::test_4", "OSError: 4"),

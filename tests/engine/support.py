@@ -17,7 +17,8 @@ from typing import Any
 import httpx
 import numpy as np
 
-from gonka_poc.data import decode_vector
+from gonka_poc.artifact_file import ArtifactFile
+from gonka_poc.data import Artifact, decode_vector, encode_vector
 from gonka_poc.server_process import ServerProcess
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -193,6 +194,13 @@ def decoded(vectors_b64: Sequence[str], k_dim: int) -> np.ndarray:
     rows = [decode_vector(text, k_dim) for text in vectors_b64]
     assert all(row is not None for row in rows), vectors_b64
     return np.array(rows, dtype=np.float64)
+
+
+def artifact_file(case: Mapping[str, Any], nonces: Sequence[int], vectors: np.ndarray) -> ArtifactFile:
+    """`vectors` [len(nonces), k_dim] of the block, key and sizes of a golden case, as a file of artifacts."""
+    asked = {key: case[key] for key in ("model", "seq_len", "k_dim", "block_hash", "public_key", "poc_stronger_rng")}
+    artifacts = [Artifact(nonce=n, vector_b64=encode_vector(row)) for n, row in zip(nonces, vectors, strict=True)]
+    return ArtifactFile(**asked, artifacts=artifacts)
 
 
 def golden_distance(client: Client, case: Mapping[str, Any], **changes: Any) -> float:

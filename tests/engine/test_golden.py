@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tests.engine.support import (
     Client,
     ServerConfig,
     Servers,
+    artifact_file,
     golden_cases,
     golden_distance,
     max_distance,
@@ -52,10 +54,14 @@ def test_golden_vectors_between_two_equal_chats(server: Client, config: ServerCo
     assert server.chat() == before
 
 
-def test_a_vector_does_not_depend_on_its_batch(server: Client, config: ServerConfig) -> None:
+def test_a_vector_does_not_depend_on_its_batch(
+    server: Client, config: ServerConfig, record_property: Callable[[str, object], None]
+) -> None:
     case = golden_cases(config.model)[0]
     nonces = list(range(32))
     together = server.vectors(case, nonces)
+    # for tests/matrix, which compares them with those of other releases
+    record_property(f"vectors {config.model} {config.dtype}", artifact_file(case, nonces, together).model_dump_json())
     shuffled = random.Random(0).sample(nonces, k=len(nonces))
     reordered = server.vectors(case, shuffled)[np.argsort(shuffled)]
     alone = server.vectors(case, [7])

