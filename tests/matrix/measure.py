@@ -21,30 +21,40 @@ from gonka_poc.vllm_compat import can_skip_compiled, installed_version
 from tests.matrix.result import ROOT, Failure, Result
 from tests.matrix.table import write_table
 
-MODEL = "qwen3"  # of tests/data/models; its vectors are kept
+MODEL = "llama"  # of tests/data/models; its vectors are kept
 DTYPES = ("float32", "float16")
 # A line of a log or a traceback that names an exception. Of those, what only says that another process failed is none.
 ERROR = re.compile(r"(?<![\w.])(?P<error>(?:\w+\.)*\w*(?:Error|Exception): \S.*)")
 NO_CAUSE = ("Engine core initialization failed", "WorkerProc initialization failed", "ServerStartError")
+FRAME = re.compile(r'File "(?:[^"]*site-packages/)?(?P<path>[^"]+)", line (?P<line>\d+), in ')
 MAX_MESSAGE = 300
 
 
 def cause(text: str) -> str:
-    """The first error that `text` names, on one line; without any, the beginning of the text."""
-    errors = [found["error"] for found in map(ERROR.search, text.splitlines()) if found]
-    causes = [error for error in errors if not any(what in error for what in NO_CAUSE)]
-    return " ".join((causes or errors or [text])[0].split())[:MAX_MESSAGE]
+    """The first error that `text` names and where it was raised; without any, the beginning of the text. One line."""
+    errors = []
+    frame = ""
+    for line in text.splitlines():
+        if found := FRAME.search(line):
+            frame = f" ({found['path']}:{found['line']})"
+        elif (found := ERROR.search(line)) and not any(what in line for what in NO_CAUSE):
+            return " ".join(found["error"].split())[:MAX_MESSAGE] + frame
+        elif found:
+            errors.append(found["error"])
+    return " ".join((errors or [text])[0].split())[:MAX_MESSAGE]
 
 
 def read_junit(path: Path) -> tuple[int, int, list[Failure], dict[str, str]]:
     """Passed, skipped and failed tests of a report that pytest wrote, and the properties that tests recorded."""
     passed = skipped = 0
     failures = []
-    properties = {}
+    properties: dict[str, str] = {}
     for case in ElementTree.parse(path).getroot().iter("testcase"):
-        properties.update((found.attrib["name"], found.attrib["value"]) for found in case.iter("property"))
+        recorded = {found.attrib["name"]: found.attrib["value"] for found in case.iter("property")}
+        properties |= recorded
         bad = [found.text or "" for found in case if found.tag in ("failure", "error")]
         if bad:
+            bad.insert(0, recorded.get("log of the server that ended", ""))
             failures.append(Failure(test=f"{case.get('classname')}::{case.get('name')}", message=cause("\n".join(bad))))
         elif case.find("skipped") is not None:
             skipped += 1

@@ -111,8 +111,9 @@ def distances_section(results: Sequence[Result]) -> str:
     return f"""\
 ## The same vectors on every version
 Largest L2 distance between the vectors of two versions: model `tests/data/models/{of.model}`,
-{len(of.artifacts)} nonces of {of.seq_len} tokens, one worker. Float32 above the diagonal, float16 below. Largest of all: {largest["float32"]:.1e} in float32,
-{largest["float16"]:.1e} in float16. The protocol's default `dist_threshold` is {StatTest().dist_threshold}.
+{len(of.artifacts)} nonces of {of.seq_len} tokens, one worker. Float32 above the diagonal, float16 below. Largest:
+{largest["float32"]:.1e} in float32, {largest["float16"]:.1e} in float16. The protocol's default `dist_threshold` is
+{StatTest().dist_threshold}.
 
 {table(rows)}"""
 
