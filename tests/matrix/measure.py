@@ -16,6 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 
+from packaging.version import Version
+
 from gonka_poc.artifact_file import ArtifactFile
 from gonka_poc.vllm_compat import can_skip_compiled, installed_version
 from tests.matrix.result import ROOT, Failure, Result
@@ -71,7 +73,7 @@ def measure() -> Result:
         subprocess.run([*command, "tests/engine"], cwd=ROOT, check=False)
         passed, skipped, failures, properties = read_junit(report)
     return Result(
-        vllm=installed_version(),
+        vllm=Version(installed_version()).public,
         torch=version("torch"),
         transformers=version("transformers"),
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
