@@ -29,7 +29,7 @@ The tests are those of `tests/engine` with the mark `matrix`, against servers of
 models (float32 and float16), the HTTP API with its queue and rounds, chat beside proof, tensor parallel of two workers.
 
 - model runner: the generation that vLLM chooses by itself on the CPU; V1 is `vllm.v1.worker.gpu_model_runner`, V2
-  `vllm.v1.worker.gpu.model_runner`
+  `vllm.v1.worker.gpu.model_runner`, which needs Triton and with it a GPU ([gpu.md](gpu.md) has it)
 - compiled server: whether proof works beside a model that vLLM compiled; where not, the server needs `--enforce-eager`,
   which `gonka_poc.serve` adds
 """
