@@ -7,7 +7,7 @@
 #            built for CUDA 13 (torch 2.11): driver 580 or newer.
 #   0.19.1   What an older driver is told to take: the last release whose default wheel is built for CUDA 12 (torch 2.10,
 #            CUDA 12.8). Any driver from 525 on runs it, by CUDA's minor version compatibility, and it can already leave a
-#            compiled model aside (0.17). It is named, not chosen silently: hosts should know which of the two they run.
+#            compiled model aside (0.15). It is named, not chosen silently: hosts should know which of the two they run.
 set -euo pipefail
 
 # shellcheck source=scripts/gpu_host.sh

@@ -57,7 +57,7 @@ def is_cpu_build() -> bool:
 
 
 def can_skip_compiled() -> bool:
-    """Whether a forward can leave the compiled model aside (0.17), read from the source without importing vLLM."""
+    """Whether a forward can leave the compiled model aside (0.15), read from the source without importing vLLM."""
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
         return False
@@ -443,9 +443,9 @@ def _forward_options(config: Any) -> dict[str, Any]:
 
     parameters: Mapping[str, Any] = inspect.signature(set_forward_context).parameters
     options: dict[str, Any] = {}
-    if "slot_mapping" in parameters:  # 0.17: the cache is updated outside of the attention backends
+    if "slot_mapping" in parameters:  # 0.15: the cache is updated outside of the attention backends
         options["slot_mapping"] = None
-    if "skip_compiled" in parameters:  # 0.17
+    if "skip_compiled" in parameters:  # 0.15
         options["skip_compiled"] = True
     elif not config.model_config.enforce_eager:
         raise UnsupportedServerError(

@@ -26,7 +26,7 @@ DATA = ROOT / "tests" / "data"
 MODEL = "tiny"  # the served model name of every server here
 POW = "/api/v1/pow"
 GOLDEN = [c for c in json.loads((DATA / "end_to_end.json").read_text()) if c["protocol"] == "artifact"]
-# the models were written by transformers 5; what 4 (vLLM until 0.17) has under another name
+# the models were written by transformers 5; what 4, which older releases of vLLM ask for, has under another name
 HF_OVERRIDES = {"qwen3_moe": {"num_experts": 8}}
 # seconds that a server has to start; more where other work keeps the machine busy
 START_SEC = float(os.environ.get("POC_TEST_START_SEC", "300"))

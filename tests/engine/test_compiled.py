@@ -19,7 +19,7 @@ from tests.engine.support import (
 
 @pytest.mark.matrix
 def test_compiled_server_before_during_and_after_a_round(servers: Servers) -> None:
-    """Where vLLM cannot leave its compiled model aside (until 0.16), the same on the eager server that we start."""
+    """Where vLLM cannot leave its compiled model aside (0.14), the same on the eager server that we start."""
     server = servers.get(ServerConfig(args=()))
     assert servers.process is not None
     log = servers.process.log_tail(10_000)
