@@ -62,7 +62,8 @@ def test_versions_are_ordered_as_versions(tmp_path):
 
 def test_a_row_a_version():
     second = ["vllm.v1.worker.cpu.model_runner", "vllm.v1.worker.gpu.model_runner"]
-    failures = [Failure(test="tests.engine.test_x::test_y[a]", message="KeyError: 'a|b'")]
+    names = ("tests.engine.test_x::test_y[a]", "tests.engine.test_z::test_y")
+    failures = [Failure(test=name, message="KeyError: 'a|b'") for name in names]
     text = page(
         [
             result("0.14.0", can_skip_compiled=False, skipped=2),
@@ -71,10 +72,12 @@ def test_a_row_a_version():
         ]
     )
     assert "| 0.14.0 | 2.0 | 5.0 | V1 | no | 7 | 0, 2 skipped | 2026-01-02 |\n" in text
-    assert "| 0.15.0 | 2.0 | 5.0 | V2 | yes | 7 | 1 | 2026-01-02 |\n" in text
+    assert "| 0.15.0 | 2.0 | 5.0 | V2 | yes | 7 | 2 | 2026-01-02 |\n" in text
     assert "| 0.16.0 | 2.0 | 5.0 | unknown | yes |" in text
-    assert "- 0.15.0: tests.engine.test_x::test_y[a]: `KeyError: 'a|b'`\n" in text
+    assert "- 0.15.0: `KeyError: 'a|b'`, in `tests.engine.test_x::test_y[a]`, `tests.engine.test_z::test_y`\n" in text
+    assert "vLLM's own" not in text
     assert "What failed" not in page([result("0.14.0")])
+    assert "  vLLM's own: its server" in page([result("0.14.0", failures=failures)])
 
 
 def test_distances_of_versions():
