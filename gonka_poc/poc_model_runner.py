@@ -87,36 +87,47 @@ class _Round:
     target: torch.Tensor | None = None
 
 
+@dataclass
 class _Launched:
-    """A batch that the device was given: its values, one row a nonce, come to the host when they are ready."""
+    """A batch that the device was given: its values, one row a nonce, are on their way to the host.
 
-    def __init__(self, spec: VectorSpec | DistanceSpec, nonces: Sequence[int], on_device: torch.Tensor | None) -> None:
-        self.spec = spec
-        self.nonces = list(nonces)
-        self._values = on_device
-        self._ready: torch.cuda.Event | None = None
-        if on_device is not None and on_device.is_cuda:
-            self._values = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
-            self._values.copy_(on_device, non_blocking=True)
-            self._ready = torch.cuda.Event(blocking=True)
-            self._ready.record()
+    They are None on a rank that has none.
+    """
 
-    def take(self, spec: VectorSpec | DistanceSpec, nonces: Sequence[int]) -> tuple[int, np.ndarray | None]:
-        """How many of the first of `nonces` these are, and their values, which leave the batch.
+    spec: VectorSpec | DistanceSpec
+    nonces: Sequence[int]
+    on_host: torch.Tensor | None
+    ready: torch.cuda.Event | None
+    failure: Exception | None = None
 
-        The values are None on a rank that has none.
-        """
+    @staticmethod
+    def on_way(spec: VectorSpec | DistanceSpec, nonces: Sequence[int], values: torch.Tensor | None) -> _Launched:
+        """With the copy of `values` to the host behind what makes them."""
+        if values is None or not values.is_cuda:
+            return _Launched(spec, nonces, values, None)
+        on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        on_host.copy_(values, non_blocking=True)
+        ready = torch.cuda.Event(blocking=True)
+        ready.record()
+        return _Launched(spec, nonces, on_host, ready)
+
+    def num_asked(self, spec: VectorSpec | DistanceSpec, nonces: Sequence[int]) -> int:
+        """How many of the first of `nonces` are the first ones here."""
         pairs = zip(nonces, self.nonces, strict=False) if spec == self.spec else ()
-        count = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        if count == 0:
-            return 0, None
-        if self._ready is not None:
-            self._ready.synchronize()
-        taken = None
-        if self._values is not None:
-            taken, self._values = self._values[:count].numpy(), self._values[count:]
-        del self.nonces[:count]
-        return count, taken
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def part(self, start: int, stop: int | None = None) -> _Launched:
+        """Some of its rows."""
+        values = None if self.on_host is None else self.on_host[start:stop]
+        return _Launched(self.spec, self.nonces[start:stop], values, self.ready, self.failure)
+
+    def values(self) -> np.ndarray | None:
+        """Its rows, when the device has them ready. Raises what kept the device from being given the batch."""
+        if self.failure is not None:
+            raise self.failure
+        if self.ready is not None:
+            self.ready.synchronize()
+        return None if self.on_host is None else self.on_host.numpy()
 
 
 class PoCModelRunner:
@@ -127,7 +138,6 @@ class PoCModelRunner:
         self._layers = view.decoder_layers()
         self._round: _Round | None = None
         self._ahead: _Launched | None = None
-        self._may_look_ahead = True
         self._compiler: LayerCompiler | None = None
         self._last_positions: LastPositions | None = None
         # asked for now, so that a model that cannot be used is refused before the first batch
@@ -221,17 +231,14 @@ class PoCModelRunner:
     ) -> np.ndarray | None:
         """The values of `nonces` on the host, on the output rank. Nothing stays behind where it fails."""
         try:
-            count, first = self._ahead.take(spec, nonces) if self._ahead else (0, None)
-            parts = [] if first is None else [first]
-            if self._ahead is not None and (not self._ahead.nonces or (count == 0 and self._ahead.spec == spec)):
-                self._ahead = None
-            rest = nonces[count:]
-            launched = self._launch(spec, rest) if rest else None
+            asked = self._asked_of_ahead(spec, nonces)
+            count = sum(len(part.nonces) for part in asked)
+            if count < len(nonces):
+                asked.append(self._launch(spec, nonces[count:]))
             if self._ahead is None and following:
                 self._look_ahead(spec, following)
-            if launched is not None:
-                _, last = launched.take(spec, rest)
-                parts += [] if last is None else [last]
+            # only now, with the next batch given to the device, is this one waited for
+            parts = [values for part in asked if (values := part.values()) is not None]
         except BaseException:
             self.release()
             raise
@@ -243,20 +250,27 @@ class PoCModelRunner:
             self._view.release()
         return values
 
+    def _asked_of_ahead(self, spec: VectorSpec | DistanceSpec, nonces: Sequence[int]) -> list[_Launched]:
+        """What was computed ahead of the first of `nonces`; a batch ahead of other nonces of `spec` is dropped."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return []
+        count = ahead.num_asked(spec, nonces)
+        if count < len(ahead.nonces) and (count or ahead.spec != spec):
+            self._ahead = ahead.part(count)
+        return [ahead.part(0, count)] if count else []
+
     def _look_ahead(self, spec: VectorSpec | DistanceSpec, nonces: Sequence[int]) -> None:
-        """Have the device compute `nonces` next. A failure is seen when they are asked for."""
-        if not self._may_look_ahead:
-            return
+        """Have the device compute `nonces` next. What fails here is raised when they are asked for."""
         try:
             self._ahead = self._launch(spec, nonces)
         except Exception as error:
-            logger.warning("PoC computes no batch ahead any more: %s: %a", type(error).__name__, str(error))
-            self._may_look_ahead = False
+            self._ahead = _Launched(spec, nonces, None, None, error)
 
     def _launch(self, spec: VectorSpec | DistanceSpec, nonces: Sequence[int]) -> _Launched:
         """Give a batch to the device, without waiting for it."""
         values = self._vectors(spec, nonces) if isinstance(spec, VectorSpec) else self._distances(spec, nonces)
-        return _Launched(spec, nonces, values)
+        return _Launched.on_way(spec, nonces, values)
 
     def _vectors(self, spec: VectorSpec, nonces: Sequence[int]) -> torch.Tensor | None:
         # made ahead of the forward, so that only the hidden states are missing when it ends
