@@ -17,12 +17,22 @@ from rich.text import Text
 
 from gonka_poc import __version__
 from gonka_poc.artifact_file import ArtifactFile, read_artifact_file, write_artifact_file
-from gonka_poc.cli_common import ERROR, FRAUD, PASS, Nonces, print_json, progress_bar, say, server_options
+from gonka_poc.cli_common import (
+    ERROR,
+    FRAUD,
+    PASS,
+    Nonces,
+    artifact_options,
+    print_json,
+    progress_bar,
+    say,
+    server_options,
+)
 from gonka_poc.client import PoCClient
 from gonka_poc.config import load_settings
 from gonka_poc.data import Artifact
 from gonka_poc.demo import run_demo
-from gonka_poc.doctor import doctor_command
+from gonka_poc.doctor import contract_checks, doctor_command, print_checks
 from gonka_poc.errors import ArtifactFileError, PoCError, printable
 from gonka_poc.outbox_admin import purge, retry_parked, summary
 from gonka_poc.outbox_file import outbox_path
@@ -68,31 +78,18 @@ def demo(as_json: bool) -> int:
 @app.command()
 @click.option("--nonces", type=Nonces(), required=True, help="For example 0-99 or 3,7,100-199.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The file to write.")
-@click.option("--model", help="A served model name [default: the one that is served]")
-@click.option("--api-key", envvar="VLLM_API_KEY", help="vLLM's own, to ask for the model's name [env: VLLM_API_KEY]")
-@click.option("--seq-len", type=click.IntRange(1), default=1024, show_default=True, help="Tokens a nonce.")
-@click.option("--k-dim", type=click.IntRange(1), default=12, show_default=True, help="Length of a vector.")
-@click.option("--block-hash", default="test-block", show_default=True)
-@click.option("--block-height", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--public-key", default="test-key", show_default=True)
-@click.option("--stronger-rng", is_flag=True, help="Ask for poc_stronger_rng.")
-@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Nonces a request.")
+@artifact_options
 @server_options
 def generate(
     nonces: list[int],
     out: Path,
     model: str | None,
     api_key: str | None,
-    seq_len: int,
-    k_dim: int,
-    block_hash: str,
-    block_height: int,
-    public_key: str,
-    stronger_rng: bool,
     batch_size: int,
     url: str,
     token: str | None,
     as_json: bool,
+    **asked: Any,
 ) -> int:
     """Compute artifacts of NONCES into a file. What the file already holds is not computed again.
 
@@ -100,15 +97,7 @@ def generate(
     gonka-poc generate --nonces 0-99 --out artifacts.json --block-hash HASH --public-key KEY
     """
     with PoCClient(url, token=token, api_key=api_key) as client:
-        file = ArtifactFile(
-            model=model or client.model_name(),
-            seq_len=seq_len,
-            k_dim=k_dim,
-            block_hash=block_hash,
-            block_height=block_height,
-            public_key=public_key,
-            poc_stronger_rng=stronger_rng,
-        )
+        file = ArtifactFile(model=model or client.model_name(), **asked)
         is_new = not out.exists()
         if not is_new:
             file = _goes_on(out, file)
@@ -247,14 +236,27 @@ def stop(url: str, token: str | None, as_json: bool) -> int:
 @app.command()
 @click.option("--runner", type=click.Path(path_type=Path), help="MLNode's inference/vllm/runner.py")
 @click.option("--python", help="The Python that MLNode starts vLLM with")
+@click.option(
+    "--vllm",
+    metavar="DIR_OR_WHEEL",
+    type=click.Path(path_type=Path),
+    help="Look at this vLLM instead of this host: a source tree, a package folder or a wheel; nothing of it is run.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, for machines.")
-def doctor(runner: Path | None, python: str | None, as_json: bool) -> int:
+def doctor(runner: Path | None, python: str | None, vllm: Path | None, as_json: bool) -> int:
     """Look whether this host is ready, with the fix beside what is not. Exit status 1 if something is not.
+
+    With --vllm: whether a release of vLLM has every name that gonka_poc uses; each is there, moved or gone.
 
     \b
     gonka-poc doctor --runner /app/packages/api/src/api/inference/vllm/runner.py
+    gonka-poc doctor --vllm vllm-0.33.0-cp38-abi3-manylinux_2_28_x86_64.whl
     """
-    return doctor_command(as_json, runner, python)
+    if vllm is None:
+        return doctor_command(as_json, runner, python)
+    if runner or python:
+        raise click.UsageError("--vllm looks at a release, not at this host: leave --runner and --python out")
+    return print_checks(contract_checks(vllm), as_json)
 
 
 @app.group()

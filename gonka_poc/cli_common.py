@@ -52,6 +52,25 @@ def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def artifact_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What to compute, for commands that make artifacts: `model`, `api_key`, `batch_size`, fields of ArtifactFile."""
+    for option in (
+        click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Nonces a request."),
+        click.option("--stronger-rng", "poc_stronger_rng", is_flag=True, help="Ask for poc_stronger_rng."),
+        click.option("--public-key", default="test-key", show_default=True),
+        click.option("--block-height", type=click.IntRange(0), default=0, show_default=True),
+        click.option("--block-hash", default="test-block", show_default=True),
+        click.option("--k-dim", type=click.IntRange(1), default=12, show_default=True, help="Length of a vector."),
+        click.option("--seq-len", type=click.IntRange(1), default=1024, show_default=True, help="Tokens a nonce."),
+        click.option(
+            "--api-key", envvar="VLLM_API_KEY", help="vLLM's own, to ask for the model's name [env: VLLM_API_KEY]"
+        ),
+        click.option("--model", help="A served model name [default: the one that is served]"),
+    ):
+        command = option(command)
+    return command
+
+
 class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Nonces a second."""

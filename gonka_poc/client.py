@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel, Field, RootModel, ValidationError
 
 from gonka_poc.artifact_file import ArtifactFile
@@ -61,6 +62,10 @@ class _Chat(BaseModel):
     choices: list[_Choice] = Field(min_length=1)
 
 
+class _Completion(BaseModel):
+    choices: list[Any]
+
+
 Polled = PendingAnswer | ArtifactsAnswer | ValidationAnswer | FailedAnswer
 
 
@@ -96,6 +101,13 @@ class PoCClient:
     def status(self) -> StatusAnswer:
         """GET /status."""
         return self._ask(StatusAnswer, "GET", f"{PREFIX}/status")
+
+    def total_processed(self) -> int:
+        """The nonces that the round has processed. Raises ServerAnswerError also where none generates."""
+        status = self.status()
+        if status.stats is None:
+            raise ServerAnswerError(f"the round ended: {status.error}")
+        return status.stats.total_processed
 
     def stop(self) -> OkAnswer:
         """POST /stop."""
@@ -143,6 +155,20 @@ class PoCClient:
         }
         return self._ask(_Chat, "POST", "/v1/chat/completions", body).choices[0].message.content or ""
 
+    def prefill(self, model: str, prompts: Sequence[Sequence[int]]) -> None:
+        """Let the server prefill `prompts` (token ids): completions of one token each, in one request."""
+        body = {"model": model, "prompt": prompts, "max_tokens": 1, "temperature": 0, "ignore_eos": True}
+        answer = self._ask(_Completion, "POST", "/v1/completions", body)
+        if len(answer.choices) != len(prompts):
+            raise ServerAnswerError(f"{self.url} completed {len(answer.choices)} of {len(prompts)} prompts")
+
+    def metrics(self) -> dict[str, float]:
+        """GET /metrics: this package's figures without labels, by name."""
+        response = self._response("GET", "/metrics", None)
+        families = text_string_to_metric_families(response.text)
+        samples = [sample for family in families for sample in family.samples if not sample.labels]
+        return {sample.name: sample.value for sample in samples if sample.name.startswith("gonka_poc_")}
+
     def generate(
         self,
         file: ArtifactFile,
@@ -186,20 +212,18 @@ class PoCClient:
     def _generate(
         self, answer: type[Answer], file: ArtifactFile, nonces: Sequence[int], batch_size: int, **more: Any
     ) -> Answer:
-        identity = file.model_dump(
-            include={"block_hash", "block_height", "public_key", "node_id", "node_count", "poc_stronger_rng"}
-        )
-        body = {
-            **identity,
-            "params": {"model": file.model, "seq_len": file.seq_len, "k_dim": file.k_dim},
-            "nonces": list(nonces),
-            "batch_size": batch_size,
-            "wait": True,
-            **more,
-        }
+        body = {**_round_fields(file, batch_size), "nonces": list(nonces), "wait": True, **more}
         return self._ask(answer, "POST", f"{PREFIX}/generate", body)
 
     def _ask(self, answer: type[Answer], method: str, path: str, body: Any = None) -> Answer:
+        try:
+            return answer.model_validate_json(self._response(method, path, body).content)
+        except ValidationError as error:
+            raise ServerAnswerError(
+                f"{self.url}{path} answered something else than expected; is it a vLLM server with gonka_poc?"
+            ) from error
+
+    def _response(self, method: str, path: str, body: Any) -> httpx.Response:
         secret = self._token if path.startswith(PREFIX) else self._api_key
         headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         try:
@@ -212,12 +236,21 @@ class PoCClient:
             raise ServerAnswerError(f"{self.url} has no {PREFIX}: start it with --middleware {MIDDLEWARE}")
         if not response.is_success:
             raise ServerAnswerError(f"{self.url}{path} answered {response.status_code}: {_detail(response)}")
-        try:
-            return answer.model_validate_json(response.content)
-        except ValidationError as error:
-            raise ServerAnswerError(
-                f"{self.url}{path} answered something else than expected; is it a vLLM server with gonka_poc?"
-            ) from error
+        return response
+
+
+def round_request(file: ArtifactFile, batch_size: int, url: str | None = None) -> InitGenerateRequest:
+    """The artifact round that makes what `file` asks."""
+    return InitGenerateRequest(**_round_fields(file, batch_size), url=url)
+
+
+def _round_fields(file: ArtifactFile, batch_size: int) -> dict[str, Any]:
+    """What every request for artifacts of `file` says."""
+    identity = file.model_dump(
+        include={"block_hash", "block_height", "public_key", "node_id", "node_count", "poc_stronger_rng"}
+    )
+    params = {"model": file.model, "seq_len": file.seq_len, "k_dim": file.k_dim}
+    return {**identity, "params": params, "batch_size": batch_size}
 
 
 def _detail(response: httpx.Response) -> str:

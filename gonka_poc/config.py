@@ -34,6 +34,11 @@ class Settings(BaseSettings):
     chat_backoff_sec: float = Field(
         default=0.05, gt=0, allow_inf_nan=False, description="seconds to wait before asking again whether chat is idle"
     )
+    compile: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="whether proof runs decoder layers compiled with their reflections; `auto`: on GPUs, where they "
+        "give the vectors of the plain forward",
+    )
     batch_timeout_sec: float = Field(
         default=600.0, gt=0, allow_inf_nan=False, description="seconds that the workers have for one batch"
     )

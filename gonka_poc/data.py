@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import httpx
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MAX_NONCE = 2**63 - 1
 MAX_STEP = 2**53  # between two nonces of a node
@@ -27,6 +27,10 @@ VECTOR_DTYPE = np.dtype("<f2")
 Item = TypeVar("Item")
 Nonce = Annotated[int, Field(ge=0, le=MAX_NONCE, description="0 to 2^63 - 1")]
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+
+
+def _empty_is_none(url: Any) -> Any:
+    return None if url == "" else url
 
 
 def _http_url(url: str) -> str:
@@ -42,7 +46,10 @@ def _http_url(url: str) -> str:
     return url.rstrip("/")
 
 
-CallbackUrl = Annotated[str, Field(max_length=4096), AfterValidator(_http_url)]
+# where callbacks go to; null and the empty text are no receiver
+CallbackUrl = Annotated[
+    Annotated[str, Field(max_length=4096), AfterValidator(_http_url)] | None, BeforeValidator(_empty_is_none)
+]
 
 
 # --- vectors ----------------------------------------------------------------------------------------------------
@@ -123,11 +130,13 @@ class NonceSequence:
 # --- requests ---------------------------------------------------------------------------------------------------
 
 
-class _Strict(BaseModel):
+class StrictModel(BaseModel):
+    """A part of a request: frozen; unknown fields, and values of another type, are refused."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class Params(_Strict):
+class Params(StrictModel):
     """What the model is asked to compute."""
 
     model: Text = Field(description="a served model name")
@@ -135,7 +144,7 @@ class Params(_Strict):
     k_dim: int = Field(default=12, ge=1, description="length of an artifact vector")
 
 
-class _RoundFields(_Strict):
+class _RoundFields(StrictModel):
     block_hash: Text
     block_height: int = Field(ge=0, le=MAX_NONCE)
     public_key: Text
@@ -147,9 +156,7 @@ class _RoundFields(_Strict):
         default=32, ge=1, le=1_000_000, description="nonces a batch; a larger batch than fits is cut"
     )
     params: Params
-    url: CallbackUrl | None = Field(
-        default=None, description="callbacks are POSTed to {url}/generated or {url}/validated"
-    )
+    url: CallbackUrl = Field(default=None, description="callbacks are POSTed to {url}/generated or {url}/validated")
     poc_stronger_rng: bool = False
 
     @model_validator(mode="after")
@@ -160,11 +167,6 @@ class _RoundFields(_Strict):
         if max(self.node_id, self.node_count * self.n_groups) > MAX_STEP:
             raise ValueError(f"node_id, and node_count times n_groups, must be at most {MAX_STEP}")
         return self
-
-    @field_validator("url", mode="before")
-    @classmethod
-    def _empty_url_is_none(cls, url: Any) -> Any:
-        return None if url == "" else url
 
     @property
     def spec(self) -> VectorSpec:
@@ -190,20 +192,20 @@ class InitGenerateRequest(_RoundFields):
         return NonceSequence(self.node_id, self.node_count, self.group_id, self.n_groups)
 
 
-class Artifact(_Strict):
+class Artifact(StrictModel):
     """A nonce and its vector: base64 of k_dim little-endian float16."""
 
     nonce: Nonce
     vector_b64: str
 
 
-class Validation(_Strict):
+class Validation(StrictModel):
     """Received artifacts to compare with recomputed ones."""
 
     artifacts: list[Artifact]
 
 
-class StatTest(_Strict):
+class StatTest(StrictModel):
     """Thresholds of a validation."""
 
     dist_threshold: float = Field(default=0.02, ge=0, allow_inf_nan=False, description="L2 distance of a mismatch")
@@ -231,13 +233,14 @@ class GenerateRequest(_RoundFields):
 
     @model_validator(mode="after")
     def _nonces_once(self) -> GenerateRequest:
-        _refuse_duplicates("nonces", self.nonces)
+        refuse_duplicates("nonces", self.nonces)
         if self.validation is not None:
-            _refuse_duplicates("validation.artifacts", [artifact.nonce for artifact in self.validation.artifacts])
+            refuse_duplicates("validation.artifacts", [artifact.nonce for artifact in self.validation.artifacts])
         return self
 
 
-def _refuse_duplicates(field: str, nonces: list[int]) -> None:
+def refuse_duplicates(field: str, nonces: list[int]) -> None:
+    """Raises ValueError, which names `field`, where a nonce is there twice."""
     seen: set[int] = set()
     for nonce in nonces:
         if nonce in seen:
@@ -248,7 +251,8 @@ def _refuse_duplicates(field: str, nonces: list[int]) -> None:
 # --- answers ----------------------------------------------------------------------------------------------------
 
 
-def _is_none(value: Any) -> bool:
+def is_none(value: Any) -> bool:
+    """For fields that are left out of an answer where they have no value."""
     return value is None
 
 
@@ -295,7 +299,7 @@ class ArtifactsAnswer(BaseModel):
     request_id: str
     artifacts: list[Artifact]
     encoding: Encoding
-    not_computed_nonces: list[int] | None = Field(default=None, exclude_if=_is_none)
+    not_computed_nonces: list[int] | None = Field(default=None, exclude_if=is_none)
 
 
 class ValidationAnswer(BaseModel):
@@ -308,7 +312,7 @@ class ValidationAnswer(BaseModel):
     mismatch_nonces: list[int]
     p_value: float
     fraud_detected: bool
-    not_computed_nonces: list[int] | None = Field(default=None, exclude_if=_is_none)
+    not_computed_nonces: list[int] | None = Field(default=None, exclude_if=is_none)
 
 
 class FailedAnswer(BaseModel):
@@ -350,7 +354,7 @@ class StatusAnswer(BaseModel):
     status: State
     config: RoundConfig | None
     stats: RoundStats | None
-    error: str | None = Field(default=None, exclude_if=_is_none)
+    error: str | None = Field(default=None, exclude_if=is_none)
 
 
 class ErrorAnswer(BaseModel):

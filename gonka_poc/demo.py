@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gonka_poc.artifact_file import ArtifactFile
-from gonka_poc.client import PoCClient
-from gonka_poc.data import VECTOR_DTYPE, Artifact, InitGenerateRequest, Params, StatTest, decode_vector, encode_vector
+from gonka_poc.client import PoCClient, round_request
+from gonka_poc.data import VECTOR_DTYPE, Artifact, StatTest, decode_vector, encode_vector
 from gonka_poc.errors import ServerAnswerError, ServerStartError, UnsupportedServerError
+from gonka_poc.polling import wait_until
 from gonka_poc.server_process import ServerProcess
 from gonka_poc.tiny_model import make_tiny_model
 from gonka_poc.vllm_compat import is_cpu_build
@@ -89,7 +90,7 @@ def _rows(work: Path, log: Path, say: Say) -> Iterator[Row]:
             say(f"generating {NONCES} artifacts")
             yield _generate(client, file)
             say(f"chatting {CHATS} times while a round generates")
-            yield _chat_beside_round(client)
+            yield _chat_beside_round(client, file)
         say("restarting the server")
         with _timed() as start:
             server.restart()
@@ -112,40 +113,24 @@ def _generate(client: PoCClient, file: ArtifactFile) -> Row:
     return Row("generate", f"{count} artifacts", f"{count / elapsed.seconds:.0f} nonces/s", count == NONCES)
 
 
-def _chat_beside_round(client: PoCClient) -> Row:
+def _chat_beside_round(client: PoCClient, file: ArtifactFile) -> Row:
     """Chat during a round: every chat is answered, alike, and the round goes on after them."""
-    client.init_generate(
-        InitGenerateRequest(
-            block_hash="demo-block",
-            block_height=1,
-            public_key="demo-host",
-            node_id=0,
-            node_count=1,
-            batch_size=BATCH_SIZE,
-            params=Params(model=MODEL, seq_len=SEQ_LEN, k_dim=K_DIM),
-        )
-    )
-    before = _wait_for_round(client, 1)
+    client.init_generate(round_request(file, BATCH_SIZE))
+    before = _moves_on(client, 0)
     with _timed() as elapsed:
         answers = [client.chat(MODEL, "Hello", CHAT_TOKENS) for _ in range(CHATS)]
-    after = _wait_for_round(client, before + 1)
+    after = _moves_on(client, before)
     client.stop()
     same = len(set(answers)) == 1
     result = f"{CHATS} chats answered{'' if same else ', not alike'}; {after} nonces meanwhile"
     return Row("chat while generating", result, f"{CHATS * CHAT_TOKENS / elapsed.seconds:.0f} tokens/s", same)
 
 
-def _wait_for_round(client: PoCClient, at_least: int) -> int:
-    """The nonces that the round has processed, once they are `at_least` that many."""
-    deadline = time.monotonic() + ROUND_DEADLINE_SEC
-    while time.monotonic() < deadline:
-        status = client.status()
-        if status.stats is None:
-            raise ServerAnswerError(f"the round ended: {status.error}")
-        if status.stats.total_processed >= at_least:
-            return status.stats.total_processed
-        time.sleep(0.02)
-    raise ServerAnswerError(f"the round made no progress in {ROUND_DEADLINE_SEC:.0f} s")
+def _moves_on(client: PoCClient, before: int) -> int:
+    """The nonces that the round has processed, once they are more than `before`."""
+    if not wait_until(lambda: client.total_processed() > before, ROUND_DEADLINE_SEC):
+        raise ServerAnswerError(f"the round made no progress in {ROUND_DEADLINE_SEC:.0f} s")
+    return client.total_processed()
 
 
 def _validate(client: PoCClient, step: str, file: ArtifactFile, fraud: bool) -> Row:

@@ -8,7 +8,6 @@ vLLM and torch are read as files, never imported: a broken installation is what 
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import importlib.util
 import json
@@ -17,7 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,8 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from gonka_poc import vllm_compat
-from gonka_poc.errors import UnsupportedServerError
+from gonka_poc.errors import ToolError, UnsupportedServerError
 from gonka_poc.vllm_compat import INSECURE_SERIALIZATION, MIDDLEWARE, SUPPORTED, WORKER_EXTENSION
+from gonka_poc.vllm_contract import Finding, judge, open_package
 
 MODULE_VARIABLE = "MLNODE_VLLM_MODULE"
 PYTHON_VARIABLE = "VLLM_PYTHON_PATH"
@@ -39,22 +39,6 @@ MIN_DRIVER = ((12, 525), (13, 580))
 SCRATCH_MIB = 1024
 
 State = Literal["ok", "warn", "fail"]
-
-# What this package uses of vLLM: how it is called here, its name in the source, and the files that may define it.
-EXTENSION_POINTS = (
-    ("--middleware", "middleware", "entrypoints/**/cli_args.py"),
-    ("--worker-extension-cls", "worker_extension_cls", "engine/arg_utils.py"),
-    ("the OpenAI server", "run_server", "entrypoints/openai/api_server.py"),
-    ("collective_rpc", "collective_rpc", "v1/engine/async_llm.py"),
-    ("set_forward_context", "set_forward_context", "forward_context.py"),
-    ("CommonAttentionMetadata", "CommonAttentionMetadata", "v1/attention/backend.py"),
-    ("IntermediateTensors", "IntermediateTensors", "sequence.py"),
-    ("get_pp_group", "get_pp_group", "distributed/parallel_state.py"),
-    ("get_tp_group", "get_tp_group", "distributed/parallel_state.py"),
-    ("get_world_group", "get_world_group", "distributed/parallel_state.py"),
-    ("resolve_obj_by_qualname", "resolve_obj_by_qualname", "utils/import_utils.py"),
-    (INSECURE_SERIALIZATION, INSECURE_SERIALIZATION, "envs.py"),
-)
 
 
 @dataclass(frozen=True)
@@ -182,29 +166,47 @@ def check_extension_points() -> Check:
     folder = package_folder("vllm")
     if folder is None:
         return Check(name, "fail", "vLLM is not installed", "bash install.sh")
-    missing = [label for label, word, files in EXTENSION_POINTS if not is_defined(word, folder.glob(files))]
+    try:
+        with open_package(folder) as package:
+            findings = judge(package)
+    except ToolError as error:
+        return Check(name, "fail", str(error), "bash install.sh")
+    missing = [finding.name for finding in findings if not finding.is_good]
     if missing:
         return Check(name, "fail", f"this vLLM lacks {', '.join(missing)}", f"install vLLM {SUPPORTED}")
-    return Check(name, "ok", f"all {len(EXTENSION_POINTS)} are in this vLLM")
+    return Check(name, "ok", f"all {len(findings)} are in this vLLM")
 
 
-def is_defined(word: str, files: Iterable[Path]) -> bool:
-    """Whether one of the files defines `word`: a function, a class, or a name that is assigned or imported."""
-    for path in files:
-        with contextlib.suppress(OSError, SyntaxError, ValueError):
-            if any(word in defined_names(node) for node in ast.walk(ast.parse(path.read_bytes()))):
-                return True
-    return False
+def contract_checks(path: Path) -> list[Check]:
+    """What vLLM's source at `path` (a source tree, a package folder or a wheel) has of what this package uses.
+
+    What is wrong comes last. Raises ToolError if there is no vLLM at `path`.
+    """
+    with open_package(path) as package:
+        checks = [check_release(package.release)] + [check_finding(finding) for finding in judge(package)]
+    return sorted(checks, key=lambda check: ("ok", "warn", "fail").index(check.state))
 
 
-def defined_names(node: ast.AST) -> list[str]:
-    """The names that this one node gives a meaning to."""
-    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-        return [node.name]
-    if isinstance(node, ast.ImportFrom):
-        return [alias.asname or alias.name for alias in node.names]
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    return [target.id for target in targets if isinstance(target, ast.Name)]
+def check_release(release: str) -> Check:
+    """Whether a release is one that is supported. A new one is not, before it was judged and tested."""
+    fix = f"if nothing below fails, run the engine tests with it, then raise SUPPORTED ({SUPPORTED})"
+    if not release:
+        return Check(
+            "release", "warn", "not told: there is no _version.py, as in a source tree; taken for the newest", fix
+        )
+    if release not in SUPPORTED:
+        return Check("release", "warn", f"{release}, not supported yet", fix)
+    return Check("release", "ok", f"{release} (supported: {SUPPORTED})")
+
+
+def check_finding(finding: Finding) -> Check:
+    """One name of the contract."""
+    if finding.is_good:
+        return Check(finding.name, "ok", finding.where)
+    fixes = {"moved": "take it from there", "gone": "do without it", "required": "give it"}
+    return Check(
+        finding.name, "fail", f"{finding.state}: {finding.where}", f"vllm_compat.py has to {fixes[finding.state]}"
+    )
 
 
 def check_package(here: Surroundings) -> Check:
@@ -323,8 +325,12 @@ def available_mib() -> int:
 
 
 def doctor_command(json_output: bool = False, runner: Path | None = None, python: str | None = None) -> int:
+    """Print the checks of this host; 1 if one failed."""
+    return print_checks(run_checks(runner, python), json_output)
+
+
+def print_checks(checks: Sequence[Check], json_output: bool) -> int:
     """Print the checks; 1 if one failed."""
-    checks = run_checks(runner, python)
     failed = any(check.state == "fail" for check in checks)
     if json_output:
         print(json.dumps({"ok": not failed, "checks": [asdict(check) for check in checks]}, indent=2))

@@ -23,6 +23,9 @@ PoCError
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class PoCError(Exception):
     """Base of every error that this package raises on purpose. The text says what, which value, what to do."""
@@ -128,6 +131,17 @@ def error_by_name(name: str, message: str) -> PoCError:
     if name in classes:
         return classes[name](message)
     return ComputeError(f"{name}: {message}")
+
+
+def raise_worker_error(answers: Sequence[Any]) -> None:
+    """Raise the failure that one of the workers' `answers` is, if one is.
+
+    The rank that failed tells more than those that only learnt of it.
+    """
+    errors = [answer["error"] for answer in answers if answer is not None and "error" in answer]
+    if errors:
+        told = next((e for e in errors if e["type"] != OtherRankError.__name__), errors[0])
+        raise error_by_name(told["type"], told["message"])
 
 
 def printable(text: str) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 try:
     import torch
@@ -71,7 +71,7 @@ def murmur3_32(keys: torch.Tensor, seeds: torch.Tensor | int) -> torch.Tensor:
 def _hash_rows(seeds: Sequence[int], n: int, device: Device) -> torch.Tensor:
     """hash(0..n-1, seed) for each seed: int64 [len(seeds), n]."""
     keys = torch.arange(n, dtype=torch.int64, device=device)
-    return murmur3_32(keys, torch.tensor(seeds, dtype=torch.int64, device=device).unsqueeze(-1))
+    return murmur3_32(keys, kernels.upload(seeds, device).unsqueeze(-1))
 
 
 def uniform(seeds: Sequence[int], n: int, device: Device = None) -> torch.Tensor:
@@ -174,26 +174,50 @@ def pick_indices(
     return torch.cat([smallest[:, :-1].sort(dim=-1).values, smallest[:, -1:]], dim=-1)
 
 
-def rotate(block_hash: str, public_key: str, nonces: Sequence[int], x: torch.Tensor) -> torch.Tensor:
-    """Rotate row i of `x` (float32 [len(nonces), k_dim]) by the k_dim - 1 reflections of nonce i."""
-    k_dim = x.shape[-1]
-    for j in range(k_dim - 1):
-        seeds = [seed_from_string(f"{block_hash}_{public_key}_nonce_{nonce}_haar_hh_{k_dim}_{j}") for nonce in nonces]
-        x = householder(x, unit(normal(seeds, k_dim, x.device), 1e-30))
+def rotation_vectors(
+    block_hash: str, public_key: str, nonces: Sequence[int], k_dim: int, device: Device = None
+) -> torch.Tensor:
+    """The k_dim - 1 unit vectors that rotate each nonce: float32 [len(nonces), k_dim - 1, k_dim]."""
+    texts = [f"{block_hash}_{public_key}_nonce_{nonce}_haar_hh_{k_dim}" for nonce in nonces]
+    seeds = [seed_from_string(f"{text}_{j}") for text in texts for j in range(k_dim - 1)]
+    return unit(normal(seeds, k_dim, device), 1e-30).view(len(nonces), k_dim - 1, k_dim)
+
+
+def rotate(x: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """Row i of `x` (float32 [n, k_dim]) reflected by each of `vectors[i]` (float32 [n, k_dim - 1, k_dim])."""
+    for j in range(vectors.shape[1]):
+        x = householder(x, vectors[:, j])
     return x
 
 
-def artifact_vectors(
-    block_hash: str, public_key: str, nonces: Sequence[int], hidden: torch.Tensor, k_dim: int
-) -> torch.Tensor:
-    """Steps 2 to 5: the model's output at the last position, any dtype [len(nonces), hidden_size], to unit vectors.
+class Projection(NamedTuple):
+    """What turns hidden states into artifact vectors, for some nonces; it does not depend on the hidden states.
 
-    Float32 [len(nonces), k_dim]; a row with a NaN or Inf in `hidden` comes out not finite as a whole, so that a
-    bad value outside the picked coordinates is seen too (step 6).
+    `indices`: `pick_indices`, int64 [n, k_dim]. `rotations`: `rotation_vectors`, float32 [n, k_dim - 1, k_dim].
     """
-    x = unit(hidden.to(torch.float32), EPS)
-    picked = x.gather(-1, pick_indices(block_hash, public_key, nonces, x.shape[-1], k_dim, x.device))
-    y = unit(rotate(block_hash, public_key, nonces, picked), EPS)
+
+    indices: torch.Tensor
+    rotations: torch.Tensor
+
+
+def nonce_projection(
+    block_hash: str, public_key: str, nonces: Sequence[int], hidden_size: int, k_dim: int, device: Device = None
+) -> Projection:
+    """The projection of each nonce, to be made ahead of its hidden state."""
+    return Projection(
+        pick_indices(block_hash, public_key, nonces, hidden_size, k_dim, device),
+        rotation_vectors(block_hash, public_key, nonces, k_dim, device),
+    )
+
+
+def artifact_vectors(hidden: torch.Tensor, projection: Projection) -> torch.Tensor:
+    """Steps 2 to 5: the model's output at the last position, any dtype [n, hidden_size], to unit vectors.
+
+    Float32 [n, k_dim]; a row with a NaN or Inf in `hidden` comes out not finite as a whole, so that a bad value
+    outside the picked coordinates is seen too (step 6).
+    """
+    picked = unit(hidden.to(torch.float32), EPS).gather(-1, projection.indices)
+    y = unit(rotate(picked, projection.rotations), EPS)
     finite = torch.isfinite(hidden).all(dim=-1, keepdim=True)
     return torch.where(finite, y, torch.full_like(y, torch.nan))
 
@@ -201,18 +225,21 @@ def artifact_vectors(
 # --- threshold protocol (section 4) -----------------------------------------------------------------------------
 
 
-def sign_flips(block_hash: str, public_key: str, nonce: int, hidden_size: int, device: Device = None) -> torch.Tensor:
-    """+1 or -1 for each coordinate of the last hidden state: float32 [hidden_size]."""
-    u = uniform([seed_from_string(f"{block_hash}_{public_key}_nonce_{nonce}_signs")], hidden_size, device)[0]
-    return torch.where(u > 0.5, 1.0, -1.0)
+def sign_flips(
+    block_hash: str, public_key: str, nonces: Sequence[int], hidden_size: int, device: Device = None
+) -> torch.Tensor:
+    """+1 or -1 for each coordinate of the last hidden states: float32 [len(nonces), hidden_size]."""
+    seeds = [seed_from_string(f"{block_hash}_{public_key}_nonce_{nonce}_signs") for nonce in nonces]
+    return torch.where(uniform(seeds, hidden_size, device) > 0.5, 1.0, -1.0)
 
 
 def nonce_reflections(
-    block_hash: str, public_key: str, nonce: int, hidden_size: int, device: Device = None
+    block_hash: str, public_key: str, nonces: Sequence[int], hidden_size: int, device: Device = None
 ) -> torch.Tensor:
-    """The 8 unit vectors that reflect the last hidden state of a nonce: float32 [8, hidden_size]."""
-    prefix = f"{block_hash}_{public_key}_nonce_{nonce}_hidden_r"
-    return unit(normal([seed_from_string(f"{prefix}{r}") for r in range(NUM_NONCE_REFLECTIONS)], hidden_size, device))
+    """The 8 unit vectors that reflect the last hidden state of each nonce: float32 [len(nonces), 8, hidden_size]."""
+    prefixes = [f"{block_hash}_{public_key}_nonce_{nonce}_hidden_r" for nonce in nonces]
+    seeds = [seed_from_string(f"{prefix}{r}") for prefix in prefixes for r in range(NUM_NONCE_REFLECTIONS)]
+    return unit(normal(seeds, hidden_size, device)).view(len(nonces), NUM_NONCE_REFLECTIONS, hidden_size)
 
 
 def target(block_hash: str, dim: int = PROJECTION_DIM, device: Device = None) -> torch.Tensor:
@@ -260,9 +287,9 @@ def projected_distances(
     size = hidden.shape[-1]
     x = hidden.to(torch.float32)
     if flip_signs:
-        x = x * torch.stack([sign_flips(block_hash, public_key, nonce, size, x.device) for nonce in nonces])
+        x = x * sign_flips(block_hash, public_key, nonces, size, x.device)
     x = unit(x, EPS)
-    reflections = torch.stack([nonce_reflections(block_hash, public_key, nonce, size, x.device) for nonce in nonces])
+    reflections = nonce_reflections(block_hash, public_key, nonces, size, x.device)
     for r in range(NUM_NONCE_REFLECTIONS):
         x = householder(x, reflections[:, r])
     return _distances(x @ projection.T, target_vector)

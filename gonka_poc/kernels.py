@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -73,6 +74,14 @@ if HAS_TRITON:
         tl.store(out + row * hidden_size + i, (value.to(tl.float32) - step).to(dtype), mask=inside)
 
 
+def upload(values: Sequence[Any], device: torch.device | str | None) -> torch.Tensor:
+    """Whole numbers as an int64 tensor on `device`, without waiting for what the device is computing."""
+    on_host = torch.tensor(values, dtype=torch.int64)
+    if device is None or torch.device(device).type != "cuda":
+        return on_host.to(device)
+    return on_host.pin_memory().to(device, non_blocking=True)
+
+
 def can_fill_normal(out: torch.Tensor) -> bool:
     """Whether `fill_normal` takes `out`."""
     return HAS_TRITON and out.is_cuda and out.dtype in DTYPES and out.ndim == 2 and out.is_contiguous()
@@ -82,7 +91,7 @@ def fill_normal(out: torch.Tensor, seeds: Sequence[Sequence[int]], segment_size:
     """Row r of `out` [rows, n]: normal values of each of `seeds[r]`, `segment_size` of them (the last: the rest)."""
     rows, n = out.shape
     num_segments = len(seeds[0])
-    flat = torch.tensor(seeds, dtype=torch.int64, device=out.device)
+    flat = upload(seeds, out.device)
     block = 1024
     grid = (rows * num_segments, triton.cdiv((min(segment_size, n) + 1) // 2, block))
     with torch.cuda.device(out.device):

@@ -71,14 +71,20 @@ def reflect_output(output: Any, vector: torch.Tensor, index: int, normalise: boo
     `normalise` divides each token's hidden state by (its norm + 1e-8) first, in the tensor's dtype.
     """
 
-    def is_hidden(x: Any) -> bool:
-        return isinstance(x, torch.Tensor) and x.is_floating_point() and x.shape[-1:] == vector.shape
-
     parts = output if isinstance(output, (tuple, list)) else (output,)
-    if not any(map(is_hidden, parts)):
+    hidden = [is_hidden_state(x, vector) for x in parts]
+    if not any(hidden):
         seen = [tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__ for x in parts]
         raise UnsupportedServerError(
             f"decoder layer {index} returned no hidden state of size {vector.shape[0]}; it returned {seen}"
         )
-    reflected = [householder(unit(x, EPS) if normalise else x, vector) if is_hidden(x) else x for x in parts]
+    reflected = [
+        householder(unit(x, EPS) if normalise else x, vector) if reflects else x
+        for x, reflects in zip(parts, hidden, strict=True)
+    ]
     return type(output)(reflected) if isinstance(output, (tuple, list)) else reflected[0]
+
+
+def is_hidden_state(x: Any, vector: torch.Tensor) -> bool:
+    """Whether `x`, a part of a layer's output, is reflected: a float tensor with hidden_size as its last dimension."""
+    return isinstance(x, torch.Tensor) and x.is_floating_point() and x.shape[-1:] == vector.shape

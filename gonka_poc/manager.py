@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,11 @@ from gonka_poc.errors import (
     ComputeError,
     ConflictError,
     EngineUnavailableError,
-    OtherRankError,
     PoCError,
     RequestError,
     WorkerMemoryError,
-    error_by_name,
     printable,
+    raise_worker_error,
 )
 from gonka_poc.metrics import Metrics
 from gonka_poc.step_size import StepSize
@@ -35,6 +34,7 @@ from gonka_poc.worker import poc_call
 logger = logging.getLogger("vllm.gonka_poc.manager")
 
 DEAD_POLL_SEC = 0.5
+WARM_UP_SEQ_LEN = 1024
 MAX_LOGGED = 100
 
 
@@ -48,6 +48,9 @@ class PoCManagerV1:
         self._step_size = StepSize(settings.max_step_ms / 1000)
         self._timeout_sec = settings.batch_timeout_sec
         self._lock = asyncio.Lock()
+        self._num_callers = 0
+        self._compile = settings.compile
+        self._preparing = asyncio.Lock()
         self._prepared = False
 
     async def check(self, params: Params) -> None:
@@ -76,14 +79,29 @@ class PoCManagerV1:
         await self.prepare()
 
     async def prepare(self) -> None:
-        """Reach every worker once and let it refuse a server that cannot give correct vectors.
+        """Reach every worker once, let it refuse a server that cannot give correct vectors, and warm it up.
 
         Raises EngineUnavailableError, UnsupportedServerError or ComputeError.
         """
-        if not self._prepared:
-            answers = await self._call("poc_describe")
-            logger.info("PoC is ready on %d worker(s): %s", len(answers), answers)
-            self._prepared = True
+        async with self._preparing:
+            if not self._prepared:
+                answers = await self._call("poc_describe")
+                logger.info("PoC is ready on %d worker(s): %s", len(answers), answers)
+                on_gpu = all(answer["device"] == "cuda" for answer in answers if answer is not None)
+                if self._compile == "always" or (self._compile == "auto" and on_gpu):
+                    await self._warm_up()
+                self._prepared = True
+
+    async def _warm_up(self) -> None:
+        """Have the workers compile what proof runs, with a batch of full size. Without it proof is only slower."""
+        view = self._view
+        seq_len = min(WARM_UP_SEQ_LEN, view.max_model_len, view.max_num_batched_tokens)
+        num_nonces = min(view.max_num_batched_tokens // seq_len, view.max_num_seqs)
+        try:
+            answers = await self._call("poc_warm_up", seq_len, num_nonces)
+            logger.info("PoC warmed up with %d nonces of %d tokens: %s", num_nonces, seq_len, answers)
+        except WorkerMemoryError as error:
+            logger.warning("PoC could not warm up with %d nonces of %d tokens: %a", num_nonces, seq_len, str(error))
 
     def micro_batch_size(self, seq_len: int) -> int:
         """Nonces of the next micro-batch: at most max_num_batched_tokens tokens and max_num_seqs sequences, and less
@@ -92,14 +110,17 @@ class PoCManagerV1:
             seq_len, min(self._view.max_num_batched_tokens // seq_len, self._view.max_num_seqs)
         )
 
-    async def compute(self, spec: VectorSpec, nonces: list[int]) -> BatchResult | None:
+    async def compute(self, spec: VectorSpec, nonces: list[int], following: Sequence[int] = ()) -> BatchResult | None:
         """Vectors of at most one micro-batch of nonces.
+
+        `following` are the nonces that will be asked for next, as far as is known: while chat is idle the workers
+        compute them behind `nonces`, so that they do not wait between two calls.
 
         None if nothing was computed: chat is being served, or memory was short and `micro_batch_size` is less now.
         Then the same nonces are to be tried again. Raises ComputeError, WorkerMemoryError (a single nonce does not
         fit), EngineUnavailableError or UnsupportedServerError.
         """
-        computed = await self._compute("poc_compute", spec, nonces)
+        computed = await self._compute("poc_compute", spec, nonces, following)
         if computed is None:
             return None
         answer, seconds = computed
@@ -108,9 +129,11 @@ class PoCManagerV1:
         finite_rows = {nonce: row for nonce, row, finite in rows if finite}
         return BatchResult(finite_rows, self._not_computed(finite_rows, nonces, seconds))
 
-    async def compute_distances(self, spec: DistanceSpec, nonces: list[int]) -> DistanceResult | None:
+    async def compute_distances(
+        self, spec: DistanceSpec, nonces: list[int], following: Sequence[int] = ()
+    ) -> DistanceResult | None:
         """Distances of at most one micro-batch of nonces, in all else like `compute`."""
-        computed = await self._compute("poc_compute_distances", spec, nonces)
+        computed = await self._compute("poc_compute_distances", spec, nonces, following)
         if computed is None:
             return None
         answer, seconds = computed
@@ -119,9 +142,18 @@ class PoCManagerV1:
         return DistanceResult(distances, self._not_computed(distances, nonces, seconds))
 
     async def _compute(
-        self, method: str, spec: VectorSpec | DistanceSpec, nonces: list[int]
+        self, method: str, spec: VectorSpec | DistanceSpec, nonces: list[int], following: Sequence[int]
     ) -> tuple[dict[str, Any], float] | None:
         """The answer of the output rank to a call for `nonces`, and its seconds; None as `compute` says."""
+        self._num_callers += 1
+        try:
+            return await self._compute_in_turn(method, spec, nonces, following)
+        finally:
+            self._num_callers -= 1
+
+    async def _compute_in_turn(
+        self, method: str, spec: VectorSpec | DistanceSpec, nonces: list[int], following: Sequence[int]
+    ) -> tuple[dict[str, Any], float] | None:
         async with self._lock:
             self._refuse_dead()
             if self._view.has_unfinished_requests():
@@ -130,7 +162,9 @@ class PoCManagerV1:
                 return None
             started = time.monotonic()
             try:
-                answers = await self._call(method, dataclasses.asdict(spec), nonces)
+                # with another caller in line, what is asked for next is not what follows here
+                ahead = [] if self._step_size.chat_is_near or self._num_callers > 1 else list(following)
+                answers = await self._call(method, dataclasses.asdict(spec), nonces, ahead)
             except WorkerMemoryError as error:
                 if len(nonces) == 1:
                     raise
@@ -184,11 +218,7 @@ class PoCManagerV1:
         except Exception as error:
             self._refuse_dead()
             raise ComputeError(f"a worker failed: {error}; the server's log has its traceback") from error
-        errors = [answer["error"] for answer in answers if answer is not None and "error" in answer]
-        if errors:
-            # the rank that failed tells more than those that only learnt of it
-            told = next((e for e in errors if e["type"] != OtherRankError.__name__), errors[0])
-            raise error_by_name(told["type"], told["message"])
+        raise_worker_error(answers)
         return answers
 
     async def _answers(self, call: Any, args: tuple[Any, ...]) -> list[Any]:

@@ -116,6 +116,8 @@ class PoCMiddleware:
             self._refuse()
             if "app" in scope:
                 self._make_poc_app(scope["app"])
+            if self._service is not None:
+                await self._service.prepare()
         except EngineUnavailableError:
             pass  # asked again with the first request
         except Exception as error:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from gonka_poc.compiled_layers import CompiledReflections, LastPositions, LayerCompiler
 from gonka_poc.data import VECTOR_DTYPE, DistanceSpec, Randomization, VectorSpec
 from gonka_poc.errors import RequestError, UnsupportedServerError
 from gonka_poc.gpu_random import (
@@ -19,6 +22,7 @@ from gonka_poc.gpu_random import (
     artifact_vectors,
     layer_reflection,
     nonce_inputs,
+    nonce_projection,
     permuted_distances,
     projected_distances,
     random_projection,
@@ -26,6 +30,11 @@ from gonka_poc.gpu_random import (
 )
 from gonka_poc.layer_hooks import LayerReflections
 from gonka_poc.vllm_compat import WorkerView
+
+logger = logging.getLogger("vllm.gonka_poc.model_runner")
+
+# a compiled forward whose vectors are further from the plain one's is not used; rounding alone stays well below
+MAX_COMPILED_DISTANCE = 0.1
 
 
 class EmbeddingInjectionHook:
@@ -78,6 +87,49 @@ class _Round:
     target: torch.Tensor | None = None
 
 
+@dataclass
+class _Launched:
+    """A batch that the device was given: its values, one row a nonce, are on their way to the host.
+
+    They are None on a rank that has none.
+    """
+
+    spec: VectorSpec | DistanceSpec
+    nonces: Sequence[int]
+    on_host: torch.Tensor | None
+    ready: torch.cuda.Event | None
+    failure: Exception | None = None
+
+    @staticmethod
+    def on_way(spec: VectorSpec | DistanceSpec, nonces: Sequence[int], values: torch.Tensor | None) -> _Launched:
+        """With the copy of `values` to the host behind what makes them."""
+        if values is None or not values.is_cuda:
+            return _Launched(spec, nonces, values, None)
+        on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        on_host.copy_(values, non_blocking=True)
+        ready = torch.cuda.Event(blocking=True)
+        ready.record()
+        return _Launched(spec, nonces, on_host, ready)
+
+    def num_asked(self, spec: VectorSpec | DistanceSpec, nonces: Sequence[int]) -> int:
+        """How many of the first of `nonces` are the first ones here."""
+        pairs = zip(nonces, self.nonces, strict=False) if spec == self.spec else ()
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def part(self, start: int, stop: int | None = None) -> _Launched:
+        """Some of its rows."""
+        values = None if self.on_host is None else self.on_host[start:stop]
+        return _Launched(self.spec, self.nonces[start:stop], values, self.ready, self.failure)
+
+    def values(self) -> np.ndarray | None:
+        """Its rows, when the device has them ready. Raises what kept the device from being given the batch."""
+        if self.failure is not None:
+            raise self.failure
+        if self.ready is not None:
+            self.ready.synchronize()
+        return None if self.on_host is None else self.on_host.numpy()
+
+
 class PoCModelRunner:
     """Computes PoC batches on the worker behind `view`; one object a worker, made at its first PoC call."""
 
@@ -85,96 +137,176 @@ class PoCModelRunner:
         self._view = view
         self._layers = view.decoder_layers()
         self._round: _Round | None = None
+        self._ahead: _Launched | None = None
+        self._compiler: LayerCompiler | None = None
+        self._last_positions: LastPositions | None = None
         # asked for now, so that a model that cannot be used is refused before the first batch
         EmbeddingInjectionHook(view.model, None)
 
+    @property
+    def view(self) -> WorkerView:
+        """The worker that this computes on."""
+        return self._view
+
     def describe(self) -> dict[str, Any]:
-        """Rank and layers of this worker, for the log and for tests.
+        """Rank, kind of device and layers of this worker, for the log, for the warm-up and for tests.
 
         Prepares the smallest prefill, so that a server that cannot be prepared for one is refused here.
         """
         view = self._view
         with view.agreement(), view.prefill(1, 1):
             pass
-        return {"rank": view.rank, "layers": sorted(self._layers), "is_output_rank": view.is_output_rank}
+        return {
+            "rank": view.rank,
+            "device": view.device.type,
+            "layers": sorted(self._layers),
+            "is_output_rank": view.is_output_rank,
+        }
 
     @torch.inference_mode()
-    def compute(self, spec: VectorSpec, nonces: Sequence[int]) -> dict[str, Any] | None:
+    def compute(self, spec: VectorSpec, nonces: Sequence[int], following: Sequence[int] = ()) -> dict[str, Any] | None:
         """Artifact vectors of `nonces`, on the output rank; None on every other rank.
 
         Returns {"nonces": the same again, "vectors": bytes, little-endian float16 [len(nonces), k_dim], "finite":
         list[bool]}; a row that is not finite must not be sent. Every rank makes the same inputs and runs its part of
-        the same forward.
+        the same forward. `following` are the nonces of the call that is expected next: they are computed while this
+        answer is on its way, and taken from there if that call comes.
         """
-        size = self._view.hidden_size
-        if spec.k_dim > size:
-            raise RequestError(f"k_dim {spec.k_dim} is larger than the model's hidden size {size}")
-
-        def vectors() -> torch.Tensor | None:
-            hooks = self._reflections(spec.block_hash)
-            hidden = self._last_hidden_states(spec, nonces, hooks, spec.poc_stronger_rng)
-            if hidden is None or not self._view.is_output_rank:
-                return None
-            return artifact_vectors(spec.block_hash, spec.public_key, nonces, hidden, spec.k_dim)
-
-        values = self._computed(vectors)
+        if spec.k_dim > self._view.hidden_size:
+            raise RequestError(f"k_dim {spec.k_dim} is larger than the model's hidden size {self._view.hidden_size}")
+        values = self._values(spec, nonces, following)
         if values is None:
             return None
         finite = np.isfinite(values).all(axis=-1).tolist()
         return {"nonces": list(nonces), "vectors": values.astype(VECTOR_DTYPE).tobytes(), "finite": finite}
 
     @torch.inference_mode()
-    def compute_distances(self, spec: DistanceSpec, nonces: Sequence[int]) -> dict[str, Any] | None:
-        """Threshold distances of `nonces` on the output rank; None on every other rank.
+    def compute_distances(
+        self, spec: DistanceSpec, nonces: Sequence[int], following: Sequence[int] = ()
+    ) -> dict[str, Any] | None:
+        """Threshold distances of `nonces` on the output rank; None on every other rank. Else like `compute`.
 
         Returns {"nonces": the same again, "distances": list[float]}; a distance is NaN where a value was not finite.
         """
-        mode = Randomization(spec.randomization)
-
-        def distances() -> torch.Tensor | None:
-            hooked = mode is Randomization.LAYER_HOOKS
-            hooks = self._reflections(spec.block_hash, normalise=True) if hooked else contextlib.nullcontext()
-            hidden = self._last_hidden_states(spec, nonces, hooks)
-            if hidden is None:
-                return None
-            who = (spec.block_hash, spec.public_key, nonces)
-            if mode is Randomization.PERMUTATION:
-                logits = self._view.logits(hidden)  # every tensor parallel rank takes part
-                if not self._view.is_output_rank:
-                    return None
-                return permuted_distances(*who, logits, self._target(spec.block_hash, logits.shape[-1]))
-            if not self._view.is_output_rank:
-                return None
-            flip = mode is Randomization.SIGN_FLIPS
-            target_vector = self._target(spec.block_hash, PROJECTION_DIM)
-            return projected_distances(*who, hidden, flip, self._projection(spec.block_hash), target_vector)
-
-        values = self._computed(distances)
+        values = self._values(spec, nonces, following)
         return None if values is None else {"nonces": list(nonces), "distances": values.tolist()}
 
+    @torch.inference_mode()
+    def warm_up(self, seq_len: int, num_nonces: int) -> dict[str, Any]:
+        """Compile the decoder layers with a batch of this size, and use them if their vectors are right.
+
+        Returns {"compiled": whether all ranks use them, "distance": L2 of the vectors to those of the plain forward,
+        on the output rank}. A model whose layers cannot be compiled goes on with the plain forward.
+        """
+        spec = VectorSpec("warm-up", "warm-up", seq_len, min(12, self._view.hidden_size))
+        nonces = range(num_nonces)
+        distance = None
+        calls = LastPositions.watch(self._layers, self._view.is_attention) if self._view.is_last_rank else None
+        with calls or contextlib.nullcontext():
+            plain = self._values(spec, nonces)
+        try:
+            self._last_positions = calls.found() if calls else None
+            self._compiler = LayerCompiler()
+            compiled = self._values(spec, nonces)
+            with self._view.agreement():
+                if plain is not None and compiled is not None:
+                    distance = float(np.linalg.norm(compiled - plain, axis=-1).max())
+                    if not distance <= MAX_COMPILED_DISTANCE:  # NaN is not
+                        raise UnsupportedServerError(f"the compiled layers gave vectors at a distance of {distance:g}")
+        except Exception:
+            logger.exception("PoC goes on with the plain forward: the decoder layers cannot be compiled")
+            self._compiler = self._last_positions = None
+        self.release()
+        return {"compiled": self._compiler is not None, "distance": distance}
+
     def release(self) -> None:
-        """Drop what is kept between calls: the scratch KV cache and the tensors of the round."""
-        self._round = None
+        """Drop what is kept between calls: the scratch KV cache, the tensors of the round, a batch computed ahead."""
+        self._round = self._ahead = None
         self._view.release()
 
-    def _computed(self, compute: Callable[[], torch.Tensor | None]) -> np.ndarray | None:
-        """The values of `compute` on the host. Nothing stays behind where it fails."""
+    # -- batches --
+
+    def _values(
+        self, spec: VectorSpec | DistanceSpec, nonces: Sequence[int], following: Sequence[int] = ()
+    ) -> np.ndarray | None:
+        """The values of `nonces` on the host, on the output rank. Nothing stays behind where it fails."""
         try:
-            values = compute()
-            on_host = None if values is None else values.cpu().numpy()
+            asked = self._asked_of_ahead(spec, nonces)
+            count = sum(len(part.nonces) for part in asked)
+            if count < len(nonces):
+                asked.append(self._launch(spec, nonces[count:]))
+            if self._ahead is None and following:
+                self._look_ahead(spec, following)
+            # only now, with the next batch given to the device, is this one waited for
+            parts = [values for part in asked if (values := part.values()) is not None]
         except BaseException:
             self.release()
             raise
-        if on_host is not None and not np.isfinite(on_host).all():
+        if not parts:
+            return None
+        values = np.concatenate(parts)
+        if not np.isfinite(values).all():
             # a NaN left in the scratch cache could reach another nonce through masked attention (0 * NaN)
             self._view.release()
-        return on_host
+        return values
+
+    def _asked_of_ahead(self, spec: VectorSpec | DistanceSpec, nonces: Sequence[int]) -> list[_Launched]:
+        """What was computed ahead of the first of `nonces`; a batch ahead of other nonces of `spec` is dropped."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return []
+        count = ahead.num_asked(spec, nonces)
+        if count < len(ahead.nonces) and (count or ahead.spec != spec):
+            self._ahead = ahead.part(count)
+        return [ahead.part(0, count)] if count else []
+
+    def _look_ahead(self, spec: VectorSpec | DistanceSpec, nonces: Sequence[int]) -> None:
+        """Have the device compute `nonces` next. What fails here is raised when they are asked for."""
+        try:
+            self._ahead = self._launch(spec, nonces)
+        except Exception as error:
+            self._ahead = _Launched(spec, nonces, None, None, error)
+
+    def _launch(self, spec: VectorSpec | DistanceSpec, nonces: Sequence[int]) -> _Launched:
+        """Give a batch to the device, without waiting for it."""
+        values = self._vectors(spec, nonces) if isinstance(spec, VectorSpec) else self._distances(spec, nonces)
+        return _Launched.on_way(spec, nonces, values)
+
+    def _vectors(self, spec: VectorSpec, nonces: Sequence[int]) -> torch.Tensor | None:
+        # made ahead of the forward, so that only the hidden states are missing when it ends
+        size, device = self._view.hidden_size, self._view.device
+        projection = nonce_projection(spec.block_hash, spec.public_key, nonces, size, spec.k_dim, device)
+        reflections = self._round_of(spec.block_hash).reflections
+        hidden = self._last_hidden_states(spec, nonces, reflections, stronger_rng=spec.poc_stronger_rng)
+        if hidden is None or not self._view.is_output_rank:
+            return None
+        return artifact_vectors(hidden, projection)
+
+    def _distances(self, spec: DistanceSpec, nonces: Sequence[int]) -> torch.Tensor | None:
+        mode = Randomization(spec.randomization)
+        hooked = mode is Randomization.LAYER_HOOKS
+        reflections = self._round_of(spec.block_hash).reflections if hooked else {}
+        hidden = self._last_hidden_states(spec, nonces, reflections, normalise=True)
+        if hidden is None:
+            return None
+        who = (spec.block_hash, spec.public_key, nonces)
+        if mode is Randomization.PERMUTATION:
+            logits = self._view.logits(hidden)  # every tensor parallel rank takes part
+            if not self._view.is_output_rank:
+                return None
+            return permuted_distances(*who, logits, self._target(spec.block_hash, logits.shape[-1]))
+        if not self._view.is_output_rank:
+            return None
+        flip = mode is Randomization.SIGN_FLIPS
+        target_vector = self._target(spec.block_hash, PROJECTION_DIM)
+        return projected_distances(*who, hidden, flip, self._projection(spec.block_hash), target_vector)
 
     def _last_hidden_states(
         self,
         spec: VectorSpec | DistanceSpec,
         nonces: Sequence[int],
-        hooks: contextlib.AbstractContextManager[Any],
+        reflections: Mapping[int, torch.Tensor],
+        normalise: bool = False,
         stronger_rng: bool = False,
     ) -> torch.Tensor | None:
         """The model's output at the last position: [len(nonces), hidden_size] on the last pipeline rank."""
@@ -194,11 +326,20 @@ class PoCModelRunner:
                         stronger_rng,
                     ).flatten(0, 1)
                 run = stack.enter_context(view.prefill(len(nonces), spec.seq_len))
-                stack.enter_context(hooks)
+                if self._compiler is not None:
+                    stack.enter_context(view.compilable())
+                    stack.enter_context(CompiledReflections(self._layers, reflections, self._compiler, normalise))
+                    if self._last_positions is not None:
+                        stack.enter_context(self._last_positions.kept(len(nonces), spec.seq_len, view.device))
+                elif reflections:
+                    stack.enter_context(LayerReflections(self._layers, reflections, normalise))
                 stack.enter_context(EmbeddingInjectionHook(view.model, embeddings))
             output = run()
         if output is None:
             return None
+        size = (len(nonces), view.hidden_size)
+        if self._compiler is not None and self._last_positions is not None and tuple(output.shape) == size:
+            return output
         expected = (len(nonces) * spec.seq_len, view.hidden_size)
         if tuple(output.shape) != expected:
             raise UnsupportedServerError(
@@ -207,10 +348,6 @@ class PoCModelRunner:
         return output.view(len(nonces), spec.seq_len, view.hidden_size)[:, -1]
 
     # -- what a round shares --
-
-    def _reflections(self, block_hash: str, normalise: bool = False) -> LayerReflections:
-        """The hooks of every layer of this rank, with the vectors of `block_hash`."""
-        return LayerReflections(self._layers, self._round_of(block_hash).reflections, normalise)
 
     def _projection(self, block_hash: str) -> torch.Tensor:
         current = self._round_of(block_hash)

@@ -75,7 +75,7 @@ class Round(ABC, Generic[Request, Result]):
         """The round as /status shows it."""
 
     @abstractmethod
-    async def _compute(self, nonces: list[int]) -> Result | None:
+    async def _compute(self, nonces: list[int], following: list[int]) -> Result | None:
         """What the manager answers for one batch; None if the same nonces are to be tried again."""
 
     def _count(self, result: Result) -> None:
@@ -121,7 +121,7 @@ class Round(ABC, Generic[Request, Result]):
         if not nonces:
             raise ComputeError(f"there are no nonces left: the next would be over {MAX_NONCE}")
         try:
-            result = await self._compute(nonces)
+            result = await self._compute(nonces, request.nonces.slice(self._done + len(nonces), size))
         except ComputeError as error:
             self._failures += 1
             if self._failures == MAX_FAILURES:
@@ -157,5 +157,5 @@ class GenerateRound(Round[InitGenerateRequest, BatchResult]):
         fields = request.model_dump(include=set(RoundConfig.model_fields))
         return RoundConfig(**fields, seq_len=params.seq_len, k_dim=params.k_dim)
 
-    async def _compute(self, nonces: list[int]) -> BatchResult | None:
-        return await self._manager.compute(self.request.spec, nonces)
+    async def _compute(self, nonces: list[int], following: list[int]) -> BatchResult | None:
+        return await self._manager.compute(self.request.spec, nonces, following)

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +16,7 @@ from typing import Any
 import httpx
 
 from gonka_poc.errors import ServerStartError
+from gonka_poc.polling import wait_until
 
 CPU_ENVIRONMENT = MappingProxyType({"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"})
 GRACE_SEC = 20.0
@@ -118,15 +118,14 @@ class ServerProcess:
             os.killpg(self.pid, number)
 
     def _await_health(self) -> None:
+        if not wait_until(self._is_healthy, self._startup_timeout, interval=0.25):
+            raise ServerStartError(f"no answer within {self._startup_timeout:g} s:\n{self.log_tail()}")
+
+    def _is_healthy(self) -> bool:
         assert self._process is not None
-        deadline = time.monotonic() + self._startup_timeout
-        while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                raise ServerStartError(f"the server ended with status {self._process.returncode}:\n{self.log_tail()}")
-            try:
-                if httpx.get(f"{self.url}/health", timeout=5, trust_env=False).status_code == 200:
-                    return
-            except httpx.HTTPError:
-                pass
-            time.sleep(0.25)
-        raise ServerStartError(f"no answer within {self._startup_timeout:g} s:\n{self.log_tail()}")
+        if self._process.poll() is not None:
+            raise ServerStartError(f"the server ended with status {self._process.returncode}:\n{self.log_tail()}")
+        try:
+            return httpx.get(f"{self.url}/health", timeout=5, trust_env=False).status_code == 200
+        except httpx.HTTPError:
+            return False

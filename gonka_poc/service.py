@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from gonka_poc.data import (
     StatusAnswer,
     encode_vector,
 )
-from gonka_poc.errors import ConflictError, RequestError
+from gonka_poc.errors import ConflictError, PoCError, RequestError, printable
 from gonka_poc.generate_queue import GenerateJob, GenerateQueue
 from gonka_poc.history import RecentErrors
 from gonka_poc.manager import PoCManagerV1
@@ -35,6 +36,8 @@ from gonka_poc.threshold_data import (
     ThresholdStatusAnswer,
     ValidatedBatch,
 )
+
+logger = logging.getLogger("vllm.gonka_poc.service")
 
 STOPPED = "stopped by POST /stop"
 REPLACED = "another round was set"
@@ -69,6 +72,16 @@ class PoCService:
     def start(self) -> None:
         """Begin to deliver callbacks, first of all those that an earlier server left."""
         self.callbacks.start()
+
+    async def prepare(self) -> None:
+        """Reach the workers and warm them up, before there is chat that would wait for it.
+
+        What stands against proof here is only logged: it is told to the first request for proof.
+        """
+        try:
+            await self._manager.prepare()
+        except PoCError as error:
+            logger.warning("PoC is not ready: %s", printable(str(error)))
 
     async def init_generate(self, request: InitGenerateRequest) -> None:
         """Start a round.
@@ -228,10 +241,11 @@ class PoCService:
         deadline = time.monotonic() + CLOSE_TIMEOUT_SEC
         while self._background and time.monotonic() < deadline:  # a round that ends adds the release of its memory
             await asyncio.wait(self._background, timeout=deadline - time.monotonic())
-        late = list(self._background)
-        for task in late:
-            task.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
+        while self._background:  # so does one that is cancelled
+            late = list(self._background)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
         await self.callbacks.close()
 
     def _keep(self, task: asyncio.Task[Any]) -> asyncio.Task[Any]:

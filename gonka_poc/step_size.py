@@ -14,7 +14,9 @@ MEASUREMENTS, SHARE = 16, 0.5
 class StepSize:
     """Full size while chat is idle; within a time budget, by measured speed, once chat was seen in the last seconds.
 
-    A batch that did not fit into memory halves the size for good, for its length of sequence.
+    While chat is idle a second batch is computed behind the first, and the first chat waits for both: batches that
+    take longer than half of the budget have half of the full size. A batch that did not fit into memory halves the
+    size for good, for its length of sequence.
     """
 
     def __init__(self, max_step_sec: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -27,11 +29,19 @@ class StepSize:
     def limit(self, seq_len: int, full: int) -> int:
         """Nonces of `seq_len` tokens for the next micro-batch, at most `full` and at least 1."""
         size = min(full, self._fits.get(seq_len, full))
-        if self._chat_seen is not None and self._clock() - self._chat_seen < CHAT_MEMORY_SEC:
+        measured = self._sec_per_nonce.get(seq_len)
+        if self.chat_is_near:
             # without a measurement yet, one nonce makes it
-            slowest = max(self._sec_per_nonce.get(seq_len, [self._max_step_sec]))
+            slowest = max(measured or [self._max_step_sec])
             size = min(size, int(SHARE * self._max_step_sec / slowest))
+        elif measured and full * max(measured) > self._max_step_sec / 2:
+            size = min(size, (full + 1) // 2)
         return max(1, size)
+
+    @property
+    def chat_is_near(self) -> bool:
+        """Whether chat was seen in the last seconds."""
+        return self._chat_seen is not None and self._clock() - self._chat_seen < CHAT_MEMORY_SEC
 
     def chat_seen(self) -> None:
         """Chat is being served now."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections import deque
@@ -10,8 +9,8 @@ from collections.abc import Awaitable, Callable
 from typing import Literal
 
 from gonka_poc.config import Settings
-from gonka_poc.data import RoundStats, State
-from gonka_poc.errors import ConflictError, PoCError, QueueFullError, printable
+from gonka_poc.data import DistanceSpec, RoundStats, State
+from gonka_poc.job_queue import Job, JobQueue
 from gonka_poc.manager import PoCManagerV1
 from gonka_poc.rounds import Round
 from gonka_poc.threshold_data import (
@@ -148,8 +147,8 @@ class ThresholdRound(Round[ThresholdRequest, DistanceResult]):
             r_target=self.request.r_target,
         )
 
-    async def _compute(self, nonces: list[int]) -> DistanceResult | None:
-        return await self._manager.compute_distances(self.request.spec, nonces)
+    async def _compute(self, nonces: list[int], following: list[int]) -> DistanceResult | None:
+        return await self._manager.compute_distances(self.request.spec, nonces, following)
 
     def _count(self, result: DistanceResult) -> None:
         self.progress.add(result, self.request.r_target)
@@ -158,22 +157,27 @@ class ThresholdRound(Round[ThresholdRequest, DistanceResult]):
         logger.info("%s", self.progress)
 
 
-class ProofJob:
-    """A proof that waits for its verdict: `outcome` ends with it, or with the PoCError that ended the job."""
+class ProofJob(Job[DistanceSpec, ProofVerdict]):
+    """A proof that waits for its verdict."""
 
     def __init__(self, current: ThresholdRound, proof: ProofBatch) -> None:
+        super().__init__(current.request.spec_of(proof.public_key), proof.nonces, current.request.batch_size)
         self.round = current
         self.proof = proof
-        self.outcome: asyncio.Future[ProofVerdict] = asyncio.get_running_loop().create_future()
-        # an outcome that nobody waits for any more is no error of the event loop
-        self.outcome.add_done_callback(lambda future: future.cancelled() or future.exception())
+
+    @property
+    def name(self) -> str:
+        """What the log calls it."""
+        return "PoC validation"
 
 
-class ProofQueue:
-    """One worker task validates proofs in order, so that of two micro-batches one is left to a round that generates.
+class ProofQueue(JobQueue[ProofJob, DistanceResult]):
+    """Validates proofs, so that of two micro-batches one is left to a round that generates.
 
     `on_validated` is awaited with each job that was computed, before its outcome is known.
     """
+
+    WAITING = "wait for validation"
 
     def __init__(
         self,
@@ -181,86 +185,19 @@ class ProofQueue:
         settings: Settings,
         on_validated: Callable[[ProofJob, ValidatedBatch], Awaitable[None]],
     ) -> None:
-        self._manager = manager
-        self._settings = settings
+        super().__init__(manager, settings)
         self._on_validated = on_validated
-        self._pending: dict[ProofJob, None] = {}
-        self._worker: asyncio.Task[None] | None = None
-
-    @property
-    def queued_nonces(self) -> int:
-        """Nonces of all proofs that have no verdict."""
-        return sum(len(job.proof.nonces) for job in self._pending)
 
     def submit(self, current: ThresholdRound, proof: ProofBatch) -> ProofJob:
         """Accept a proof. Raises QueueFullError where it would take the proofs that wait over their limit."""
-        limit, queued = self._settings.max_queued_nonces, self.queued_nonces
-        if queued + len(proof.nonces) > limit:
-            raise QueueFullError(
-                f"{len(proof.nonces)} nonces do not fit: {queued} wait for validation, the limit is {limit} "
-                "(POC_MAX_QUEUED_NONCES); send fewer, or later"
-            )
-        job = ProofJob(current, proof)
-        self._pending[job] = None
-        if self._worker is None or self._worker.done():
-            self._worker = asyncio.create_task(self._work(), name="poc-proofs")
-        return job
+        return self._add(ProofJob(current, proof))
 
-    def drop(self, job: ProofJob, reason: str) -> None:
-        """End a job that has no outcome; a micro-batch of it that is being computed is thrown away."""
-        self._end(job, ConflictError(reason))
+    async def _compute(self, spec: DistanceSpec, nonces: list[int], following: list[int]) -> DistanceResult | None:
+        return await self._manager.compute_distances(spec, nonces, following)
 
-    def clear(self, reason: str) -> None:
-        """End all jobs."""
-        for job in list(self._pending):
-            self.drop(job, reason)
-
-    async def close(self) -> None:
-        """End all jobs and the worker task."""
-        self.clear("the server is shutting down")
-        if self._worker is not None:
-            self._worker.cancel()
-            await asyncio.gather(self._worker, return_exceptions=True)
-
-    async def _work(self) -> None:
-        while self._pending:
-            job = next(iter(self._pending))
-            request = job.round.request
-            try:
-                distances = await self._compute(job)
-                if not job.outcome.done():
-                    batch = validate_proof(job.proof, distances, request.r_target, request.fraud_threshold)
-                    await self._on_validated(job, batch)
-                    self._end(job, batch.verdict)
-            except PoCError as error:
-                logger.error("PoC validation failed: %s", printable(str(error)))
-                self._end(job, error)
-            except Exception as error:
-                logger.exception("PoC validation failed")
-                self._end(job, PoCError(f"{type(error).__name__}: {error}"))
-
-    async def _compute(self, job: ProofJob) -> dict[int, float]:
-        """The distances of a proof's nonces, behind any chat; less than all only if the job was dropped."""
-        request, nonces = job.round.request, job.proof.nonces
-        spec = request.spec_of(job.proof.public_key)
-        distances: dict[int, float] = {}
-        done = 0
-        while done < len(nonces) and not job.outcome.done():
-            size = min(request.batch_size, self._manager.micro_batch_size(request.seq_len))
-            batch = nonces[done : done + size]
-            result = await self._manager.compute_distances(spec, batch)
-            if result is None:
-                await asyncio.sleep(self._settings.chat_backoff_sec)
-                continue
-            distances.update(result.distances)
-            done += len(batch)
-        return distances
-
-    def _end(self, job: ProofJob, outcome: ProofVerdict | PoCError) -> None:
-        self._pending.pop(job, None)
-        if job.outcome.done():
-            return
-        if isinstance(outcome, PoCError):
-            job.outcome.set_exception(outcome)
-        else:
-            job.outcome.set_result(outcome)
+    async def _finish(self, job: ProofJob, results: list[DistanceResult]) -> ProofVerdict:
+        request = job.round.request
+        distances = {nonce: distance for result in results for nonce, distance in result.distances.items()}
+        batch = validate_proof(job.proof, distances, request.r_target, request.fraud_threshold)
+        await self._on_validated(job, batch)
+        return batch.verdict

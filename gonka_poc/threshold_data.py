@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
 from gonka_poc.data import (
     MAX_NONCE,
@@ -24,10 +24,10 @@ from gonka_poc.data import (
     RoundStats,
     State,
     StatusAnswer,
+    StrictModel,
     Text,
-    _is_none,
-    _refuse_duplicates,
-    _Strict,
+    is_none,
+    refuse_duplicates,
 )
 
 Target = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False, description="a nonce is valid below this distance")]
@@ -45,7 +45,7 @@ class DistanceResult:
 # --- requests ---------------------------------------------------------------------------------------------------
 
 
-class ThresholdRequest(_Strict):
+class ThresholdRequest(StrictModel):
     """Body of POST /init, /init/generate and /init/validate of a threshold round."""
 
     block_hash: Text
@@ -57,7 +57,7 @@ class ThresholdRequest(_Strict):
     node_count: int = Field(default=-1, ge=-1, le=MAX_STEP, description="-1: this round does not generate")
     batch_size: int = Field(default=32, ge=1, le=1_000_000, description="nonces a batch; one larger than fits is cut")
     seq_len: int = Field(default=256, ge=1, description="tokens a nonce")
-    callback_url: CallbackUrl | None = Field(
+    callback_url: CallbackUrl = Field(
         default=None, description="callbacks are POSTed to {callback_url}/generated or {callback_url}/validated"
     )
     randomization: Annotated[Randomization, Field(strict=False)] = Randomization.SIGN_FLIPS
@@ -80,11 +80,6 @@ class ThresholdRequest(_Strict):
         if body.get("randomization", meant) != meant:
             raise ValueError(f"randomization contradicts use_sign_flips and use_layer_hooks, which mean {meant.value}")
         return {**body, "randomization": meant}
-
-    @field_validator("callback_url", mode="before")
-    @classmethod
-    def _empty_url_is_none(cls, url: Any) -> Any:
-        return None if url == "" else url
 
     @property
     def can_generate(self) -> bool:
@@ -122,7 +117,7 @@ InitGenerateBody = Annotated[
 ]
 
 
-class ProofBatch(_Strict):
+class ProofBatch(StrictModel):
     """Body of POST /validate, and what /generated carries: nonces of a prover and their distances."""
 
     public_key: Text
@@ -134,7 +129,7 @@ class ProofBatch(_Strict):
 
     @model_validator(mode="after")
     def _one_distance_a_nonce(self) -> ProofBatch:
-        _refuse_duplicates("nonces", self.nonces)
+        refuse_duplicates("nonces", self.nonces)
         if len(self.nonces) != len(self.dist):
             raise ValueError(f"{len(self.nonces)} nonces but {len(self.dist)} distances")
         return self
@@ -156,7 +151,7 @@ class ProofVerdict(BaseModel):
     computed_distances: list[float | None] = Field(description="in the order of the nonces")
     n_invalid: int
     probability_honest: float = Field(description="of at least n_invalid invalid nonces from an honest host")
-    not_computed_nonces: list[int] | None = Field(default=None, exclude_if=_is_none)
+    not_computed_nonces: list[int] | None = Field(default=None, exclude_if=is_none)
 
 
 class ValidatedBatch(ProofVerdict):

@@ -1,9 +1,11 @@
 """Everything of vLLM that this package touches and that vLLM does not promise to keep.
 
 One module, so that a new vLLM release means one file. Features are asked for, not compared by version; each
-comment names the first release that has the feature. Read against 0.14.0, 0.20.2, 0.25.1, 0.32.0 and 0.33.0.
+comment names the first release that has the feature, or the last. Every name used here stands in vllm_contract.py,
+against which a release is judged (`gonka-poc doctor --vllm`); 0.14.0 to 0.33.0 have them.
 
-The first half is used in the API process (`ApiView`), the second in the workers (`WorkerView`). vLLM is imported
+The first half is used in the API process (`ApiView`, or `OfflineEngine` where there is none), the second in the workers
+(`WorkerView`). vLLM is imported
 inside functions, so that the package can be imported without it.
 """
 
@@ -13,14 +15,15 @@ import contextlib
 import dataclasses
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
-from gonka_poc.errors import EngineUnavailableError, OtherRankError, UnsupportedServerError
+from gonka_poc.errors import EngineUnavailableError, OtherRankError, ServerStartError, UnsupportedServerError
 
 SUPPORTED = SpecifierSet(">=0.14.0,<0.34", prereleases=True)
 MIDDLEWARE = "gonka_poc.middleware.PoCMiddleware"
@@ -135,6 +138,51 @@ def _refuse_several_api_processes(parallel_config: Any) -> None:
         )
 
 
+# --- an engine without a server ---------------------------------------------------------------------------------
+
+
+class OfflineEngine:
+    """vLLM's engine over `model` in this process, without a server; its workers have our worker extension.
+
+    `args` are vLLM's own options, as its server takes them. Under tensor or pipeline parallelism the workers are
+    processes of their own. Raises ServerStartError.
+    """
+
+    def __init__(self, model: Path, args: Sequence[str]) -> None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        from vllm import EngineArgs, LLMEngine
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vLLM", usage="%(prog)s [its options]"))
+        fixed = ["--model", str(model), "--worker-extension-cls", WORKER_EXTENSION]
+        try:
+            options = EngineArgs.from_cli_args(parser.parse_args([*args, *fixed]))
+        except SystemExit as error:  # argparse has said why
+            raise ServerStartError(f"vLLM does not take these options: {' '.join(args)}") from error
+        try:
+            self._engine = LLMEngine.from_engine_args(options)
+        except Exception as error:
+            raise ServerStartError(f"vLLM could not start {model}: {type(error).__name__}: {error}") from error
+        config = self._engine.vllm_config
+        self.max_model_len: int = config.model_config.max_model_len
+        self.max_num_batched_tokens: int = config.scheduler_config.max_num_batched_tokens
+        self.max_num_seqs: int = config.scheduler_config.max_num_seqs
+        self.hidden_size: int = config.model_config.get_hidden_size()
+
+    def __enter__(self) -> OfflineEngine:
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self._engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
+
+    def call_workers(self, method: str, *args: Any) -> list[Any]:
+        """`collective_rpc` of a method name: one answer a worker."""
+        return self._engine.collective_rpc(method, args=args)
+
+
 # --- workers ----------------------------------------------------------------------------------------------------
 
 
@@ -149,9 +197,10 @@ class WorkerView:
         worker = vars(worker).get("worker", worker)
         self._runner = worker.model_runner
         self._config = worker.vllm_config
-        self.device = worker.device
+        self.device = self._runner.device  # before 0.25 a CPU worker has none itself
         self.dtype = self._config.model_config.dtype
         self.hidden_size: int = self._config.model_config.get_hidden_size()
+        self.vocab_size: int = self._config.model_config.get_vocab_size()
         self.model = self._runner.get_model() if hasattr(self._runner, "get_model") else self._runner.model
         # a speculator's layers are registered too, but they take no part in the model's forward
         own = set(map(id, self.model.modules()))
@@ -167,6 +216,7 @@ class WorkerView:
         self.rank: int = worker.rank
         self.is_first_rank: bool = self._pp_group.is_first_rank
         self.is_last_rank: bool = self._pp_group.is_last_rank
+        self.stage: int = self._pp_group.rank_in_group
         # every rank of the last pipeline stage holds the same hidden states; one of them answers
         self.is_output_rank: bool = self.is_last_rank and self._tp_group.rank_in_group == 0
 
@@ -227,13 +277,14 @@ class WorkerView:
             raise failure
 
     @contextlib.contextmanager
-    def prefill(self, num_seqs: int, seq_len: int) -> Iterator[Callable[[], Any]]:
+    def prefill(self, num_seqs: int, seq_len: int, skip_compiled: bool = True) -> Iterator[Callable[[], Any]]:
         """Prepares one run of the model over `num_seqs` fresh sequences of `seq_len` tokens, on scratch KV cache.
 
         Gives the function that runs it, with embeddings that the caller has injected (EmbeddingInjectionHook); the
         token ids given here are dummies. It returns the model's output after the final norm,
         [num_seqs * seq_len, hidden_size], on the last pipeline rank and None on the others. Only that function talks
-        to other ranks. The serving KV cache is neither read nor written.
+        to other ranks. The serving KV cache is neither read nor written. Without `skip_compiled` a server that compiled
+        its model runs it compiled, as for chat; then no hook inside of the model is called.
         """
         import torch
         from vllm.forward_context import set_forward_context
@@ -264,7 +315,35 @@ class WorkerView:
             options = dict(self._forward_options)
             if "slot_mapping" in options:
                 options["slot_mapping"] = slot_mapping
+            if not skip_compiled:
+                options.pop("skip_compiled", None)
             yield run
+
+    @contextlib.contextmanager
+    def compilable(self) -> Iterator[None]:
+        """While entered, torch can compile the decoder layers: norms, rotary embeddings and activations are plain
+        torch operations that it may fuse, and the layers that are registered with vLLM (attention, experts, states)
+        are called as they are, never traced: they name themselves, which would compile each layer anew.
+        """
+        import torch
+        from vllm.model_executor.custom_op import CustomOp
+
+        with contextlib.ExitStack() as stack:
+            opaque: set[int] = set()
+            for cls in {type(layer) for layer in self._layers.values()}:
+                stack.enter_context(_replaced(cls, "forward", torch.compiler.disable(cls.forward)))
+            for layer in self._layers.values():
+                opaque.update(map(id, layer.modules()))
+            for module in self.model.modules():
+                if isinstance(module, CustomOp) and id(module) not in opaque:
+                    stack.enter_context(_replaced(module, "_forward_method", module.forward_native))
+            with contextlib.suppress(ImportError):
+                from vllm import ir  # 0.19
+
+                stack.enter_context(ir.enable_torch_wrap(False))
+                for op in ir.op.IrOp.registry.values():
+                    stack.enter_context(op.set_priority(["native"]))
+            yield
 
     def logits(self, hidden: Any) -> Any:
         """The model's own logits of `hidden` [n, hidden_size]: [n, vocab_size] on the output rank.
@@ -274,6 +353,21 @@ class WorkerView:
         """
         return self.model.compute_logits(hidden)
 
+    def prefill_flops(self, seq_len: int) -> float:
+        """Floating point operations of the matrix products that this rank does in the prefill of one sequence.
+
+        2 x active weights x tokens in the decoder layers (of routed experts the share that a token passes), and causal
+        attention. Not counted: embeddings, the head (proof does not run it), recurrent states, norms, reflections.
+        """
+        weights = sum(map(weights_per_token, self.decoder_layers().values()))
+        attention = sum(attention_flops(layer, seq_len) for layer in self._attention_layers().values())
+        return 2 * weights * seq_len + attention
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Memory of the scratch KV cache."""
+        return sum(cache.numel() * cache.element_size() for cache in self._scratch.values())
+
     def release(self) -> None:
         """Drop the scratch KV cache."""
         self._scratch.clear()
@@ -281,10 +375,14 @@ class WorkerView:
     def _model_positions(self, positions: Any) -> Any:
         """Multi-axis rotary models (M-RoPE) take one row an axis; text has the same position on each."""
         axes = 3 if getattr(self._config.model_config, "uses_mrope", False) else 0
-        axes = axes or getattr(self._config.model_config, "uses_xdrope_dim", 0)
+        axes = axes or getattr(self._config.model_config, "uses_xdrope_dim", 0)  # until 0.29
         return positions.expand(axes, -1) if axes else positions
 
     # -- attention --
+
+    def is_attention(self, module: Any) -> bool:
+        """Whether `module` has a KV cache (or a recurrent state)."""
+        return any(module is layer for layer in self._attention_layers().values())
 
     def _attention_layers(self) -> dict[str, Any]:
         """The layers that have a KV cache (or a recurrent state), by name, in the order in which they were built."""
@@ -306,11 +404,11 @@ class WorkerView:
         import torch
         from vllm.v1.attention.backend import CommonAttentionMetadata  # 0.14
 
-        def ints(values: Any, device: Any = self.device) -> Any:
-            return values.to(device=device, dtype=torch.int32)
-
-        starts = torch.arange(num_seqs + 1) * seq_len
-        lens = torch.full((num_seqs,), seq_len)
+        # made on the device: a copy from the host would wait for what the device is computing
+        starts = torch.arange(num_seqs + 1, dtype=torch.int32, device=self.device) * seq_len
+        starts_cpu = torch.arange(num_seqs + 1, dtype=torch.int32) * seq_len
+        lens = torch.full((num_seqs,), seq_len, dtype=torch.int32, device=self.device)
+        lens_cpu = torch.full((num_seqs,), seq_len, dtype=torch.int32)
         known = {f.name for f in dataclasses.fields(CommonAttentionMetadata)}
         metadata: dict[str, Any] = {}
         slots_by_layer: dict[str, Any] = {}
@@ -320,21 +418,21 @@ class WorkerView:
             block_table = first_block + torch.arange(blocks_per_seq, device=self.device)
             slots = first_block.repeat_interleave(seq_len, dim=1).flatten() * block_size + positions
             values = {
-                "query_start_loc": ints(starts),
-                "query_start_loc_cpu": ints(starts, "cpu"),
-                "seq_lens": ints(lens),
+                "query_start_loc": starts,
+                "query_start_loc_cpu": starts_cpu,
+                "seq_lens": lens,
                 "num_reqs": num_seqs,
                 "num_actual_tokens": num_seqs * seq_len,
                 "max_query_len": seq_len,
                 "max_seq_len": seq_len,
-                "block_table_tensor": ints(block_table),
+                "block_table_tensor": block_table.to(torch.int32),
                 "slot_mapping": slots,
                 "causal": True,
                 "positions": positions,  # 0.20
-                "is_prefilling": torch.ones(num_seqs, dtype=torch.bool),  # 0.20
-                "seq_lens_cpu_upper_bound": ints(lens, "cpu"),  # 0.20
-                "_seq_lens_cpu": ints(lens, "cpu"),  # until 0.25
-                "_num_computed_tokens_cpu": ints(torch.zeros(num_seqs), "cpu"),  # until 0.25
+                "is_prefilling": torch.ones(num_seqs, dtype=torch.bool),  # 0.19
+                "seq_lens_cpu_upper_bound": lens_cpu,  # 0.20
+                "_seq_lens_cpu": lens_cpu,  # until 0.29
+                "_num_computed_tokens_cpu": torch.zeros(num_seqs, dtype=torch.int32),  # until 0.29
             }
             common = CommonAttentionMetadata(**{name: value for name, value in values.items() if name in known})
             built = group.get_metadata_builder(0).build(0, common)
@@ -380,7 +478,7 @@ class WorkerView:
     def _scratch_like(self, cache: Any, axis: int, num_blocks: int, owner: str | None, part: int = 0) -> Any:
         """A scratch cache of the same structure, dtype and memory layout as `cache`, with at least `num_blocks`.
 
-        `cache` is a tensor, or a list or tuple of them (recurrent states; until 0.17 also a list of one tensor).
+        `cache` is a tensor, or a list or tuple of them (recurrent states; until 0.18 also a list of one tensor).
         """
         import torch
 
@@ -406,6 +504,62 @@ class WorkerView:
         return found
 
 
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """While entered, `owner.name` is `value`."""
+    own = name in vars(owner)
+    original = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
+
+
+# --- what a forward costs ---------------------------------------------------------------------------------------
+
+
+def weights_per_token(module: Any) -> float:
+    """Weights of this rank's linear layers in `module` that a token is multiplied with, whatever their format.
+
+    Of routed experts on average, over all ranks that share them (expert parallelism).
+    """
+    count = 0.0
+    moe_configs = {}
+    for each in module.modules():
+        if hasattr(each, "input_size") and hasattr(each, "output_size"):  # vLLM's linear layers
+            inputs = getattr(each, "input_size_per_partition", each.input_size)
+            count += inputs * getattr(each, "output_size_per_partition", each.output_size)
+        elif hasattr(each, "in_features") and hasattr(each, "out_features"):
+            count += each.in_features * each.out_features
+        if (config := getattr(each, "moe_config", None)) is not None:  # several modules of a layer have the same
+            size = getattr(config, "intermediate_size_per_partition", None)
+            size = size or getattr(each, "intermediate_size_per_partition", None)  # until 0.19
+            if size:
+                moe_configs[id(config)] = (config, size)
+    for config, size in moe_configs.values():
+        matrices = 3 if getattr(config, "is_act_and_mul", True) else 2
+        here = config.experts_per_token * config.num_local_experts / config.num_experts
+        count += here * matrices * config.hidden_dim * size
+    return count
+
+
+def attention_flops(layer: Any, seq_len: int) -> float:
+    """Of this rank's causal attention over one sequence; 0 for a layer that is no attention (a recurrent state)."""
+    if hasattr(layer, "qk_nope_head_dim"):  # MLA, which a prefill computes as plain attention
+        sizes = layer.qk_nope_head_dim + layer.qk_rope_head_dim + layer.v_head_dim
+    elif hasattr(layer, "num_heads") and hasattr(layer, "head_size"):
+        sizes = layer.head_size + getattr(layer, "head_size_v", layer.head_size)
+    else:
+        return 0.0
+    window = min(getattr(layer, "sliding_window", None) or seq_len, seq_len)
+    pairs = window * (window + 1) / 2 + (seq_len - window) * window
+    return 2.0 * layer.num_heads * sizes * pairs
+
+
 def _tensors(cache: Any) -> list[Any]:
     """The non-empty tensors in a cache attribute (a tensor, or nested lists of them)."""
     import torch
@@ -418,11 +572,11 @@ def _tensors(cache: Any) -> list[Any]:
 def _block_axis(group: Any, cache_dtype: str) -> int:
     """Which axis of a layer's cache counts blocks.
 
-    A backend that gives the shape of its cache is asked with a number of blocks that stands out; from 0.26 on
+    A backend that gives the shape of its cache is asked with a number of blocks that stands out; from 0.29 on
     there is none to ask, and recurrent states never had one: there the first axis counts blocks.
     """
     spec = group.kv_cache_spec
-    get_shape = getattr(group.backend, "get_kv_cache_shape", None)
+    get_shape = getattr(group.backend, "get_kv_cache_shape", None)  # until 0.28
     if get_shape is None or not hasattr(spec, "num_kv_heads"):
         return 0
     marker = 1_234_577
@@ -464,16 +618,16 @@ def _refuse_unsupported(config: Any, model: Any, attention_layers: Mapping[str, 
         "--prefill-context-parallel-size above 1": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "--kv-sharing-fast-prefill": getattr(config.cache_config, "kv_sharing_fast_prefill", False),
         "per-token quantised KV cache (its scales lie in the serving cache)": any(
-            getattr(getattr(layer, "impl", None), "_k_scale_cache", None) is not None
+            getattr(getattr(layer, "impl", None), "_k_scale_cache", None) is not None  # 0.20
             for layer in attention_layers.values()
         ),
-        "--calculate-kv-scales (the first forward, chat or proof, would set the scales)": getattr(
+        "--calculate-kv-scales (the first forward, chat or proof, would set the scales)": getattr(  # until 0.27
             config.cache_config, "calculate_kv_scales", False
         ),
         "a model whose layers read what the last chat's tokens left (per-layer embeddings)": any(
             getattr(module, "per_layer_embeddings", None) is not None for module in model.modules()
         ),
-        "a recurrent-state cache with replay": getattr(config.cache_config, "use_replayssm", False),
+        "a recurrent-state cache with replay": getattr(config.cache_config, "use_replayssm", False),  # 0.27
         "a model without attention": not attention_layers,
     }
     found = [reason for reason, present in reasons.items() if present]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gonka_poc.data import DistanceSpec, VectorSpec
@@ -26,13 +26,33 @@ class PoCWorkerExtension:
         """PoCModelRunner.describe: refuses here, before any batch, if this server cannot give correct vectors."""
         return poc_answer(lambda: poc_runner_of(self).describe())
 
-    def poc_compute(self, spec: dict[str, Any], nonces: list[int]) -> dict[str, Any] | None:
-        """PoCModelRunner.compute with `spec` holding the fields of VectorSpec."""
-        return poc_answer(lambda: poc_runner_of(self).compute(VectorSpec(**spec), nonces))
+    def poc_warm_up(self, seq_len: int, num_nonces: int) -> dict[str, Any]:
+        """PoCModelRunner.warm_up."""
+        return poc_answer(lambda: poc_runner_of(self).warm_up(seq_len, num_nonces))
 
-    def poc_compute_distances(self, spec: dict[str, Any], nonces: list[int]) -> dict[str, Any] | None:
+    def poc_compute(
+        self, spec: dict[str, Any], nonces: list[int], following: Sequence[int] = ()
+    ) -> dict[str, Any] | None:
+        """PoCModelRunner.compute with `spec` holding the fields of VectorSpec."""
+        return poc_answer(lambda: poc_runner_of(self).compute(VectorSpec(**spec), nonces, following))
+
+    def poc_compute_distances(
+        self, spec: dict[str, Any], nonces: list[int], following: Sequence[int] = ()
+    ) -> dict[str, Any] | None:
         """PoCModelRunner.compute_distances with `spec` holding the fields of DistanceSpec."""
-        return poc_answer(lambda: poc_runner_of(self).compute_distances(DistanceSpec(**spec), nonces))
+        return poc_answer(lambda: poc_runner_of(self).compute_distances(DistanceSpec(**spec), nonces, following))
+
+    def poc_bench_describe(self, spec: dict[str, Any]) -> dict[str, Any]:
+        """bench_worker.describe: the device, and what the model asks of it."""
+        return poc_answer(lambda: poc_bench().describe(poc_runner_of(self), VectorSpec(**spec)))
+
+    def poc_bench_batch(self, spec: dict[str, Any], nonces: list[int]) -> dict[str, Any]:
+        """bench_worker.measure_batch: seconds of a batch."""
+        return poc_answer(lambda: poc_bench().measure_batch(poc_runner_of(self), VectorSpec(**spec), nonces))
+
+    def poc_bench_parts(self, spec: dict[str, Any], nonces: list[int]) -> dict[str, Any]:
+        """bench_worker.measure_parts: seconds of the parts of a batch."""
+        return poc_answer(lambda: poc_bench().measure_parts(poc_runner_of(self), VectorSpec(**spec), nonces))
 
     def poc_release(self) -> dict[str, Any] | None:
         """PoCModelRunner.release, if there is a runner."""
@@ -58,6 +78,13 @@ def poc_runner_of(worker: Any) -> Any:
 
         runner = worker.poc_runner = PoCModelRunner(WorkerView(worker))
     return runner
+
+
+def poc_bench() -> Any:
+    """The module that measures, imported by workers that are asked to."""
+    from gonka_poc import bench_worker
+
+    return bench_worker
 
 
 def poc_answer(compute: Callable[[], Any]) -> Any:

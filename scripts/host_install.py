@@ -37,7 +37,7 @@ from host_target import (
     version_of,
 )
 
-FIRST_VLLM_WITH_SKIP_COMPILED = (0, 17)
+FIRST_VLLM_WITH_SKIP_COMPILED = (0, 15)
 # The wheel of vLLM that package indexes call by its bare version: CUDA 13 since 0.20 (torch 2.11), CUDA 12 before.
 FIRST_VLLM_WITH_CUDA_13 = (0, 20)
 # NVIDIA's table of minor version compatibility: the oldest driver that runs any release of that CUDA.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,9 +23,14 @@ from gonka_poc.service import PoCService
 
 @contextmanager
 def engineless_server(
-    manager: FakeManager, chat: Callable[[dict[str, Any]], Awaitable[Any]] | None = None
+    manager: FakeManager,
+    chat: Callable[[dict[str, Any]], Awaitable[Any]] | None = None,
+    more: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
 ) -> Iterator[SimpleNamespace]:
-    """A PoC application over `manager` on a port of its own; `chat` answers /v1/chat/completions."""
+    """A PoC application over `manager` on a port of its own; `chat` answers /v1/chat/completions.
+
+    `more` are further routes of vLLM's by path, and what answers them.
+    """
     inner: list[Any] = []
 
     async def vllm_models() -> dict[str, Any]:
@@ -42,6 +47,8 @@ def engineless_server(
         inner[0].add_api_route("/v1/models", vllm_models)
         if chat is not None:
             inner[0].add_api_route("/v1/chat/completions", chat, methods=["POST"])
+        for path, answer in more.items():
+            inner[0].add_api_route(path, answer, methods=["GET", "POST"])
         await send({"type": "lifespan.startup.complete"})
         await receive()
         await service.close()

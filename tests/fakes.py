@@ -1,4 +1,4 @@
-"""Stand-ins for the engine: a server without one, and a manager that makes its vectors up."""
+"""Stand-ins: a server without an engine, a manager that makes its vectors up, and a clock."""
 
 from __future__ import annotations
 
@@ -59,6 +59,16 @@ async def until(condition: Callable[[], Any]) -> None:
     await asyncio.wait_for(poll(), 5)
 
 
+class Clock:
+    """A clock that stands still until it is moved; its `now` is in seconds."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 class FakeManager:
     """PoCManagerV1 without workers.
 
@@ -94,13 +104,15 @@ class FakeManager:
     def micro_batch_size(self, seq_len: int) -> int:
         return self.micro_batch
 
-    async def compute(self, spec: VectorSpec, nonces: list[int]) -> BatchResult | None:
+    async def compute(self, spec: VectorSpec, nonces: list[int], following: Any = ()) -> BatchResult | None:
         if not await self._computed(nonces):
             return None
         good, bad = self._by_nan(nonces)
         return BatchResult({n: made_up_vector(spec, n) for n in good}, bad)
 
-    async def compute_distances(self, spec: DistanceSpec, nonces: list[int]) -> DistanceResult | None:
+    async def compute_distances(
+        self, spec: DistanceSpec, nonces: list[int], following: Any = ()
+    ) -> DistanceResult | None:
         if not await self._computed(nonces):
             return None
         good, bad = self._by_nan(nonces)
@@ -187,4 +199,4 @@ class FakeView:
             return {"nonces": nonces, "vectors": rows, "finite": [True] * len(nonces)}
         if name == "poc_compute_distances":
             return {"nonces": args[1], "distances": [made_up_distance(DistanceSpec(**args[0]), n) for n in args[1]]}
-        return {"rank": 1, "layers": [0], "is_output_rank": True} if name == "poc_describe" else None
+        return {"rank": 1, "device": "cpu", "layers": [0], "is_output_rank": True} if name == "poc_describe" else None

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fakes import FakeManager, generate_body, round_body, until
+from fakes import Clock, FakeManager, generate_body, round_body, until
 from live_server import LiveServer
 
 from gonka_poc.access_log import ACCESS_LOGGER, PollFilter
@@ -16,15 +16,6 @@ from gonka_poc.errors import EngineUnavailableError
 from gonka_poc.middleware import POLLED
 from gonka_poc.routes import PREFIX, make_app
 from gonka_poc.service import PoCService
-
-
-class Clock:
-    """A clock that stands still until it is moved."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from gonka_poc.config import Settings, SettingsError, load_settings
 
-TEXTS = ("api_token", "callback_allow", "outbox_path", "priority")
+TEXTS = ("api_token", "callback_allow", "compile", "outbox_path", "priority")
 NAMES = [name for name in Settings.model_fields if name not in TEXTS]
 
 
@@ -27,6 +27,7 @@ def test_defaults():
         "callback_interval_sec": 5.0,
         "callback_timeout_sec": 30.0,
         "chat_backoff_sec": 0.05,
+        "compile": "auto",
         "batch_timeout_sec": 600.0,
         "max_step_ms": 200.0,
         "max_body_bytes": 32 * 1024 * 1024,

@@ -100,18 +100,18 @@ def test_golden_pick(case):
 def test_golden_rotation(case):
     """Relative to the vector's norm: with the norm of 25 that one case has, float32 rounding alone is 3e-6."""
     x = torch.tensor(case["x"])
-    rotated = gr.rotate(*who(case), [case["nonce"]], x.unsqueeze(0))[0]
+    rotated = gr.rotate(x.unsqueeze(0), gr.rotation_vectors(*who(case), [case["nonce"]], len(x)))[0]
     assert_close(rotated / x.norm(), [y / float(x.norm()) for y in case["y"]])
 
 
 @cases("sign_flips")
 def test_golden_sign_flips(case):
-    assert gr.sign_flips(*who(case), case["nonce"], case["dim"]).tolist() == case["values"]
+    assert gr.sign_flips(*who(case), [case["nonce"]], case["dim"])[0].tolist() == case["values"]
 
 
 @cases("nonce_reflections")
 def test_golden_nonce_reflections(case):
-    reflections = gr.nonce_reflections(*who(case), case["nonce"], case["dim"])
+    reflections = gr.nonce_reflections(*who(case), [case["nonce"]], case["dim"])[0]
     assert reflections.shape[0] == case["count"]
     assert_close(reflections, case["values"])
 
@@ -208,10 +208,15 @@ def test_picked_are_all_but_the_last_in_order_of_index(hidden_size, k_dim):
         assert indices == [*sorted(by_score[: k_dim - 1]), by_score[k_dim - 1]]
 
 
+def artifact_vectors(block_hash, public_key, nonces, hidden, k_dim):
+    projection = gr.nonce_projection(block_hash, public_key, nonces, hidden.shape[-1], k_dim)
+    return gr.artifact_vectors(hidden, projection)
+
+
 @pytest.mark.parametrize("k_dim", [1, 2, 12])
 def test_artifact_vector_step_by_step(k_dim):
     hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(3))
-    for nonce, vector in enumerate(gr.artifact_vectors("b", "k", range(3), hidden, k_dim)):
+    for nonce, vector in enumerate(artifact_vectors("b", "k", range(3), hidden, k_dim)):
         x = hidden[nonce].double().numpy()
         x = x / (np.linalg.norm(x) + 1e-8)
         y = x[gr.pick_indices("b", "k", [nonce], 64, k_dim)[0].numpy()]
@@ -227,17 +232,17 @@ def test_artifact_vector_step_by_step(k_dim):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_finite_spoils_its_row_and_no_other(bad):
     hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(3))
-    good = gr.artifact_vectors("b", "k", [0, 1, 2], hidden, 4)
+    good = artifact_vectors("b", "k", [0, 1, 2], hidden, 4)
     not_picked = next(j for j in range(64) if j not in gr.pick_indices("b", "k", [1], 64, 4)[0])
     hidden[1, not_picked] = bad
-    vectors = gr.artifact_vectors("b", "k", [0, 1, 2], hidden, 4)
+    vectors = artifact_vectors("b", "k", [0, 1, 2], hidden, 4)
     assert vectors[1].isnan().all()
     assert torch.equal(vectors[[0, 2]], good[[0, 2]])
 
 
 def _artifact_rows(nonces: list[int]) -> torch.Tensor:
     hidden = [torch.randn(64, generator=torch.Generator().manual_seed(nonce)) for nonce in nonces]
-    return gr.artifact_vectors("b", "k", nonces, torch.stack(hidden), 12)
+    return artifact_vectors("b", "k", nonces, torch.stack(hidden), 12)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_a_python_that_is_none_is_refused():
 
 
 def test_the_demo_runs_from_any_folder_and_leaves_nothing(tmp_path):
-    """The README's first command, as a second run: nothing to install, six steps, everything stopped."""
+    """The README's first command, as a second run: nothing to install, seven steps, everything stopped."""
     assert Path(sys.prefix).resolve() == (ROOT / ".venv").resolve(), "run the tests by `bash tests/run.sh`"
     answer = install("--cpu", cwd=tmp_path, TMPDIR=str(tmp_path), COLUMNS="120")
     assert answer.returncode == 0, answer.stderr[-3000:]

@@ -20,9 +20,11 @@ import pytest
 import tomllib
 from hosts import ROOT, RUNNER, RUNNERS, host_install, host_journal, host_target, make_wheel, tree
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from gonka_poc import doctor
 from gonka_poc.vllm_compat import SUPPORTED
+from gonka_poc.vllm_contract import CONTRACT
 
 SCRIPTS = ["install.sh", "install_b300.sh", "install_universal.sh"]
 
@@ -505,6 +507,8 @@ def test_pins_and_ranges_agree() -> None:
     assert project["requires-python"] == f">={'.'.join(map(str, host_target.PYTHON_MIN))}"
     assert dict(doctor.MIN_DRIVER) == host_install.MIN_DRIVER
     assert doctor.PYTHON_MIN == host_target.PYTHON_MIN
+    (skip_compiled,) = [name.first for name in CONTRACT if "skip_compiled" in name.parameters]
+    assert Version(skip_compiled).release == host_install.FIRST_VLLM_WITH_SKIP_COMPILED
     for script in SCRIPTS[1:]:
         pins = re.findall(r"--(?:pin|oldest|older-driver-pin) (\S+)", (ROOT / script).read_text())
         assert pins

@@ -50,14 +50,14 @@ def test_the_fakes_are_called_like_what_they_stand_for(fake, real):
 
 async def test_by_name_where_the_extension_is_loaded():
     view = FakeView(by_name=True, by_function=True)
-    await PoCManagerV1(view).compute(SPEC, [5, 3])
-    assert view.calls == [("poc_compute", (SPEC_FIELDS, [5, 3]))]
+    await PoCManagerV1(view).compute(SPEC, [5, 3], [7])
+    assert view.calls == [("poc_compute", (SPEC_FIELDS, [5, 3], [7]))]
 
 
 async def test_by_function_where_it_is_not():
     view = FakeView(by_name=False, by_function=True)
     result = await PoCManagerV1(view).compute(SPEC, [5, 3])
-    assert view.calls == [(poc_call, ("poc_compute", SPEC_FIELDS, [5, 3]))]
+    assert view.calls == [(poc_call, ("poc_compute", SPEC_FIELDS, [5, 3], []))]
     assert list(result.vectors) == [5, 3]
 
 

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from fakes import FakeView, generate_body, round_body, until
+from fakes import Clock, FakeView, generate_body, round_body, until
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -33,16 +33,6 @@ SAMPLES = {
     "gonka_poc_outbox_pending",
     "gonka_poc_state",
 }
-
-
-class Clock:
-    """A clock that stands still until it is moved."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

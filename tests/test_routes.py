@@ -11,7 +11,7 @@ import httpx
 import pytest
 from fakes import BUSY, MODEL, FakeManager, generate_body, made_up_vector, round_body, until
 
-from gonka_poc import callbacks, routes
+from gonka_poc import callbacks, routes, service
 from gonka_poc.config import Settings
 from gonka_poc.data import ArtifactsAnswer, FailedAnswer, PendingAnswer, VectorSpec, encode_vector
 from gonka_poc.errors import ComputeError, ConflictError, EngineUnavailableError, RequestError, UnsupportedServerError
@@ -474,6 +474,17 @@ async def test_nothing_runs_after_close(api):
     await api.service.close()
     assert asyncio.all_tasks() <= before
     assert api.manager.num_released == 1
+
+
+async def test_nothing_runs_after_close_where_a_worker_does_not_answer(api, monkeypatch):
+    """The round is cancelled, and so is the release of its memory, which then waits for the same worker."""
+    monkeypatch.setattr(service, "CLOSE_TIMEOUT_SEC", 0.05)
+    monkeypatch.setattr(api.manager, "release", asyncio.Event().wait)
+    before = asyncio.all_tasks()
+    await api.client.post("/init/generate", json=round_body())
+    await until(lambda: api.manager.asked)
+    await api.service.close()
+    assert asyncio.all_tasks() <= before
 
 
 # --- callbacks --------------------------------------------------------------------------------------------------

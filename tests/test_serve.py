@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from gonka_poc import serve
+from gonka_poc import serve, vllm_compat
 from gonka_poc.errors import UnsupportedServerError
 from gonka_poc.serve import server_arguments
 
@@ -145,3 +149,50 @@ def test_main_says_what_is_wrong(run, monkeypatch, capsys):
     assert stop.value.code == 1
     assert "POC_CHAT_BACKOFF_SEC='soon'" in capsys.readouterr().err
     run(*MODEL)  # a plain server does not read it
+
+
+# --- the installed release --------------------------------------------------------------------------------------
+
+
+def install(folder: Path, distribution: str, release: str) -> None:
+    """What pip leaves of an installed release, as far as its version is asked for."""
+    info = folder / f"{distribution}-{release}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {release}\n")
+
+
+@pytest.mark.parametrize(
+    ("release", "supported"),
+    [
+        ("0.13.9", False),
+        ("0.14.0rc1", False),
+        ("0.14.0", True),
+        ("0.25.1+cpu", True),
+        ("0.33.9", True),
+        ("0.34.0rc1", False),
+        ("0.34.0", False),
+        ("0.1.dev1+gabc", False),
+    ],
+)
+def test_installed_version(tmp_path, monkeypatch, release, supported):
+    install(tmp_path, "vllm", release)
+    monkeypatch.syspath_prepend(tmp_path)
+    if supported:
+        assert vllm_compat.installed_version() == release
+        return
+    with pytest.raises(UnsupportedServerError) as refusal:
+        vllm_compat.installed_version()
+    found, supports, todo = re.split(", |; ", str(refusal.value).replace(str(vllm_compat.SUPPORTED), "RANGE"))
+    assert (found, supports) == (f"vLLM {release} is installed", "gonka_poc supports RANGE")
+    assert todo == "install a release in that range"
+
+
+def test_a_server_with_another_release_does_not_start(tmp_path):
+    """The real command: it ends with one sentence, before vLLM is started at all."""
+    install(tmp_path, "vllm", "0.13.0")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(serve.__file__).parents[1]}"}
+    command = [sys.executable, "-m", "gonka_poc.serve", "--enable-poc", *MODEL]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("gonka_poc: vLLM 0.13.0 is installed, gonka_poc supports ")

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from fakes import Clock
+
 from gonka_poc.step_size import CHAT_MEMORY_SEC, MEASUREMENTS, StepSize
-
-
-class Clock:
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
 
 
 def test_full_size_without_chat():
     size = StepSize(0.2)
-    size.measured(64, 32, 10.0)
     assert size.limit(64, 32) == 32
+    size.measured(64, 32, 0.1)
+    assert size.limit(64, 32) == 32
+
+
+def test_two_slow_batches_without_chat_are_one_of_full_size():
+    size = StepSize(0.2)
+    size.measured(64, 32, 0.11)
+    assert [size.limit(64, full) for full in (32, 33, 30, 29, 1)] == [16, 17, 15, 29, 1]
 
 
 def test_within_the_budget_while_chat_is_around():
@@ -28,7 +29,7 @@ def test_within_the_budget_while_chat_is_around():
     clock.now += CHAT_MEMORY_SEC - 0.01
     assert size.limit(64, 32) == 10
     clock.now += 0.02
-    assert size.limit(64, 32) == 32
+    assert size.limit(64, 32) == 16
 
 
 def test_a_nonce_that_takes_longer_than_the_budget_is_still_computed():

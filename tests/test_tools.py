@@ -24,13 +24,14 @@ from gonka_poc.artifact_file import ArtifactFile, read_artifact_file, write_arti
 from gonka_poc.client import PoCClient
 from gonka_poc.data import VECTOR_DTYPE, Artifact, DistanceSpec, StatTest, encode_vector
 from gonka_poc.errors import ArtifactFileError, ComputeError, ServerAnswerError, ToolError
+from gonka_poc.polling import wait_until
 from gonka_poc.tools import plots, prover
 from gonka_poc.tools.calibrate import calibrate, measure_distances
 from gonka_poc.tools.checks import Check, ResultFile, run_cases
 from gonka_poc.tools.coexist import Load, coexist
 from gonka_poc.tools.compare import compare, fabricated, with_turned_vectors
 from gonka_poc.tools.e2e import least_fraud
-from gonka_poc.tools.prover import Sizes, is_gapless, wait_until
+from gonka_poc.tools.prover import Sizes, is_gapless
 from gonka_poc.tools.receive import Delivery, Receiver
 from gonka_poc.tools.report import as_html, row_of
 from gonka_poc.tools.smoke import smoke
@@ -405,26 +406,24 @@ class Broken(FakeManager):
         self.fault = fault
         self.count = 0
 
-    async def compute(self, spec: Any, nonces: list[int]) -> Any:
+    async def _spec(self, spec: Any) -> Any:
+        """What is computed instead of what was asked for."""
         await asyncio.sleep(0.002)
         self.count += 1
         if self.fault == "other each time":
             spec = replace(spec, block_hash=f"{spec.block_hash}{self.count}")
         if self.fault == "any key":
             spec = replace(spec, public_key="")
-        result = await super().compute(spec, nonces)
+        return spec
+
+    async def compute(self, spec: Any, nonces: list[int]) -> Any:
+        result = await super().compute(await self._spec(spec), nonces)
         if self.fault == "too long":
             result = replace(result, vectors={n: (v * 1.1).astype(VECTOR_DTYPE) for n, v in result.vectors.items()})
         return result
 
     async def compute_distances(self, spec: Any, nonces: list[int]) -> Any:
-        await asyncio.sleep(0.002)
-        self.count += 1
-        if self.fault == "other each time":
-            spec = replace(spec, block_hash=f"{spec.block_hash}{self.count}")
-        if self.fault == "any key":
-            spec = replace(spec, public_key="")
-        result = await super().compute_distances(spec, nonces)
+        result = await super().compute_distances(await self._spec(spec), nonces)
         if self.fault == "off":
             result = replace(result, distances={n: d + 0.01 for n, d in result.distances.items()})
         return result

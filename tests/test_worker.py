@@ -19,7 +19,7 @@ class Runner:
     def __init__(self, failure=None):
         self.failure, self.asked = failure, []
 
-    def compute(self, spec, nonces):
+    def compute(self, spec, nonces, following=()):
         self.asked.append((spec, nonces))
         if self.failure is not None:
             raise self.failure

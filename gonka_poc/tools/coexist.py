@@ -9,12 +9,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from gonka_poc.artifact_file import ArtifactFile
-from gonka_poc.client import PoCClient, Polled
+from gonka_poc.client import PoCClient, Polled, round_request
 from gonka_poc.data import ArtifactsAnswer, FailedAnswer
 from gonka_poc.errors import ServerAnswerError
+from gonka_poc.polling import wait_until
 from gonka_poc.tools.calibrate import refuse_if_busy
 from gonka_poc.tools.checks import Case, Check, run_cases
-from gonka_poc.tools.prover import round_request, wait_until
 
 FULL_SPEED = 0.5  # of the speed of POST /generate: its batches are alike, but a machine's speed varies
 YIELDS = 0.1  # of the speed without chat: between two chats the engine can be idle for a moment
@@ -101,7 +101,7 @@ class _Coexist:
             with self._chats() as chats:
                 time.sleep(self._load.seconds / 2)
             num_chats = sum(chat.result() for chat in chats)
-            before = self._processed()
+            before = self._client.total_processed()
             waited = time.monotonic()
             self._moves_on()
             waited = time.monotonic() - waited
@@ -185,20 +185,14 @@ class _Coexist:
         wait_until(lambda: self._client.poll(request_id).status in ("completed", "failed"), DEADLINE_SEC)
         return self._client.poll(request_id)
 
-    def _processed(self) -> int:
-        status = self._client.status()
-        if status.stats is None:
-            raise ServerAnswerError(f"the round ended: {status.error}")
-        return status.stats.total_processed
-
     def _moves_on(self) -> None:
         """Wait until the round has processed more nonces. Raises ServerAnswerError if it does not."""
-        before = self._processed()
-        if not wait_until(lambda: self._processed() > before, DEADLINE_SEC):
+        before = self._client.total_processed()
+        if not wait_until(lambda: self._client.total_processed() > before, DEADLINE_SEC):
             raise ServerAnswerError(f"the round computed nothing in {DEADLINE_SEC:.0f} s without chat")
 
     def _speed(self, seconds: float) -> float:
         """Nonces a second of the round, from now."""
-        before, started = self._processed(), time.monotonic()
+        before, started = self._client.total_processed(), time.monotonic()
         time.sleep(seconds)
-        return (self._processed() - before) / (time.monotonic() - started)
+        return (self._client.total_processed() - before) / (time.monotonic() - started)

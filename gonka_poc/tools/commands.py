@@ -20,10 +20,21 @@ from rich.table import Table
 from rich.text import Text
 
 from gonka_poc.artifact_file import ArtifactFile, read_artifact_file, write_artifact_file
-from gonka_poc.cli_common import ERROR, FRAUD, PASS, Nonces, print_json, progress_bar, say, server_options
+from gonka_poc.cli_common import (
+    ERROR,
+    FRAUD,
+    PASS,
+    Nonces,
+    artifact_options,
+    print_json,
+    progress_bar,
+    say,
+    server_options,
+)
 from gonka_poc.client import PoCClient
 from gonka_poc.data import Randomization, StatTest
 from gonka_poc.errors import ArtifactFileError, PoCError, printable
+from gonka_poc.tools import bench
 from gonka_poc.tools.calibrate import block_hashes, calibrate, measure_distances
 from gonka_poc.tools.checks import Check, ResultFile
 from gonka_poc.tools.coexist import Load, coexist
@@ -44,7 +55,16 @@ theme_option = click.option("--theme", type=click.Choice(["light", "dark"]), def
 
 def register(app: click.Group) -> None:
     """Add every tool to `app`."""
-    for command in (receive_command, reference, calibrate_command, smoke_command, e2e_command, coexist_command, report):
+    for command in (
+        receive_command,
+        reference,
+        calibrate_command,
+        smoke_command,
+        e2e_command,
+        coexist_command,
+        bench_command,
+        report,
+    ):
         app.add_command(command)
 
 
@@ -105,18 +125,10 @@ def reference() -> None:
 @reference.command("make")
 @click.option("--nonces", type=Nonces(), help="For example 0-99 [default: the first --count of the node]")
 @click.option("--count", type=click.IntRange(1), default=100, show_default=True, help="Nonces of the node.")
-@click.option("--out", type=FilePath, required=True, help="The file to write.")
-@click.option("--model", help="A served model name [default: the one that is served]")
-@click.option("--api-key", envvar="VLLM_API_KEY", help="vLLM's own, to ask for the model's name [env: VLLM_API_KEY]")
-@click.option("--seq-len", type=click.IntRange(1), default=1024, show_default=True, help="Tokens a nonce.")
-@click.option("--k-dim", type=click.IntRange(1), default=12, show_default=True, help="Length of a vector.")
-@click.option("--block-hash", default="test-block", show_default=True)
-@click.option("--block-height", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--public-key", default="test-key", show_default=True)
 @click.option("--node-id", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--node-count", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--stronger-rng", is_flag=True, help="Ask for poc_stronger_rng.")
-@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Nonces a request.")
+@click.option("--out", type=FilePath, required=True, help="The file to write.")
+@artifact_options
 @server_options
 def reference_make(
     nonces: list[int] | None,
@@ -124,7 +136,6 @@ def reference_make(
     out: Path,
     model: str | None,
     api_key: str | None,
-    stronger_rng: bool,
     batch_size: int,
     url: str,
     token: str | None,
@@ -140,7 +151,7 @@ def reference_make(
         raise ArtifactFileError(f"{out} exists; a reference is not overwritten")
     nonces = nonces or node_nonces(asked["node_id"], asked["node_count"], count)
     with PoCClient(url, token=token, api_key=api_key) as client:
-        file = ArtifactFile(model=model or client.model_name(), poc_stronger_rng=stronger_rng, **asked)
+        file = ArtifactFile(model=model or client.model_name(), **asked)
         with progress_bar("computing", len(nonces)) as progress:
             file = make_reference(client, file, nonces, batch_size, progress)
     write_artifact_file(out, file)
@@ -405,6 +416,77 @@ def coexist_command(
         for _ in _shown(coexist(client, wanted), as_json, results):
             pass
     return _end(results, as_json)
+
+
+@click.command("bench")
+@click.option("--offline", type=ModelPath, help="A folder with a model, run by this command instead of a server.")
+@click.option("--server-args", default="", help='vLLM\'s options for --offline, as one text: "--dtype float16 ..."')
+@click.option("--model", help="A served model name [default: the one that is served]")
+@click.option("--api-key", envvar="VLLM_API_KEY", help="vLLM's own, for its prefill [env: VLLM_API_KEY]")
+@click.option("--callback-url", help="Where the server sends the round's callbacks [default: nowhere]")
+@click.option("--seq-len", type=click.IntRange(1), default=1024, show_default=True, help="Tokens a nonce.")
+@click.option("--k-dim", type=click.IntRange(1), default=12, show_default=True, help="Length of a vector.")
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Nonces a batch.")
+@click.option("--seconds", type=click.FloatRange(0.1), default=10.0, show_default=True, help="Of each measurement.")
+@click.option("--png", type=FilePath, help="Write the phases as a bar here (needs matplotlib).")
+@theme_option
+@server_options
+@click.pass_context
+def bench_command(
+    context: click.Context,
+    offline: Path | None,
+    server_args: str,
+    model: str | None,
+    api_key: str | None,
+    callback_url: str | None,
+    png: Path | None,
+    theme: str,
+    url: str,
+    token: str | None,
+    as_json: bool,
+    **asked: Any,
+) -> int:
+    """How fast proof is beside the bare prefill of as many tokens, and where the time goes.
+
+    A server that runs (it must not generate) tells the time of its calls only; the phases in them, the model's flops
+    and the memory are told by --offline.
+
+    \b
+    gonka-poc bench --url http://127.0.0.1:8000
+    gonka-poc bench --offline DIR --server-args "--dtype bfloat16 --enforce-eager" --png phases.png
+    """
+    _refuse_foreign_options(context, offline is not None)
+    sizes = bench.Sizes(**asked)
+    if offline is not None:
+        found = bench.bench_offline(offline, shlex.split(server_args), sizes)
+    else:
+        with PoCClient(url, timeout=600, token=token, api_key=api_key) as client:
+            say(f"measuring {url}: prefill, /generate, a round; about {3 * sizes.seconds:g} s")
+            found = bench.bench_server(client, model or client.model_name(), sizes, callback_url)
+    if as_json:
+        print_json(dataclasses.asdict(found))
+    else:
+        figures, phases = Table("", found.where), Table("phase", "ms a batch", "share", "meaning")
+        for figure in bench.rows_of(found):
+            figures.add_row(*(Text(printable(cell)) for cell in figure))
+        for phase in bench.phase_rows(found):
+            phases.add_row(*(Text(printable(cell)) for cell in phase))
+        Console().print(figures, phases)
+        if found.not_measured:
+            click.echo(f"not told over HTTP, --offline does: {', '.join(found.not_measured)}; model flops, memory")
+    if png is not None:  # last, so that a missing matplotlib costs no measurement
+        save_png(bench.plot_of(found, theme_of(theme)), png)
+    return PASS
+
+
+def _refuse_foreign_options(context: click.Context, offline: bool) -> None:
+    """Raise UsageError for an option that the chosen way would ignore."""
+    foreign = ("url", "model", "callback_url") if offline else ("server_args",)
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if option.name in foreign and source is click.core.ParameterSource.COMMANDLINE:
+            without = "makes no sense with --offline" if offline else "needs --offline"
+            raise click.UsageError(f"{option.opts[0]} {without}")
 
 
 @click.command()

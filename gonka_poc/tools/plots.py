@@ -1,4 +1,4 @@
-"""Histograms by matplotlib (an extra: `pip install gonka-poc[tools]`), light and dark, and in the terminal."""
+"""Plots by matplotlib (an extra: `pip install gonka-poc[tools]`), light and dark, and in the terminal."""
 
 from __future__ import annotations
 
@@ -71,6 +71,30 @@ def value_histogram(values: np.ndarray, marks: Mapping[str, float], title: str, 
     axes.hist(values, NUM_BINS, color=theme.series[0], edgecolor=theme.paper, linewidth=0.5, alpha=0.75)
     axes.set_xlabel("distance to the target", color=theme.ink)
     _mark(axes, marks, theme)
+    _legend(axes, theme)
+    return figure
+
+
+def stacked_bars(bars: Mapping[str, Mapping[str, float]], title: str, label: str, theme: Theme) -> Figure:
+    """A horizontal bar each, of named parts one after another; a part has one colour in all bars."""
+    figure, (axes,) = _empty(title, 1, theme)
+    names = list(dict.fromkeys(name for parts in bars.values() for name in parts))
+    starts = dict.fromkeys(bars, 0.0)
+    for i, name in enumerate(names):
+        there = [bar for bar, parts in bars.items() if name in parts]
+        values = [bars[bar][name] for bar in there]
+        colour = theme.series[i % len(theme.series)]
+        # more parts than colours: the later ones are hatched
+        hatch = "//" if i >= len(theme.series) else None
+        lefts = [starts[bar] for bar in there]
+        style = {"color": colour, "hatch": hatch, "edgecolor": theme.paper, "linewidth": 0.5}
+        axes.barh(there, values, left=lefts, label=name, **style)
+        starts.update({bar: starts[bar] + bars[bar][name] for bar in there})
+    axes.invert_yaxis()
+    axes.set_ylabel("")
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color=theme.grid, linewidth=0.6)
+    axes.set_xlabel(label, color=theme.ink)
     _legend(axes, theme)
     return figure
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gonka_poc.artifact_file import ArtifactFile
-from gonka_poc.client import PoCClient
+from gonka_poc.client import PoCClient, round_request
 from gonka_poc.config import load_settings
-from gonka_poc.data import Artifact, InitGenerateRequest, NonceSequence, Params
+from gonka_poc.data import Artifact, NonceSequence
 from gonka_poc.errors import ServerAnswerError
+from gonka_poc.polling import wait_until
 from gonka_poc.server_process import ServerProcess
 from gonka_poc.threshold_data import ProofBatch, ProofVerdict, ThresholdRequest, ThresholdStatusAnswer
 from gonka_poc.tools.calibrate import proof_of, threshold_request
@@ -19,7 +20,6 @@ from gonka_poc.tools.receive import Delivery, Receiver
 
 MODEL = "tool"
 BLOCK_HASH, PUBLIC_KEY = "tool-block", "tool-host"
-POLL_SEC = 0.05
 QUIET_SEC = 1.0
 # the protocol's usual r_target: about one nonce in ten is valid, whatever the model
 R_TARGET = 1.405
@@ -52,20 +52,6 @@ def client_of(server: ServerProcess) -> PoCClient:
     """A client of a server that has this process's POC_API_TOKEN."""
     token = load_settings().api_token
     return PoCClient(server.url, token=token.get_secret_value() if token else None)
-
-
-def round_request(file: ArtifactFile, batch_size: int, url: str | None = None) -> InitGenerateRequest:
-    """The artifact round that makes what `file` asks."""
-    return InitGenerateRequest(
-        block_hash=file.block_hash,
-        block_height=file.block_height,
-        public_key=file.public_key,
-        node_id=file.node_id,
-        node_count=file.node_count,
-        batch_size=batch_size,
-        params=Params(model=file.model, seq_len=file.seq_len, k_dim=file.k_dim),
-        url=url,
-    )
 
 
 class Prover:
@@ -150,16 +136,6 @@ class Prover:
         while before != len(deliveries):
             before = len(deliveries)
             time.sleep(QUIET_SEC)
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Poll until `condition` holds, for at most `seconds`; whether it did."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(POLL_SEC)
-    return True
 
 
 def is_gapless(nonces: Sequence[int]) -> bool:

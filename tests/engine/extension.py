@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +70,22 @@ class Probe(PoCWorkerExtension):
             raise RuntimeError(f"injected into {where}")
 
         _replace_once(owner, name, fail)
+
+    def poc_test_sleep_once(self, seconds: float, rank: int) -> None:
+        """On worker `rank` the next forward waits in its last layer but one, while the others go on to meet it."""
+        if rank != self.rank:
+            return
+        layers = [layer for layer in self.model_runner.model.model.layers if hasattr(layer, "self_attn")]
+
+        def sleep(original: Any, *args: Any, **kwargs: Any) -> Any:
+            time.sleep(seconds)
+            return original(*args, **kwargs)
+
+        _replace_once(layers[-2], "forward", sleep)
+
+    def poc_test_pid(self) -> dict[str, int]:
+        """Which process this worker is."""
+        return {"rank": self.rank, "pid": os.getpid()}
 
     def poc_test_poison_once(self, row: int, seq_len: int) -> None:
         """In the next forward the first layer gives NaN for all tokens of sequence number `row`."""

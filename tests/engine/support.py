@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,9 @@ import numpy as np
 
 from gonka_poc.artifact_file import ArtifactFile
 from gonka_poc.data import Artifact, decode_vector, encode_vector
+from gonka_poc.polling import wait_until
 from gonka_poc.server_process import ServerProcess
+from gonka_poc.tools.receive import Receiver
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "tests" / "data"
@@ -216,10 +216,24 @@ def max_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 def until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
     """Poll until `condition` holds; fails after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds:g} s"
-        time.sleep(0.02)
+    assert wait_until(condition, seconds, interval=0.02), f"not within {seconds:g} s"
+
+
+def assert_ends(process: ServerProcess, client: Client, seconds: float = 90.0) -> None:
+    """The server ends by itself, as vLLM does when its engine is lost: a supervisor starts it again.
+
+    While it still answers, it does not go on saying that it generates.
+    """
+    seen: list[dict[str, Any]] = []
+
+    def ended() -> bool:
+        if not process.has_ended:
+            with contextlib.suppress(httpx.HTTPError):
+                seen.append(client.status())
+        return process.has_ended
+
+    until(ended, seconds)
+    assert all(status["status"] == "GENERATING" or "dead" in status["error"] for status in seen)
 
 
 # --- callbacks --------------------------------------------------------------------------------------------------
@@ -229,21 +243,5 @@ def until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
 def callback_receiver() -> Iterator[tuple[str, list[tuple[str, dict[str, Any]]]]]:
     """A receiver's URL, and the list of (path, payload) that it fills."""
     received: list[tuple[str, dict[str, Any]]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["content-length"]))
-            received.append((self.path, json.loads(body)))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, format: str, *args: Any) -> None: ...
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}", received
-        finally:
-            server.shutdown()
-            thread.join()
+    with Receiver(on_delivery=lambda delivery: received.append((delivery.path, delivery.payload))) as receiver:
+        yield receiver.url, received

@@ -6,10 +6,9 @@ import os
 import signal
 from pathlib import Path
 
-import httpx
 import psutil
 
-from tests.engine.support import POW, Client, ServerConfig, body_of, golden_cases, until
+from tests.engine.support import POW, Client, ServerConfig, assert_ends, body_of, golden_cases, until
 
 
 def engine_of(server_pid: int) -> int:
@@ -28,18 +27,5 @@ def test_an_engine_that_is_killed(tmp_path: Path) -> None:
         client.post(f"{POW}/init/generate", json=body).raise_for_status()
         until(lambda: client.status()["stats"]["total_processed"] > 0)
         os.kill(engine_of(process.pid), signal.SIGKILL)
-        seen: list[dict] = []
-
-        def ended() -> bool:
-            if process.has_ended:
-                return True
-            try:
-                seen.append(client.status())
-            except httpx.HTTPError:  # vLLM ends the server, which is right: a supervisor starts it again
-                return False
-            return False
-
-        until(ended, 60)
-        # while it answered, it did not go on saying that it generates
-        assert all(status["status"] == "GENERATING" or "dead" in status["error"] for status in seen)
+        assert_ends(process, client)
     assert "PoC round failed" in log.read_text() or "PoC round stopped" in log.read_text()

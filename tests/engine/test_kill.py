@@ -5,46 +5,18 @@ Each server runs a round of its own block over one outbox file. POC_TEST_KILLS=2
 
 from __future__ import annotations
 
-import json
 import os
 import random
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 from gonka_poc.outbox_admin import summary
+from gonka_poc.tools.receive import Delivery, Receiver
 from tests.engine.support import GOLDEN_LIMIT, MODEL, POW, Client, ServerConfig, body_of, decoded, max_distance, until
 
 KILLS = int(os.environ.get("POC_TEST_KILLS", "2"))
 SEQ_LEN, K_DIM = 16, 12
-
-
-@contextmanager
-def moody_receiver(rng: random.Random) -> Iterator[tuple[str, list[tuple[str, dict[str, Any]]]]]:
-    """A receiver that takes in all it gets, says 500 to half of it, and 200 to the rest."""
-    received: list[tuple[str, dict[str, Any]]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            received.append((self.headers["idempotency-key"], body))
-            self.send_response(rng.choice((200, 500)))
-            self.end_headers()
-
-        def log_message(self, format: str, *args: Any) -> None: ...
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}", received
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 def case(number: int) -> dict[str, Any]:
@@ -63,12 +35,13 @@ def test_nothing_is_lost_when_servers_are_killed(tmp_path: Path) -> None:
     env = (("POC_OUTBOX_PATH", outbox), ("POC_CALLBACK_INTERVAL_SEC", "0.2"))
     config = ServerConfig(args=("--enforce-eager", "--max-num-batched-tokens", "1024"), env=env)
     seen: dict[int, int] = {}
-    with moody_receiver(rng) as (url, received):
+    received: list[Delivery] = []
+    with Receiver(fail_rate=0.5, fail_status=500, on_delivery=received.append, seed=7) as receiver:
         for number in range(KILLS):
             process = config.process(tmp_path / f"server-{number}.log")
             process.start()
             client = Client(process.url)
-            body = {**body_of(case(number)), "url": url, "batch_size": 8}
+            body = {**body_of(case(number)), "url": receiver.url, "batch_size": 8}
             del body["nonces"]
             client.post(f"{POW}/init/generate", json=body).raise_for_status()
             until(lambda client=client: client.status()["stats"]["total_processed"] > 0)
@@ -82,10 +55,11 @@ def test_nothing_is_lost_when_servers_are_killed(tmp_path: Path) -> None:
             check(client, received, seen)
 
 
-def check(client: Client, received: list[tuple[str, dict[str, Any]]], seen: dict[int, int]) -> None:
-    by_key: dict[str, Any] = {}
-    for key, body in received:
-        assert by_key.setdefault(key, body) == body, "one key, one batch"
+def check(client: Client, received: list[Delivery], seen: dict[int, int]) -> None:
+    by_key: dict[str | None, Any] = {}
+    for delivery in received:
+        body = by_key.setdefault(delivery.idempotency_key, delivery.payload)
+        assert body == delivery.payload, "one key, one batch"
     for number, at_least in seen.items():
         artifacts = [
             artifact

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+from pathlib import Path
+
 import pytest
 
 from tests.engine.support import (
     GOLDEN_LIMIT,
+    POW,
     Client,
     ServerConfig,
     Servers,
+    assert_ends,
     body_of,
     decoded,
     golden_cases,
     golden_distance,
     max_distance,
+    until,
 )
 
 # one core a worker; without it vLLM says "Not enough allowed NUMA nodes"
@@ -39,6 +47,17 @@ def assert_one_failure_fails_once(server: Client, where: str, rank: int | None) 
         assert max_distance(server.vectors(case, [nonce]), expected) < GOLDEN_LIMIT["float32"]
 
 
+def assert_a_slow_rank_is_waited_for(server: Client, rank: int) -> None:
+    """One worker stops for seconds in mid-forward: the answer is late and right, and so are the ones after it."""
+    (case, _) = golden_cases("qwen3")
+    seconds = 6.0
+    server.rpc("poc_test_sleep_once", seconds, rank)
+    started = time.monotonic()
+    assert golden_distance(server, case) < GOLDEN_LIMIT["float32"]
+    assert time.monotonic() - started > seconds
+    assert golden_distance(server, case) < GOLDEN_LIMIT["float32"]
+
+
 @pytest.mark.parametrize("model", ["qwen3_moe", pytest.param("qwen3", marks=pytest.mark.matrix)])
 def test_tensor_parallel(servers: Servers, model: str) -> None:
     server = servers.get(config(model, "--tensor-parallel-size"))
@@ -52,12 +71,39 @@ def test_tensor_parallel(servers: Servers, model: str) -> None:
     assert (first["is_output_rank"], second["is_output_rank"]) == (True, False)
 
 
+BENCH_SPEC = {"block_hash": "b", "public_key": "k", "seq_len": 16, "k_dim": 12}
+COMMON_PARTS = {"metadata", "prefill", "forward", "proof_forward"}
+
+
+@pytest.mark.matrix
+def test_bench_under_tensor_parallelism(servers: Servers) -> None:
+    server = servers.get(config("qwen3", "--tensor-parallel-size"))
+    ranks = server.rpc("poc_bench_describe", BENCH_SPEC)
+    # 4 layers of 589,824 weights and attention of 8 heads of 32, half on each rank
+    flops = 2 * 4 * 589_824 * 16 + 4 * 2 * 8 * (32 + 32) * 16 * 17 / 2
+    assert [rank["model_flops"] for rank in ranks] == [flops / 2] * 2
+    assert all(batch["seconds"] > 0 for batch in server.rpc("poc_bench_batch", BENCH_SPEC, [0, 1, 2]))
+    first, second = server.rpc("poc_bench_parts", BENCH_SPEC, [0, 1, 2])
+    assert (first["stage"], second["stage"]) == (0, 0)
+    assert set(first["seconds"]) == {*COMMON_PARTS, "inputs", "projection"}
+    assert set(second["seconds"]) == {*COMMON_PARTS, "inputs"}
+    assert_one_failure_fails_once(server, "inputs", 0)
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize(("where", "rank"), [("inputs", 0), ("metadata builder", 1), ("middle layer", None)])
 def test_a_failure_under_tensor_parallelism(servers: Servers, where: str, rank: int | None) -> None:
     server = servers.get(config("qwen3", "--tensor-parallel-size"))
     chat = server.chat()
     assert_one_failure_fails_once(server, where, rank)
+    assert server.chat() == chat
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_slow_rank_under_tensor_parallelism(servers: Servers, rank: int) -> None:
+    server = servers.get(config("qwen3", "--tensor-parallel-size"))
+    chat = server.chat()
+    assert_a_slow_rank_is_waited_for(server, rank)
     assert server.chat() == chat
 
 
@@ -73,7 +119,41 @@ def test_pipeline_parallel(servers: Servers) -> None:
     assert (first["is_output_rank"], second["is_output_rank"]) == (False, True)
 
 
+def test_bench_under_pipeline_parallelism(servers: Servers) -> None:
+    server = servers.get(config("qwen3", "--pipeline-parallel-size"))
+    first, second = server.rpc("poc_bench_parts", BENCH_SPEC, [0, 1, 2])
+    assert (first["stage"], second["stage"]) == (0, 1)
+    assert set(first["seconds"]) == {*COMMON_PARTS, "inputs"}
+    assert set(second["seconds"]) == {*COMMON_PARTS, "projection"}
+    for rank in (first, second):
+        assert all(seconds > 0 for seconds in rank["seconds"].values())
+    for case in golden_cases("qwen3"):
+        assert golden_distance(server, case) < GOLDEN_LIMIT["float32"]
+
+
 @pytest.mark.parametrize(("where", "rank"), [("inputs", None), ("metadata builder", 1), ("vectors", None)])
 def test_a_failure_under_pipeline_parallelism(servers: Servers, where: str, rank: int | None) -> None:
     server = servers.get(config("qwen3", "--pipeline-parallel-size"))
     assert_one_failure_fails_once(server, where, rank)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_slow_rank_under_pipeline_parallelism(servers: Servers, rank: int) -> None:
+    assert_a_slow_rank_is_waited_for(servers.get(config("qwen3", "--pipeline-parallel-size")), rank)
+
+
+def test_a_rank_that_is_killed(tmp_path: Path) -> None:
+    """vLLM cannot go on without a worker: the round ends with a reason, and the server does not stay as a shell."""
+    log = tmp_path / "server.log"
+    with config("qwen3", "--tensor-parallel-size").process(log) as process:
+        client = Client(process.url)
+        pids = {answer["rank"]: answer["pid"] for answer in client.rpc("poc_test_pid")}
+        body = body_of(golden_cases("qwen3")[0])
+        del body["nonces"]
+        client.post(f"{POW}/init/generate", json=body).raise_for_status()
+        until(lambda: client.status()["stats"]["total_processed"] > 0)
+        os.kill(pids[1], signal.SIGKILL)
+        assert_ends(process, client)
+    text = log.read_text()
+    assert "died unexpectedly" in text
+    assert "PoC round failed" in text or "PoC round stopped" in text

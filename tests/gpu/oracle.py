@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gonka_poc.data import VectorSpec
-from gonka_poc.gpu_random import artifact_vectors, layer_reflection, nonce_inputs
+from gonka_poc.gpu_random import artifact_vectors, layer_reflection, nonce_inputs, nonce_projection
 from gonka_poc.layer_hooks import LayerReflections
 
 
@@ -42,6 +42,8 @@ def oracle_vectors(
         )
         with LayerReflections(layers, vectors):
             hidden = model.model(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, -1]
-        rows.append(artifact_vectors(spec.block_hash, spec.public_key, part, hidden, spec.k_dim).float().cpu())
+        who = (spec.block_hash, spec.public_key, part)
+        projection = nonce_projection(*who, hidden_size, spec.k_dim, device)
+        rows.append(artifact_vectors(hidden, projection).float().cpu())
     del model
     return torch.cat(rows).numpy()

@@ -8,13 +8,14 @@ Dummy weights, bfloat16, batches of 32 x 1024. Writes DIR/speed.md and DIR/speed
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import statistics
-import threading
 import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,12 @@ from gonka_poc import kernels
 from gonka_poc.data import VectorSpec
 from gonka_poc.gpu_random import fill_normal_reference, householder_reference
 from gonka_poc.server_process import ServerProcess
+from gonka_poc.tools.receive import Receiver
 from tests.gpu.core_table import DATA, request_body, table, wait_for_nonces
 
 BATCH, SEQ_LEN = 32, 1024
+CHAT_SHAPE = "qwen3-8b"
+CHATS, CHAT_TOKENS, BURSTS, PAUSE_SEC = 64, 128, 3, 1.5
 # nonces/s of the network's reference on one H200 with the same shapes and batches
 REFERENCE = {"qwen3-0.6b": 205.0, "qwen3-8b": 36.3, "qwen3-30b-a3b": 59.1}
 COMMON = {
@@ -126,92 +130,109 @@ def kernel_rows() -> list[dict[str, Any]]:
     return rows
 
 
-class Receiver:
-    """Takes callbacks in and counts their artifacts."""
-
-    def __init__(self) -> None:
-        self.artifacts = 0
-        receiver = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                receiver.artifacts += len(body["artifacts"])
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, format: str, *args: Any) -> None: ...
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-
-def prefill_rate(url: str, batches: int) -> float:
-    """Sequences/s of the server's own prefill: completions of one token, a batch of prompts a request."""
-    rates = []
-    for i in range(batches + 1):
-        prompts = [[(i * 7919 + 31 * row + 17 * j) % 500 + 3 for j in range(SEQ_LEN)] for row in range(BATCH)]
-        body = {"model": "m", "prompt": prompts, "max_tokens": 1, "temperature": 0, "detokenize": False}
-        started = time.perf_counter()
-        httpx.post(f"{url}/v1/completions", json=body, timeout=300).raise_for_status()
-        if i:
-            rates.append(BATCH / (time.perf_counter() - started))
-    return statistics.median(rates)
-
-
-def round_rate(url: str, receiver: Receiver, seconds: float) -> float:
-    """Nonces/s of a round in its steady state, callbacks on."""
-    spec = VectorSpec(f"speed-{time.time()}", "host", SEQ_LEN, 12)
-    httpx.post(
-        f"{url}/api/v1/pow/init/generate", json=request_body(spec, url=receiver.url), timeout=60
-    ).raise_for_status()
+def round_rate(url: str, callback_url: str, seconds: float, **more: Any) -> float:
+    """Nonces/s of a round in its steady state, callbacks on; `more` changes the body of its start."""
+    start_round(url, callback_url, **more)
     first = wait_for_nonces(url, 3 * BATCH)["stats"]["total_processed"]
     started = time.perf_counter()
     time.sleep(seconds)
-    last = httpx.get(f"{url}/api/v1/pow/status", timeout=60).json()["stats"]["total_processed"]
-    rate = (last - first) / (time.perf_counter() - started)
+    rate = (processed(url) - first) / (time.perf_counter() - started)
     httpx.post(f"{url}/api/v1/pow/stop", timeout=60)
     return rate
 
 
-def server_rows(shape: str, work: Path, modes: list[str]) -> list[dict[str, Any]]:
-    """A shape on an eager and on a compiled server."""
-    rows = []
+def start_round(url: str, callback_url: str, **more: Any) -> None:
+    spec = VectorSpec(f"speed-{time.time()}", "host", SEQ_LEN, 12)
+    body = request_body(spec, url=callback_url, **more)
+    httpx.post(f"{url}/api/v1/pow/init/generate", json=body, timeout=60).raise_for_status()
+
+
+def processed(url: str) -> int:
+    return httpx.get(f"{url}/api/v1/pow/status", timeout=60).json()["stats"]["total_processed"]
+
+
+def own_prefill_rate(url: str) -> float:
+    """Sequences/s of the server's own prefill of as many tokens (compiled where it compiles), on its worker: the
+    median of five, after two that are not counted."""
+    spec = asdict(VectorSpec("prefill", "host", SEQ_LEN, 12))
+    body = {"method": "poc_bench_parts", "args": [spec, list(range(BATCH))]}
+    answers = [httpx.post(f"{url}/collective_rpc", json=body, timeout=300).raise_for_status().json() for _ in range(7)]
+    seconds = [answer["results"][0]["seconds"]["prefill"] for answer in answers[2:]]
+    return BATCH / statistics.median(seconds)
+
+
+def chat_burst(url: str) -> tuple[int, float]:
+    """CHATS chats at once, as long as each other: tokens, and seconds until the last has ended."""
+    body = {"model": "m", "max_tokens": CHAT_TOKENS, "temperature": 0, "ignore_eos": True}
+
+    def chat(number: int) -> int:
+        messages = [{"role": "user", "content": f"{number} count " * 20}]
+        answer = httpx.post(f"{url}/v1/chat/completions", json={**body, "messages": messages}, timeout=300)
+        return answer.raise_for_status().json()["usage"]["completion_tokens"]
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(max_workers=CHATS) as pool:
+        tokens = sum(pool.map(chat, range(CHATS)))
+    return tokens, time.perf_counter() - started
+
+
+def chat_row(shape: str, url: str, callback_url: str) -> dict[str, Any]:
+    """Chat tokens/s of bursts with pauses between them, without and with a round, and the round's nonces/s."""
+
+    def bursts() -> tuple[float, float]:
+        started, rates = time.perf_counter(), []
+        for _ in range(BURSTS):
+            tokens, seconds = chat_burst(url)
+            rates.append(tokens / seconds)
+            time.sleep(PAUSE_SEC)
+        return statistics.median(rates), time.perf_counter() - started
+
+    chat_burst(url)
+    without, _ = bursts()
+    start_round(url, callback_url)
+    first = wait_for_nonces(url, 3 * BATCH)["stats"]["total_processed"]
+    beside, seconds = bursts()
+    nonces = (processed(url) - first) / seconds
+    httpx.post(f"{url}/api/v1/pow/stop", timeout=60)
+    again, _ = bursts()
+    return {
+        "shape": shape,
+        "chat tokens/s, proof off": without,
+        "proof on": beside,
+        "proof off again": again,
+        "chat loses": 1 - beside / ((without + again) / 2),
+        "nonces/s in the gaps": nonces,
+    }
+
+
+def server_rows(shape: str, work: Path, mode: str, callback_url: str, report: dict[str, Any]) -> None:
+    """A shape on an eager or a compiled server; one of them beside chat."""
+    args = ["--served-model-name", "m", "--load-format", "dummy", "--max-model-len", "4096"]
+    args += ["--no-enable-prefix-caching", "--gpu-memory-utilization", "0.8"]
+    args += ["--max-num-batched-tokens", str(BATCH * SEQ_LEN), "--max-num-seqs", "256"]
+    args += ["--enforce-eager"] if mode == "eager" else []
+    env = {"POC_OUTBOX_PATH": str(work / f"outbox-{shape}-{mode}"), "VLLM_SERVER_DEV_MODE": "1"}
+    log = work / f"{shape}-{mode}.log"
     model = make_shape(shape, work / shape)
-    receiver = Receiver()
-    for mode in modes:
-        args = [
-            "--served-model-name",
-            "m",
-            "--load-format",
-            "dummy",
-            "--max-model-len",
-            "4096",
-            "--no-enable-prefix-caching",
-        ]
-        args += ["--gpu-memory-utilization", "0.8", "--max-num-batched-tokens", "32768", "--max-num-seqs", "256"]
-        args += ["--enforce-eager"] if mode == "eager" else []
-        env = {"POC_OUTBOX_PATH": str(work / f"outbox-{shape}-{mode}")}
-        log = work / f"{shape}-{mode}.log"
-        with ServerProcess(model, log_file=log, args=args, env=env, startup_timeout=400) as server:
-            rate = round_rate(server.url, receiver, 10.0)
-            own = prefill_rate(server.url, 4)
-            again = round_rate(server.url, receiver, 5.0)
-        rows.append(
-            {
-                "shape": shape,
-                "server": mode,
-                "nonces/s": rate,
-                "again": again,
-                "own prefill over HTTP, seq/s": own,
-                "share of own prefill": rate / own,
-                "reference nonces/s": REFERENCE[shape],
-                "to the reference": rate / REFERENCE[shape],
-            }
-        )
-        print(rows[-1], flush=True)
-    return rows
+    with ServerProcess(model, log_file=log, args=args, env=env, startup_timeout=400) as server:
+        rate = round_rate(server.url, callback_url, 6.0)
+        own = own_prefill_rate(server.url)
+        again = round_rate(server.url, callback_url, 4.0)
+        row = {
+            "shape": shape,
+            "server": mode,
+            "nonces/s": rate,
+            "again": again,
+            "own prefill, seq/s": own,
+            "tax": 1 - min(rate, again) / own,
+            "reference nonces/s": REFERENCE[shape],
+            "to the reference": min(rate, again) / REFERENCE[shape],
+        }
+        report["servers"].append(row)
+        print(row, flush=True)
+        if mode == "compiled" and shape == CHAT_SHAPE:
+            report["chat"].append(chat_row(shape, server.url, callback_url))
+            print(report["chat"][-1], flush=True)
 
 
 def main() -> None:
@@ -219,18 +240,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("/tmp/gonka-poc-speed"))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
+    parser.add_argument("--modes", nargs="+", default=["compiled", "eager"], choices=["eager", "compiled"])
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     options.work.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {"kernels": kernel_rows(), "servers": []}
+    report: dict[str, Any] = {"kernels": kernel_rows(), "servers": [], "chat": []}
     print(table(report["kernels"]), flush=True)
-    for shape in options.shapes:
-        try:
-            report["servers"] += server_rows(shape, options.work, options.modes)
-        except Exception as error:
-            print(f"{shape}: {type(error).__name__}: {error}", flush=True)
-    text = f"{table(report['kernels'])}\n{table(report['servers'])}"
+    with Receiver() as receiver:
+        for mode, shape in itertools.product(options.modes, options.shapes):
+            try:
+                server_rows(shape, options.work, mode, receiver.url, report)
+            except Exception as error:
+                print(f"{shape}: {type(error).__name__}: {error}", flush=True)
+    text = "\n".join(map(table, report.values()))
     (options.out / "speed.md").write_text(text)
     (options.out / "speed.json").write_text(json.dumps(report, indent=1))
     print(text)

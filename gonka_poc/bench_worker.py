@@ -1,0 +1,182 @@
+"""Times of a PoC batch and of its parts on one worker, the device's work included, for `gonka-poc bench`.
+
+Every rank is asked alike, and all must be: a batch and a bare prefill are collective. What only this rank does is done
+inside WorkerView.agreement, so that a rank that fails there leaves no other one waiting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from gonka_poc.data import VectorSpec
+from gonka_poc.gpu_random import artifact_vectors, nonce_inputs, nonce_projection
+from gonka_poc.poc_model_runner import PoCModelRunner
+from gonka_poc.vllm_compat import WorkerView
+
+MATRIX_SIZES = (256, 512, 1024, 2048, 4096, 8192)
+MATRIX_BUDGET_SEC = 0.05  # a size is run as often as fits into this; one that does not fit once is the last
+MAX_PRODUCTS, TRIES = 20, 3
+
+
+@torch.inference_mode()
+def describe(runner: PoCModelRunner, spec: VectorSpec) -> dict[str, Any]:
+    """What does not change from batch to batch.
+
+    {"device", "dtype", "model_flops": WorkerView.prefill_flops, "matrix_flops_per_second": matrix_rate in the
+    model's dtype}.
+    """
+    view = runner.view
+    with view.agreement():
+        return {
+            "device": _device_name(view.device),
+            "dtype": str(view.dtype).removeprefix("torch."),
+            "model_flops": view.prefill_flops(spec.seq_len),
+            "matrix_flops_per_second": matrix_rate(view.dtype, view.device),
+        }
+
+
+def measure_batch(runner: PoCModelRunner, spec: VectorSpec, nonces: Sequence[int]) -> dict[str, Any]:
+    """{"seconds": of PoCModelRunner.compute, "scratch_bytes": of the scratch KV cache that it needed}."""
+    seconds = seconds_of(runner.view.device, runner.compute, spec, nonces)
+    return {"seconds": seconds, "scratch_bytes": runner.view.scratch_bytes}
+
+
+@torch.inference_mode()
+def measure_parts(runner: PoCModelRunner, spec: VectorSpec, nonces: Sequence[int]) -> dict[str, Any]:
+    """Each part of a batch alone: {"stage": of the pipeline, "seconds": {part: seconds}}.
+
+    inputs (first stage), metadata (the attention's), projection (the rank that answers, with the copy to the host);
+    prefill: vLLM's own forward over as many tokens, of which forward is this rank's model; proof_forward: this rank's
+    model inside of a batch, with the reflections.
+    """
+    view = runner.view
+    who = (spec.block_hash, spec.public_key, nonces)
+    size = (spec.seq_len, view.hidden_size, view.dtype, view.device, spec.poc_stronger_rng)
+    seconds = {}
+    with view.agreement():
+        if view.is_first_rank:
+            seconds["inputs"] = seconds_of(view.device, nonce_inputs, *who, *size)
+        seconds["metadata"] = seconds_of(view.device, _prepare, view, len(nonces), spec.seq_len)
+        if view.is_output_rank:
+            hidden = torch.randn(len(nonces), view.hidden_size, device=view.device).to(view.dtype)
+            seconds["projection"] = seconds_of(view.device, _project, *who, spec.k_dim, hidden)
+    with contextlib.ExitStack() as stack:
+        with view.agreement():
+            run = stack.enter_context(view.prefill(len(nonces), spec.seq_len, skip_compiled=False))
+            stack.enter_context(_TokenIds(view, len(nonces) * spec.seq_len))
+            bare = stack.enter_context(_ForwardClock(view))
+        seconds["prefill"] = seconds_of(view.device, run)
+    with _ForwardClock(view) as reflected:
+        runner.compute(spec, nonces)
+    seconds["forward"], seconds["proof_forward"] = bare.seconds, reflected.seconds
+    return {"stage": view.stage, "seconds": seconds}
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """The best floating point operations a second of a product of two square matrices on `device`."""
+    best = 0.0
+    for size in MATRIX_SIZES:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        out = a @ b  # also what a first call prepares
+        one = seconds_of(device, _multiply, a, b, out, 1)
+        count = max(1, min(MAX_PRODUCTS, int(MATRIX_BUDGET_SEC / one)))
+        seconds = min(seconds_of(device, _multiply, a, b, out, count) for _ in range(TRIES))
+        best = max(best, 2 * size**3 * count / seconds)
+        if one > MATRIX_BUDGET_SEC:
+            break
+    return best
+
+
+def seconds_of(device: torch.device, run: Callable[..., Any], *args: Any) -> float:
+    """Seconds of `run(*args)`, from an idle device to an idle device."""
+    _wait_for(device)
+    started = time.perf_counter()
+    run(*args)
+    _wait_for(device)
+    return time.perf_counter() - started
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _prepare(view: WorkerView, num_seqs: int, seq_len: int) -> None:
+    with view.prefill(num_seqs, seq_len):
+        pass
+
+
+def _project(block_hash: str, public_key: str, nonces: Sequence[int], k_dim: int, hidden: torch.Tensor) -> torch.Tensor:
+    projection = nonce_projection(block_hash, public_key, nonces, hidden.shape[-1], k_dim, hidden.device)
+    return artifact_vectors(hidden, projection).cpu()
+
+
+def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, count: int) -> None:
+    for _ in range(count):
+        torch.mm(a, b, out=out)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
+class _ForwardClock:
+    """Context manager: `seconds` that the worker's model runs, from its call to its end on the device."""
+
+    def __init__(self, view: WorkerView) -> None:
+        self.seconds = 0.0
+        self._model: nn.Module = view.model
+        self._device = view.device
+        self._started = 0.0
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _ForwardClock:
+        # the first hook before the model and the last one after it, of those that are there
+        self._handles = [
+            self._model.register_forward_pre_hook(self._start, prepend=True),
+            self._model.register_forward_hook(self._stop),
+        ]
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _start(self, module: nn.Module, args: Any) -> None:
+        _wait_for(self._device)
+        self._started = time.perf_counter()
+
+    def _stop(self, module: nn.Module, args: Any, output: Any) -> None:
+        _wait_for(self._device)
+        self.seconds += time.perf_counter() - self._started
+
+
+class _TokenIds:
+    """Context manager: the model is called with token ids that differ, as those of a chat do.
+
+    With one token repeated, all tokens would go through the same experts.
+    """
+
+    def __init__(self, view: WorkerView, num_tokens: int) -> None:
+        generator = torch.Generator().manual_seed(0)  # every rank must have the same
+        ids = torch.randint(view.vocab_size, (num_tokens,), generator=generator, dtype=torch.int32)
+        self._ids = ids.to(view.device)
+        self._model: nn.Module = view.model
+        self._handle: Any = None
+
+    def __enter__(self) -> _TokenIds:
+        self._handle = self._model.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, "input_ids": self._ids}), with_kwargs=True
+        )
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self._handle.remove()

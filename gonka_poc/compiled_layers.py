@@ -1,0 +1,237 @@
+"""The decoder layers, compiled together with their reflections (docs/protocol.md, section 3, step 1).
+
+A reflection that runs by itself reads and writes every hidden state once more. Here it is compiled in front of the
+next layer, where it becomes part of that layer's first kernel (the sum with the residual, and the norm). All layers
+of a model share what is compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch._inductor.choices import InductorChoices
+from torch._inductor.virtualized import V
+
+from gonka_poc.errors import UnsupportedServerError
+from gonka_poc.gpu_random import EPS, unit
+from gonka_poc.layer_hooks import is_hidden_state, reflect_output
+
+# what is compiled for kinds of layers and of shapes, before torch gives up and runs them plainly
+RECOMPILE_LIMIT = 64
+SHORT_REDUCTION = 1024
+
+
+class ShortReductionsAtOnce(InductorChoices):
+    """Norms over a head are read once. Left to itself torch loops over them, because their rows are apart in memory."""
+
+    @staticmethod
+    def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+        """Whether a kernel holds all of a reduction at once."""
+        if InductorChoices.should_use_persistent_reduction(features, cooperative_reduction):
+            return True
+        return not cooperative_reduction and V.graph.sizevars.statically_known_leq(
+            features.reduction_numel, SHORT_REDUCTION
+        )
+
+
+class LayerCompiler:
+    """Calls `run_reflected`, compiled at its first call for each kind of layer; one object a worker.
+
+    Where the compiler fails, torch runs the plain operations.
+    """
+
+    def __init__(self) -> None:
+        self._run = torch.compile(run_reflected, dynamic=True)
+
+    def __call__(self, *args: Any) -> Any:
+        with (
+            torch._dynamo.config.patch(
+                recompile_limit=RECOMPILE_LIMIT,
+                suppress_errors=True,
+                nested_graph_breaks=True,  # around attention, deep inside of the layer
+            ),
+            # sizes that are equal are so by chance: hidden_size tokens are no case of their own
+            torch.fx.experimental._config.patch(use_duck_shape=False),
+            V.set_choices_handler(ShortReductionsAtOnce()),
+        ):
+            return self._run(*args)
+
+
+class CompiledReflections:
+    """`LayerReflections` by way of `run`, a LayerCompiler: each layer reflects what the layer before it returned.
+
+    Without `vectors` the layers are compiled all the same, and nothing is reflected. The last layer's output is
+    reflected behind it. On a clean exit each layer must have run exactly once and in order, and what one returned
+    must have been given to the next as it was (UnsupportedServerError otherwise).
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[int, nn.Module],
+        vectors: Mapping[int, torch.Tensor],
+        run: Callable[..., Any],
+        normalise: bool = False,
+    ) -> None:
+        self._layers = layers
+        self._vectors = vectors
+        self._run = run
+        self._normalise = normalise
+        self._to_run = list(layers)
+        self._returned: list[torch.Tensor] = []
+
+    def __enter__(self) -> CompiledReflections:
+        for index, layer in self._layers.items():
+            layer.forward = self._make_forward(index, layer)
+        return self
+
+    def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
+        for layer in self._layers.values():
+            vars(layer).pop("forward", None)
+        self._returned = []
+        if exc_type is None and self._to_run:
+            raise UnsupportedServerError(f"decoder layers {self._to_run} did not run in a forward")
+
+    def _make_forward(self, index: int, layer: nn.Module) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._to_run[:1] != [index]:
+                raise UnsupportedServerError(f"decoder layer {index} ran where {self._to_run[:1]} should have")
+            del self._to_run[0]
+            # booleans: the compiler takes whole numbers for sizes that vary
+            which = [any(x is y for y in self._returned) for x in (*args, *kwargs.values())]
+            if sum(which) != len(self._returned):
+                raise UnsupportedServerError(f"decoder layer {index} was not given what the layer before it returned")
+            before, own = self._vectors.get(index - 1), self._vectors.get(index)
+            output = self._run(type(layer).forward, layer, before, which, self._normalise, args, kwargs)
+            self._returned = []
+            if own is None:
+                return output
+            if not self._to_run:
+                return reflect_output(output, own, index, self._normalise)
+            parts = output if isinstance(output, (tuple, list)) else (output,)
+            self._returned = [x for x in parts if is_hidden_state(x, own)]
+            return output
+
+        return forward
+
+
+class LastPositions:
+    """Only the last position of each sequence leaves the attention of the last decoder layer.
+
+    Nothing but that position is read of the model's output, so the layer's MLP, the largest part of it, need not see
+    the others. They are left out at the norm that takes the attention's output and the residual: `norm`, a child of
+    the layer.
+    """
+
+    def __init__(self, norm: nn.Module) -> None:
+        self._norm = norm
+
+    @staticmethod
+    def watch(layers: Mapping[int, nn.Module], is_attention: Callable[[nn.Module], bool]) -> NormSearch:
+        """A context manager that looks for that norm in the last of `layers` while the model runs."""
+        return NormSearch(layers[max(layers)], is_attention)
+
+    @contextlib.contextmanager
+    def kept(self, num_seqs: int, seq_len: int, device: torch.device) -> Iterator[None]:
+        """While entered, the norm and what follows it sees `num_seqs` rows, the last of each sequence."""
+        norm, forward = self._norm, type(self._norm).forward
+        last = torch.arange(seq_len - 1, num_seqs * seq_len, seq_len, device=device)
+
+        def forward_last(x: torch.Tensor, residual: torch.Tensor) -> Any:
+            return forward(norm, x.index_select(0, last), residual.index_select(0, last))
+
+        norm.forward = forward_last
+        try:
+            yield
+        finally:
+            vars(norm).pop("forward", None)
+
+
+class NormSearch:
+    """Context manager: notes which children of `layer` run, in which order, and what they are given."""
+
+    def __init__(self, layer: nn.Module, is_attention: Callable[[nn.Module], bool]) -> None:
+        self._layer = layer
+        self._is_attention = is_attention
+        self._calls: list[tuple[nn.Module, bool]] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> NormSearch:
+        for child in self._layer.children():
+            self._handles.append(child.register_forward_hook(self._note, with_kwargs=True))
+        return self
+
+    def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _note(self, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        is_residual_norm = (
+            len(args) == len(tensors) == 2
+            and not kwargs
+            and args[0].shape == args[1].shape
+            and isinstance(output, tuple)
+            and [x.shape for x in output] == [x.shape for x in args]
+            and "forward" not in vars(child)
+        )
+        self._calls.append((child, is_residual_norm))
+
+    def found(self) -> LastPositions | None:
+        """The norm behind the attention, or None where the layer is built in another way."""
+        attention = [i for i, (child, _) in enumerate(self._calls) if any(map(self._is_attention, child.modules()))]
+        behind = self._calls[attention[-1] + 1 :] if attention else []
+        if not behind or not behind[0][1] or sum(child is behind[0][0] for child, _ in self._calls) != 1:
+            return None
+        return LastPositions(behind[0][0])
+
+
+def run_reflected(
+    forward: Callable[..., Any],
+    layer: nn.Module,
+    vector: torch.Tensor | None,
+    which: Sequence[bool],
+    normalise: bool,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """`forward(layer, *args, **kwargs)`, with those arguments reflected by `vector` for which `which` says so."""
+    values = [*args, *kwargs.values()]
+    for i, reflects in enumerate(which):
+        if reflects:
+            values[i] = fusible_householder(unit(values[i], EPS) if normalise else values[i], vector)
+    return forward(layer, *values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
+
+
+def fusible_householder(x: torch.Tensor, v: Any) -> torch.Tensor:
+    """`gpu_random.householder_reference`, in a form whose roundings a compiler keeps.
+
+    A compiler that fuses operations on 16-bit values computes them in float32 and rounds at the end. Each operation
+    is rounded here as the reference rounds it, by `rounded`.
+    """
+    dtype = x.dtype
+    if dtype == torch.float32:
+        dot = (x * v).sum(dim=-1, keepdim=True)
+        return x - 2 * dot * v
+    wide, v = x.to(torch.float32), rounded(v.to(torch.float32), dtype)
+    dot = rounded(rounded(wide * v, dtype).sum(dim=-1, keepdim=True), dtype)
+    return (wide - rounded(rounded(2 * dot, dtype) * v, dtype)).to(dtype)
+
+
+def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float32 `x` with the values that `x.to(dtype)` has, to nearest, ties to even; float16 or bfloat16.
+
+    By its bits: a compiler may leave out `x.to(dtype).to(torch.float32)`, but not this.
+    """
+    shift = {torch.bfloat16: 16, torch.float16: 13}[dtype]
+    bits = x.view(torch.int32)
+    bits = (bits + ((1 << (shift - 1)) - 1) + ((bits >> shift) & 1)) & -(1 << shift)
+    out = bits.view(torch.float32)
+    if dtype == torch.float16:
+        # below 2^-14 float16 has a fixed step of 2^-24, and above its largest value there is infinity
+        out = torch.where(x.abs() < 2.0**-14, torch.round(x * 2.0**24) * 2.0**-24, out)
+        out = torch.where(out.abs() > 65504.0, torch.sign(out) * torch.inf, out)
+    return torch.where(x.isnan(), x, out)
