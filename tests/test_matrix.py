@@ -117,6 +117,7 @@ INFO 11-21 starting, log_errors=True
             LOG, "AttributeError: 'Config' object has no attribute 'num_experts' (vllm/x.py:3)", id="the engine's own"
         ),
         pytest.param(LOG.splitlines()[-1], LOG.splitlines()[-1].partition(") ")[2], id="nothing better"),
+        pytest.param("E   httpx.ReadTimeout: timed out", "httpx.ReadTimeout: timed out", id="a timeout"),
         pytest.param("E   httpx.ReadTimeout\nlater", "E httpx.ReadTimeout later", id="no error named"),
         pytest.param("E   torch.OutOfMemoryError: " + "x" * 400, "torch.OutOfMemoryError: " + "x" * 276, id="long"),
     ],
