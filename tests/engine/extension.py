@@ -22,10 +22,9 @@ class Probe(PoCWorkerExtension):
 
     def poc_test_cache_digests(self) -> dict[str, str]:
         """SHA-256 of the serving KV cache, by layer."""
-        caches = {name: layer.kv_cache for name, layer in _attention_layers(self).items()}
         return {
-            name: hashlib.sha256(cache.contiguous().view(torch.uint8).numpy()).hexdigest()
-            for name, cache in caches.items()
+            name: hashlib.sha256(_cache_of(layer).contiguous().view(torch.uint8).numpy()).hexdigest()
+            for name, layer in _attention_layers(self).items()
         }
 
     def poc_test_state(self) -> dict[str, Any]:
@@ -43,6 +42,10 @@ class Probe(PoCWorkerExtension):
             "has_round": runner is not None and runner._round is not None,
             "forward_context": is_forward_context_available(),
         }
+
+    def poc_test_runner(self) -> dict[str, list[str]]:
+        """The modules of the classes that make up the model runner, the nearest first."""
+        return {"modules": [cls.__module__ for cls in type(self.model_runner).__mro__]}
 
     # -- faults --
 
@@ -131,6 +134,11 @@ class Probe(PoCWorkerExtension):
 def _attention_layers(worker: Any) -> dict[str, Any]:
     context = worker.vllm_config.compilation_config.static_forward_context
     return {name: layer for name, layer in context.items() if hasattr(layer, "kv_cache")}
+
+
+def _cache_of(layer: Any) -> torch.Tensor:
+    """The layer's cache, which until 0.17 is in a list of one."""
+    return layer.kv_cache[0] if isinstance(layer.kv_cache, list) else layer.kv_cache
 
 
 def _replace_once(owner: Any, name: str, replacement: Callable[..., Any]) -> None:

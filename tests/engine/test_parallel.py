@@ -58,7 +58,7 @@ def assert_a_slow_rank_is_waited_for(server: Client, rank: int) -> None:
     assert golden_distance(server, case) < GOLDEN_LIMIT["float32"]
 
 
-@pytest.mark.parametrize("model", ["qwen3_moe", "qwen3"])
+@pytest.mark.parametrize("model", ["qwen3_moe", pytest.param("qwen3", marks=pytest.mark.matrix)])
 def test_tensor_parallel(servers: Servers, model: str) -> None:
     server = servers.get(config(model, "--tensor-parallel-size"))
     chat = server.chat()
@@ -75,6 +75,7 @@ BENCH_SPEC = {"block_hash": "b", "public_key": "k", "seq_len": 16, "k_dim": 12}
 COMMON_PARTS = {"metadata", "prefill", "forward", "proof_forward"}
 
 
+@pytest.mark.matrix
 def test_bench_under_tensor_parallelism(servers: Servers) -> None:
     server = servers.get(config("qwen3", "--tensor-parallel-size"))
     ranks = server.rpc("poc_bench_describe", BENCH_SPEC)
@@ -89,6 +90,7 @@ def test_bench_under_tensor_parallelism(servers: Servers) -> None:
     assert_one_failure_fails_once(server, "inputs", 0)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("where", "rank"), [("inputs", 0), ("metadata builder", 1), ("middle layer", None)])
 def test_a_failure_under_tensor_parallelism(servers: Servers, where: str, rank: int | None) -> None:
     server = servers.get(config("qwen3", "--tensor-parallel-size"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from tests.engine.support import (
     max_distance,
     until,
 )
+
+pytestmark = pytest.mark.matrix
 
 CASE = golden_cases("qwen3")[0]
 LIMIT = GOLDEN_LIMIT["float32"]
@@ -46,7 +49,10 @@ def is_golden(artifacts: list[dict[str, Any]]) -> bool:
 # --- artifacts --------------------------------------------------------------------------------------------------
 
 
-def test_golden_vectors_of_a_directly_started_server(server: Client) -> None:
+def test_golden_vectors_of_a_directly_started_server(
+    server: Client, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("runner modules", " ".join(server.rpc("poc_test_runner")[0]["modules"]))  # for tests/matrix
     for case in golden_cases("qwen3"):
         assert golden_distance(server, case) < LIMIT
 

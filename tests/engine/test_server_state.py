@@ -22,6 +22,8 @@ from tests.engine.support import (
     until,
 )
 
+pytestmark = pytest.mark.matrix
+
 CASE = golden_cases("qwen3")[0]
 LIMIT = GOLDEN_LIMIT["float32"]
 # the tokenizer makes about a token a character of this: more than two blocks of 128 tokens to find in the prefix cache

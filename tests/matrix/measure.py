@@ -1,0 +1,101 @@
+"""The engine tests marked `matrix` on the vLLM that is installed here, and the vectors that they computed.
+
+    python -m tests.matrix.measure tests/matrix/results/VERSION.json
+
+Writes that file and docs/compatibility.md. Exit status: 0 everything passed, 1 not; the file is written either way.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from xml.etree import ElementTree
+
+from packaging.version import Version
+
+from gonka_poc.artifact_file import ArtifactFile
+from gonka_poc.vllm_compat import can_skip_compiled, installed_version
+from tests.matrix.result import ROOT, Failure, Result
+from tests.matrix.table import write_table
+
+MODEL = "llama"  # of tests/data/models; its vectors are kept
+DTYPES = ("float32", "float16")
+# A line of a log or a traceback that names an exception. Of those, what only says that another process failed is none.
+ERROR = re.compile(r"(?<![\w.])(?P<error>(?:\w+\.)*\w*(?:Error|Exception|Timeout): \S.*)")
+NO_CAUSE = ("Engine core initialization failed", "WorkerProc initialization failed", "ServerStartError")
+FRAME = re.compile(r'File "(?:[^"]*site-packages/)?(?P<path>[^"]+)", line (?P<line>\d+), in ')
+MAX_MESSAGE = 300
+
+
+def cause(text: str) -> str:
+    """The first error that `text` names and where it was raised; without any, the beginning of the text. One line."""
+    errors = []
+    frame = ""
+    for line in text.splitlines():
+        if found := FRAME.search(line):
+            frame = f" ({found['path']}:{found['line']})"
+        elif (found := ERROR.search(line)) and not any(what in line for what in NO_CAUSE):
+            return " ".join(found["error"].split())[:MAX_MESSAGE] + frame
+        elif found:
+            errors.append(found["error"])
+    return " ".join((errors or [text])[0].split())[:MAX_MESSAGE]
+
+
+def read_junit(path: Path) -> tuple[int, int, list[Failure], dict[str, str]]:
+    """Passed, skipped and failed tests of a report that pytest wrote, and the properties that tests recorded."""
+    passed = skipped = 0
+    failures = []
+    properties: dict[str, str] = {}
+    for case in ElementTree.parse(path).getroot().iter("testcase"):
+        recorded = {found.attrib["name"]: found.attrib["value"] for found in case.iter("property")}
+        properties |= recorded
+        bad = [found.text or "" for found in case if found.tag in ("failure", "error")]
+        if bad:
+            bad.insert(0, recorded.get("log of the server that ended", ""))
+            failures.append(Failure(test=f"{case.get('classname')}::{case.get('name')}", message=cause("\n".join(bad))))
+        elif case.find("skipped") is not None:
+            skipped += 1
+        else:
+            passed += 1
+    return passed, skipped, failures, properties
+
+
+def measure() -> Result:
+    """Run the tests in a process of their own; what they found about the vLLM that is installed here."""
+    with tempfile.TemporaryDirectory() as name:
+        report = Path(name) / "junit.xml"
+        command = [sys.executable, "-m", "pytest", "-m", "matrix", f"--junitxml={report}", "-p", "no:cacheprovider"]
+        subprocess.run([*command, "tests/engine"], cwd=ROOT, check=False)
+        passed, skipped, failures, properties = read_junit(report)
+    return Result(
+        vllm=Version(installed_version()).public,
+        torch=version("torch"),
+        transformers=version("transformers"),
+        date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        runner_modules=properties.get("runner modules", "").split(),
+        can_skip_compiled=can_skip_compiled(),
+        passed=passed,
+        skipped=skipped,
+        failures=failures,
+        vectors={
+            dtype: ArtifactFile.model_validate_json(properties[f"vectors {MODEL} {dtype}"])
+            for dtype in DTYPES
+            if f"vectors {MODEL} {dtype}" in properties
+        },
+    )
+
+
+def main() -> None:
+    result = measure()
+    Path(sys.argv[1]).write_text(result.model_dump_json(indent=1) + "\n")
+    write_table()
+    sys.exit(bool(result.failures or result.skipped))
+
+
+if __name__ == "__main__":
+    main()
