@@ -36,7 +36,7 @@ class Settings(BaseSettings):
     )
     compile: Literal["auto", "always", "never"] = Field(
         default="auto",
-        description="whether proof runs decoder layers compiled with their reflections; `auto`: on GPUs, where they "
+        description="whether proof runs decoder layers compiled with their reflections; `auto`: on one GPU, where they "
         "give the vectors of the plain forward",
     )
     batch_timeout_sec: float = Field(

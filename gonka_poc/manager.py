@@ -48,7 +48,6 @@ class PoCManagerV1:
         self._step_size = StepSize(settings.max_step_ms / 1000)
         self._timeout_sec = settings.batch_timeout_sec
         self._lock = asyncio.Lock()
-        self._num_callers = 0
         self._compile = settings.compile
         self._preparing = asyncio.Lock()
         self._prepared = False
@@ -88,8 +87,9 @@ class PoCManagerV1:
             if not self._prepared:
                 answers = await self._call("poc_describe")
                 logger.info("PoC is ready on %d worker(s): %s", len(answers), answers)
-                on_gpu = all(answer["device"] == "cuda" for answer in answers if answer is not None)
-                if self._compile == "always" or (self._compile == "auto" and on_gpu):
+                workers = [answer for answer in answers if answer is not None]
+                on_one_gpu = len(workers) == 1 and workers[0]["device"] == "cuda"
+                if self._compile == "always" or (self._compile == "auto" and on_one_gpu):
                     await self._warm_up()
                 self._prepared = True
 
@@ -146,15 +146,6 @@ class PoCManagerV1:
         self, method: str, spec: VectorSpec | DistanceSpec, nonces: list[int], following: Sequence[int]
     ) -> tuple[dict[str, Any], float] | None:
         """The answer of the output rank to a call for `nonces`, and its seconds; None as `compute` says."""
-        self._num_callers += 1
-        try:
-            return await self._compute_in_turn(method, spec, nonces, following)
-        finally:
-            self._num_callers -= 1
-
-    async def _compute_in_turn(
-        self, method: str, spec: VectorSpec | DistanceSpec, nonces: list[int], following: Sequence[int]
-    ) -> tuple[dict[str, Any], float] | None:
         async with self._lock:
             self._refuse_dead()
             if self._view.has_unfinished_requests():
@@ -163,8 +154,7 @@ class PoCManagerV1:
                 return None
             started = time.monotonic()
             try:
-                # with another caller in line, what is asked for next is not what follows here
-                ahead = [] if self._step_size.chat_is_near or self._num_callers > 1 else list(following)
+                ahead = [] if self._step_size.chat_is_near else list(following)
                 answers = await self._call(method, dataclasses.asdict(spec), nonces, ahead)
             except WorkerMemoryError as error:
                 if len(nonces) == 1:

@@ -290,6 +290,53 @@ async def test_prepare_is_tried_again_after_a_failure(failure):
     assert len(view.calls) == 2
 
 
+@pytest.mark.parametrize(
+    ("compile", "devices", "warmed_up"),
+    [
+        ("auto", ["cpu"], False),
+        ("auto", ["cuda"], True),
+        ("auto", ["cuda", "cuda"], False),
+        ("always", ["cpu"], True),
+        ("always", ["cuda", "cuda"], True),
+        ("never", ["cuda"], False),
+    ],
+)
+async def test_workers_are_warmed_up_with_a_full_batch(compile, devices, warmed_up):
+    view = FakeView()
+    view.answers = [{"device": device} for device in devices]
+    manager = PoCManagerV1(view, Settings(compile=compile))
+    for _ in range(2):
+        await manager.prepare()
+    assert view.calls == [("poc_describe", ()), *([("poc_warm_up", (48, 1))] if warmed_up else [])]
+
+
+async def test_a_warm_up_without_memory_is_only_logged(caplog):
+    view = FakeView()
+    view.answers = [{"device": "cuda"}]
+    manager = PoCManagerV1(view)
+    call = view.call_workers
+
+    async def call_workers(method, args):
+        answers = await call(method, args)
+        return [refused("WorkerMemoryError", "4 GiB")] if method == "poc_warm_up" else answers
+
+    view.call_workers = call_workers
+    await manager.prepare()
+    assert "could not warm up with 1 nonces of 48 tokens" in caplog.text
+
+
+@pytest.mark.parametrize(("chat", "ahead"), [(False, [7, 8]), (True, [])])
+async def test_nonces_are_computed_ahead_while_chat_is_idle(chat, ahead):
+    view = FakeView()
+    manager = PoCManagerV1(view)
+    if chat:
+        view.chat_is_served = True
+        assert await manager.compute(SPEC, [5, 6], [7, 8]) is None
+        view.chat_is_served = False
+    await manager.compute(SPEC, [5, 6], [7, 8])
+    assert [args[2] for _, args in view.calls] == [ahead]
+
+
 async def test_a_worker_that_refuses_to_be_described():
     view = FakeView()
     view.answers = [{"rank": 0}, refused("UnsupportedServerError", "no decoder layers")]
