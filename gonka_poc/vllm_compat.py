@@ -150,10 +150,11 @@ class OfflineEngine:
 
     def __init__(self, model: Path, args: Sequence[str]) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        from vllm import EngineArgs, LLMEngine
+        from vllm.engine.arg_utils import EngineArgs
         from vllm.utils.argparse_utils import FlexibleArgumentParser
+        from vllm.v1.engine.llm_engine import LLMEngine
 
-        parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vLLM", usage="%(prog)s [its options]"))
+        parser = EngineArgs.add_cli_args(FlexibleArgumentParser("vLLM", "%(prog)s [its options]"))
         fixed = ["--model", str(model), "--worker-extension-cls", WORKER_EXTENSION]
         try:
             options = EngineArgs.from_cli_args(parser.parse_args([*args, *fixed]))
@@ -338,10 +339,10 @@ class WorkerView:
                 if isinstance(module, CustomOp) and id(module) not in opaque:
                     stack.enter_context(_replaced(module, "_forward_method", module.forward_native))
             with contextlib.suppress(ImportError):
-                from vllm import ir  # 0.19
+                from vllm.ir.op import IrOp, enable_torch_wrap  # 0.20
 
-                stack.enter_context(ir.enable_torch_wrap(False))
-                for op in ir.op.IrOp.registry.values():
+                stack.enter_context(enable_torch_wrap(False))
+                for op in IrOp.registry.values():
                     stack.enter_context(op.set_priority(["native"]))
             yield
 
@@ -536,8 +537,8 @@ def weights_per_token(module: Any) -> float:
         elif hasattr(each, "in_features") and hasattr(each, "out_features"):
             count += each.in_features * each.out_features
         if (config := getattr(each, "moe_config", None)) is not None:  # several modules of a layer have the same
-            size = getattr(config, "intermediate_size_per_partition", None)
-            size = size or getattr(each, "intermediate_size_per_partition", None)  # until 0.19
+            size = getattr(config, "intermediate_size_per_partition", None)  # 0.15
+            size = size or getattr(each, "intermediate_size_per_partition", None)
             if size:
                 moe_configs[id(config)] = (config, size)
     for config, size in moe_configs.values():

@@ -169,6 +169,39 @@ CONTRACT = (
         "v1/attention/backend.py",
         last="0.28",
     ),
+    # what torch may compile
+    *_members("model_executor/custom_op.py", "CustomOp", "forward_native()", "_forward_method"),
+    Name("enable_torch_wrap", "ir/op.py", first="0.20"),
+    Name("IrOp.registry", "ir/op.py", first="0.20"),
+    Name("IrOp.set_priority", "ir/op.py", first="0.20"),
+    # an engine without a server, and what its forward costs
+    Name("EngineArgs.add_cli_args(parser)", "engine/arg_utils.py"),
+    Name("EngineArgs.from_cli_args(args)", "engine/arg_utils.py"),
+    Name("FlexibleArgumentParser", "utils/argparse_utils.py"),
+    Name("LLMEngine.from_engine_args(engine_args)", "v1/engine/llm_engine.py"),
+    Name("LLMEngine.collective_rpc(method, args)", "v1/engine/llm_engine.py"),
+    *_members("v1/engine/llm_engine.py", "LLMEngine", "engine_core", "vllm_config"),
+    Name("EngineCoreClient.shutdown()", "v1/engine/core_client.py"),
+    Name("cleanup_dist_env_and_memory()", "distributed/parallel_state.py"),
+    Name("ModelConfig.get_vocab_size()", "config/model.py"),
+    *_members("model_executor/layers/linear.py", "LinearBase", "input_size", "output_size"),
+    Name("ColumnParallelLinear.output_size_per_partition", "model_executor/layers/linear.py"),
+    Name("RowParallelLinear.input_size_per_partition", "model_executor/layers/linear.py"),
+    Name("self.moe_config", "model_executor/layers/fused_moe/*.py"),
+    *_members("model_executor/layers/fused_moe/config.py", "FusedMoEConfig", "num_experts", "num_local_experts"),
+    *_members("model_executor/layers/fused_moe/config.py", "FusedMoEConfig", "experts_per_token", "hidden_dim"),
+    Name("FusedMoEConfig.intermediate_size_per_partition", "model_executor/layers/fused_moe/config.py", first="0.15"),
+    Name("FusedMoEConfig.is_act_and_mul", "model_executor/layers/fused_moe/config.py"),
+    *_members("attention/layer.py model_executor/layers/attention/attention.py", "Attention", "num_heads"),
+    *_members("attention/layer.py model_executor/layers/attention/attention.py", "Attention", "head_size_v"),
+    *_members("attention/layer.py model_executor/layers/attention/attention.py", "Attention", "sliding_window"),
+    *_members("attention/layer.py model_executor/layers/attention/mla_attention.py", "MLAAttention", "v_head_dim"),
+    *_members(
+        "attention/layer.py model_executor/layers/attention/mla_attention.py", "MLAAttention", "qk_nope_head_dim"
+    ),
+    *_members(
+        "attention/layer.py model_executor/layers/attention/mla_attention.py", "MLAAttention", "qk_rope_head_dim"
+    ),
     # layers that have a KV cache
     *_members("attention/layer.py model_executor/layers/attention/attention.py", "Attention", "kv_cache", "impl"),
     Name("Attention.kv_sharing_target_layer_name", "attention/layer.py model_executor/layers/attention/attention.py"),

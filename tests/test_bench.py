@@ -248,7 +248,7 @@ CALL_SEC = 0.004
 class SlowManager(FakeManager):
     """Batches of a few milliseconds, so that a round does not run away."""
 
-    async def compute(self, spec: Any, nonces: list[int]) -> Any:
+    async def compute(self, spec: Any, nonces: list[int], following: Any = ()) -> Any:
         await asyncio.sleep(CALL_SEC)
         return await super().compute(spec, nonces)
 

@@ -416,13 +416,13 @@ class Broken(FakeManager):
             spec = replace(spec, public_key="")
         return spec
 
-    async def compute(self, spec: Any, nonces: list[int]) -> Any:
+    async def compute(self, spec: Any, nonces: list[int], following: Any = ()) -> Any:
         result = await super().compute(await self._spec(spec), nonces)
         if self.fault == "too long":
             result = replace(result, vectors={n: (v * 1.1).astype(VECTOR_DTYPE) for n, v in result.vectors.items()})
         return result
 
-    async def compute_distances(self, spec: Any, nonces: list[int]) -> Any:
+    async def compute_distances(self, spec: Any, nonces: list[int], following: Any = ()) -> Any:
         result = await super().compute_distances(await self._spec(spec), nonces)
         if self.fault == "off":
             result = replace(result, distances={n: d + 0.01 for n, d in result.distances.items()})
@@ -544,7 +544,7 @@ class BesideChat(FakeManager):
         self.chats = 0
         self.rude = rude
 
-    async def compute(self, spec: Any, nonces: list[int]) -> Any:
+    async def compute(self, spec: Any, nonces: list[int], following: Any = ()) -> Any:
         if self.chats and not self.rude:
             return None
         await asyncio.sleep(0.002)

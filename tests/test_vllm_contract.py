@@ -41,10 +41,11 @@ def broken(findings: list[Finding]) -> list[Finding]:
 
 # attributes in vllm_compat.py that are not vLLM's but Python's, torch's or FastAPI's
 OTHERS = """
-    __name__ clear contextmanager fields find_spec fromkeys get index is_file items join origin parameters parent
-    read_text signature suppress util values
-    ModuleList Tensor all_reduce arange bool distributed expand flatten full int32 item modules named_children
-    named_modules ndim numel ones permute repeat repeat_interleave shape stride tensor to unsqueeze zeros
+    ExitStack __name__ clear contextmanager enter_context environ fields find_spec fromkeys get index is_file items join
+    origin parameters parent parse_args pop read_text signature suppress update util values
+    ModuleList Tensor all_reduce arange bool compiler disable distributed element_size expand flatten full in_features
+    int32 item modules named_children
+    named_modules ndim numel ones out_features permute repeat repeat_interleave shape stride tensor to unsqueeze zeros
     state
 """
 
