@@ -332,7 +332,7 @@ def test_a_server_that_generates_is_left_alone(server):
 
 
 def test_a_round_that_ends_by_itself_is_an_error(server, monkeypatch):
-    async def broken(self: Any, spec: Any, nonces: list[int]) -> Any:
+    async def broken(self: Any, spec: Any, nonces: list[int], following: Any = ()) -> Any:
         if spec.block_hash == bench.BLOCK_HASH and nonces[0] >= 8 and len(nonces) == 4:
             raise ComputeError("a chip broke")
         return await FakeManager.compute(self, spec, nonces)

@@ -429,7 +429,7 @@ class Broken(FakeManager):
         return result
 
 
-SMALL = Sizes(nonces=60, seq_len=4, batch_size=16, deadline_sec=20)
+SMALL = Sizes(nonces=60, seq_len=4, batch_size=16, deadline_sec=60)
 
 
 def fails(checks: Iterable[Check]) -> set[str]:
