@@ -95,6 +95,8 @@ class Journal:
             self.save()
             return
         self.path.unlink(missing_ok=True)
+        for left in self.folder.glob(f".{self.path.name}.*.tmp"):  # by a run that was killed while it wrote
+            left.unlink(missing_ok=True)
         for name in reversed(self.made_folders):
             with contextlib.suppress(OSError):
                 os.rmdir(name)

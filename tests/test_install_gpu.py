@@ -734,3 +734,11 @@ def test_status_sees_what_changed(packages: FakeHost, capsys: pytest.CaptureFixt
     assert "[changed since]" in capsys.readouterr().out
     content = json.loads(journal.path.read_text())
     assert [change["kind"] for change in content["changes"]] == ["packages", "file"]
+
+
+def test_what_a_killed_run_left_beside_the_journal_goes_with_it(tmp_path: Path) -> None:
+    journal = host_journal.Journal(tmp_path / "state" / "gonka-poc")
+    change = journal.begin({"kind": "file"})
+    (journal.folder / ".journal.json.abc123.tmp").write_text("half")
+    journal.forget(change)
+    assert list(tmp_path.iterdir()) == []

@@ -20,6 +20,7 @@ import pytest
 from hosts import ROOT, RUNNER, RUNNERS, host_install, host_journal, host_target, make_wheel, tree
 
 from gonka_poc.server_process import free_port
+from gonka_poc.vllm_contract import CONTRACT
 
 MODEL = ROOT / "tests" / "data" / "models" / "qwen3"
 START_TIMEOUT = 300.0
@@ -96,26 +97,45 @@ def without_engine(tmp_path_factory: pytest.TempPathFactory) -> HostTree:
     host = HostTree(folder, "module_2026.py", without=("vllm", "torch"))
     wheels = folder / "wheels"
     wheels.mkdir()
-    names = {
-        "entrypoints/openai/cli_args.py": "middleware = 1",
-        "engine/arg_utils.py": "worker_extension_cls = 1",
-        "entrypoints/openai/api_server.py": "def run_server(): ...",
-        "v1/engine/async_llm.py": "def collective_rpc(): ...",
-        "forward_context.py": "def set_forward_context(skip_compiled): ...",
-        "v1/attention/backend.py": "class CommonAttentionMetadata: ...",
-        "sequence.py": "class IntermediateTensors: ...",
-        "distributed/parallel_state.py": "get_pp_group = get_tp_group = get_world_group = 1",
-        "utils/import_utils.py": "def resolve_obj_by_qualname(): ...",
-        "envs.py": "VLLM_ALLOW_INSECURE_SERIALIZATION = 0",
-        "__init__.py": "",
-    }
-    make_wheel(wheels, "vllm", "0.25.1", {f"vllm/{name}": text for name, text in names.items()}, "torch==2.11.0")
+    make_wheel(wheels, "vllm", "0.25.1", vllm_skeleton(), "torch==2.11.0")
     torch = {"torch/__init__.py": "", "torch/version.py": "cuda = '13.0'\n"}
     make_wheel(wheels, "torch", "2.11.0", torch)
     host.environment |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": wheels.as_uri(), "PIP_CONFIG_FILE": os.devnull}
     for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
         host.environment.pop(name, None)
     return host
+
+
+def vllm_skeleton() -> dict[str, str]:
+    """Files of a package that has every name which gonka_poc uses of vLLM, and nothing else."""
+    lines: dict[str, list[str]] = {"__init__.py": [], "_version.py": ["version = '0.25.1'"]}
+    members: dict[tuple[str, str], list[str]] = {}
+    functions: dict[tuple[str, str], list[str]] = {}
+    for name in CONTRACT:
+        if name.may_be_absent("0.25.1"):
+            continue
+        first = name.files.split()[0]
+        file = first.replace("/*.py", "/names.py").replace("*", "")
+        owner, _, member = ".".join(name.path).rpartition(".")
+        parameters = [f"{parameter}=None" for parameter in name.parameters]
+        if name.path[0].startswith("--"):
+            lines.setdefault(file, []).append(f"parser.add_argument({name.name!r})")
+        elif owner == "state":
+            lines.setdefault(file, []).append(f"state.{member} = 1")
+        elif owner == "self":
+            lines.setdefault(file, []).append(f"class Some:\n    def __init__(self): self.{member} = 1")
+        elif owner:
+            text = f"def {member}(self, {', '.join(parameters)}): return 1" if name.is_call else f"{member}: int = 1"
+            members.setdefault((file, owner), []).append(text)
+        elif name.is_call and member[0].isupper():
+            members.setdefault((file, member), []).extend(f"{field}: int = 1" for field in name.parameters)
+        else:
+            functions.setdefault((file, member), []).extend(parameters)
+    for (file, function), given in functions.items():
+        lines.setdefault(file, []).append(f"def {function}({', '.join(given)}): return 1")
+    for (file, owner), texts in members.items():
+        lines.setdefault(file, []).append(f"class {owner}:\n" + "\n".join(f"    {text}" for text in texts))
+    return {f"vllm/{file}": "\n".join(texts) + "\n" for file, texts in lines.items()}
 
 
 # --- there, again, and back
