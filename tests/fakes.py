@@ -140,10 +140,12 @@ class FakeManager:
 class FakeView:
     """ApiView of a server with two workers, the second of which answers with vectors.
 
-    `by_name` and `by_function` say how its workers can be called; `failure` is raised by every call.
+    `by_name` and `by_function` say how its workers can be called; `failure` is raised by every call, which takes
+    `call_sec` seconds.
     """
 
-    def __init__(self, by_name: bool = True, by_function: bool = False) -> None:
+    def __init__(self, by_name: bool = True, by_function: bool = False, call_sec: float = 0.001) -> None:
+        self.call_sec = call_sec
         self.max_model_len = 64
         self.max_num_batched_tokens = 48
         self.max_num_seqs = 5
@@ -179,7 +181,7 @@ class FakeView:
         self.num_running += 1
         self.max_running = max(self.max_running, self.num_running)
         try:
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(self.call_sec)
         finally:
             self.num_running -= 1
         if self.hangs:

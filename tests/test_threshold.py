@@ -518,7 +518,7 @@ async def test_a_client_that_hangs_up_ends_its_proof(api):
 
 async def test_a_flood_of_proofs_leaves_the_round_its_half():
     """20 provers at once, over the real manager: verdicts are each prover's own, and the round goes on."""
-    view = FakeView()
+    view = FakeView(call_sec=0.01)  # much longer than the round's delivery, as on an engine
     async with serving(PoCManagerV1(view)) as api:
         await api.post("/init/generate", threshold_body(callback_url=URL, batch_size=5))
         await until(lambda: len(view.calls) > 5)
