@@ -48,7 +48,11 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="milliseconds of a batch, the longest that a chat waits for proof, while chat is around",
     )
-    max_body_bytes: int = Field(default=32 * 1024 * 1024, ge=1024, description="largest request body, bytes")
+    max_body_bytes: int = Field(
+        default=16 * 1024 * 1024,
+        ge=1024,
+        description="largest request body, bytes; chat waits while one is parsed, half a second for 8 MB",
+    )
     max_queued_nonces: int = Field(default=100_000, ge=1, description="nonces that may wait in the queue")
     outbox_grace_sec: float = Field(
         default=600.0, gt=0, allow_inf_nan=False, description="seconds that a receiver is tried after its round ended"

@@ -30,7 +30,7 @@ def test_defaults():
         "compile": "auto",
         "batch_timeout_sec": 600.0,
         "max_step_ms": 200.0,
-        "max_body_bytes": 32 * 1024 * 1024,
+        "max_body_bytes": 16 * 1024 * 1024,
         "max_queued_nonces": 100_000,
         "outbox_grace_sec": 600.0,
         "outbox_max_bytes": 10 * 1024**3,

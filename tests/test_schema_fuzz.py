@@ -6,37 +6,13 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-import schemathesis
-from fakes import MODEL, FakeView
+from generated_requests import CHECKS, requests_schema
 from hypothesis import HealthCheck, settings
 from live_server import LiveServer
-from schemathesis.checks import not_a_server_error
-from schemathesis.specs.openapi.checks import (
-    content_type_conformance,
-    response_schema_conformance,
-    status_code_conformance,
-)
 
-from gonka_poc.config import Settings
-from gonka_poc.manager import PoCManagerV1
-from gonka_poc.routes import PREFIX, make_app
-from gonka_poc.service import PoCService
+from gonka_poc.routes import PREFIX
 
-CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
-schema = schemathesis.openapi.from_dict(make_app(PoCService(PoCManagerV1(FakeView()), Settings())).openapi())
-
-
-@schema.hook
-def map_body(context, body):
-    """Half of the bodies name the served model and stay within its limits, so that they come further than a 422."""
-    if isinstance(body, dict) and "r_target" in body:
-        body |= {"seq_len": 4}
-        body.pop("callback_url", None)
-    if isinstance(body, dict) and isinstance(body.get("params"), dict) and str(body.get("block_height"))[-1] in "02468":
-        body["params"] = {"model": MODEL, "seq_len": 4, "k_dim": 3}
-        body |= {"node_id": 0, "node_count": 1, "group_id": 0, "n_groups": 1}
-        body.pop("url", None)
-    return body
+schema = requests_schema()
 
 
 @pytest.fixture(scope="module")

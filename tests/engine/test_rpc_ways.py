@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from urllib.parse import quote
+
 import pytest
 
 from tests.engine.support import (
@@ -41,3 +44,16 @@ def assert_refused_with_both_settings(server: Client) -> None:
         assert "--worker-extension-cls gonka_poc.worker.PoCWorkerExtension" in detail
         assert "VLLM_ALLOW_INSECURE_SERIALIZATION=1" in detail
     assert server.status() == {"status": "IDLE", "config": None, "stats": None}
+
+
+@pytest.mark.parametrize("allowed", [True, False], ids=["standard", "hardened"])
+def test_a_pickled_function_runs_only_where_it_is_allowed(servers: Servers, allowed: bool, tmp_path: Path) -> None:
+    """Sent to the engine by a client that pickles anyway; to both proof itself is open, by method name."""
+    env = (("VLLM_ALLOW_INSECURE_SERIALIZATION", "1" if allowed else "0"),)
+    args = ("--enforce-eager", "--middleware", "tests.engine.sends_function.SendsFunction")
+    server = servers.get(ServerConfig(args=args, env=env))
+    assert golden_distance(server, CASES[0]) < GOLDEN_LIMIT["float32"]
+    mark = tmp_path / "mark"
+    answer = server.post(f"/test/function?{quote(str(mark))}")
+    assert ("ran" in answer.text) == allowed, answer.text
+    assert mark.exists() == allowed
