@@ -19,15 +19,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
+from packaging.version import Version
 from rich.console import Console
 from rich.table import Table
 
 from gonka_poc import vllm_compat
 from gonka_poc.errors import ToolError, UnsupportedServerError
 from gonka_poc.vllm_compat import INSECURE_SERIALIZATION, MIDDLEWARE, SUPPORTED, WORKER_EXTENSION
-from gonka_poc.vllm_contract import Finding, judge, open_package
+from gonka_poc.vllm_contract import Finding, judge, known_release, open_package
 
 MODULE_VARIABLE = "MLNODE_VLLM_MODULE"
 PYTHON_VARIABLE = "VLLM_PYTHON_PATH"
@@ -180,7 +182,7 @@ def check_extension_points() -> Check:
 def contract_checks(path: Path) -> list[Check]:
     """What vLLM's source at `path` (a source tree, a package folder or a wheel) has of what this package uses.
 
-    What is wrong comes last. Raises ToolError if there is no vLLM at `path`.
+    What is wrong comes last. Raises ToolError if there is no vLLM at `path`, or a file there cannot be read.
     """
     with open_package(path) as package:
         checks = [check_release(package.release)] + [check_finding(finding) for finding in judge(package)]
@@ -190,23 +192,36 @@ def contract_checks(path: Path) -> list[Check]:
 def check_release(release: str) -> Check:
     """Whether a release is one that is supported. A new one is not, before it was judged and tested."""
     fix = f"if nothing below fails, run the engine tests with it, then raise SUPPORTED ({SUPPORTED})"
+    known = known_release(release)
     if not release:
         return Check(
             "release", "warn", "not told: there is no _version.py, as in a source tree; taken for the newest", fix
         )
-    if release not in SUPPORTED:
+    if known is None:
+        return Check("release", "warn", f"{release}, which tells no release; taken for the newest", fix)
+    if known < min(Version(limit.version) for limit in SUPPORTED):
+        return Check("release", "fail", f"{release}, too old (supported: {SUPPORTED})", "take a newer release of vLLM")
+    if known not in SUPPORTED:
         return Check("release", "warn", f"{release}, not supported yet", fix)
     return Check("release", "ok", f"{release} (supported: {SUPPORTED})")
+
+
+FIXES: Mapping[str, str] = MappingProxyType(
+    {
+        "moved": "vllm_compat.py has to take it from there",
+        "gone": "vllm_compat.py has to do without it",
+        "changed": "vllm_compat.py has to use it as it is now",
+        "required": "vllm_compat.py has to give it",
+        "unread": "run this with a newer Python, or take a whole vLLM",
+    }
+)
 
 
 def check_finding(finding: Finding) -> Check:
     """One name of the contract."""
     if finding.is_good:
         return Check(finding.name, "ok", finding.where)
-    fixes = {"moved": "take it from there", "gone": "do without it", "required": "give it"}
-    return Check(
-        finding.name, "fail", f"{finding.state}: {finding.where}", f"vllm_compat.py has to {fixes[finding.state]}"
-    )
+    return Check(finding.name, "fail", f"{finding.state}: {finding.where}", FIXES[finding.state])
 
 
 def check_package(here: Surroundings) -> Check:

