@@ -175,7 +175,7 @@ def check_extension_points() -> Check:
         return Check(name, "fail", str(error), "bash install.sh")
     missing = [finding.name for finding in findings if not finding.is_good]
     if missing:
-        return Check(name, "fail", f"this vLLM lacks {', '.join(missing)}", f"install vLLM {SUPPORTED}")
+        return Check(name, "fail", f"gone or changed in this vLLM: {', '.join(missing)}", f"install vLLM {SUPPORTED}")
     return Check(name, "ok", f"all {len(findings)} are in this vLLM")
 
 

