@@ -17,7 +17,6 @@ from torch._inductor.choices import InductorChoices
 from torch._inductor.virtualized import V
 
 from gonka_poc.errors import UnsupportedServerError
-from gonka_poc.gpu_random import EPS, unit
 from gonka_poc.layer_hooks import is_hidden_state, reflect_output
 
 # what is compiled for kinds of layers and of shapes, before torch gives up and runs them plainly
@@ -64,9 +63,9 @@ class LayerCompiler:
 class CompiledReflections:
     """`LayerReflections` by way of `run`, a LayerCompiler: each layer reflects what the layer before it returned.
 
-    Without `vectors` the layers are compiled all the same, and nothing is reflected. The last layer's output is
-    reflected behind it. On a clean exit each layer must have run exactly once and in order, and what one returned
-    must have been given to the next as it was (UnsupportedServerError otherwise).
+    The last layer's output is reflected behind it. Raises UnsupportedServerError for a layer whose `forward` was
+    replaced (vLLM's CPU offloading fetches its weights there), and on a clean exit unless each layer ran exactly once
+    and in order, and was given what the one before it had returned, as it was.
     """
 
     def __init__(
@@ -74,12 +73,13 @@ class CompiledReflections:
         layers: Mapping[int, nn.Module],
         vectors: Mapping[int, torch.Tensor],
         run: Callable[..., Any],
-        normalise: bool = False,
     ) -> None:
+        replaced = [index for index, layer in layers.items() if "forward" in vars(layer)]
+        if replaced:
+            raise UnsupportedServerError(f"decoder layers {replaced} have a forward that is not their class's")
         self._layers = layers
         self._vectors = vectors
         self._run = run
-        self._normalise = normalise
         self._to_run = list(layers)
         self._returned: list[torch.Tensor] = []
 
@@ -105,12 +105,12 @@ class CompiledReflections:
             if sum(which) != len(self._returned):
                 raise UnsupportedServerError(f"decoder layer {index} was not given what the layer before it returned")
             before, own = self._vectors.get(index - 1), self._vectors.get(index)
-            output = self._run(type(layer).forward, layer, before, which, self._normalise, args, kwargs)
+            output = self._run(type(layer).forward, layer, before, which, args, kwargs)
             self._returned = []
             if own is None:
                 return output
             if not self._to_run:
-                return reflect_output(output, own, index, self._normalise)
+                return reflect_output(output, own, index)
             parts = output if isinstance(output, (tuple, list)) else (output,)
             self._returned = [x for x in parts if is_hidden_state(x, own)]
             return output
@@ -194,7 +194,6 @@ def run_reflected(
     layer: nn.Module,
     vector: torch.Tensor | None,
     which: Sequence[bool],
-    normalise: bool,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
@@ -202,7 +201,7 @@ def run_reflected(
     values = [*args, *kwargs.values()]
     for i, reflects in enumerate(which):
         if reflects:
-            values[i] = fusible_householder(unit(values[i], EPS) if normalise else values[i], vector)
+            values[i] = fusible_householder(values[i], vector)
     return forward(layer, *values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
@@ -84,6 +85,10 @@ class Settings(BaseSettings):
     def _rules_can_be_read(cls, entries: str) -> str:
         CallbackRules.parse(entries)
         return entries
+
+    def compiles(self, devices: Sequence[str]) -> bool:
+        """Whether workers on these kinds of devices ("cuda", "cpu") are to compile their decoder layers."""
+        return self.compile == "always" or (self.compile == "auto" and list(devices) == ["cuda"])
 
     @property
     def callback_rules(self) -> CallbackRules:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Container, Sequence
 from typing import Any
@@ -42,13 +41,11 @@ class PoCManagerV1:
     """Drives the workers through `collective_rpc`, one micro-batch at a time; chat goes first."""
 
     def __init__(self, view: ApiView, settings: Settings | None = None, metrics: Metrics | None = None) -> None:
-        settings = settings or Settings()
+        self._settings = settings or Settings()
         self._view = view
         self._metrics = metrics or Metrics()
-        self._step_size = StepSize(settings.max_step_ms / 1000)
-        self._timeout_sec = settings.batch_timeout_sec
+        self._step_size = StepSize(self._settings.max_step_ms / 1000)
         self._lock = asyncio.Lock()
-        self._compile = settings.compile
         self._preparing = asyncio.Lock()
         self._prepared = False
 
@@ -87,9 +84,7 @@ class PoCManagerV1:
             if not self._prepared:
                 answers = await self._call("poc_describe")
                 logger.info("PoC is ready on %d worker(s): %s", len(answers), answers)
-                workers = [answer for answer in answers if answer is not None]
-                on_one_gpu = len(workers) == 1 and workers[0]["device"] == "cuda"
-                if self._compile == "always" or (self._compile == "auto" and on_one_gpu):
+                if self._settings.compiles([answer["device"] for answer in answers if answer is not None]):
                     await self._warm_up()
                 self._prepared = True
 
@@ -99,7 +94,8 @@ class PoCManagerV1:
         seq_len = min(WARM_UP_SEQ_LEN, view.max_model_len, view.max_num_batched_tokens)
         num_nonces = min(view.max_num_batched_tokens // seq_len, view.max_num_seqs)
         try:
-            answers = await self._call("poc_warm_up", seq_len, num_nonces)
+            async with self._lock:
+                answers = await self._call("poc_warm_up", seq_len, num_nonces)
             logger.info("PoC warmed up with %d nonces of %d tokens: %s", num_nonces, seq_len, answers)
         except WorkerMemoryError as error:
             logger.warning("PoC could not warm up with %d nonces of %d tokens: %a", num_nonces, seq_len, str(error))
@@ -138,8 +134,8 @@ class PoCManagerV1:
         if computed is None:
             return None
         answer, seconds = computed
-        rows = zip(nonces, answer["distances"], strict=True)
-        distances = {nonce: float(distance) for nonce, distance in rows if math.isfinite(distance)}
+        rows = zip(nonces, answer["distances"], answer["finite"], strict=True)
+        distances = {nonce: float(distance) for nonce, distance, finite in rows if finite}
         return DistanceResult(distances, self._not_computed(distances, nonces, seconds))
 
     async def _compute(
@@ -166,12 +162,15 @@ class PoCManagerV1:
                 )
                 return None
             seconds = time.monotonic() - started
-        self._step_size.measured(spec.seq_len, len(nonces), seconds)
-        results = [answer for answer in answers if answer is not None]
-        if len(results) != 1:
-            raise ComputeError(f"one worker must answer with the vectors; {len(results)} of {len(answers)} did")
-        if results[0]["nonces"] != nonces:
-            raise ComputeError("a worker answered for other nonces than it was asked for; restart the server")
+            self._step_size.measured(spec.seq_len, len(nonces), seconds)
+            results = [answer for answer in answers if answer is not None]
+            if len(results) != 1:
+                raise ComputeError(f"one worker must answer with the vectors; {len(results)} of {len(answers)} did")
+            if results[0]["nonces"] != nonces:
+                raise ComputeError("a worker answered for other nonces than it was asked for; restart the server")
+            if not all(results[0]["finite"]):
+                # a NaN left in a scratch cache could reach other nonces through masked attention (0 * NaN)
+                await self._call("poc_release")
         return results[0], seconds
 
     def _not_computed(self, computed: Container[int], nonces: list[int], seconds: float) -> list[int]:
@@ -215,13 +214,14 @@ class PoCManagerV1:
     async def _answers(self, call: Any, args: tuple[Any, ...]) -> list[Any]:
         """An engine that dies leaves its calls without an answer, so it is watched while one is awaited."""
         rpc = asyncio.ensure_future(self._view.call_workers(call, args))
-        deadline = time.monotonic() + self._timeout_sec
+        deadline = time.monotonic() + self._settings.batch_timeout_sec
         try:
             while not (await asyncio.wait([rpc], timeout=DEAD_POLL_SEC))[0]:
                 self._refuse_dead()
                 if time.monotonic() > deadline:
                     raise ComputeError(
-                        f"the workers gave no answer within {self._timeout_sec:g} s (POC_BATCH_TIMEOUT_SEC)"
+                        f"the workers gave no answer within {self._settings.batch_timeout_sec:g} s "
+                        "(POC_BATCH_TIMEOUT_SEC)"
                     )
             return rpc.result()
         finally:

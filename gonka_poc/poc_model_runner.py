@@ -6,8 +6,9 @@ import contextlib
 import inspect
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,9 @@ from gonka_poc.vllm_compat import WorkerView
 
 logger = logging.getLogger("vllm.gonka_poc.model_runner")
 
-# a compiled forward whose vectors are further from the plain one's is not used; rounding alone stays well below
-MAX_COMPILED_DISTANCE = 0.1
+# A compiled forward whose vectors are further from the plain one's is not used: half of the distance at which a
+# validator takes two vectors for different ones by default (0.02). Rounding alone gave at most 0.005.
+MAX_COMPILED_DISTANCE = 0.01
 
 
 class EmbeddingInjectionHook:
@@ -104,7 +106,7 @@ class _Launched:
     def on_way(spec: VectorSpec | DistanceSpec, nonces: Sequence[int], values: torch.Tensor | None) -> _Launched:
         """With the copy of `values` to the host behind what makes them."""
         if values is None or not values.is_cuda:
-            return _Launched(spec, nonces, values, None)
+            return _Launched(spec, nonces, None if values is None else values.cpu(), None)
         on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         on_host.copy_(values, non_blocking=True)
         ready = torch.cuda.Event(blocking=True)
@@ -177,8 +179,8 @@ class PoCModelRunner:
         values = self._values(spec, nonces, following)
         if values is None:
             return None
-        finite = np.isfinite(values).all(axis=-1).tolist()
-        return {"nonces": list(nonces), "vectors": values.astype(VECTOR_DTYPE).tobytes(), "finite": finite}
+        vectors = values.astype(VECTOR_DTYPE)
+        return {"nonces": list(nonces), "vectors": vectors.tobytes(), "finite": np.isfinite(values).all(-1).tolist()}
 
     @torch.inference_mode()
     def compute_distances(
@@ -186,17 +188,20 @@ class PoCModelRunner:
     ) -> dict[str, Any] | None:
         """Threshold distances of `nonces` on the output rank; None on every other rank. Else like `compute`.
 
-        Returns {"nonces": the same again, "distances": list[float]}; a distance is NaN where a value was not finite.
+        Returns {"nonces": the same again, "distances": list[float], "finite": list[bool]}.
         """
         values = self._values(spec, nonces, following)
-        return None if values is None else {"nonces": list(nonces), "distances": values.tolist()}
+        if values is None:
+            return None
+        return {"nonces": list(nonces), "distances": values.tolist(), "finite": np.isfinite(values).tolist()}
 
     @torch.inference_mode()
     def warm_up(self, seq_len: int, num_nonces: int) -> dict[str, Any]:
         """Compile the decoder layers with a batch of this size, and use them if their vectors are right.
 
         Returns {"compiled": whether all ranks use them, "distance": L2 of the vectors to those of the plain forward,
-        on the output rank}. A model whose layers cannot be compiled goes on with the plain forward.
+        on the output rank}. A model whose layers cannot be compiled goes on with the plain forward, and so do all ranks
+        where one of them cannot.
         """
         spec = VectorSpec("warm-up", "warm-up", seq_len, min(12, self._view.hidden_size))
         nonces = range(num_nonces)
@@ -205,12 +210,14 @@ class PoCModelRunner:
         with calls or contextlib.nullcontext():
             plain = self._values(spec, nonces)
         try:
-            self._last_positions = calls.found() if calls else None
-            self._compiler = LayerCompiler()
-            compiled = self._values(spec, nonces)
             with self._view.agreement():
-                if plain is not None and compiled is not None:
-                    distance = float(np.linalg.norm(compiled - plain, axis=-1).max())
+                self._last_positions = calls.found() if calls else None
+                self._compiler = LayerCompiler()
+                compiled = self._values(spec, nonces)
+                one = self._values(spec, nonces[:1])  # torch compiles a single sequence by itself
+                if plain is not None and compiled is not None and one is not None:
+                    differences = np.concatenate([compiled - plain, one - plain[:1]])
+                    distance = float(np.linalg.norm(differences, axis=-1).max())
                     if not distance <= MAX_COMPILED_DISTANCE:  # NaN is not
                         raise UnsupportedServerError(f"the compiled layers gave vectors at a distance of {distance:g}")
         except Exception:
@@ -239,16 +246,11 @@ class PoCModelRunner:
                 self._look_ahead(spec, following)
             # only now, with the next batch given to the device, is this one waited for
             parts = [values for part in asked if (values := part.values()) is not None]
+            self._view.settle()
         except BaseException:
             self.release()
             raise
-        if not parts:
-            return None
-        values = np.concatenate(parts)
-        if not np.isfinite(values).all():
-            # a NaN left in the scratch cache could reach another nonce through masked attention (0 * NaN)
-            self._view.release()
-        return values
+        return np.concatenate(parts) if parts else None
 
     def _asked_of_ahead(self, spec: VectorSpec | DistanceSpec, nonces: Sequence[int]) -> list[_Launched]:
         """What was computed ahead of the first of `nonces`; a batch ahead of other nonces of `spec` is dropped."""
@@ -268,27 +270,75 @@ class PoCModelRunner:
             self._ahead = _Launched(spec, nonces, None, None, error)
 
     def _launch(self, spec: VectorSpec | DistanceSpec, nonces: Sequence[int]) -> _Launched:
-        """Give a batch to the device, without waiting for it."""
-        values = self._vectors(spec, nonces) if isinstance(spec, VectorSpec) else self._distances(spec, nonces)
-        return _Launched.on_way(spec, nonces, values)
+        """Give a batch to the device, without waiting for it; all ranks give it, or none.
 
-    def _vectors(self, spec: VectorSpec, nonces: Sequence[int]) -> torch.Tensor | None:
-        # made ahead of the forward, so that only the hidden states are missing when it ends
+        What a rank does before the forward and behind it can fail on that rank alone (memory is short, say). The others
+        hear of it before they go on, with this batch or with the next one.
+        """
+        with contextlib.ExitStack() as stack:
+            with self._view.agreement():
+                run, finish = self._prepared(stack, spec, nonces)
+            with self._view.agreement(), stack:
+                hidden = self._last_hidden_states(run(), spec, nonces)
+                return _Launched.on_way(spec, nonces, None if hidden is None else finish(hidden))
+
+    def _prepared(
+        self, stack: contextlib.ExitStack, spec: VectorSpec | DistanceSpec, nonces: Sequence[int]
+    ) -> tuple[Callable[[], Any], Callable[[torch.Tensor], torch.Tensor | None]]:
+        """The forward of a batch, its contexts on `stack`, and what makes its values of the last hidden states."""
+        view = self._view
+        finish: Callable[[torch.Tensor], torch.Tensor | None]
+        if isinstance(spec, VectorSpec):
+            # what can be made ahead of the forward is, so that only the hidden states are missing when it ends
+            hooked, stronger_rng, finish = True, spec.poc_stronger_rng, self._vectors(spec, nonces)
+        else:
+            hooked, stronger_rng = spec.randomization == Randomization.LAYER_HOOKS, False
+            finish = partial(self._distances, spec, nonces)
+        reflections = self._round_of(spec.block_hash).reflections if hooked else {}
+        embeddings = None
+        if view.is_first_rank:
+            who, size = (spec.block_hash, spec.public_key, nonces), (spec.seq_len, view.hidden_size)
+            embeddings = nonce_inputs(*who, *size, view.dtype, view.device, stronger_rng).flatten(0, 1)
+        run = stack.enter_context(view.prefill(len(nonces), spec.seq_len))
+        # distances are compared far more closely than vectors are: all hosts compute them with the same operations
+        is_artifact = isinstance(spec, VectorSpec)
+        if is_artifact and self._compiler is not None:
+            stack.enter_context(view.compilable())
+            stack.enter_context(CompiledReflections(self._layers, reflections, self._compiler))
+            if self._last_positions is not None:
+                stack.enter_context(self._last_positions.kept(len(nonces), spec.seq_len, view.device))
+        elif reflections:
+            stack.enter_context(LayerReflections(self._layers, reflections, normalise=not is_artifact))
+        stack.enter_context(EmbeddingInjectionHook(view.model, embeddings))
+        return run, finish
+
+    def _last_hidden_states(
+        self, output: torch.Tensor | None, spec: VectorSpec | DistanceSpec, nonces: Sequence[int]
+    ) -> torch.Tensor | None:
+        """The model's output at the last position: [len(nonces), hidden_size] on the last pipeline rank."""
+        if output is None:
+            return None
+        size = (len(nonces), self._view.hidden_size)
+        if isinstance(spec, VectorSpec) and self._compiler and self._last_positions and tuple(output.shape) == size:
+            return output
+        expected = (len(nonces) * spec.seq_len, self._view.hidden_size)
+        if tuple(output.shape) != expected:
+            raise UnsupportedServerError(
+                f"the model returned hidden states of shape {tuple(output.shape)}, not {expected}"
+            )
+        return output.view(len(nonces), spec.seq_len, self._view.hidden_size)[:, -1]
+
+    def _vectors(self, spec: VectorSpec, nonces: Sequence[int]) -> Callable[[torch.Tensor], torch.Tensor | None]:
+        """What makes artifact vectors of the last hidden states, on the output rank."""
+        if not self._view.is_output_rank:
+            return lambda hidden: None
         size, device = self._view.hidden_size, self._view.device
         projection = nonce_projection(spec.block_hash, spec.public_key, nonces, size, spec.k_dim, device)
-        reflections = self._round_of(spec.block_hash).reflections
-        hidden = self._last_hidden_states(spec, nonces, reflections, stronger_rng=spec.poc_stronger_rng)
-        if hidden is None or not self._view.is_output_rank:
-            return None
-        return artifact_vectors(hidden, projection)
+        return lambda hidden: artifact_vectors(hidden, projection)
 
-    def _distances(self, spec: DistanceSpec, nonces: Sequence[int]) -> torch.Tensor | None:
+    def _distances(self, spec: DistanceSpec, nonces: Sequence[int], hidden: torch.Tensor) -> torch.Tensor | None:
+        """Distances of the last hidden states, on the output rank."""
         mode = Randomization(spec.randomization)
-        hooked = mode is Randomization.LAYER_HOOKS
-        reflections = self._round_of(spec.block_hash).reflections if hooked else {}
-        hidden = self._last_hidden_states(spec, nonces, reflections, normalise=True)
-        if hidden is None:
-            return None
         who = (spec.block_hash, spec.public_key, nonces)
         if mode is Randomization.PERMUTATION:
             logits = self._view.logits(hidden)  # every tensor parallel rank takes part
@@ -300,52 +350,6 @@ class PoCModelRunner:
         flip = mode is Randomization.SIGN_FLIPS
         target_vector = self._target(spec.block_hash, PROJECTION_DIM)
         return projected_distances(*who, hidden, flip, self._projection(spec.block_hash), target_vector)
-
-    def _last_hidden_states(
-        self,
-        spec: VectorSpec | DistanceSpec,
-        nonces: Sequence[int],
-        reflections: Mapping[int, torch.Tensor],
-        normalise: bool = False,
-        stronger_rng: bool = False,
-    ) -> torch.Tensor | None:
-        """The model's output at the last position: [len(nonces), hidden_size] on the last pipeline rank."""
-        view = self._view
-        with contextlib.ExitStack() as stack:
-            with view.agreement():
-                embeddings = None
-                if view.is_first_rank:
-                    embeddings = nonce_inputs(
-                        spec.block_hash,
-                        spec.public_key,
-                        nonces,
-                        spec.seq_len,
-                        view.hidden_size,
-                        view.dtype,
-                        view.device,
-                        stronger_rng,
-                    ).flatten(0, 1)
-                run = stack.enter_context(view.prefill(len(nonces), spec.seq_len))
-                if self._compiler is not None:
-                    stack.enter_context(view.compilable())
-                    stack.enter_context(CompiledReflections(self._layers, reflections, self._compiler, normalise))
-                    if self._last_positions is not None:
-                        stack.enter_context(self._last_positions.kept(len(nonces), spec.seq_len, view.device))
-                elif reflections:
-                    stack.enter_context(LayerReflections(self._layers, reflections, normalise))
-                stack.enter_context(EmbeddingInjectionHook(view.model, embeddings))
-            output = run()
-        if output is None:
-            return None
-        size = (len(nonces), view.hidden_size)
-        if self._compiler is not None and self._last_positions is not None and tuple(output.shape) == size:
-            return output
-        expected = (len(nonces) * spec.seq_len, view.hidden_size)
-        if tuple(output.shape) != expected:
-            raise UnsupportedServerError(
-                f"the model returned hidden states of shape {tuple(output.shape)}, not {expected}"
-            )
-        return output.view(len(nonces), spec.seq_len, view.hidden_size)[:, -1]
 
     # -- what a round shares --
 

@@ -213,6 +213,7 @@ class WorkerView:
         registered = self._config.compilation_config.static_forward_context
         self._layers = {name: layer for name, layer in registered.items() if id(layer) in own}
         self._scratch: dict[Any, Any] = {}
+        self._metadata_read: Any = None
         _refuse_unsupported(self._config, self.model, self._attention_layers())
         self._forward_options = _forward_options(self._config)
 
@@ -262,7 +263,7 @@ class WorkerView:
 
     @contextlib.contextmanager
     def agreement(self) -> Iterator[None]:
-        """Inside, each rank prepares its part without the others; it is left by all ranks alike.
+        """Inside, each rank does its part, which can fail without the others; it is left by all ranks alike.
 
         A rank that went on into a collective operation while another had failed would wait for it for ever, and the
         server with it. Raises what this rank raised, or OtherRankError.
@@ -278,7 +279,7 @@ class WorkerView:
             failed = torch.tensor(int(failure is not None))
             torch.distributed.all_reduce(failed, group=self._world_group.cpu_group)
             if failed.item() and failure is None:
-                raise OtherRankError(f"{failed.item()} other rank(s) could not prepare this batch")
+                raise OtherRankError(f"{failed.item()} other rank(s) failed in this batch")
         if failure is not None:
             raise failure
 
@@ -316,14 +317,27 @@ class WorkerView:
             # a model that also feeds a speculator returns (hidden states, auxiliary hidden states)
             return output[0] if isinstance(output, tuple) else output
 
+        self.settle()
         with self._scratch_kv(num_seqs, seq_len):
             metadata, slot_mapping = self._attention_metadata(num_seqs, seq_len, positions)
+            if self.device.type == "cuda":
+                self._metadata_read = torch.cuda.Event(blocking=True)
+                self._metadata_read.record()
             options = dict(self._forward_options)
             if "slot_mapping" in options:
                 options["slot_mapping"] = slot_mapping
             if not skip_compiled:
                 options.pop("skip_compiled", None)
             yield run
+
+    def settle(self) -> None:
+        """Returns when the device has read what the engine's builders wrote for the last prefill.
+
+        They write into buffers on the host that they use again, for chat too, and that the device reads in its turn.
+        """
+        if self._metadata_read is not None:
+            self._metadata_read.synchronize()
+            self._metadata_read = None
 
     @contextlib.contextmanager
     def compilable(self) -> Iterator[None]:

@@ -200,5 +200,6 @@ class FakeView:
             rows = b"".join(made_up_vector(spec, n).tobytes() for n in nonces)
             return {"nonces": nonces, "vectors": rows, "finite": [True] * len(nonces)}
         if name == "poc_compute_distances":
-            return {"nonces": args[1], "distances": [made_up_distance(DistanceSpec(**args[0]), n) for n in args[1]]}
+            distances = [made_up_distance(DistanceSpec(**args[0]), n) for n in args[1]]
+            return {"nonces": args[1], "distances": distances, "finite": [True] * len(args[1])}
         return {"rank": 1, "device": "cpu", "layers": [0], "is_output_rank": True} if name == "poc_describe" else None

@@ -155,6 +155,11 @@ class FakeEngine:
             return [{"error": {"type": "OtherRankError", "message": "another"}}, {"error": self._failure}]
         return [getattr(self, method)(rank // 2, rank % 2, *args) for rank in range(4)]
 
+    def poc_describe(self, stage: int, rank: int) -> dict[str, Any]:
+        return {"device": "cpu"}
+
+    def poc_warm_up(self, stage: int, rank: int, seq_len: int, num_nonces: int) -> None: ...
+
     def poc_bench_describe(self, stage: int, rank: int, spec: dict[str, Any]) -> dict[str, Any]:
         return {"device": "chip", "dtype": "float16", "model_flops": 1e9, "matrix_flops_per_second": 1e12}
 
@@ -196,9 +201,16 @@ def test_every_rank_is_asked_for_all_and_released():
     engine = FakeEngine()
     measure_engine(engine, "m", Sizes(seq_len=16, batch_size=2, seconds=0))
     methods = [call[0] for call in engine.calls]
-    assert methods == ["poc_bench_describe", *["poc_bench_batch", "poc_bench_parts"] * 7, "poc_release"]
+    assert methods == ["poc_describe", "poc_bench_describe", *["poc_bench_batch", "poc_bench_parts"] * 7, "poc_release"]
     nonces = [call[2] for call in engine.calls if call[0] == "poc_bench_batch"]
     assert nonces == [[2 * i, 2 * i + 1] for i in range(7)]
+
+
+def test_layers_are_compiled_as_on_a_server(monkeypatch):
+    monkeypatch.setenv("POC_COMPILE", "always")
+    engine = FakeEngine()
+    measure_engine(engine, "m", Sizes(seq_len=16, batch_size=2, seconds=0))
+    assert engine.calls[:2] == [("poc_describe",), ("poc_warm_up", 16, 2)]
 
 
 def test_phases_beside_each_other_overlap():

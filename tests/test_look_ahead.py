@@ -27,6 +27,9 @@ class View:
     def release(self) -> None:
         self.num_released += 1
 
+    def settle(self) -> None:
+        pass
+
 
 class Ready:
     """A device event that notes when it was waited for."""

@@ -129,6 +129,7 @@ async def test_rows_with_nan_are_dropped_and_logged(caplog):
     assert list(result.vectors) == [5, 9]
     assert result.not_computed_nonces == [3]
     assert "dropped 1 nonces with NaN or Inf: [3]" in caplog.text
+    assert view.calls[-1] == ("poc_release", ())  # on all ranks, before any other batch
 
 
 @pytest.mark.parametrize(

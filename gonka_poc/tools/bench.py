@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from gonka_poc.artifact_file import ArtifactFile
 from gonka_poc.client import PoCClient
+from gonka_poc.config import load_settings
 from gonka_poc.data import VectorSpec
 from gonka_poc.errors import RequestError, ServerAnswerError, ToolError, raise_worker_error
 from gonka_poc.server_process import CPU_ENVIRONMENT
@@ -141,6 +142,8 @@ def measure_engine(engine: Any, name: str, sizes: Sizes) -> Bench:
         raise_worker_error(answers)
         return answers
 
+    if load_settings().compiles([worker["device"] for worker in ask("poc_describe")]):
+        ask("poc_warm_up", sizes.seq_len, batch_size)  # as a server does when it starts
     workers = ask("poc_bench_describe", spec)
     times: list[dict[str, float]] = []
     scratch_bytes = 0
@@ -184,7 +187,7 @@ def _offline_result(
     phases = {
         "inputs": median["inputs"],
         "metadata": median["metadata"],
-        "forward": median["forward"],
+        "forward": min(median["forward"], median["proof_forward"]),
         "reflections": max(0.0, median["proof_forward"] - median["forward"]),
         "projection": median["projection"],
         "rpc": max(0.0, median["rpc"]),

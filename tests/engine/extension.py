@@ -63,6 +63,7 @@ class Probe(PoCWorkerExtension):
             "attention": (attention.impl, "forward"),
             "middle layer": (model.layers[len(model.layers) // 2], "forward"),
             "final norm": (model.norm, "forward"),
+            "projection": (poc_model_runner, "nonce_projection"),
             "vectors": (poc_model_runner, "artifact_vectors"),
         }[where]
 

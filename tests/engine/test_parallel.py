@@ -40,7 +40,7 @@ def assert_one_failure_fails_once(server: Client, where: str, rank: int | None) 
     """
     (case, _) = golden_cases("qwen3")
     server.rpc("poc_test_fail_once", where, rank)
-    body = body_of(case, nonces=[8, 9])
+    body = body_of(case, nonces=[8, 9], batch_size=1)  # with another batch to follow
     assert f"injected into {where}" in server.generate(body, status=500)["detail"]
     for nonce, vector_b64 in zip(case["nonces"], case["vectors_b64"], strict=True):
         expected = decoded([vector_b64], case["k_dim"])
@@ -90,8 +90,12 @@ def test_bench_under_tensor_parallelism(servers: Servers) -> None:
     assert_one_failure_fails_once(server, "inputs", 0)
 
 
+# on one rank alone where it prepares the forward, or makes vectors behind it
+FAILURES = [("inputs", 0), ("metadata builder", 1), ("projection", 0), ("middle layer", None), ("vectors", 0)]
+
+
 @pytest.mark.matrix
-@pytest.mark.parametrize(("where", "rank"), [("inputs", 0), ("metadata builder", 1), ("middle layer", None)])
+@pytest.mark.parametrize(("where", "rank"), FAILURES)
 def test_a_failure_under_tensor_parallelism(servers: Servers, where: str, rank: int | None) -> None:
     server = servers.get(config("qwen3", "--tensor-parallel-size"))
     chat = server.chat()
