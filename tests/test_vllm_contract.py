@@ -93,8 +93,8 @@ OTHERS = """
     ExitStack __name__ clear contextmanager enter_context environ fields find_spec fromkeys get index is_file items join
     name origin parameters parent parse_args pop read_text signature suppress update util values version
     Event ModuleList Tensor all_reduce arange bool compiler cuda device disable distributed dtype element_size expand
-    flatten forward full in_features int32 item modules named_children named_modules ndim numel ones out_features permute
-    record repeat repeat_interleave shape stride synchronize tensor to type unsqueeze zeros state
+    flatten full in_features int32 item modules named_children named_modules ndim numel ones out_features permute
+    forward record repeat repeat_interleave shape stride synchronize tensor to type unsqueeze zeros state
 """
 IN_PACKAGE = {path: path.read_text(encoding="utf-8") for path in (ROOT / "gonka_poc").rglob("*.py")}
 
