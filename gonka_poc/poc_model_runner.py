@@ -124,9 +124,7 @@ class _Launched:
         return _Launched(self.spec, self.nonces[start:stop], values, self.ready, self.failure)
 
     def values(self) -> np.ndarray | None:
-        """Its rows, when the device has them ready. Raises what kept the device from being given the batch."""
-        if self.failure is not None:
-            raise self.failure
+        """Its rows, when the device has them ready."""
         if self.ready is not None:
             self.ready.synchronize()
         return None if self.on_host is None else self.on_host.numpy()
@@ -253,11 +251,16 @@ class PoCModelRunner:
         return np.concatenate(parts) if parts else None
 
     def _asked_of_ahead(self, spec: VectorSpec | DistanceSpec, nonces: Sequence[int]) -> list[_Launched]:
-        """What was computed ahead of the first of `nonces`; a batch ahead of other nonces of `spec` is dropped."""
+        """What was computed ahead of the first of `nonces`; a batch ahead of other nonces of `spec` is dropped.
+
+        Raises what kept it from being computed.
+        """
         ahead, self._ahead = self._ahead, None
         if ahead is None:
             return []
         count = ahead.num_asked(spec, nonces)
+        if count and ahead.failure is not None:
+            raise ahead.failure
         if count < len(ahead.nonces) and (count or ahead.spec != spec):
             self._ahead = ahead.part(count)
         return [ahead.part(0, count)] if count else []

@@ -111,7 +111,8 @@ def test_what_fails_ahead_is_raised_when_it_is_asked_for_and_computed_then():
     runner.failures = [None, ComputeError("out of luck")]
     assert runner.rows([0], [1, 2]) == expected([0])
     with pytest.raises(ComputeError, match="out of luck"):
-        runner.rows([1])
+        runner.rows([1, 2, 3])
+    assert runner.events[-1] == ("wait", [0]), "the rest of a batch that failed was computed"
     assert runner.rows([1, 2], [3]) == expected([1, 2])
 
 
