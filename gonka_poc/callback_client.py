@@ -27,7 +27,7 @@ class Answer(NamedTuple):
 
     taken: bool
     refused: bool
-    """A 4xx: it would not take it the next time either. Not 408 and 429, which ask for another try."""
+    """A 4xx, or a URL that is not allowed: so it would be the next time. Not 408 and 429, which ask for another try."""
     retry_after_sec: float = 0.0
     reason: str | None = None
     """Why it was not taken; text of the receiver, so never to be printed unescaped."""

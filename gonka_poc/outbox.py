@@ -5,7 +5,7 @@ A batch is what one POST carries. Its status is one of
     open      takes further artifacts of the same round
     pending   fixed, because it is being sent: each try has the same body and the same idempotency key
     kept      was not delivered within the grace time; pending after a restart, a retry, or new work for its receiver
-    parked    the receiver refused it (4xx); pending again only after a retry
+    parked    the receiver refused it (4xx), or POC_CALLBACK_ALLOW its URL; pending again only after a retry
 
 and a batch that was delivered is deleted. Batches of a receiver are sent in the order of their ids. Of each round it
 is kept how many nonces are done, so that one that lost its server goes on where it was. Methods raise OutboxFullError
