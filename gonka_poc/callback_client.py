@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from email.utils import parsedate_to_datetime
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import httpx
 
 from gonka_poc.access import CallbackRules, CheckedTransport
+from gonka_poc.errors import RequestError
 from gonka_poc.outbox import Batch
 
 MAX_RETRY_AFTER_SEC = 300.0
 MAX_REASON_BYTES = 200
+# open at once; so many less than files that a process may open, and so few a host that a dead one starves no other
+MAX_CONNECTIONS, MAX_CONNECTIONS_A_HOST = 64, 8
 
 
 class Answer(NamedTuple):
@@ -22,7 +27,7 @@ class Answer(NamedTuple):
 
     taken: bool
     refused: bool
-    """A 4xx: it would not take it the next time either. Not 408 and 429, which ask for another try."""
+    """A 4xx, or a URL that is not allowed: so it would be the next time. Not 408 and 429, which ask for another try."""
     retry_after_sec: float = 0.0
     reason: str | None = None
     """Why it was not taken; text of the receiver, so never to be printed unescaped."""
@@ -33,12 +38,32 @@ class CallbackClient:
 
     def __init__(self, timeout_sec: float, rules: CallbackRules) -> None:
         self._timeout_sec = timeout_sec
+        self._rules = rules
+        self._all = asyncio.Semaphore(MAX_CONNECTIONS)
+        self._by_host: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._client = httpx.AsyncClient(
             transport=CheckedTransport(rules), timeout=timeout_sec, follow_redirects=False, trust_env=False
         )
 
+    @asynccontextmanager
+    async def turn(self, url: str) -> AsyncIterator[None]:
+        """Context in which `post` may be used for `url`: waits while too many others are, of its host or in all."""
+        host = _host_of(url)
+        of_host = self._by_host.get(host)
+        if of_host is None:  # it is forgotten when nobody holds it or waits for it
+            of_host = self._by_host[host] = asyncio.Semaphore(MAX_CONNECTIONS_A_HOST)
+        async with of_host, self._all:
+            yield
+
     async def post(self, batch: Batch) -> Answer:
-        """Send a batch; a receiver that cannot be reached, or has not answered in time, is one that did not take it."""
+        """Send a batch; a receiver that cannot be reached, or has not answered in time, is one that did not take it.
+
+        A URL that the rules do not allow (an earlier server, with others, accepted it) is refused without asking it.
+        """
+        try:
+            self._rules.check_url(batch.url)
+        except RequestError as error:
+            return Answer(taken=False, refused=True, reason=str(error))
         post = asyncio.ensure_future(self._post(batch))
         try:
             # httpx's own timeout begins again with every byte; asyncio.wait_for loses a cancellation until Python 3.12
@@ -67,6 +92,13 @@ class CallbackClient:
     async def close(self) -> None:
         """Close the connections."""
         await self._client.aclose()
+
+
+def _host_of(url: str) -> str:
+    try:
+        return httpx.URL(url).host
+    except (httpx.InvalidURL, ValueError):  # `post` says what is wrong
+        return url
 
 
 async def _beginning(response: httpx.Response) -> str:

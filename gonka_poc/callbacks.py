@@ -69,6 +69,7 @@ class CallbackSender:
         self._deadlines: dict[str, float] = {}
         self._closed = False
         self._num_waiting = 0
+        self._ending: set[int] = set()
         self._damage: OutboxError | None = None
 
     def start(self) -> None:
@@ -84,13 +85,19 @@ class CallbackSender:
     async def begin_round(self, fingerprint: str, replaced: int | None) -> RoundMark:
         """Where a round is to begin (`Outbox.begin_round`). Raises what `check_room` raises."""
         self._refuse_damaged()
-        mark = await self._write(self._outbox.begin_round, fingerprint, replaced, give_up=lambda: True)
+        # rounds whose end could not be written yet have ended all the same: this one does not go on from them
+        ended = self._ending | ({replaced} if replaced is not None else set())
+        mark = await self._write(self._outbox.begin_round, fingerprint, ended, give_up=lambda: True)
         self._has_room()
         return mark
 
     async def end_round(self, round_id: int) -> None:
         """A client ended the round: an equal one will begin anew."""
-        await self._write(self._outbox.end_round, round_id)
+        self._ending.add(round_id)
+        try:
+            await self._write(self._outbox.end_round, round_id)
+        finally:
+            self._ending.discard(round_id)
 
     async def add_artifacts(
         self,
@@ -249,6 +256,10 @@ class CallbackSender:
                 self._deadlines[url] = self._clock() + self._settings.outbox_grace_sec
             elif self._clock() >= self._deadlines[url]:
                 await self._write(self._outbox.keep, url)
+                if self._clock() < self._deadlines[url]:  # something was added while it was written, and kept as well
+                    await self._write(self._outbox.take_up, url)
+                    failures, retry_after = 0, 0.0
+                    continue
                 logger.warning(
                     "PoC: callbacks to %a are kept for the next start, or `gonka-poc outbox retry`", shown_url(url)
                 )
@@ -257,9 +268,11 @@ class CallbackSender:
     async def _send_all(self, url: str) -> float | None:
         """Send what there is now; None if the receiver dealt with all of it, else for how long it is to be left."""
         newest = await self._run(self._outbox.newest, url)
-        while newest is not None and (batch := await self._write(self._outbox.next_batch, url, newest)):
-            wanted = await self._send(batch)
-            if wanted is not None:
+        while newest is not None:
+            async with self._client.turn(url):  # before the batch is read, so that no more than may be sent are held
+                batch = await self._write(self._outbox.next_batch, url, newest)
+                wanted = None if batch is None else await self._send(batch)
+            if batch is None or wanted is not None:
                 return wanted
         return None
 

@@ -54,7 +54,12 @@ class Settings(BaseSettings):
         ge=1024,
         description="largest request body, bytes; chat waits while one is parsed, half a second for 8 MB",
     )
-    max_queued_nonces: int = Field(default=100_000, ge=1, description="nonces that may wait in the queue")
+    max_queued_nonces: int = Field(
+        default=100_000,
+        ge=1,
+        description="nonces that may wait in the queue, in at most 1,000 requests; with vectors longer than 32 each "
+        "counts `k_dim / 32` times, rounded up",
+    )
     outbox_grace_sec: float = Field(
         default=600.0, gt=0, allow_inf_nan=False, description="seconds that a receiver is tried after its round ended"
     )
@@ -70,7 +75,11 @@ class Settings(BaseSettings):
         default="chat", description="who waits; `poc`: chat and completions get 503 while a round generates"
     )
     result_ttl_sec: float = Field(
-        default=300.0, gt=0, allow_inf_nan=False, description="seconds that a finished result can be polled"
+        default=300.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds that a finished result can be polled; the oldest go sooner "
+        "where all of them together would take more room than the answers of `POC_MAX_QUEUED_NONCES` nonces may",
     )
 
     @field_validator("api_token")

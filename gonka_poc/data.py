@@ -73,8 +73,15 @@ def encode_vector(vector: np.ndarray) -> str:
     return base64.b64encode(np.ascontiguousarray(vector, dtype=VECTOR_DTYPE).tobytes()).decode("ascii")
 
 
+def vector_chars(k_dim: int) -> int:
+    """The length of what `encode_vector` writes."""
+    return 4 * ((k_dim * VECTOR_DTYPE.itemsize + 2) // 3)
+
+
 def decode_vector(vector_b64: str, k_dim: int) -> np.ndarray | None:
     """The float16 [k_dim] that `encode_vector` wrote, or None where the text is not one of that length."""
+    if len(vector_b64) != vector_chars(k_dim):
+        return None
     try:
         raw = base64.b64decode(vector_b64, validate=True)
     except (binascii.Error, ValueError):

@@ -6,7 +6,7 @@ PoCError
 ├── ConflictError            409  the request does not fit what the server is or does
 ├── NotFoundError            404  no such request
 ├── BodyTooLargeError        413  the body is over POC_MAX_BODY_BYTES
-├── QueueFullError           429  the queue of nonces is full
+├── QueueFullError           429  the queue is full
 ├── ComputeError             500  a worker failed on this computation
 ├── OtherRankError           500  another worker failed; its own error is the one to answer with
 ├── WorkerMemoryError        500  a worker ran out of memory even for one nonce
@@ -64,7 +64,7 @@ class BodyTooLargeError(PoCError):
 
 
 class QueueFullError(PoCError):
-    """Accepting the request would take the queue over its limit of nonces."""
+    """Accepting the request would take the queue over its limit of nonces, or of requests."""
 
     http_status = 429
 

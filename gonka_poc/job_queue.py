@@ -16,22 +16,34 @@ from gonka_poc.threshold_data import DistanceResult
 
 logger = logging.getLogger("vllm.gonka_poc.queue")
 
+# a job of one nonce takes kilobytes, which a limit of nonces alone would not see
+MAX_JOBS = 1000
+
 Spec = TypeVar("Spec", bound=VectorSpec | DistanceSpec)
 Outcome = TypeVar("Outcome")
 
 
 class Job(ABC, Generic[Spec, Outcome]):
-    """Nonces to compute. `outcome` ends with what is made of their results, or with the PoCError that ended the job."""
+    """Nonces to compute. `outcome` ends with what is made of their results, or with the PoCError that ended the job.
 
-    def __init__(self, spec: Spec, nonces: list[int], batch_size: int) -> None:
+    Each nonce counts as `nonce_weight` of the queue's limit.
+    """
+
+    def __init__(self, spec: Spec, nonces: list[int], batch_size: int, nonce_weight: int = 1) -> None:
         self.request_id = str(uuid.uuid4())
         self.spec = spec
         self.nonces = nonces
         self.batch_size = batch_size
+        self.nonce_weight = nonce_weight
         self.state: Literal["queued", "running"] = "queued"
         self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         # an outcome that nobody waits for (any more, or because it is polled) is no error of the event loop
         self.outcome.add_done_callback(lambda future: future.cancelled() or future.exception())
+
+    @property
+    def weight(self) -> int:
+        """What it counts as of the queue's limit; without any nonce, as one."""
+        return max(1, len(self.nonces) * self.nonce_weight)
 
     @property
     @abstractmethod
@@ -52,12 +64,13 @@ class JobQueue(ABC, Generic[SomeJob, Result]):
         self._manager = manager
         self._settings = settings
         self._pending: dict[str, SomeJob] = {}
+        self._queued_nonces = 0
         self._worker: asyncio.Task[None] | None = None
 
     @property
     def queued_nonces(self) -> int:
-        """Nonces of all jobs that have not ended; a job without any counts as one."""
-        return sum(map(_weight, self._pending.values()))
+        """Nonces of all jobs that have not ended, as the limit counts them."""
+        return self._queued_nonces
 
     def drop(self, job: SomeJob, reason: str) -> None:
         """End a job that has not ended; a micro-batch of it that is being computed is thrown away."""
@@ -94,13 +107,20 @@ class JobQueue(ABC, Generic[SomeJob, Result]):
 
     def _add(self, job: SomeJob) -> SomeJob:
         """Accept a job. Raises QueueFullError where it would take the queue over its limit."""
-        limit, queued = self._settings.max_queued_nonces, self.queued_nonces
-        if queued + _weight(job) > limit:
+        limit, queued = self._settings.max_queued_nonces, self._queued_nonces
+        if queued + job.weight > limit:
+            counted = "" if job.nonce_weight == 1 else f", each counted as {job.nonce_weight} for its long vector,"
             raise QueueFullError(
-                f"{len(job.nonces)} nonces do not fit: {queued} {self.WAITING}, the limit is {limit} "
+                f"{len(job.nonces)} nonces{counted} do not fit: {queued} {self.WAITING}, the limit is {limit} "
                 "(POC_MAX_QUEUED_NONCES); send fewer, or later"
             )
+        if len(self._pending) >= MAX_JOBS:
+            raise QueueFullError(
+                f"{len(self._pending)} requests have not ended, the most there may be; send more nonces a request, "
+                "or later"
+            )
         self._pending[job.request_id] = job
+        self._queued_nonces += job.weight
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work(), name="poc-queue")
         return job
@@ -143,7 +163,8 @@ class JobQueue(ABC, Generic[SomeJob, Result]):
         return results
 
     def _end(self, job: SomeJob, outcome: Any) -> None:
-        self._pending.pop(job.request_id, None)
+        if self._pending.pop(job.request_id, None) is not None:
+            self._queued_nonces -= job.weight
         if job.outcome.done():
             return
         if isinstance(outcome, PoCError):
@@ -151,7 +172,3 @@ class JobQueue(ABC, Generic[SomeJob, Result]):
         else:
             job.outcome.set_result(outcome)
         self._ended(job)
-
-
-def _weight(job: Job[Any, Any]) -> int:
-    return max(1, len(job.nonces))

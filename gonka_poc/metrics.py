@@ -115,7 +115,11 @@ class Metrics(Collector):
     def collect(self) -> Iterable[Metric]:
         """All metrics, now."""
         yield from self._registry.collect()
-        yield _gauge("gonka_poc_queue_nonces", "nonces of requests that have not ended", self.queue_nonces())
+        yield _gauge(
+            "gonka_poc_queue_nonces",
+            "nonces of requests that have not ended, as their limit counts them",
+            self.queue_nonces(),
+        )
         yield _gauge("gonka_poc_outbox_pending", "callbacks that no receiver has taken yet", self.outbox_pending())
         state = GaugeMetricFamily("gonka_poc_state", "1 for the state of the server", labels=["state"])
         now = self.state()

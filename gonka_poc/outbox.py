@@ -5,7 +5,7 @@ A batch is what one POST carries. Its status is one of
     open      takes further artifacts of the same round
     pending   fixed, because it is being sent: each try has the same body and the same idempotency key
     kept      was not delivered within the grace time; pending after a restart, a retry, or new work for its receiver
-    parked    the receiver refused it (4xx); pending again only after a retry
+    parked    the receiver refused it (4xx), or POC_CALLBACK_ALLOW its URL; pending again only after a retry
 
 and a batch that was delivered is deleted. Batches of a receiver are sent in the order of their ids. Of each round it
 is kept how many nonces are done, so that one that lost its server goes on where it was. Methods raise OutboxFullError
@@ -19,7 +19,7 @@ import json
 import sqlite3
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -98,14 +98,16 @@ class Outbox:
 
     # --- rounds -------------------------------------------------------------------------------------------------
 
-    def begin_round(self, fingerprint: str, replaced: int | None = None) -> RoundMark:
+    def begin_round(self, fingerprint: str, ended: Collection[int] = ()) -> RoundMark:
         """Where a round begins: after the nonces of an equal one that no client ended, before whatever ended it.
 
-        `replaced` is the id of the round that this one takes the place of. Raises OutboxFullError as `check_room`.
+        `ended` are the ids of rounds that end before: the one that this takes the place of, and those that clients
+        ended. Raises OutboxFullError as `check_room`.
         """
         self.check_room()
         with self._transaction():
-            self._forget(replaced)
+            for round_id in ended:
+                self._forget(round_id)
             mark = self._left_round(fingerprint)
             if mark is None:
                 cursor = self._db.execute(
@@ -144,7 +146,7 @@ class Outbox:
         with self._transaction():
             self._forget(round_id)
 
-    def _forget(self, round_id: int | None) -> None:
+    def _forget(self, round_id: int) -> None:
         self._db.execute("DELETE FROM round WHERE id = ?", (round_id,))
 
     # --- what goes in -------------------------------------------------------------------------------------------
@@ -203,10 +205,7 @@ class Outbox:
 
     def _added(self, url: str) -> None:
         # a receiver that is sent to again is sent what was kept for it first
-        self._db.execute(
-            "UPDATE batch SET status = 'pending' WHERE slot = ? AND url = ? AND status = 'kept'",
-            (self._slot.number, url),
-        )
+        self._db.execute(f"{TAKE_UP} AND url = ?", (self._slot.number, url))
         self._refuse_above(self._max_bytes)
 
     def _refuse_above(self, limit: int) -> None:
@@ -283,10 +282,10 @@ class Outbox:
 
     # --- whose it is --------------------------------------------------------------------------------------------
 
-    def take_up(self) -> None:
-        """At the start of a server: what an earlier one kept is to be sent again."""
+    def take_up(self, url: str | None = None) -> None:
+        """What was kept is to be sent again: all of it, or what is for `url`."""
         with self._transaction():
-            self._db.execute(TAKE_UP, (self._slot.number,))
+            self._db.execute(f"{TAKE_UP} AND coalesce(url = ?, TRUE)", (self._slot.number, url))
 
     def adopt(self) -> None:
         """Take over the batches of servers that ended."""

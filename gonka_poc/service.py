@@ -22,6 +22,7 @@ from gonka_poc.data import (
     State,
     StatusAnswer,
     encode_vector,
+    vector_chars,
 )
 from gonka_poc.errors import ConflictError, PoCError, RequestError, printable
 from gonka_poc.generate_queue import GenerateJob, GenerateQueue
@@ -223,8 +224,8 @@ class PoCService:
 
     def _check_size(self, request: GenerateRequest) -> None:
         """Refuse a request whose callback would wait for ever for room. Raises RequestError."""
-        limit, chars = self._settings.outbox_max_bytes, 4 * ((2 * request.params.k_dim + 2) // 3)
-        size = most_bytes(len(request.nonces), chars)
+        limit = self._settings.outbox_max_bytes
+        size = most_bytes(len(request.nonces), vector_chars(request.params.k_dim))
         if size > limit - limit // 4:  # the rest is for what holds it together, and what is there already
             raise RequestError(
                 f"the callback of {len(request.nonces)} nonces may take {size} bytes of the outbox, which has {limit} "

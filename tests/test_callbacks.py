@@ -7,6 +7,7 @@ import heapq
 import itertools
 import json
 import sqlite3
+import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Awaitable
@@ -20,11 +21,11 @@ from fakes import until
 
 from gonka_poc import callback_client, callbacks, outbox
 from gonka_poc.access import CheckedTransport
-from gonka_poc.callback_client import seconds_to_wait
+from gonka_poc.callback_client import MAX_CONNECTIONS, MAX_CONNECTIONS_A_HOST, seconds_to_wait
 from gonka_poc.callbacks import CallbackSender
 from gonka_poc.config import Settings
 from gonka_poc.errors import OutboxError, OutboxFullError
-from gonka_poc.outbox import Outbox
+from gonka_poc.outbox import Outbox, RoundMark
 from gonka_poc.outbox_admin import retry_parked, summary
 
 URL = "http://receiver"
@@ -307,17 +308,117 @@ async def test_a_receiver_is_served_again_after_all_was_delivered(make, receiver
 
 
 @pytest.mark.parametrize("bad", ["http://xn--a", "http://ho\nst", "http://receiver:port"])
-async def test_a_url_that_cannot_be_called_stops_nothing_else(make, receivers, bad):
+async def test_a_url_that_cannot_be_called_stops_nothing_else(make, receivers, bad, caplog):
     """Such URLs are refused where they come in (test_data.py); one that slips through must not end the delivery."""
     sender = make(QUICK)
     await sender.add_artifacts(bad, {}, artifacts(1))
     await sender.add_artifacts(URL, {}, artifacts(2))
     await until(lambda: receivers.nonces() == [2])
-    await asyncio.sleep(0.01)
-    assert not sender._receivers[bad].done()
+    await until(lambda: f"callback 1 to {bad!a}" in caplog.text)  # parked, or tried again
+    assert f"callbacks to {bad!a} failed" not in caplog.text  # the delivery itself
     await sender.add_artifacts(URL, {}, artifacts(3))
     await sender.close()
     assert receivers.nonces() == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "urls_a_host", "most"),
+    [(["dead"], 20, MAX_CONNECTIONS_A_HOST), ([f"dead{i}" for i in range(12)], 7, MAX_CONNECTIONS)],
+)
+async def test_so_many_connections_are_open_and_no_more(make, receivers, hosts, urls_a_host, most):
+    """What waits for one is not read yet, and is sent when it is its turn."""
+    for host in hosts:
+        receivers.gates[host] = asyncio.Event()
+    sender = make(QUICK)
+    for host, number in itertools.product(hosts, range(urls_a_host)):
+        await sender.add_artifacts(f"http://{host}/{number}", {}, artifacts(number))
+    await until(lambda: sum(map(len, receivers.got.values())) == most)
+    await asyncio.sleep(0.05)
+    assert sum(map(len, receivers.got.values())) == most
+    for gate in receivers.gates.values():
+        gate.set()
+    await all_delivered(sender)
+    assert sorted(receivers.nonces(hosts[-1])) == list(range(urls_a_host))
+    await until(lambda: not sender._receivers)
+    assert not sender._client._by_host
+
+
+async def test_a_dead_receiver_starves_no_other(make, receivers):
+    receivers.gates["dead"] = asyncio.Event()
+    sender = make(QUICK)
+    for number in range(70):
+        await sender.add_artifacts(f"http://dead/{number}", {}, artifacts(number))
+    await sender.add_artifacts(URL, {}, artifacts(7))
+    await until(lambda: receivers.nonces() == [7])
+    assert len(receivers.got["dead"]) == MAX_CONNECTIONS_A_HOST
+    receivers.gates["dead"].set()
+
+
+async def test_what_the_rules_of_today_refuse_is_parked_and_not_sent(make, receivers, tmp_path, caplog):
+    earlier = make(NEVER, tmp_path / "outbox")
+    for host in ("other", "receiver"):
+        await earlier.add_artifacts(f"http://{host}", {}, artifacts(1))
+    receivers.answers["other"].append(500)
+    receivers.answers["receiver"].append(500)
+    await earlier.close()
+    receivers.got.clear()
+    sender = make(Settings(callback_interval_sec=0.001, callback_allow="receiver"), tmp_path / "outbox")
+    sender.start()
+    await all_delivered(sender)
+    assert receivers.nonces() == [1]
+    assert not receivers.got["other"]
+    (parked,) = summary(str(tmp_path / "outbox"))
+    assert (parked.url, parked.status) == ("http://other", "parked")
+    assert parked.reason == "callbacks to 'other' are refused: not in POC_CALLBACK_ALLOW"
+    assert "not in POC_CALLBACK_ALLOW" in caplog.text
+
+
+async def test_what_is_added_while_the_rest_is_kept_is_sent(make, receivers, monkeypatch, tmp_path):
+    """At the end of the grace time: the addition is in the file before the rest is kept, but not known of yet."""
+    now = 0.0
+    sender = make(Settings(callback_interval_sec=0.001), tmp_path / "outbox", clock=lambda: now)
+    failing, added = threading.Event(), threading.Event()
+    real = sender._outbox.failed
+
+    def failed(*args) -> None:
+        real(*args)
+        failing.set()
+        added.wait(5)
+
+    monkeypatch.setattr(sender._outbox, "failed", failed)
+    receivers.answers["receiver"].append(500)
+    await sender.add_artifacts(URL, {"block_height": 1}, artifacts(1))
+    await until(failing.is_set)
+    now = 10_000.0
+    adding = asyncio.create_task(sender.add_artifacts(URL, {"block_height": 2}, artifacts(2)))
+    await asyncio.sleep(0.01)
+    added.set()
+    await adding
+    await all_delivered(sender)
+    assert receivers.nonces() == [1, 1, 2]
+
+
+async def test_a_round_does_not_go_on_from_one_whose_end_is_not_written_yet(make, monkeypatch):
+    monkeypatch.setattr(callbacks, "ROOM_POLL_SEC", 0.05)
+    sender = make(NEVER)
+    stopped = await sender.begin_round("f", None)
+    await sender.add_artifacts(URL, {}, artifacts(1), RoundMark(stopped.round_id, 1))
+    real, failures = sender._outbox.end_round, iter([True])
+
+    def end_round(round_id: int) -> None:
+        if next(failures, False):
+            raise OutboxFullError("database or disk is full")
+        real(round_id)
+
+    monkeypatch.setattr(sender._outbox, "end_round", end_round)
+    ending = asyncio.create_task(sender.end_round(stopped.round_id))
+    await until(lambda: sender.problem)
+    again = await sender.begin_round("f", None)
+    assert (again.done, again.round_id != stopped.round_id) == (0, True)
+    await ending
+    assert not sender._ending
+    await sender.add_artifacts(URL, {}, artifacts(1), RoundMark(again.round_id, 1))
+    assert await sender.begin_round("f", None) == RoundMark(again.round_id, 1)
 
 
 # --- how long, and how often ------------------------------------------------------------------------------------

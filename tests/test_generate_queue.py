@@ -11,11 +11,11 @@ import pytest
 from cachetools import TTLCache
 from fakes import BUSY, FakeManager, generate_body, made_up_vector, until
 
-from gonka_poc import generate_queue
+from gonka_poc import generate_queue, job_queue
 from gonka_poc.config import Settings
 from gonka_poc.data import ArtifactsAnswer, Completed, GenerateRequest, PendingAnswer, encode_vector
 from gonka_poc.errors import ComputeError, ConflictError, NotFoundError, PoCError, QueueFullError
-from gonka_poc.generate_queue import GenerateJob, GenerateQueue
+from gonka_poc.generate_queue import GenerateJob, GenerateQueue, Results
 
 SETTINGS = Settings(chat_backoff_sec=0.001, max_queued_nonces=10)
 
@@ -29,7 +29,7 @@ async def make():
     """Makes a queue; `.completed` is what it handed to on_completed."""
     queues: list[GenerateQueue] = []
 
-    def make_queue(manager: FakeManager) -> SimpleNamespace:
+    def make_queue(manager: FakeManager, settings: Settings = SETTINGS) -> SimpleNamespace:
         no_round = asyncio.Event()
         no_round.set()
         completed: list = []
@@ -37,7 +37,7 @@ async def make():
         async def complete(*job_and_answer) -> None:
             completed.append(job_and_answer)
 
-        queue = GenerateQueue(manager, SETTINGS, no_round, complete)
+        queue = GenerateQueue(manager, settings, no_round, complete)
         queues.append(queue)
         return SimpleNamespace(queue=queue, no_round=no_round, completed=completed)
 
@@ -117,6 +117,17 @@ async def test_validation(make):
     assert answer.fraud_detected
 
 
+async def test_received_vectors_of_wrong_lengths_are_mismatches(make):
+    spec = request([]).spec
+    right = {n: encode_vector(made_up_vector(spec, n)) for n in range(8)}
+    wrong = {1: "A" * 65_536, 3: "", 4: right[4][:4], 6: right[6] + "AAAA", 7: right[7] + "="}
+    artifacts = [{"nonce": n, "vector_b64": text} for n, text in {**right, **wrong}.items()]
+    answer = await make(FakeManager()).queue.submit(request(range(8), validation={"artifacts": artifacts})).outcome
+    assert (answer.n_total, answer.n_mismatch, answer.mismatch_nonces) == (8, 5, [1, 3, 4, 6, 7])
+    assert answer.p_value == pytest.approx(56e-15, rel=0.01)
+    assert answer.fraud_detected
+
+
 # --- order ------------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +201,29 @@ async def test_a_request_over_the_limit_is_refused_alone_too(make):
     assert queue.queued_nonces == 0
 
 
+@pytest.mark.parametrize(("k_dim", "most"), [(32, 10), (33, 5), (64, 5), (65, 3), (320, 1)])
+async def test_a_nonce_counts_by_the_length_of_its_vector(make, k_dim, most):
+    queue = make(FakeManager(batches=0)).queue
+    params = {**generate_body([])["params"], "k_dim": k_dim}
+    job = queue.submit(request(range(most), params=params))
+    with pytest.raises(QueueFullError, match=rf"{most + 1} nonces.* do not fit") as refusal:
+        queue.submit(request(range(most + 1), params=params))
+    assert ("each counted as 3 for its long vector" in str(refusal.value)) == (k_dim == 65)
+    queue.drop(job, "for room")
+    assert queue.queued_nonces == 0
+
+
+async def test_the_queue_takes_so_many_requests_and_no_more(make, monkeypatch):
+    monkeypatch.setattr(job_queue, "MAX_JOBS", 3)
+    queue = make(FakeManager(batches=0)).queue
+    jobs = [queue.submit(request([nonce])) for nonce in range(3)]
+    with pytest.raises(QueueFullError, match="3 requests have not ended, .*send more nonces a request"):
+        queue.submit(request([3]))
+    queue.drop(jobs[1], "for room")
+    queue.submit(request([3]))
+    assert queue.queued_nonces == 3
+
+
 @pytest.mark.parametrize("script", ["ok", ComputeError("a worker failed")])
 async def test_a_job_that_ended_makes_room(make, script):
     manager = FakeManager()
@@ -225,6 +259,34 @@ async def test_a_job_that_still_waits_does_not_expire(make):
     job = made.queue.submit(request([1]))
     now += 10 * SETTINGS.result_ttl_sec
     assert isinstance(made.queue.poll(job.request_id), PendingAnswer)
+
+
+def test_results_take_so_much_room_and_no_more(caplog):
+    """The oldest go first, and a flood of them is one line of the log a minute."""
+    now = 1000.0
+    results = Results(max_nonces=4000, ttl=300.0, timer=lambda: now)
+    longest = b"x" * (500 * generate_queue.CHARS_A_COUNT)
+    for number in range(100):
+        results[str(number)] = longest
+    kept = list(results)
+    assert kept == [str(number) for number in range(100 - len(kept), 100)]
+    assert len(kept) == 20
+    assert sum(map(len, results.values())) <= results.maxsize
+    assert [record.args for record in caplog.records] == [(1,)]
+    now += 61
+    results["another"] = longest
+    assert [record.args for record in caplog.records] == [(1,), (100 - len(kept),)]
+
+
+async def test_the_longest_answers_fit(make):
+    """So that a request which was accepted is one whose result can be polled."""
+    for k_dim in (1, 31, 32, 33, 63, 64, 65, 4096):
+        nonces = [2**63 - 1 - n for n in range(200 // ((k_dim + 31) // 32))]
+        queue = make(FakeManager(), Settings(max_queued_nonces=200)).queue
+        params = {**generate_body([])["params"], "k_dim": k_dim}
+        job = queue.submit(request(nonces, params=params))
+        assert len((await job.outcome).artifacts) == len(nonces)
+        assert len(queue.poll(job.request_id)) <= 200 * generate_queue.CHARS_A_COUNT + generate_queue.BYTES_A_RESULT
 
 
 async def test_an_unknown_request(make):

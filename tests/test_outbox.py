@@ -310,7 +310,7 @@ def test_a_round_that_its_client_ended_is_begun_anew(open_outbox, replaced):
     box.add_artifacts(URL, {}, artifacts(0), RoundMark(old.round_id, 1))
     if not replaced:
         box.end_round(old.round_id)
-    new = begin(box, replaced=old.round_id if replaced else None)
+    new = begin(box, ended=[old.round_id] if replaced else [])
     assert new.done == 0
     assert new.round_id != old.round_id
     box.add_artifacts(URL, {}, artifacts(0), RoundMark(new.round_id, 1))
@@ -718,3 +718,73 @@ def test_memory_is_flat_over_many_rows(path):
     assert result["grown"] < 10 * 2**20
     assert result["wal"] < 64 * 2**20
     assert result["file_left"] <= 64 * 2**20 + 10 * 2**20  # what is kept free for a disk that fills up, and the schema
+
+
+SENT_ROWS = """
+import asyncio, json, os, sys
+import httpx
+from gonka_poc.callbacks import CallbackSender
+from gonka_poc.config import Settings
+from gonka_poc.outbox import Outbox
+
+path, rows = sys.argv[1], int(sys.argv[2])
+URL = "http://receiver"
+
+def resident():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+class Receiver:
+    def __init__(self):
+        self.up, self.taken, self.highest = asyncio.Event(), 0, 0
+
+    async def answer(self, request):
+        await self.up.wait()
+        for artifact in json.loads(request.content)["artifacts"]:
+            assert artifact["nonce"] == self.taken
+            self.taken += 1
+        self.highest = max(self.highest, resident())
+        return httpx.Response(200)
+
+async def write_and_drain(sender, receiver, count):
+    # what is written while the receiver hangs, and what is written while it takes that
+    receiver.taken = 0
+    for start in range(0, count, 32):
+        if start >= count // 2:
+            receiver.up.set()
+        batch = [{"nonce": n, "vector_b64": "A" * 32} for n in range(start, start + 32)]
+        await sender.add_artifacts(URL, {"block_hash": "b"}, batch)
+    while sender.counts.pending_batches:
+        await asyncio.sleep(0.01)
+    receiver.up.clear()
+
+async def main():
+    receiver = Receiver()
+    sender = CallbackSender(Settings(callback_interval_sec=0.01, callback_timeout_sec=3600.0), Outbox(path, 10**10))
+    await sender._client._client.aclose()
+    sender._client._client = httpx.AsyncClient(transport=httpx.MockTransport(receiver.answer))
+    sender.start()
+    await write_and_drain(sender, receiver, 20_480)
+    before = max(resident(), receiver.highest)
+    await write_and_drain(sender, receiver, rows)
+    print(json.dumps({"taken": receiver.taken, "grown": max(resident(), receiver.highest) - before}))
+    await sender.close()
+
+asyncio.run(main())
+"""
+
+
+def test_memory_is_flat_over_many_rows_that_are_sent(path):
+    """By the sender, to a receiver that hangs for the first half. OUTBOX_TEST_ROWS as above."""
+    rows = int(os.environ.get("OUTBOX_TEST_ROWS", "48000"))
+    done = subprocess.run(
+        [sys.executable, "-c", SENT_ROWS, path, str(rows)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    print(result)
+    assert result["taken"] == rows
+    assert result["grown"] < 20 * 2**20
