@@ -99,18 +99,22 @@ class Probe(PoCWorkerExtension):
 
         _replace_once(self.model_runner.model.model.layers[0], "forward", poison)
 
-    def poc_test_poison_all(self, times: int) -> None:
-        """In the next forwards the first layer gives only NaN."""
+    def poc_test_poison_all(self) -> None:
+        """The first layer gives only NaN, until `poc_test_heal`."""
+        layer = self.model_runner.model.model.layers[0]
+        original = layer.forward
 
-        def poison(original: Any, *args: Any, **kwargs: Any) -> Any:
+        def poison(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
             for tensor in output:
                 tensor[:] = torch.nan
-            if times > 1:
-                self.poc_test_poison_all(times - 1)
             return output
 
-        _replace_once(self.model_runner.model.model.layers[0], "forward", poison)
+        layer.forward = poison
+
+    def poc_test_heal(self) -> None:
+        """The first layer as it was before `poc_test_poison_all`."""
+        del self.model_runner.model.model.layers[0].forward
 
     def poc_test_hide(self, what: str) -> None:
         """Make the model one whose decoder layers or embedding cannot be found, until `poc_test_unhide`."""

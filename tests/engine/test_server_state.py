@@ -163,9 +163,10 @@ def test_a_model_that_gives_only_nan_ends_the_round(server: Client) -> None:
     """After three batches; a queued request goes on."""
     body = body_of(CASE, batch_size=4)
     del body["nonces"]
-    server.rpc("poc_test_poison_all", 3)
+    server.rpc("poc_test_poison_all")
     server.post("/api/v1/pow/init/generate", json=body).raise_for_status()
     until(lambda: server.status()["status"] == "IDLE")
+    server.rpc("poc_test_heal")
     assert "3 batches in a row gave only NaN or Inf" in server.status()["error"]
     assert golden_distance(server, CASE) < LIMIT
 
