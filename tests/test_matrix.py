@@ -140,6 +140,7 @@ def test_vectors_of_different_specs_are_not_compared():
 LOG = """\
 the server ended with status 1:
 INFO 11-21 starting, log_errors=True
+WARNING 11-21 Found ulimit of 20000. This can cause fd limit errors like `OSError: [Errno 24] Too many open files`.
 (EngineCore pid=7) ERROR 11-21 [core.py:1]   File "/venv/lib/site-packages/vllm/x.py", line 3, in f
 (EngineCore pid=7) ERROR 11-21 [core.py:1] AttributeError: 'Config' object has no attribute   'num_experts'
 (APIServer pid=5) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}

@@ -27,8 +27,9 @@ from tests.matrix.table import write_table
 
 MODEL = "llama"  # of tests/data/models; its vectors are kept
 DTYPES = ("float32", "float16")
-# A line of a log or a traceback that names an exception. Of those, what only says that another process failed is none.
-ERROR = re.compile(r"(?<![\w.])(?P<error>(?:\w+\.)*\w*(?:Error|Exception|Timeout): \S.*)")
+# A line of a log or a traceback that names an exception, and not a `quoted` one, as in vLLM's advice on open files. Of
+# those, what only says that another process failed is none.
+ERROR = re.compile(r"(?<![\w.`])(?P<error>(?:\w+\.)*\w*(?:Error|Exception|Timeout): \S.*)")
 NO_CAUSE = ("Engine core initialization failed", "WorkerProc initialization failed", "ServerStartError")
 FRAME = re.compile(r'File "(?:[^"]*site-packages/)?(?P<path>[^"]+)", line (?P<line>\d+), in ')
 MAX_MESSAGE = 300
