@@ -98,7 +98,7 @@ class CallbackRules:
                         raise ValueError("neither a host nor a range")
                     # httpx leaves out the port that is http's own
                     port = 80 if entry.endswith(":80") else url.port
-                    names.append((_name_of(url), port))
+                    names.append((name_of(url), port))
             except (httpx.InvalidURL, ValueError) as error:
                 raise ValueError(
                     f"{entry!a} is no host, host:port, *.suffix, address or CIDR range ({error})"
@@ -114,7 +114,7 @@ class CallbackRules:
         """Refuse a callback URL by its host as it is written. Raises RequestError with the reason."""
         try:
             parsed = httpx.URL(url)
-            name = _name_of(parsed)
+            name = name_of(parsed)
         except (httpx.InvalidURL, ValueError) as error:
             shown = shown_url(url)
             raise RequestError(f"the callback URL {shown!a} cannot be used: {printable(str(error))}") from error
@@ -223,7 +223,7 @@ def _port_of(url: httpx.URL) -> int:
     return url.port or (443 if url.scheme == "https" else 80)
 
 
-def _name_of(url: httpx.URL) -> str:
+def name_of(url: httpx.URL) -> str:
     """The host of `url` as names are compared: in lower case, IDNA-encoded, without the dot of the DNS root."""
     return _plain_name(url.raw_host.decode("ascii"))
 
@@ -248,8 +248,8 @@ def _as_address(name: str) -> Address | None:
 
 def _is_number(url: httpx.URL) -> bool:
     """Whether the host would be read as a number: its last label is digits, or 0x and hexadecimal digits."""
-    last_label = _name_of(url).rpartition(".")[2]
-    return _as_address(_name_of(url)) is None and re.fullmatch(r"\d+|0x[0-9a-f]*", last_label) is not None
+    last_label = name_of(url).rpartition(".")[2]
+    return _as_address(name_of(url)) is None and re.fullmatch(r"\d+|0x[0-9a-f]*", last_label) is not None
 
 
 def _all_forms(address: Address) -> list[Address]:

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 
 import httpx
 
-from gonka_poc.access import CallbackRules, CheckedTransport
+from gonka_poc.access import CallbackRules, CheckedTransport, name_of
 from gonka_poc.errors import RequestError
 from gonka_poc.outbox import Batch
 
@@ -96,7 +96,7 @@ class CallbackClient:
 
 def _host_of(url: str) -> str:
     try:
-        return httpx.URL(url).host
+        return name_of(httpx.URL(url))
     except (httpx.InvalidURL, ValueError):  # `post` says what is wrong
         return url
 

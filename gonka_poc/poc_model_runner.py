@@ -293,9 +293,10 @@ class PoCModelRunner:
         finish: Callable[[torch.Tensor], torch.Tensor | None]
         if isinstance(spec, VectorSpec):
             # what can be made ahead of the forward is, so that only the hidden states are missing when it ends
-            hooked, stronger_rng, finish = True, spec.poc_stronger_rng, self._vectors(spec, nonces)
+            hooked, normalise, stronger_rng = True, False, spec.poc_stronger_rng
+            finish = self._vectors(spec, nonces)
         else:
-            hooked, stronger_rng = spec.randomization == Randomization.LAYER_HOOKS, False
+            hooked, normalise, stronger_rng = spec.randomization == Randomization.LAYER_HOOKS, True, False
             finish = partial(self._distances, spec, nonces)
         reflections = self._round_of(spec.block_hash).reflections if hooked else {}
         embeddings = None
@@ -303,17 +304,23 @@ class PoCModelRunner:
             who, size = (spec.block_hash, spec.public_key, nonces), (spec.seq_len, view.hidden_size)
             embeddings = nonce_inputs(*who, *size, view.dtype, view.device, stronger_rng).flatten(0, 1)
         run = stack.enter_context(view.prefill(len(nonces), spec.seq_len))
-        # distances are compared far more closely than vectors are: all hosts compute them with the same operations
-        is_artifact = isinstance(spec, VectorSpec)
-        if is_artifact and self._compiler is not None:
+        compiler = self._compiler_for(spec)
+        if compiler is not None:
             stack.enter_context(view.compilable())
-            stack.enter_context(CompiledReflections(self._layers, reflections, self._compiler))
+            stack.enter_context(CompiledReflections(self._layers, reflections, compiler))
             if self._last_positions is not None:
                 stack.enter_context(self._last_positions.kept(len(nonces), spec.seq_len, view.device))
         elif reflections:
-            stack.enter_context(LayerReflections(self._layers, reflections, normalise=not is_artifact))
+            stack.enter_context(LayerReflections(self._layers, reflections, normalise))
         stack.enter_context(EmbeddingInjectionHook(view.model, embeddings))
         return run, finish
+
+    def _compiler_for(self, spec: VectorSpec | DistanceSpec) -> LayerCompiler | None:
+        """What runs the decoder layers of a batch; None for the plain forward.
+
+        Distances are compared far more closely than vectors are: all hosts compute them with the same operations.
+        """
+        return self._compiler if isinstance(spec, VectorSpec) else None
 
     def _last_hidden_states(
         self, output: torch.Tensor | None, spec: VectorSpec | DistanceSpec, nonces: Sequence[int]
@@ -322,7 +329,7 @@ class PoCModelRunner:
         if output is None:
             return None
         size = (len(nonces), self._view.hidden_size)
-        if isinstance(spec, VectorSpec) and self._compiler and self._last_positions and tuple(output.shape) == size:
+        if self._compiler_for(spec) and self._last_positions and tuple(output.shape) == size:
             return output
         expected = (len(nonces) * spec.seq_len, self._view.hidden_size)
         if tuple(output.shape) != expected:

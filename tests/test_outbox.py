@@ -702,11 +702,11 @@ print(json.dumps({
 """
 
 
-def test_memory_is_flat_over_many_rows(path):
-    """OUTBOX_TEST_ROWS=1000000 is the same at full length."""
+def over_many_rows(program, path):
+    """The number of rows, and what `program` printed of them. OUTBOX_TEST_ROWS=1000000 is the same at full length."""
     rows = int(os.environ.get("OUTBOX_TEST_ROWS", "48000"))
     done = subprocess.run(
-        [sys.executable, "-c", MANY_ROWS, path, str(rows)],
+        [sys.executable, "-c", program, path, str(rows)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -714,6 +714,11 @@ def test_memory_is_flat_over_many_rows(path):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     print(result)
+    return rows, result
+
+
+def test_memory_is_flat_over_many_rows(path):
+    rows, result = over_many_rows(MANY_ROWS, path)
     assert result["drained"] == rows
     assert result["grown"] < 10 * 2**20
     assert result["wal"] < 64 * 2**20
@@ -775,16 +780,7 @@ asyncio.run(main())
 
 
 def test_memory_is_flat_over_many_rows_that_are_sent(path):
-    """By the sender, to a receiver that hangs for the first half. OUTBOX_TEST_ROWS as above."""
-    rows = int(os.environ.get("OUTBOX_TEST_ROWS", "48000"))
-    done = subprocess.run(
-        [sys.executable, "-c", SENT_ROWS, path, str(rows)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    print(result)
+    """By the sender, to a receiver that hangs for the first half."""
+    rows, result = over_many_rows(SENT_ROWS, path)
     assert result["taken"] == rows
     assert result["grown"] < 20 * 2**20

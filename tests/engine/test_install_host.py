@@ -118,15 +118,19 @@ def vllm_skeleton() -> dict[str, str]:
         file = first.replace("/*.py", "/names.py").replace("*", "")
         owner, _, member = ".".join(name.path).rpartition(".")
         parameters = [f"{parameter}=None" for parameter in name.parameters]
-        if name.path[0].startswith("--"):
+        if name.name == "__main__":
+            lines.setdefault(file, []).append("if __name__ == '__main__': serve()")
+        elif name.name.startswith("-"):
             lines.setdefault(file, []).append(f"parser.add_argument({name.name!r})")
+        elif name.name.startswith("/"):
+            lines.setdefault(file, []).append(f"router.post({name.name!r})")
         elif owner == "state":
             lines.setdefault(file, []).append(f"state.{member} = 1")
         elif owner == "self":
             lines.setdefault(file, []).append(f"class Some:\n    def __init__(self): self.{member} = 1")
         elif owner:
-            text = f"def {member}(self, {', '.join(parameters)}): return 1" if name.is_call else f"{member}: int = 1"
-            members.setdefault((file, owner), []).append(text)
+            method = f"{'async def' if name.is_awaited else 'def'} {member}(self, {', '.join(parameters)}): return 1"
+            members.setdefault((file, owner), []).append(method if name.is_call else f"{member}: int = 1")
         elif name.is_call and member[0].isupper():
             members.setdefault((file, member), []).extend(f"{field}: int = 1" for field in name.parameters)
         else:
