@@ -101,19 +101,25 @@ class Probe(PoCWorkerExtension):
 
     def poc_test_poison_all(self) -> None:
         """The first layer gives only NaN, until `poc_test_heal`."""
+        self._replace_first_layer(lambda output: [tensor.fill_(torch.nan) for tensor in output])
+
+    def poc_test_slow_down(self, seconds: float) -> None:
+        """Each forward takes `seconds` longer, until `poc_test_heal`."""
+        self._replace_first_layer(lambda output: time.sleep(seconds))
+
+    def _replace_first_layer(self, then: Callable[[Any], object]) -> None:
         layer = self.model_runner.model.model.layers[0]
         original = layer.forward
 
-        def poison(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
-            for tensor in output:
-                tensor[:] = torch.nan
+            then(output)
             return output
 
-        layer.forward = poison
+        layer.forward = call
 
     def poc_test_heal(self) -> None:
-        """The first layer as it was before `poc_test_poison_all`."""
+        """The first layer as it was before `poc_test_poison_all` or `poc_test_slow_down`."""
         del self.model_runner.model.model.layers[0].forward
 
     def poc_test_hide(self, what: str) -> None:

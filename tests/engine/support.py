@@ -119,7 +119,8 @@ class Client(httpx.Client):
     """HTTP client of one server, with the calls that tests make often."""
 
     def __init__(self, url: str) -> None:
-        super().__init__(base_url=url, timeout=120, trust_env=False)
+        # httpx opens 100 connections unless told; tests have more chats than that
+        super().__init__(base_url=url, timeout=120, trust_env=False, limits=httpx.Limits(max_connections=None))
 
     def chat(self, text: str = "count", max_tokens: int = 24) -> list[int]:
         """Token ids of a greedy answer."""

@@ -70,16 +70,20 @@ def test_serving_kv_cache_is_byte_identical_and_its_prefix_cache_still_hits(serv
 
 
 def test_chat_goes_first_and_neither_disturbs_the_other(server: Client) -> None:
-    alone = server.chat("long", max_tokens=900)
+    alone = server.chat("long", max_tokens=300)
     answers: list[list[int]] = []
-    chat = threading.Thread(target=lambda: answers.append(server.chat("long", max_tokens=900)))
-    chat.start()
-    until(lambda: metric(server, "vllm:num_requests_running") > 0)
-    request_id = server.post("/api/v1/pow/generate", json=body_of(CASE)).json()["request_id"]
-    assert server.poll(request_id)["status"] == "running"
-    assert chat.is_alive(), "the chat ended too soon to show anything; let it make more tokens"
-    answer = server.outcome(request_id)
-    chat.join()
+    chat = threading.Thread(target=lambda: answers.append(server.chat("long", max_tokens=300)))
+    server.rpc("poc_test_slow_down", 0.02)
+    try:
+        chat.start()
+        until(lambda: metric(server, "vllm:num_requests_running") > 0)
+        request_id = server.post("/api/v1/pow/generate", json=body_of(CASE)).json()["request_id"]
+        assert server.poll(request_id)["status"] == "running"
+        assert chat.is_alive(), "the chat ended too soon to show anything; let it make more tokens"
+        answer = server.outcome(request_id)
+        chat.join()
+    finally:
+        server.rpc("poc_test_heal")
     assert answers == [alone]
     vectors = decoded([artifact["vector_b64"] for artifact in answer["artifacts"]], CASE["k_dim"])
     assert max_distance(vectors, decoded(CASE["vectors_b64"], CASE["k_dim"])) < LIMIT
