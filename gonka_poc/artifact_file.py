@@ -37,6 +37,11 @@ class ArtifactFile(BaseModel):
         """All that the vectors depend on; two files with the same can be joined."""
         return self.model_dump(include={"model", "seq_len", "k_dim", "block_hash", "public_key", "poc_stronger_rng"})
 
+    def differences(self, other: ArtifactFile) -> list[str]:
+        """The names in `asked` of which `other` has another value."""
+        theirs = other.asked
+        return [name for name, value in self.asked.items() if theirs[name] != value]
+
 
 def read_artifact_file(path: Path) -> ArtifactFile:
     """Raises ArtifactFileError saying what is wrong where."""

@@ -83,7 +83,8 @@ class CallbackClient:
                     return Answer(taken=True, refused=False)
                 status = response.status_code
                 retry_after = response.headers.get("retry-after") if status in (429, 503) else None
-                reason = f"answered {status}: {await _beginning(response)}"
+                beginning = await _beginning(response)
+                reason = f"answered {status}: {beginning}" if beginning else f"answered {status}"
                 refused = 400 <= status < 500 and status not in (408, 429)
                 return Answer(False, refused, seconds_to_wait(retry_after), reason)
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # ValueError: a host that cannot be encoded

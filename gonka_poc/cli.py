@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from gonka_poc import __version__
@@ -105,6 +105,7 @@ def generate(
         there = {artifact.nonce for artifact in file.artifacts}
         missing = [nonce for nonce in nonces if nonce not in there]
         write_artifact_file(out, file)  # now, so that a path that cannot be written costs no computation
+        _say_if_it_waits(client)
         save_at = _next_save(len(file.artifacts))
 
         def keep(artifacts: list[Artifact]) -> None:
@@ -134,10 +135,15 @@ def generate(
     return PASS
 
 
+def _say_if_it_waits(client: PoCClient) -> None:
+    if client.status().status == "GENERATING":
+        say("a round generates there: this waits until it has ended (`gonka-poc stop` ends it, and what waits with it)")
+
+
 def _goes_on(out: Path, wanted: ArtifactFile) -> ArtifactFile:
     """The file that is there, if its artifacts are of the same kind; all else in it stays as it is."""
     existing = read_artifact_file(out)
-    different = [name for name, value in wanted.asked.items() if existing.asked[name] != value]
+    different = wanted.differences(existing)
     if different:
         raise ArtifactFileError(f"{out} exists and has another {', '.join(different)}; name another --out")
     return existing
@@ -179,8 +185,10 @@ def validate(
     stat_test = content.stat_test.model_copy(update={k: v for k, v in given.items() if v is not None})
     if model is not None:
         content = content.model_copy(update={"model": model})
-    with PoCClient(url, token=token) as client, progress_bar("validating", len(content.artifacts)) as progress:
-        verdict = client.validate(content, stat_test, batch_size, progress)
+    with PoCClient(url, token=token) as client:
+        _say_if_it_waits(client)
+        with progress_bar("validating", len(content.artifacts)) as progress:
+            verdict = client.validate(content, stat_test, batch_size, progress)
     if as_json:
         print_json(dataclasses.asdict(verdict))
     else:
@@ -276,12 +284,17 @@ def outbox(context: click.Context, path: str | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, for machines.")
 @click.pass_obj
 def outbox_list(path: str, as_json: bool) -> int:
-    """What is in the outbox, the oldest first."""
+    """What is in the outbox, the oldest first.
+
+    \b
+    gonka-poc outbox list
+    gonka-poc outbox --path /var/lib/poc/outbox.sqlite3 list
+    """
     batches = summary(path)
     if as_json:
         print_json([{**dataclasses.asdict(batch), "url": shown_url(batch.url)} for batch in batches])
         return PASS
-    table = Table("id", "status", "receiver", "artifacts", "tries", "created", "reason")
+    table = Table("id", "status", Column("receiver", overflow="fold"), "artifacts", "tries", "created", "reason")
     for batch in batches:
         created = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(batch.created_at))
         cells = (
@@ -311,13 +324,17 @@ def _chosen(command: Callable[..., Any]) -> Callable[..., Any]:
 @_chosen
 @click.pass_obj
 def outbox_retry(path: str, url: str | None, ids: tuple[int, ...], as_json: bool) -> int:
-    """Let the server send parked and kept batches again; one that runs does so at once, else the next one."""
+    """Let the server send parked and kept batches again; one that runs does so at once, else the next one.
+
+    \b
+    gonka-poc outbox retry --url http://receiver.example:9000
+    """
     count = retry_parked(path, url=url, ids=ids or None)
     if as_json:
         print_json({"batches": count})
     else:
-        click.echo(f"{count} batches are to be sent again")
-    return PASS
+        click.echo(f"{_batches(count)} to be sent again")
+    return _found(count, url, ids)
 
 
 @outbox.command("purge")
@@ -325,13 +342,29 @@ def outbox_retry(path: str, url: str | None, ids: tuple[int, ...], as_json: bool
 @click.option("--undelivered", is_flag=True, help="Also those that are still to be sent: their artifacts are lost")
 @click.pass_obj
 def outbox_purge(path: str, url: str | None, ids: tuple[int, ...], as_json: bool, undelivered: bool) -> int:
-    """Delete parked batches for good."""
+    """Delete parked batches for good.
+
+    \b
+    gonka-poc outbox purge --id 7
+    """
     count = purge(path, url=url, ids=ids or None, undelivered=undelivered)
     if as_json:
         print_json({"batches": count})
     else:
-        click.echo(f"{count} batches deleted")
-    return PASS
+        click.echo(f"{_batches(count)} deleted")
+    return _found(count, url, ids)
+
+
+def _batches(count: int) -> str:
+    return f"{count} {'batch' if count == 1 else 'batches'}"
+
+
+def _found(count: int, url: str | None, ids: tuple[int, ...]) -> int:
+    """The exit status; an error where batches were named and there was none of them."""
+    if count or not (url or ids):
+        return PASS
+    say("none of these batches is in a state for that; `gonka-poc outbox list` shows what there is")
+    return ERROR
 
 
 def main(args: list[str] | None = None) -> None:
@@ -350,7 +383,7 @@ def main(args: list[str] | None = None) -> None:
         say("stopped")
         status = INTERRUPTED
     except PoCError as error:
-        say(f"{type(error).__name__}: {error}")
+        say(f"Error: {error}")
         status = ERROR
     sys.exit(status)
 

@@ -70,17 +70,20 @@ Polled = PendingAnswer | ArtifactsAnswer | ValidationAnswer | FailedAnswer
 
 
 class PoCClient:
-    """One server. Every method raises ServerAnswerError where the server refuses or cannot be reached."""
+    """One server. Everything raises ServerAnswerError where the server refuses, cannot be reached or cannot be one."""
 
     def __init__(
         self, url: str, timeout: float | None = None, token: str | None = None, api_key: str | None = None
     ) -> None:
-        """`timeout` in seconds for one answer; None waits as long as the server works (chat goes first there).
+        """`url`: of the server, or of its API there. `timeout`: seconds for one answer; None waits as long as the
+        server works (chat goes first there).
 
         `token` is the server's POC_API_TOKEN, `api_key` vLLM's own, for /v1.
         """
         self._token, self._api_key = token, api_key
-        self.url = url.rstrip("/")
+        self.url = url.rstrip("/").removesuffix(PREFIX)
+        if not _is_address(self.url):
+            raise ServerAnswerError(f"{url!a} is no address of a server: write it as http://HOST:PORT")
         # what fails before the request has left is tried again; what may have reached the server is not
         self._http = httpx.Client(
             base_url=self.url,
@@ -228,15 +231,25 @@ class PoCClient:
         headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         try:
             response = self._http.request(method, path, json=body, headers=headers)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+        except httpx.HTTPError as error:
             raise ServerAnswerError(
                 f"{self.url} cannot be reached: {str(error) or type(error).__name__}; is the server running there?"
             ) from error
         if response.status_code == 404 and path.startswith(PREFIX):
             raise ServerAnswerError(f"{self.url} has no {PREFIX}: start it with --middleware {MIDDLEWARE}")
+        if response.status_code == 401 and path.startswith(PREFIX):
+            raise ServerAnswerError(f"{self.url} answered 401: give the server's POC_API_TOKEN with --token")
         if not response.is_success:
             raise ServerAnswerError(f"{self.url}{path} answered {response.status_code}: {_detail(response)}")
         return response
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        return False
+    return parsed.scheme in ("http", "https") and bool(parsed.host)
 
 
 def round_request(file: ArtifactFile, batch_size: int, url: str | None = None) -> InitGenerateRequest:
@@ -258,6 +271,8 @@ def _detail(response: httpx.Response) -> str:
     try:
         detail = response.json()["detail"]
     except (ValueError, KeyError, TypeError):
+        if "<html" in response.text[:500].lower():
+            return "a page of HTML; is it a vLLM server with gonka_poc?"
         return response.text[:500]
     if isinstance(detail, list):
         return "; ".join(f"{'.'.join(map(str, item['loc'][1:]))}: {item['msg']}" for item in detail)

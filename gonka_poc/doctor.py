@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -346,11 +347,13 @@ def doctor_command(json_output: bool = False, runner: Path | None = None, python
 
 def print_checks(checks: Sequence[Check], json_output: bool) -> int:
     """Print the checks; 1 if one failed."""
-    failed = any(check.state == "fail" for check in checks)
+    states = Counter(check.state for check in checks)
+    failed = states["fail"] > 0
     if json_output:
         print(json.dumps({"ok": not failed, "checks": [asdict(check) for check in checks]}, indent=2))
     else:
         print_table(checks)
+        print(", ".join(f"{states[state]} {state}" for state in ("ok", "warn", "fail") if states[state]))
     return 1 if failed else 0
 
 

@@ -27,6 +27,7 @@ from gonka_poc.tools.bench import ONLY_OFFLINE, Bench, Sizes, bench_server, meas
 from gonka_poc.vllm_compat import attention_flops, weights_per_token
 
 CPU = torch.device("cpu")
+MODEL_FOLDER = str(Path(__file__).parent / "data" / "models" / "qwen3")
 
 
 # --- flops ------------------------------------------------------------------------------------------------------
@@ -370,9 +371,9 @@ def test_a_server_that_does_not_complete_prompts():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--offline", ".", "--url", "http://127.0.0.1:1"], "--url makes no sense with --offline"),
-        (["--offline", ".", "--model", "x"], "--model makes no sense with --offline"),
-        (["--offline", ".", "--callback-url", "http://x"], "--callback-url makes no sense with --offline"),
+        (["--offline", MODEL_FOLDER, "--url", "http://127.0.0.1:1"], "--url makes no sense with --offline"),
+        (["--offline", MODEL_FOLDER, "--model", "x"], "--model makes no sense with --offline"),
+        (["--offline", MODEL_FOLDER, "--callback-url", "http://x"], "--callback-url makes no sense with --offline"),
         (["--server-args", "--dtype float16"], "--server-args needs --offline"),
         (["--offline", "not-there"], "'not-there' does not exist"),
         (["--seconds", "0"], "--seconds"),

@@ -12,10 +12,12 @@ from engineless import engineless_server, run
 from fakes import MODEL, FakeManager
 
 from gonka_poc import cli, cli_common
-from gonka_poc.data import Artifact, StatTest
+from gonka_poc.data import Artifact, StatTest, StatusAnswer
 from gonka_poc.demo import Row
 from gonka_poc.errors import ComputeError, RequestError
+from gonka_poc.outbox import Outbox
 from gonka_poc.server_process import free_port
+from gonka_poc.tools.receive import Receiver
 
 
 @pytest.fixture
@@ -190,12 +192,50 @@ def test_status_for_machines(server, capsys):
     assert json.loads(capsys.readouterr().out) == {"status": "IDLE", "config": None, "stats": None}
 
 
+def test_commands_that_wait_for_a_round_say_so(server, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "a.json"
+    assert generate(server, out) == 0
+    assert "a round generates there" not in capsys.readouterr().err
+    status = StatusAnswer(status="GENERATING", config=None, stats=None)
+    monkeypatch.setattr(cli.PoCClient, "status", lambda self: status)
+    assert generate(server, out, "0-12") == 0
+    assert "a round generates there: this waits" in capsys.readouterr().err
+    assert run("validate", out, "--url", server.url) == 0
+    assert "a round generates there: this waits" in capsys.readouterr().err
+
+
+# --- outbox -----------------------------------------------------------------------------------------------------
+
+
+def test_outbox_commands_name_what_there_is_not(tmp_path, capsys):
+    path = tmp_path / "outbox.sqlite3"
+    Outbox(str(path), 10**6).close()
+    for command in ("retry", "purge"):
+        assert run("outbox", "--path", path, command) == 0
+        assert "0 batches" in capsys.readouterr().out
+        assert run("outbox", "--path", path, command, "--id", "99") == 1
+        assert "none of these batches" in capsys.readouterr().err
+
+
 # --- errors -----------------------------------------------------------------------------------------------------
 
 
 def test_a_server_that_is_not_there(capsys):
     assert run("status", "--url", f"http://127.0.0.1:{free_port()}") == 1
     assert "cannot be reached" in capsys.readouterr().err
+    for address in ("127.0.0.1:8000", "http://[::1"):
+        assert run("status", "--url", address) == 1
+        assert "write it as http://HOST:PORT" in capsys.readouterr().err
+
+
+def test_the_address_of_the_api_is_one_of_the_server(server):
+    assert run("status", "--url", f"{server.url}/api/v1/pow/") == 0
+
+
+def test_a_server_of_something_else(capsys):
+    with Receiver() as receiver:
+        assert run("status", "--url", receiver.url) == 1
+    assert capsys.readouterr().err.strip().endswith("a page of HTML; is it a vLLM server with gonka_poc?")
 
 
 def test_a_refusal_is_shown_as_the_server_says_it(server, tmp_path, capsys):

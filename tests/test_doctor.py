@@ -283,3 +283,11 @@ def test_entry_point_turns_proofs_on(monkeypatch: pytest.MonkeyPatch, given: lis
     monkeypatch.setattr(api_router.serve, "main", lambda: seen.append(sys.argv[1:]))
     api_router.main()
     assert seen == [["--model", "m", "--enable-poc"]]
+
+
+def test_checks_end_with_a_count_of_each_state(capsys):
+    checks = [doctor.Check("a", "ok", "x"), doctor.Check("b", "fail", "x"), doctor.Check("c", "ok", "x")]
+    assert doctor.print_checks(checks, json_output=False) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "2 ok, 1 fail"
+    assert doctor.print_checks(checks[:1], json_output=False) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "1 ok"

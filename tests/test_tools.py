@@ -296,8 +296,19 @@ def test_report_as_a_table_needs_no_matplotlib(files, capsys, monkeypatch):
     assert "FRAUD" in shown
     assert "pass" in shown
     assert run("report", *files, "--png", files[0].with_suffix(".png")) == 1
-    assert "pip install 'gonka-poc[tools]'" in capsys.readouterr().err
+    assert "pip install matplotlib" in capsys.readouterr().err
     assert not files[0].with_suffix(".png").exists()
+
+
+@pytest.mark.parametrize("changed", [{"seq_len": 8}, {"block_hash": "other"}, {"poc_stronger_rng": True}], ids=str)
+def test_report_accuses_nobody_of_vectors_that_were_asked_otherwise(files, capsys, changed):
+    write_artifact_file(
+        files[1], read_artifact_file(files[1]).model_copy(update={"model": "its name there", **changed})
+    )
+    assert run("report", *files) == 1
+    captured = capsys.readouterr()
+    assert f"cannot be compared: they have another {next(iter(changed))}" in captured.err
+    assert "FRAUD" not in captured.out
 
 
 def test_report_of_one_file_says_what_is_missing(files, capsys):
@@ -385,6 +396,21 @@ def test_calibrate_on_the_command_line(server, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["r_target"] == pytest.approx(math.sqrt(2) - 0.8416 * 0.0078, abs=2e-3)
     assert [block["nonces"] for block in found["blocks"]] == [100] * 4
+
+
+def test_calibrate_without_matplotlib_loses_no_measurement(server, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    args = ("calibrate", "--url", server.url, "--rate", "0.2", "--nonces", "40", "--blocks", "2")
+    assert run(*args, "--png", tmp_path / "d.png") == 1
+    captured = capsys.readouterr()
+    assert "r_target 1.4" in captured.out
+    assert "pip install matplotlib" in captured.err
+
+
+@pytest.mark.parametrize("command", ["smoke --model", "e2e --models", "bench --offline"])
+def test_a_folder_without_a_model_is_seen_before_a_server_is_started(command, tmp_path, capsys):
+    assert run(*command.split(), tmp_path) == 1
+    assert "there is no config.json in it" in capsys.readouterr().err
 
 
 def test_calibrate_leaves_a_round_alone(server, capsys):
@@ -479,6 +505,7 @@ FRAUDS = {"wrong block hash", "wrong public key", "fabricated nonces"}
 def test_e2e_finds_what_is_wrong(monkeypatch, tmp_path, capsys, fault, found):
     monkeypatch.setattr(prover, "QUIET_SEC", 0.2)
     out, keep = tmp_path / "r.jsonl", tmp_path / "kept"
+    (tmp_path / "config.json").write_text("{}")
     with engineless_server(Broken(fault)) as server:
         monkeypatch.setattr("gonka_poc.tools.e2e.server_of", lambda *_: NoProcess(server.url))
         sizes = ("--nonces", "60", "--seq-len", "4", "--batch-size", "16")

@@ -35,7 +35,7 @@ from gonka_poc.client import PoCClient
 from gonka_poc.data import Randomization, StatTest
 from gonka_poc.errors import ArtifactFileError, PoCError, printable
 from gonka_poc.tools import bench
-from gonka_poc.tools.calibrate import block_hashes, calibrate, measure_distances
+from gonka_poc.tools.calibrate import Calibration, block_hashes, calibrate, measure_distances
 from gonka_poc.tools.checks import Check, ResultFile
 from gonka_poc.tools.coexist import Load, coexist
 from gonka_poc.tools.compare import Comparison, compare
@@ -48,9 +48,22 @@ from gonka_poc.tools.report import HEAD, as_html, plot_of, row_of
 from gonka_poc.tools.smoke import smoke
 
 FilePath = click.Path(dir_okay=False, path_type=Path)
-ModelPath = click.Path(exists=True, file_okay=False, path_type=Path)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, for machines.")
 theme_option = click.option("--theme", type=click.Choice(["light", "dark"]), default="light", show_default=True)
+
+
+class ModelFolder(click.Path):
+    """A folder with a model's configuration, so that a wrong one is known before a server has tried it."""
+
+    def __init__(self) -> None:
+        super().__init__(exists=True, file_okay=False, path_type=Path)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """The folder. Fails where it holds no configuration, of Hugging Face's form or Mistral's."""
+        folder = Path(str(super().convert(value, param, ctx)))
+        if not any((folder / name).is_file() for name in ("config.json", "params.json")):
+            self.fail(f"{str(folder)!r} holds no model: there is no config.json in it", param, ctx)
+        return folder
 
 
 def register(app: click.Group) -> None:
@@ -255,13 +268,18 @@ def calibrate_command(
         )
     found = calibrate(distances, rate)
     pooled = np.concatenate(list(distances.values()))
-    if png is not None:
-        marks = {f"r_target ({rate:.0%} valid)": found.r_target, "mean": found.mean}
-        save_png(value_histogram(pooled, marks, "Distances of the served model", theme_of(theme)), png)
     if as_json:
         print_json({**dataclasses.asdict(found), "standard_errors_from_sqrt2": found.standard_errors_from_sqrt2})
-        return PASS
-    for line in terminal_histogram(pooled, found.r_target):
+    else:
+        _print_calibration(found, rate, pooled)
+    if png is not None:  # last, so that a missing matplotlib costs no measurement
+        marks = {f"r_target ({rate:.0%} valid)": found.r_target, "mean": found.mean}
+        save_png(value_histogram(pooled, marks, "Distances of the served model", theme_of(theme)), png)
+    return PASS
+
+
+def _print_calibration(found: Calibration, rate: float, distances: np.ndarray) -> None:
+    for line in terminal_histogram(distances, found.r_target):
         click.echo(line)
     table = Table("block hash", "nonces", "mean distance", "valid", "95% interval")
     for block in found.blocks:
@@ -274,7 +292,6 @@ def calibrate_command(
         f"{found.rate_sd_by_chance:.2%}; p = {found.p_same:.2g} that the block makes no difference"
     )
     click.echo(f"mean {found.mean:.5f}: {found.standard_errors_from_sqrt2:.1f} standard errors from sqrt(2)")
-    return PASS
 
 
 # --- servers that a tool starts ---------------------------------------------------------------------------------
@@ -342,7 +359,7 @@ def _failed(results: list[Check]) -> Callable[[], bool]:
 
 
 @click.command("smoke")
-@click.option("--model", type=ModelPath, required=True, help="A folder with a model.")
+@click.option("--model", type=ModelFolder(), required=True, help="A folder with a model.")
 @sizes_options
 def smoke_command(model: Path, server_args: str, keep: Path | None, as_json: bool, **sizes: int) -> int:
     """Start a server of a model and look at what it computes, of both protocols. PASS or FAIL a line.
@@ -360,8 +377,8 @@ def smoke_command(model: Path, server_args: str, keep: Path | None, as_json: boo
 
 
 @click.command("e2e")
-@click.option("--models", type=ModelPath, multiple=True, required=True, help="Folders with models, one or more.")
-@click.argument("more_models", metavar="[DIR]...", type=ModelPath, nargs=-1)
+@click.option("--models", type=ModelFolder(), multiple=True, required=True, help="Folders with models, one or more.")
+@click.argument("more_models", metavar="[DIR]...", type=ModelFolder(), nargs=-1)
 @click.option("--out", type=FilePath, help="Write the results here, a line of JSON each.")
 @sizes_options
 def e2e_command(
@@ -419,7 +436,7 @@ def coexist_command(
 
 
 @click.command("bench")
-@click.option("--offline", type=ModelPath, help="A folder with a model, run by this command instead of a server.")
+@click.option("--offline", type=ModelFolder(), help="A folder with a model, run by this command instead of a server.")
 @click.option("--server-args", default="", help='vLLM\'s options for --offline, as one text: "--dtype float16 ..."')
 @click.option("--model", help="A served model name [default: the one that is served]")
 @click.option("--api-key", envvar="VLLM_API_KEY", help="vLLM's own, for its prefill [env: VLLM_API_KEY]")
@@ -506,16 +523,27 @@ def report(
 ) -> int:
     """L2 distances of the vectors of each FILE from those of the first, with the thresholds of the first.
 
+    It shows what is in the files, and ends with 0 also where that is a fraud; `validate` is for a verdict.
+
     \b
     gonka-poc report recomputed.json honest.json tampered.json --html report.html --png report.png
     """
     if len(files) < 2:
         raise click.UsageError("name the reference, and one file or more to compare with it")
     first, *others = (read_artifact_file(file) for file in files)
+    for path, other in zip(files[1:], others, strict=True):
+        different = [name for name in first.differences(other) if name != "model"]  # a name may differ between hosts
+        if different:
+            what = ", ".join(different)
+            raise ArtifactFileError(f"{path} and {files[0]} cannot be compared: they have another {what}")
     stat_test: StatTest = first.stat_test
     if dist_threshold is not None:
         stat_test = stat_test.model_copy(update={"dist_threshold": dist_threshold})
     comparisons = [compare(path.stem, other, first, stat_test) for path, other in zip(files[1:], others, strict=True)]
+    if as_json:
+        print_json([{"file": str(path), **_figures(c)} for path, c in zip(files[1:], comparisons, strict=True)])
+    else:
+        _print_table(comparisons)
     if png is not None:
         save_png(plot_of(comparisons, stat_test, theme_of(theme)), png)
     if page is not None:
@@ -523,8 +551,4 @@ def report(
             page.write_text(as_html(first, comparisons, stat_test), encoding="utf-8")
         except OSError as error:
             raise ArtifactFileError(f"cannot write {page}: {error.strerror}") from error
-    if as_json:
-        print_json([{"file": str(path), **_figures(c)} for path, c in zip(files[1:], comparisons, strict=True)])
-    else:
-        _print_table(comparisons)
     return PASS

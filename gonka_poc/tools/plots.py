@@ -1,4 +1,4 @@
-"""Plots by matplotlib (an extra: `pip install gonka-poc[tools]`), light and dark, and in the terminal."""
+"""Plots by matplotlib (an extra, `tools`), light and dark, and in the terminal."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def _empty(title: str, num_rows: int, theme: Theme) -> tuple[Figure, list[Any]]:
     try:
         from matplotlib.figure import Figure as NewFigure
     except ImportError as error:
-        raise ToolError("plots need matplotlib, which is not installed: pip install 'gonka-poc[tools]'") from error
+        raise ToolError("plots need matplotlib, which is not installed: pip install matplotlib") from error
     figure = NewFigure(figsize=(9, 4.8 if num_rows == 1 else 1.2 + 1.6 * num_rows), layout="constrained")
     figure.set_facecolor(theme.paper)
     figure.suptitle(_plain(title), color=theme.ink)

@@ -83,14 +83,15 @@ class Receiver:
         self.summary = Summary()
         self._file: TextIO | None = None
         try:
+            self._server = ThreadingHTTPServer((host, port), self._handler())
+        except OSError as error:
+            raise ToolError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
+        try:
             if out is not None:
                 self._file = out.open("a", encoding="utf-8")
         except OSError as error:
+            self._server.server_close()
             raise ArtifactFileError(f"cannot write {out}: {error.strerror}") from error
-        try:
-            self._server = ThreadingHTTPServer((host, port), self._handler())
-        except OSError as error:
-            raise ToolError(f"cannot listen on {host}:{port}: {error.strerror}") from error
         self.url = f"http://{host}:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
 

@@ -78,9 +78,9 @@ def test_offline(servers: Servers, tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("model", "server_args", "sizes", "text"),
     [
-        ("qwen3", "--no-such-option", (), "ServerStartError: vLLM does not take these options"),
-        (None, SERVER_ARGS, (), "ServerStartError: vLLM could not start"),
-        ("qwen3", SERVER_ARGS, ("--k-dim", "257"), "RequestError: k_dim 257 is larger than the model's hidden size"),
+        ("qwen3", "--no-such-option", (), "Error: vLLM does not take these options"),
+        (None, SERVER_ARGS, (), "Error: vLLM could not start"),
+        ("qwen3", SERVER_ARGS, ("--k-dim", "257"), "Error: k_dim 257 is larger than the model's hidden size"),
     ],
     ids=["option", "model", "k_dim"],
 )
@@ -89,6 +89,7 @@ def test_offline_that_cannot_be(
 ) -> None:
     servers.stop()
     folder = DATA / "models" / model if model else tmp_path
+    (tmp_path / "config.json").write_text("{}")
     done = bench("--offline", folder, "--server-args", server_args, *SIZES, *sizes)
     assert done.returncode == 1
     assert done.stdout == ""
