@@ -21,11 +21,14 @@ from tests.engine.support import MODEL, POW, Client, ServerConfig, body_of, gold
 CASE = golden_cases("qwen3")[0]
 ROUND = {key: value for key, value in body_of(CASE).items() if key != "nonces"}
 BACKOFF_SEC = 0.05
-TOKENS = 900
+# a step of the chat is slowed down, so that it lasts while it is looked at, on any machine
+TOKENS, STEP_SEC = 300, 0.03
 # vLLM ends its server with its engine, unless it is told to stay; then /status can still say what happened
 CONFIG = ServerConfig(
     args=("--enforce-eager", "--max-num-batched-tokens", "1024"),
-    env=(("POC_PRIORITY", "poc"), ("VLLM_KEEP_ALIVE_ON_ENGINE_DEATH", "1")),
+    env=(("POC_PRIORITY", "poc"), ("VLLM_KEEP_ALIVE_ON_ENGINE_DEATH", "1"), ("VLLM_SERVER_DEV_MODE", "1")),
+    extension="tests.engine.extension.Probe",
+    direct=True,
 )
 
 
@@ -123,6 +126,7 @@ def test_proof_goes_first_and_a_running_chat_ends_first(process: ServerProcess) 
     assert before["/v1/chat/completions"][0] == 200
     assert 503 not in {status for status, _ in before.values()}
 
+    client.rpc("poc_test_slow_down", STEP_SEC)
     with Stream(process.url) as alone:
         share_alone, *_ = while_chat_runs(client, process)
 
@@ -130,6 +134,7 @@ def test_proof_goes_first_and_a_running_chat_ends_first(process: ServerProcess) 
         client.post(f"{POW}/init/generate", json=ROUND).raise_for_status()
         during = chat_statuses(client)
         share, skips_a_second, processed = while_chat_runs(client, process)
+    client.rpc("poc_test_heal")
     assert {status for status, _ in during.values()} == {503}, during
     assert all(int(retry_after or 0) > 0 for _, retry_after in during.values())
     assert (alone.status, alone.finished) == (stream.status, stream.finished) == (200, "length")
