@@ -42,7 +42,8 @@ def measure(report: Report, model: Path, logs: Path) -> dict[str, np.ndarray]:
         options = ["--attention-backend", backend, "--max-num-batched-tokens", str(BATCH * SEQ_LEN)]
         # a stated cache size: servers that start side by side would disturb each other's memory profiling
         options += ["--kv-cache-memory-bytes", "6G", *MODES[mode]]
-        with server(model, logs, f"{mode}-{backend}", "bfloat16", 0.2, *options) as url:
+        env = {"VLLM_CACHE_ROOT": str(logs / f"cache-{mode}-{backend}")}  # no two compile into one folder
+        with server(model, logs, f"{mode}-{backend}", "bfloat16", 0.2, *options, env=env) as url:
             return one_server(report, url, spec, nonces, {})
 
     kinds = list(itertools.product(MODES, BACKENDS))
