@@ -9,8 +9,10 @@ exits 1 if a limit is broken. Takes about five minutes on one H200.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import json
+import re
 import shutil
 import sys
 import time
@@ -83,6 +85,12 @@ def server_vectors(url: str, spec: VectorSpec, nonces: Sequence[int]) -> np.ndar
 def greedy_chat(url: str) -> list[int]:
     answer = post(url, "/v1/chat/completions", {"model": "m", "return_token_ids": True, **CHAT})
     return answer["choices"][0]["token_ids"]
+
+
+def warm_up_answer(log: Path) -> dict[str, Any]:
+    """What the first worker said of its compiled layers: {"compiled": bool, "distance": L2 to the plain forward}."""
+    found = re.findall(r"PoC warmed up with .*?: \[(\{.*?\})", log.read_text(errors="replace"))
+    return ast.literal_eval(found[-1]) if found else {"compiled": None, "distance": None}
 
 
 def largest_l2(a: np.ndarray, b: np.ndarray) -> float:
@@ -194,6 +202,8 @@ def shape_rows(report: Report, logs: Path, work: Path) -> None:
             with server(model, logs, name, dtype_name, 0.5, "--max-num-batched-tokens", "32768", *options) as url:
                 row = one_server(report, url, spec, nonces, references)
             vectors[mode] = row.pop("vectors")
+            warm_up = warm_up_answer(logs / f"{name}.log")
+            row |= {"compiled layers": warm_up["compiled"], "their L2 to the plain forward": warm_up["distance"]}
             row = {"dtype": dtype_name, "server": mode, "torch's own": own_rounding, **row}
             # the server may be as far from float32 as torch in the same dtype is, with room for another order of sums
             nearest = min(row[key] for key in row if key.startswith("L2 to"))

@@ -23,56 +23,82 @@ from typing import Any
 import numpy as np
 
 from gonka_poc.data import VectorSpec
-from tests.gpu.core_table import BATCH, K_DIM, SEQ_LEN, Report, largest_l2, make_qwen3_06b, one_server, server, table
+from tests.gpu.core_table import (
+    BATCH,
+    K_DIM,
+    SEQ_LEN,
+    Report,
+    largest_l2,
+    make_qwen3_06b,
+    one_server,
+    server,
+    table,
+    warm_up_answer,
+)
 
+WEIGHTS = {"dummy": ["--load-format", "dummy", "--seed", "0"], "random": []}
 MODES = {"eager": ["--enforce-eager"], "compiled": []}
 BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
+KINDS = tuple(itertools.product(MODES, BACKENDS))
 REFERENCE = "0.25.1"
 # twice the distance of torch's own bfloat16 from float32 on this shape (docs/gpu.md)
 LIMIT = 6.4e-2
 
+# float32 [BATCH, K_DIM] by "WEIGHTS MODE BACKEND"
 Vectors = Mapping[str, np.ndarray]
 
 
-def measure(report: Report, model: Path, logs: Path) -> dict[str, np.ndarray]:
-    """float32 [BATCH, K_DIM] of each kind of server; they start side by side."""
+def measure(report: Report, model: Path, logs: Path) -> Vectors:
+    """The vectors of each kind of server, with vLLM's dummy weights and with those of `model`; all side by side."""
     spec, nonces = VectorSpec("versions", "host", SEQ_LEN, K_DIM), list(range(BATCH))
 
-    def one(mode: str, backend: str) -> dict[str, Any]:
+    def one(name: str) -> dict[str, Any]:
+        weights, mode, backend = name.split()
+        slug = name.replace(" ", "-")
         options = ["--attention-backend", backend, "--max-num-batched-tokens", str(BATCH * SEQ_LEN)]
         # a stated cache size: servers that start side by side would disturb each other's memory profiling
-        options += ["--kv-cache-memory-bytes", "6G", *MODES[mode]]
-        env = {"VLLM_CACHE_ROOT": str(logs / f"cache-{mode}-{backend}")}  # no two compile into one folder
-        with server(model, logs, f"{mode}-{backend}", "bfloat16", 0.2, *options, env=env) as url:
-            return one_server(report, url, spec, nonces, {})
+        options += ["--kv-cache-memory-bytes", "2G", *MODES[mode], *WEIGHTS[weights]]
+        env = {"VLLM_CACHE_ROOT": str(logs / f"cache-{slug}")}  # no two compile into one folder
+        with server(model, logs, slug, "bfloat16", 0.1, *options, env=env) as url:
+            return {**one_server(report, url, spec, nonces, {}), **warm_up_answer(logs / f"{slug}.log")}
 
-    kinds = list(itertools.product(MODES, BACKENDS))
-    with ThreadPoolExecutor(len(kinds)) as pool:
-        rows = list(pool.map(lambda kind: one(*kind), kinds))
-    for kind, row in zip(kinds, rows, strict=True):
-        report.check(
-            row["L2 nonce alone"] < LIMIT, f"{kind}: a nonce alone is {row['L2 nonce alone']} from the batch's"
-        )
-    return {f"{mode}, {backend}": row["vectors"] for (mode, backend), row in zip(kinds, rows, strict=True)}
+    names = [" ".join((weights, *kind)) for weights in WEIGHTS for kind in KINDS]
+    with ThreadPoolExecutor(len(names)) as pool:
+        rows = dict(zip(names, pool.map(one, names), strict=True))
+    vectors = {name: row.pop("vectors") for name, row in rows.items()}
+    for name, row in rows.items():
+        print(f"{name}: {row}", flush=True)
+        report.check(row["L2 nonce alone"] < LIMIT, f"{name}: {row}")
+    return vectors
 
 
 def between_releases(found: Mapping[str, Vectors]) -> list[dict[str, Any]]:
     """Each release's distance to the reference's, by kind of server."""
-    reference = REFERENCE if REFERENCE in found else next(iter(found))
+    reference = found.get(REFERENCE) or next(iter(found.values()))
     return [
         {
             "vLLM": version,
-            **{f"{kind}, to {reference}": largest_l2(vectors[kind], found[reference][kind]) for kind in vectors},
+            "weights": weights,
+            **{
+                f"{mode}, {backend}": largest_l2(*(of[f"{weights} {mode} {backend}"] for of in (vectors, reference)))
+                for mode, backend in KINDS
+            },
         }
+        for weights in WEIGHTS
         for version, vectors in found.items()
     ]
 
 
 def within_releases(found: Mapping[str, Vectors]) -> list[dict[str, Any]]:
     """The distances between the kinds of server of each release."""
-    pairs = list(itertools.combinations([f"{mode}, {backend}" for mode in MODES for backend in BACKENDS], 2))
+    pairs = list(itertools.combinations([" ".join(kind) for kind in KINDS], 2))
     return [
-        {"vLLM": version, **{f"{a} - {b}": largest_l2(vectors[a], vectors[b]) for a, b in pairs}}
+        {
+            "vLLM": version,
+            "weights": weights,
+            **{f"{a} - {b}": largest_l2(vectors[f"{weights} {a}"], vectors[f"{weights} {b}"]) for a, b in pairs},
+        }
+        for weights in WEIGHTS
         for version, vectors in found.items()
     ]
 
