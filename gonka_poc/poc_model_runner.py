@@ -310,8 +310,10 @@ class PoCModelRunner:
             stack.enter_context(CompiledReflections(self._layers, reflections, compiler))
             if self._last_positions is not None:
                 stack.enter_context(self._last_positions.kept(len(nonces), spec.seq_len, view.device))
-        elif reflections:
-            stack.enter_context(LayerReflections(self._layers, reflections, normalise))
+        else:
+            stack.enter_context(view.eager_kernels())
+            if reflections:
+                stack.enter_context(LayerReflections(self._layers, reflections, normalise))
         stack.enter_context(EmbeddingInjectionHook(view.model, embeddings))
         return run, finish
 

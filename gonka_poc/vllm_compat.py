@@ -19,6 +19,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
@@ -216,6 +217,7 @@ class WorkerView:
         self._metadata_read: Any = None
         _refuse_unsupported(self._config, self.model, self._attention_layers())
         self._forward_options = _forward_options(self._config)
+        self._eager_priorities = _eager_priorities()
 
         from vllm.distributed.parallel_state import get_pp_group, get_tp_group, get_world_group
 
@@ -346,24 +348,45 @@ class WorkerView:
         are called as they are, never traced: they name themselves, which would compile each layer anew.
         """
         import torch
-        from vllm.model_executor.custom_op import CustomOp
 
         with contextlib.ExitStack() as stack:
-            opaque: set[int] = set()
             for cls in {type(layer) for layer in self._layers.values()}:
                 stack.enter_context(_replaced(cls, "forward", torch.compiler.disable(cls.forward)))
-            for layer in self._layers.values():
-                opaque.update(map(id, layer.modules()))
-            for module in self.model.modules():
-                if isinstance(module, CustomOp) and id(module) not in opaque:
-                    stack.enter_context(_replaced(module, "_forward_method", module.forward_native))
+            for op in self._custom_ops():
+                stack.enter_context(_replaced(op, "_forward_method", op.forward_native))
             with contextlib.suppress(ImportError):
                 from vllm.ir.op import IrOp, enable_torch_wrap  # 0.20
 
                 stack.enter_context(enable_torch_wrap(False))
-                for op in IrOp.registry.values():
-                    stack.enter_context(op.set_priority(["native"]))
+                for ir_op in IrOp.registry.values():
+                    stack.enter_context(ir_op.set_priority(["native"]))
             yield
+
+    @contextlib.contextmanager
+    def eager_kernels(self) -> Iterator[None]:
+        """While entered, norms, rotary embeddings and activations are the kernels of a server with --enforce-eager.
+
+        A server that compiles its model has plain torch operations there, for torch to fuse. One by one they are slow,
+        and they round otherwise: the vectors of the two kinds of server would differ.
+        """
+        with contextlib.ExitStack() as stack:
+            if not self._config.model_config.enforce_eager:
+                for op in self._custom_ops():
+                    if getattr(op._forward_method, "__func__", None) is type(op).forward_native:
+                        kernel = getattr(op, f"forward_{self.device.type}")
+                        stack.enter_context(_replaced(op, "_forward_method", kernel))
+                if self._eager_priorities is not None:
+                    stack.enter_context(self._eager_priorities.set_priority())
+            yield
+
+    def _custom_ops(self) -> Iterator[Any]:
+        """The model's operations that vLLM has several forms of, without those inside of its registered layers."""
+        from vllm.model_executor.custom_op import CustomOp
+
+        registered = {id(module) for layer in self._layers.values() for module in layer.modules()}
+        for module in self.model.modules():
+            if isinstance(module, CustomOp) and id(module) not in registered:
+                yield module
 
     def logits(self, hidden: Any) -> Any:
         """The model's own logits of `hidden` [n, hidden_size]: [n, vocab_size] on the output rank.
@@ -626,6 +649,19 @@ def _forward_options(config: Any) -> dict[str, Any]:
             f"vLLM {installed_version()} cannot run a forward beside its compiled model; start it with --enforce-eager"
         )
     return options
+
+
+def _eager_priorities() -> Any:
+    """Which kernels a server with --enforce-eager prefers, for the operations that vLLM has several of; None before
+    0.20."""
+    from vllm.platforms import current_platform
+
+    if not hasattr(type(current_platform), "get_default_ir_op_priority"):
+        return None
+    from vllm.config import CompilationConfig, CompilationMode
+
+    eager = SimpleNamespace(compilation_config=CompilationConfig(mode=CompilationMode.NONE))
+    return current_platform.get_default_ir_op_priority(eager)
 
 
 def _refuse_unsupported(config: Any, model: Any, attention_layers: Mapping[str, Any]) -> None:

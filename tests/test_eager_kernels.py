@@ -1,0 +1,100 @@
+"""A plain forward beside a compiled model: the kernels of an eager server, and all as it was behind it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("vllm")
+
+from gonka_poc.vllm_compat import WorkerView
+
+
+class Priorities:
+    """Which kernels vLLM prefers, as its configuration has them."""
+
+    def __init__(self) -> None:
+        self.set = 0
+
+    @contextlib.contextmanager
+    def set_priority(self) -> Iterator[None]:
+        self.set += 1
+        try:
+            yield
+        finally:
+            self.set -= 1
+
+
+@pytest.fixture(scope="module")
+def op_class() -> type[nn.Module]:
+    from vllm.model_executor.custom_op import CustomOp
+
+    @CustomOp.register("poc_test_eager_kernels")
+    class Op(CustomOp):
+        def forward_native(self) -> str:
+            return "plain operations"
+
+        def forward_cpu(self) -> str:
+            return "kernel"
+
+    return Op
+
+
+@pytest.fixture
+def view(op_class: type[nn.Module]) -> Any:
+    """A view of a model of two operations that were made for a compiled model; one lies in a registered layer."""
+    from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config
+
+    view = object.__new__(WorkerView)
+    with set_current_vllm_config(VllmConfig(compilation_config=CompilationConfig(custom_ops=["none"]))):
+        view.model = nn.ModuleDict({"norm": op_class(), "attention": nn.ModuleDict({"norm": op_class()})})
+    view.device = torch.device("cpu")
+    view._layers = {"attention": view.model["attention"]}
+    view._config = SimpleNamespace(model_config=SimpleNamespace(enforce_eager=False))
+    view._eager_priorities = Priorities()
+    return view
+
+
+def answers(view: Any) -> list[str]:
+    return [view.model["norm"](), view.model["attention"]["norm"]()]
+
+
+def test_a_plain_forward_beside_a_compiled_model(view: Any) -> None:
+    assert answers(view) == ["plain operations", "plain operations"]
+    with view.eager_kernels():
+        assert answers(view) == ["kernel", "plain operations"]
+        assert view._eager_priorities.set == 1
+    assert answers(view) == ["plain operations", "plain operations"]
+    assert view._eager_priorities.set == 0
+
+
+def test_all_is_as_it_was_behind_a_failure(view: Any) -> None:
+    with pytest.raises(ZeroDivisionError), view.eager_kernels():
+        raise ZeroDivisionError
+    assert answers(view) == ["plain operations", "plain operations"]
+    assert view._eager_priorities.set == 0
+
+
+def test_an_operation_that_has_a_form_of_its_own_keeps_it(view: Any) -> None:
+    view.model["norm"]._forward_method = lambda: "its own"
+    with view.eager_kernels():
+        assert answers(view) == ["its own", "plain operations"]
+
+
+def test_an_eager_server_is_left_alone(view: Any) -> None:
+    view._config.model_config.enforce_eager = True
+    with view.eager_kernels():
+        assert answers(view) == ["plain operations", "plain operations"]
+        assert view._eager_priorities.set == 0
+
+
+def test_releases_with_one_kernel_an_operation(view: Any) -> None:
+    view._eager_priorities = None
+    with view.eager_kernels():
+        assert answers(view) == ["kernel", "plain operations"]
