@@ -106,6 +106,42 @@ def test_another_spec_between_leaves_it():
     assert [nonces for what, nonces in runner.events if what == "launch"] == [[0], [1, 2], [1, 2]]
 
 
+def test_two_specs_that_take_turns_compute_nothing_twice():
+    runner = Runner()
+    for i in range(0, 6, 2):
+        assert runner.rows([i, i + 1], [i + 2, i + 3]) == expected([i, i + 1])
+        assert runner.rows([i, i + 1], [i + 2, i + 3], spec=OTHER) == expected([i, i + 1], OTHER)
+    assert len([what for what, _ in runner.events if what == "launch"]) == 3 + 3 + 1  # and the last one ahead
+
+
+def test_batches_that_do_not_look_ahead_leave_it():
+    runner = Runner()
+    runner.rows([0], [1, 2])
+    for i in range(3):
+        assert runner.rows([i], spec=OTHER) == expected([i], OTHER)
+    assert runner.rows([1, 2]) == expected([1, 2])
+    assert [nonces for what, nonces in runner.events if what == "launch"] == [[0], [1, 2], [0], [1], [2]]
+
+
+def test_a_round_behind_one_that_was_stopped_looks_ahead():
+    runner = Runner()
+    runner.rows([0], [1])
+    for i in range(4):
+        assert runner.rows([i], [i + 1], spec=OTHER) == expected([i], OTHER)
+    # each is given to the device once, those behind the second before it is asked for
+    assert runner.events[3:] == [
+        ("launch", [0]),
+        ("wait", [0]),
+        ("launch", [1]),
+        ("launch", [2]),
+        ("wait", [1]),
+        ("launch", [3]),
+        ("wait", [2]),
+        ("launch", [4]),
+        ("wait", [3]),
+    ]
+
+
 def test_what_fails_ahead_is_raised_when_it_is_asked_for_and_computed_then():
     runner = Runner()
     runner.failures = [None, ComputeError("out of luck")]
