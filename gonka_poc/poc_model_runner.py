@@ -212,8 +212,9 @@ class PoCModelRunner:
             plain = self._values(spec, nonces)
         try:
             with self._view.agreement():
-                self._last_positions = calls.found() if calls else None
-                self._compiler = LayerCompiler()
+                with self._view.agreement():  # a batch begins with one of its own, which all ranks have to reach
+                    self._last_positions = calls.found() if calls else None
+                    self._compiler = LayerCompiler()
                 compiled = self._values(spec, nonces)
                 one = self._values(spec, nonces[:1])  # torch compiles a single sequence by itself
                 if plain is not None and compiled is not None and one is not None:
