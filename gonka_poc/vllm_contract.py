@@ -160,6 +160,7 @@ CONTRACT = (
     *_members("config/model.py", "ModelConfig", "model", "dtype", "max_model_len", "enforce_eager", "uses_mrope"),
     *_members("config/model.py", "ModelConfig", "get_hidden_size()", "get_total_num_hidden_layers()"),
     Name("ModelConfig.uses_xdrope_dim", "config/model.py", last="0.29"),
+    Name("ModelConfig.mrope_num_dims", "config/model.py", first="0.30"),
     *_members("config/scheduler.py", "SchedulerConfig", "max_num_batched_tokens", "max_num_seqs"),
     *_members("config/parallel.py", "ParallelConfig", "worker_extension_cls", "data_parallel_size"),
     *_members("config/parallel.py", "ParallelConfig", "decode_context_parallel_size", "prefill_context_parallel_size"),
