@@ -38,6 +38,7 @@ from gonka_poc.errors import ArtifactFileError, PoCError, printable
 from gonka_poc.outbox_admin import purge, retry_parked, summary
 from gonka_poc.outbox_file import outbox_path
 from gonka_poc.tools import commands as tools
+from gonka_poc.vllm_contract import known_release
 
 INTERRUPTED = 130
 # a file is written again after at least this many more artifacts, so that a killed command loses little
@@ -251,8 +252,11 @@ def stop(url: str, token: str | None, as_json: bool) -> int:
     type=click.Path(path_type=Path),
     help="Look at this vLLM instead of this host: a source tree, a package folder or a wheel; nothing of it is run.",
 )
+@click.option(
+    "--release", metavar="X.Y.Z", default="", help="With --vllm: the release it is, if it does not tell, as a checkout."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, for machines.")
-def doctor(runner: Path | None, python: str | None, vllm: Path | None, as_json: bool) -> int:
+def doctor(runner: Path | None, python: str | None, vllm: Path | None, release: str, as_json: bool) -> int:
     """Look whether this host is ready, with the fix beside what is not. Exit status 1 if something is not.
 
     With --vllm: whether a release of vLLM has every name that gonka_poc uses; each is there, moved, changed or gone.
@@ -260,12 +264,17 @@ def doctor(runner: Path | None, python: str | None, vllm: Path | None, as_json: 
     \b
     gonka-poc doctor --runner /app/packages/api/src/api/inference/vllm/runner.py
     gonka-poc doctor --vllm vllm-0.33.0-cp38-abi3-manylinux_2_28_x86_64.whl
+    gonka-poc doctor --vllm CHECKOUT --release 0.33.0
     """
+    if release and known_release(release) is None:
+        raise click.UsageError(f"--release takes a release of vLLM, such as 0.33.0, not {release}")
     if vllm is None:
+        if release:
+            raise click.UsageError("--release makes no sense without --vllm")
         return doctor_command(as_json, runner, python)
     if runner or python:
         raise click.UsageError("--vllm looks at a release, not at this host: leave --runner and --python out")
-    return print_checks(contract_checks(vllm), as_json)
+    return print_checks(contract_checks(vllm, release), as_json)
 
 
 @app.group()

@@ -180,12 +180,14 @@ def check_extension_points() -> Check:
     return Check(name, "ok", f"all {len(findings)} are in this vLLM")
 
 
-def contract_checks(path: Path) -> list[Check]:
+def contract_checks(path: Path, release: str = "") -> list[Check]:
     """What vLLM's source at `path` (a source tree, a package folder or a wheel) has of what this package uses.
 
-    What is wrong comes last. Raises ToolError if there is no vLLM at `path`, or a file there cannot be read.
+    It is judged as `release`, if that is given. What is wrong comes last. Raises ToolError if there is no vLLM at
+    `path`, or a file there cannot be read.
     """
     with open_package(path) as package:
+        package.release = release or package.release
         checks = [check_release(package.release)] + [check_finding(finding) for finding in judge(package)]
     return sorted(checks, key=lambda check: ("ok", "warn", "fail").index(check.state))
 
@@ -194,12 +196,11 @@ def check_release(release: str) -> Check:
     """Whether a release is one that is supported. A new one is not, before it was judged and tested."""
     fix = f"if nothing below fails, run the engine tests with it, then raise SUPPORTED ({SUPPORTED})"
     known = known_release(release)
-    if not release:
-        return Check(
-            "release", "warn", "not told: there is no _version.py, as in a source tree; taken for the newest", fix
-        )
     if known is None:
-        return Check("release", "warn", f"{release}, which tells no release; taken for the newest", fix)
+        found = (
+            f"{release}, which tells no release" if release else "not told: there is no _version.py, as in a checkout"
+        )
+        return Check("release", "warn", found, f"{GIVE_RELEASE}; {fix}")
     if known < min(Version(limit.version) for limit in SUPPORTED):
         return Check("release", "fail", f"{release}, too old (supported: {SUPPORTED})", "take a newer release of vLLM")
     if known not in SUPPORTED:
@@ -207,8 +208,10 @@ def check_release(release: str) -> Check:
     return Check("release", "ok", f"{release} (supported: {SUPPORTED})")
 
 
+GIVE_RELEASE = "tell which release it is by --release"
 FIXES: Mapping[str, str] = MappingProxyType(
     {
+        "unsure": GIVE_RELEASE,
         "moved": "vllm_compat.py has to take it from there",
         "gone": "vllm_compat.py has to do without it",
         "changed": "vllm_compat.py has to use it as it is now",
@@ -220,8 +223,10 @@ FIXES: Mapping[str, str] = MappingProxyType(
 
 def check_finding(finding: Finding) -> Check:
     """One name of the contract."""
-    if finding.is_good:
+    if finding.state in ("there", "optional"):
         return Check(finding.name, "ok", finding.where)
+    if finding.state == "unsure":
+        return Check(finding.name, "warn", finding.where, FIXES[finding.state])
     return Check(finding.name, "fail", f"{finding.state}: {finding.where}", FIXES[finding.state])
 
 

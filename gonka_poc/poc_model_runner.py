@@ -37,6 +37,8 @@ logger = logging.getLogger("vllm.gonka_poc.model_runner")
 # A compiled forward whose vectors are further from the plain one's is not used: half of the distance at which a
 # validator takes two vectors for different ones by default (0.02). Rounding alone gave at most 0.005.
 MAX_COMPILED_DISTANCE = 0.01
+# A batch that was computed ahead is kept while this many others that look ahead pass it: two callers may take turns.
+MAX_PASSED = 1
 
 
 class EmbeddingInjectionHook:
@@ -101,6 +103,7 @@ class _Launched:
     on_host: torch.Tensor | None
     ready: torch.cuda.Event | None
     failure: Exception | None = None
+    num_passed: int = 0  # calls of another spec that would have looked ahead themselves
 
     @staticmethod
     def on_way(spec: VectorSpec | DistanceSpec, nonces: Sequence[int], values: torch.Tensor | None) -> _Launched:
@@ -113,9 +116,9 @@ class _Launched:
         ready.record()
         return _Launched(spec, nonces, on_host, ready)
 
-    def num_asked(self, spec: VectorSpec | DistanceSpec, nonces: Sequence[int]) -> int:
+    def num_asked(self, nonces: Sequence[int]) -> int:
         """How many of the first of `nonces` are the first ones here."""
-        pairs = zip(nonces, self.nonces, strict=False) if spec == self.spec else ()
+        pairs = zip(nonces, self.nonces, strict=False)
         return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def part(self, start: int, stop: int | None = None) -> _Launched:
@@ -209,8 +212,9 @@ class PoCModelRunner:
             plain = self._values(spec, nonces)
         try:
             with self._view.agreement():
-                self._last_positions = calls.found() if calls else None
-                self._compiler = LayerCompiler()
+                with self._view.agreement():  # a batch begins with one of its own, which all ranks have to reach
+                    self._last_positions = calls.found() if calls else None
+                    self._compiler = LayerCompiler()
                 compiled = self._values(spec, nonces)
                 one = self._values(spec, nonces[:1])  # torch compiles a single sequence by itself
                 if plain is not None and compiled is not None and one is not None:
@@ -236,7 +240,7 @@ class PoCModelRunner:
     ) -> np.ndarray | None:
         """The values of `nonces` on the host, on the output rank. Nothing stays behind where it fails."""
         try:
-            asked = self._asked_of_ahead(spec, nonces)
+            asked = self._asked_of_ahead(spec, nonces, bool(following))
             count = sum(len(part.nonces) for part in asked)
             if count < len(nonces):
                 asked.append(self._launch(spec, nonces[count:]))
@@ -250,18 +254,26 @@ class PoCModelRunner:
             raise
         return np.concatenate(parts) if parts else None
 
-    def _asked_of_ahead(self, spec: VectorSpec | DistanceSpec, nonces: Sequence[int]) -> list[_Launched]:
+    def _asked_of_ahead(
+        self, spec: VectorSpec | DistanceSpec, nonces: Sequence[int], looks_ahead: bool
+    ) -> list[_Launched]:
         """What was computed ahead of the first of `nonces`; a batch ahead of other nonces of `spec` is dropped.
 
-        Raises what kept it from being computed.
+        One of another spec is kept for its next call, but not for ever: a round that was stopped asks for it no more,
+        and the round behind it has to look ahead. Raises what kept the batch from being computed.
         """
         ahead, self._ahead = self._ahead, None
         if ahead is None:
             return []
-        count = ahead.num_asked(spec, nonces)
+        if ahead.spec != spec:
+            ahead.num_passed += looks_ahead
+            if ahead.num_passed <= MAX_PASSED:
+                self._ahead = ahead
+            return []
+        count = ahead.num_asked(nonces)
         if count and ahead.failure is not None:
             raise ahead.failure
-        if count < len(ahead.nonces) and (count or ahead.spec != spec):
+        if 0 < count < len(ahead.nonces):
             self._ahead = ahead.part(count)
         return [ahead.part(0, count)] if count else []
 

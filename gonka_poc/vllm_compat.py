@@ -151,10 +151,11 @@ class OfflineEngine:
     """vLLM's engine over `model` in this process, without a server; its workers have our worker extension.
 
     `args` are vLLM's own options, as its server takes them. Under tensor or pipeline parallelism the workers are
-    processes of their own. Raises ServerStartError.
+    processes of their own. Raises UnsupportedServerError for a release that we do not support, and ServerStartError.
     """
 
     def __init__(self, model: Path, args: Sequence[str]) -> None:
+        installed_version()  # refuses, before an import from another release fails in its own words
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm.engine.arg_utils import EngineArgs
         from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -417,8 +418,9 @@ class WorkerView:
 
     def _model_positions(self, positions: Any) -> Any:
         """Multi-axis rotary models (M-RoPE) take one row an axis; text has the same position on each."""
-        axes = 3 if getattr(self._config.model_config, "uses_mrope", False) else 0
-        axes = axes or getattr(self._config.model_config, "uses_xdrope_dim", 0)  # until 0.29
+        model_config = self._config.model_config
+        axes = getattr(model_config, "mrope_num_dims", 3) if model_config.uses_mrope else 0  # 0.30
+        axes = axes or getattr(model_config, "uses_xdrope_dim", 0)  # until 0.29
         return positions.expand(axes, -1) if axes else positions
 
     # -- attention --

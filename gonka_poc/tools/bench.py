@@ -103,8 +103,8 @@ class Bench:
 def bench_offline(model: Path, server_args: Sequence[str], sizes: Sizes) -> Bench:
     """Measure `model` on an engine of this process; vLLM's batch is made as large as `sizes` unless it is told.
 
-    What vLLM prints goes to stderr. Raises ServerStartError, RequestError where `sizes` break a limit of the engine,
-    and what its workers refuse.
+    What vLLM prints goes to stderr. Raises what OfflineEngine raises, RequestError where `sizes` break a limit of
+    the engine, and what its workers refuse.
     """
     for name, value in CPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)

