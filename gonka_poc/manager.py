@@ -33,7 +33,7 @@ from gonka_poc.worker import poc_call
 logger = logging.getLogger("vllm.gonka_poc.manager")
 
 DEAD_POLL_SEC = 0.5
-WARM_UP_SEQ_LEN = 1024
+WARM_UP_SEQ_LEN, WARM_UP_NONCES, WARM_UP_SEC = 1024, 256, 15.0
 MAX_LOGGED = 100
 
 
@@ -89,14 +89,20 @@ class PoCManagerV1:
                 self._prepared = True
 
     async def _warm_up(self) -> None:
-        """Have the workers compile what proof runs, with a batch of full size. Without it proof is only slower."""
+        """Have the workers compile what proof runs, with batches of full size, and compare its vectors with those of
+        the plain forward. Without it proof is only slower."""
         view = self._view
         seq_len = min(WARM_UP_SEQ_LEN, view.max_model_len, view.max_num_batched_tokens)
         num_nonces = min(view.max_num_batched_tokens // seq_len, view.max_num_seqs)
+        deadline = time.monotonic() + WARM_UP_SEC
+        checked, compiled = 0, True
         try:
-            async with self._lock:
-                answers = await self._call("poc_warm_up", seq_len, num_nonces)
-            logger.info("PoC warmed up with %d nonces of %d tokens: %s", num_nonces, seq_len, answers)
+            while checked == 0 or (compiled and checked < WARM_UP_NONCES and time.monotonic() < deadline):
+                async with self._lock:
+                    answers = await self._call("poc_warm_up", seq_len, num_nonces, checked)
+                checked += num_nonces
+                compiled = all(answer["compiled"] for answer in answers)
+            logger.info("PoC warmed up with %d nonces of %d tokens: %s", checked, seq_len, answers)
         except WorkerMemoryError as error:
             logger.warning("PoC could not warm up with %d nonces of %d tokens: %a", num_nonces, seq_len, str(error))
 

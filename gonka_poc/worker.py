@@ -26,9 +26,9 @@ class PoCWorkerExtension:
         """PoCModelRunner.describe: refuses here, before any batch, if this server cannot give correct vectors."""
         return poc_answer(lambda: poc_runner_of(self).describe())
 
-    def poc_warm_up(self, seq_len: int, num_nonces: int) -> dict[str, Any]:
+    def poc_warm_up(self, seq_len: int, num_nonces: int, first: int = 0) -> dict[str, Any]:
         """PoCModelRunner.warm_up."""
-        return poc_answer(lambda: poc_runner_of(self).warm_up(seq_len, num_nonces))
+        return poc_answer(lambda: poc_runner_of(self).warm_up(seq_len, num_nonces, first))
 
     def poc_compute(
         self, spec: dict[str, Any], nonces: list[int], following: Sequence[int] = ()

@@ -221,7 +221,7 @@ class RankRunner(Runner):
         super().__init__()
         self._view = view  # type: ignore[assignment]
         self._layers: dict[int, Any] = {0: torch.nn.Linear(1, 1)}
-        self._compiler = self._last_positions = None
+        self._compiler = self._last_positions = self._compiled_distance = None
 
     def _launch(self, spec: Any, nonces: Sequence[int]) -> _Launched:
         with self._view.agreement():

@@ -304,11 +304,27 @@ async def test_prepare_is_tried_again_after_a_failure(failure):
 )
 async def test_workers_are_warmed_up_with_a_full_batch(compile, devices, warmed_up):
     view = FakeView()
-    view.answers = [{"device": device} for device in devices]
+    view.answers = [{"device": device, "compiled": False} for device in devices]
     manager = PoCManagerV1(view, Settings(compile=compile))
     for _ in range(2):
         await manager.prepare()
-    assert view.calls == [("poc_describe", ()), *([("poc_warm_up", (48, 1))] if warmed_up else [])]
+    assert view.calls == [("poc_describe", ()), *([("poc_warm_up", (48, 1, 0))] if warmed_up else [])]
+
+
+async def test_the_warm_up_compares_many_nonces(monkeypatch):
+    monkeypatch.setattr("gonka_poc.manager.WARM_UP_NONCES", 3)
+    view = FakeView()
+    view.answers = [{"device": "cuda", "compiled": True}]
+    await PoCManagerV1(view).prepare()
+    assert [args for method, args in view.calls if method == "poc_warm_up"] == [(48, 1, first) for first in range(3)]
+
+
+async def test_the_warm_up_of_a_slow_model_compares_what_its_time_allows(monkeypatch):
+    monkeypatch.setattr("gonka_poc.manager.WARM_UP_SEC", 0.0)
+    view = FakeView()
+    view.answers = [{"device": "cuda", "compiled": True}]
+    await PoCManagerV1(view).prepare()
+    assert [args for method, args in view.calls if method == "poc_warm_up"] == [(48, 1, 0)]
 
 
 async def test_a_warm_up_without_memory_is_only_logged(caplog):
