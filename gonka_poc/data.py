@@ -17,6 +17,8 @@ import httpx
 import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
+from gonka_poc.access import has_query
+
 MAX_NONCE = 2**63 - 1
 MAX_STEP = 2**53  # between two nonces of a node
 MAX_TEXT = 1024
@@ -48,7 +50,7 @@ def _http_url(url: str) -> str:
         usable = usable and (parsed.port is None or 0 < parsed.port < 65536)
     except (httpx.InvalidURL, ValueError):
         usable = False
-    if not usable or parsed.query or parsed.fragment:
+    if not usable or has_query(url):
         raise ValueError("must be an http:// or https:// URL with a host, without query and fragment")
     return url.rstrip("/")
 

@@ -231,7 +231,7 @@ BAD = [
     *[("url", url) for url in (" http://host", "http://ho st", "http://host\n", "http://ho\tst", "http://\x00")],
     *[("url", url) for url in ("http://xn--a", "http://\u200b.com", "http://host/a\x7f")],
     # "/generated" would become a part of the query or of the fragment
-    *[("url", url) for url in ("http://host/?token=1", "http://host/#part")],
+    *[("url", url) for url in ("http://host/?token=1", "http://host/#part", "http://h/x?", "http://h/x#")],
 ]
 
 BAD_FOR_NONCES = [
