@@ -148,7 +148,7 @@ class PoCService:
             if theirs != ours:
                 raise RequestError(f"{name} of the proof is {theirs!r}, of the round {ours!r}")
         if request.url is not None:
-            await self.callbacks.check_room()
+            await self.callbacks.check_room(request.url)
             if self._threshold_round() is not current:
                 raise ConflictError(REPLACED)
         return self.proofs.submit(current, proof)
@@ -169,7 +169,8 @@ class PoCService:
         if request.url is not None:
             # a round that is set and has not failed was not ended yet: the new one takes its place
             lives = self._round is not None and not self._round.stopped
-            mark = await self.callbacks.begin_round(_fingerprint(request), self._round_id if lives else None)
+            replaced = self._round_id if lives else None
+            mark = await self.callbacks.begin_round(request.url, _fingerprint(request), replaced)
         if self._stops != stops:
             self._forget(mark.round_id if mark else None)
             raise ConflictError(f"{STOPPED} before it began")
@@ -219,7 +220,7 @@ class PoCService:
         await self._manager.check(request.params)
         if request.url is not None and not request.wait:
             self._check_size(request)
-            await self.callbacks.check_room()
+            await self.callbacks.check_room(request.url)
         return self.queue.submit(request)
 
     def _check_size(self, request: GenerateRequest) -> None:
