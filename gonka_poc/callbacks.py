@@ -110,7 +110,7 @@ class CallbackSender:
         """Store artifacts for `{url}/generated`, and how far their round is with them. Returns when that is durable.
 
         Those of one round travel together. Waits for room where there is none; raises OutboxFullError once `give_up`
-        says so.
+        says so, or what that raises.
         """
         if artifacts or mark is not None:
             await self._write(self._outbox.add_artifacts, url, envelope, artifacts, mark, give_up=give_up)

@@ -238,6 +238,10 @@ class PoCService:
         """What the server was started with."""
         return self._settings
 
+    def refuse_dead(self) -> None:
+        """Raise EngineUnavailableError where the engine is gone for good."""
+        self._manager.refuse_dead()
+
     @property
     def generating(self) -> bool:
         """Whether a round generates."""
@@ -346,25 +350,40 @@ class PoCService:
             artifacts,
             RoundMark(mark.round_id, current.done + num_done),
             # the last batch of a round that was stopped may wait as long as its receiver may
-            give_up=lambda: current.seconds_stopped >= self._settings.outbox_grace_sec,
+            give_up=self._gives_up_once(lambda: current.seconds_stopped >= self._settings.outbox_grace_sec),
         )
 
     async def _send_validated(self, job: ProofJob, batch: ValidatedBatch) -> None:
         url = job.round.request.url
         if url is not None:
-            await self.callbacks.add_validated(url, batch.model_dump(mode="json"), job.outcome.done)
+            await self.callbacks.add_validated(
+                url, batch.model_dump(mode="json"), self._gives_up_once(job.outcome.done)
+            )
 
     async def _send_completed(self, job: GenerateJob, answer: Completed) -> None:
         request = job.request
         if request.url is None or request.wait:
             return
+        give_up = self._gives_up_once(job.outcome.done)
         if isinstance(answer, ArtifactsAnswer):
             envelope = {**_generated_envelope(request), "request_id": job.request_id}
             artifacts = await asyncio.to_thread(lambda: [a.model_dump() for a in answer.artifacts])
-            await self.callbacks.add_artifacts(request.url, envelope, artifacts, give_up=job.outcome.done)
+            await self.callbacks.add_artifacts(request.url, envelope, artifacts, give_up=give_up)
         else:
             payload = {**_identity(request), **answer.model_dump(exclude={"status"})}
-            await self.callbacks.add_validated(request.url, payload, job.outcome.done)
+            await self.callbacks.add_validated(request.url, payload, give_up)
+
+    def _gives_up_once(self, ended: Callable[[], bool]) -> Callable[[], bool]:
+        """When a wait for room is given up: once `ended` holds. Raises EngineUnavailableError once the engine is dead.
+
+        A server that is told to end loses its engine first, and comes to `close` only when no request waits.
+        """
+
+        def give_up() -> bool:
+            self.refuse_dead()
+            return ended()
+
+        return give_up
 
 
 def _check_can_generate(request: ThresholdRequest) -> None:

@@ -124,6 +124,31 @@ async def test_a_round_that_is_stopped_while_the_disk_is_full_ends(server, monke
     assert delivered(server) == []
 
 
+async def test_nothing_waits_for_room_once_the_engine_is_dead(server, monkeypatch):
+    """What is durable stays; what could not be stored is computed by the next server."""
+    api = server.start(FakeManager(batches=2))
+    disk = FullDisk(api.service, monkeypatch)
+    await api.client.post("/init/generate", json=round_body(url=URL))
+    await until(lambda: len(delivered(server)) == 8)
+    queued = (await api.client.post("/generate", json=generate_body([5], url=URL))).json()["request_id"]
+    disk.full = True
+    api.manager.allow(1)
+    await until(lambda: api.service.callbacks.problem)
+    api.manager.dead = True
+    await until(lambda: not api.service.generating)
+    assert api.service._round.error == "the engine is dead"
+    api.manager.allow(1)  # the queue's turn: its callback has no room either
+    await until(lambda: not api.service.queue.queued_nonces)
+    failed = (await api.client.get(f"/generate/{queued}")).json()
+    assert (failed["status"], failed["error"]) == ("failed", "the engine is dead")
+    await asyncio.wait_for(api.service.close(), 5)
+    last = server.start(FakeManager(batches=1))
+    await last.client.post("/init/generate", json=round_body(url=URL))
+    await until(lambda: delivered(server) == list(range(12)))
+    await last.client.post("/stop")
+    last.manager.allow(1)
+
+
 async def test_a_queued_request_waits_for_room(server, monkeypatch):
     api = server.start(FakeManager())
     disk = FullDisk(api.service, monkeypatch)
