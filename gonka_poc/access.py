@@ -36,6 +36,7 @@ FORBIDDEN_NETWORKS: tuple[tuple[Network, str], ...] = (
     (ipaddress.ip_network("192.0.0.192/32"), "cloud metadata"),
     (ipaddress.ip_network("fd00:ec2::/32"), "cloud metadata"),
     (ipaddress.ip_network("fd20:ce::254/128"), "cloud metadata"),
+    (ipaddress.ip_network("fd00:42::42/128"), "cloud metadata"),
     # where in such an address the IPv4 one lies, only its network knows
     (ipaddress.ip_network("64:ff9b:1::/48"), "local-use NAT64"),
     (ipaddress.ip_network("0.0.0.0/8"), "unspecified"),
@@ -45,7 +46,8 @@ FORBIDDEN_NETWORKS: tuple[tuple[Network, str], ...] = (
     (ipaddress.ip_network("255.255.255.255/32"), "broadcast"),
 )
 # IPv6 networks whose last 32 bits are the IPv4 address that a gateway goes on to: NAT64, SIIT, the "compatible" form
-NETWORKS_AROUND_IPV4 = tuple(ipaddress.ip_network(text) for text in ("64:ff9b::/96", "::ffff:0:0:0/96", "::/96"))
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+NETWORKS_AROUND_IPV4 = (NAT64, ipaddress.ip_network("::ffff:0:0:0/96"), ipaddress.ip_network("::/96"))
 # names that are looked up at once; a thread each, which a dead resolver holds for long after its callback gave up
 MAX_LOOKUPS = 16
 
@@ -94,7 +96,7 @@ class CallbackRules:
                     networks.append(ipaddress.ip_network(_unbracketed(entry)))
                 else:
                     url = httpx.URL(f"http://{entry}")
-                    if url.path != "/" or url.userinfo or url.query or url.fragment or _is_number(url):
+                    if url.path != "/" or url.userinfo or has_query(entry) or _is_number(url):
                         raise ValueError("neither a host nor a range")
                     # httpx leaves out the port that is http's own
                     port = 80 if entry.endswith(":80") else url.port
@@ -120,6 +122,8 @@ class CallbackRules:
             raise RequestError(f"the callback URL {shown!a} cannot be used: {printable(str(error))}") from error
         if parsed.scheme not in ("http", "https"):
             raise RequestError(f"the callback URL {shown_url(url)!a} must begin with http:// or https://")
+        if has_query(url):
+            raise RequestError(f"the callback URL {shown_url(url)!a} must be without query and fragment")
         address = _as_address(name)
         if address is not None:
             self.check_address(address)
@@ -162,7 +166,7 @@ class CallbackRules:
         if self.allow_all or (name, None) in self.names or (name, port) in self.names:
             return True
         if address is not None:
-            return any(form in network for form in _all_forms(address)[:1] for network in self.networks)
+            return any(_reached(address) in network for network in self.networks)
         return name.endswith(self.suffixes) if self.suffixes else False
 
 
@@ -219,6 +223,11 @@ def shown_url(url: str) -> str:
     return re.sub(r"^([^/?#]*//)[^/?#]*@", r"\1***@", url)
 
 
+def has_query(url: str) -> bool:
+    """Whether `url` has a query or a fragment, if only an empty one: a path put behind it would become part of it."""
+    return "?" in url or "#" in url
+
+
 def _port_of(url: httpx.URL) -> int:
     return url.port or (443 if url.scheme == "https" else 80)
 
@@ -252,11 +261,22 @@ def _is_number(url: httpx.URL) -> bool:
     return _as_address(name_of(url)) is None and re.fullmatch(r"\d+|0x[0-9a-f]*", last_label) is not None
 
 
+def _reached(address: Address) -> Address:
+    """Where a connection to `address` ends. Not the address in a 6to4 or Teredo one, which is what its writer chose."""
+    if isinstance(address, ipaddress.IPv6Address):
+        return address.ipv4_mapped or (_last_32_bits(address) if address in NAT64 else address)
+    return address
+
+
 def _all_forms(address: Address) -> list[Address]:
-    """`address`, and before it the IPv4 addresses that an IPv6 address stands for."""
+    """`address`, and before it the IPv4 addresses that an IPv6 address may stand for."""
     if isinstance(address, ipaddress.IPv4Address):
         return [address]
     inner = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
     if any(address in network for network in NETWORKS_AROUND_IPV4) and int(address) > 0xFFFF:
-        inner.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+        inner.append(_last_32_bits(address))
     return [*(form for form in inner if form is not None), address]
+
+
+def _last_32_bits(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address:
+    return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)

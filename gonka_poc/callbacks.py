@@ -76,18 +76,18 @@ class CallbackSender:
         """Begin to deliver; what an earlier server left, too."""
         self._watcher = asyncio.create_task(self._watch(), name="poc-outbox")
 
-    async def check_room(self) -> None:
-        """Raise OutboxFullError where new work could not be stored, OutboxError where the file is damaged."""
+    async def check_room(self, url: str | None = None) -> None:
+        """Raise OutboxFullError where new work for `url` could not be stored, OutboxError for a damaged file."""
         self._refuse_damaged()
-        await self._write(self._outbox.check_room, give_up=lambda: True)
+        await self._write(self._outbox.check_room, url, give_up=lambda: True)
         self._has_room()
 
-    async def begin_round(self, fingerprint: str, replaced: int | None) -> RoundMark:
-        """Where a round is to begin (`Outbox.begin_round`). Raises what `check_room` raises."""
+    async def begin_round(self, url: str, fingerprint: str, replaced: int | None) -> RoundMark:
+        """Where a round for `url` is to begin (`Outbox.begin_round`). Raises what `check_room` raises."""
         self._refuse_damaged()
         # rounds whose end could not be written yet have ended all the same: this one does not go on from them
         ended = self._ending | ({replaced} if replaced is not None else set())
-        mark = await self._write(self._outbox.begin_round, fingerprint, ended, give_up=lambda: True)
+        mark = await self._write(self._outbox.begin_round, url, fingerprint, ended, give_up=lambda: True)
         self._has_room()
         return mark
 
@@ -110,7 +110,7 @@ class CallbackSender:
         """Store artifacts for `{url}/generated`, and how far their round is with them. Returns when that is durable.
 
         Those of one round travel together. Waits for room where there is none; raises OutboxFullError once `give_up`
-        says so.
+        says so, or what that raises.
         """
         if artifacts or mark is not None:
             await self._write(self._outbox.add_artifacts, url, envelope, artifacts, mark, give_up=give_up)
@@ -207,7 +207,8 @@ class CallbackSender:
         self.problem = None
 
     async def _watch(self) -> None:
-        """What others do to the outbox: a server that ended leaves batches, `gonka-poc outbox retry` revives some."""
+        """What was put into the outbox beside the tasks: a server that ended leaves batches, `gonka-poc outbox retry`
+        revives some, and so does new work that there is no room for."""
         taken_up = False
         while True:
             try:
@@ -215,7 +216,8 @@ class CallbackSender:
                     await self._write(self._outbox.take_up)
                     taken_up = True
                 if self.problem is not None:
-                    await self.check_room()
+                    with suppress(OutboxFullError):  # what there is to send is what makes room
+                        await self.check_room()
                 await self._write(self._outbox.adopt)
                 for url in await self._run(self._outbox.receivers):
                     if url not in self._receivers:

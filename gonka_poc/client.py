@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import httpx
@@ -166,11 +166,11 @@ class PoCClient:
             raise ServerAnswerError(f"{self.url} completed {len(answer.choices)} of {len(prompts)} prompts")
 
     def metrics(self) -> dict[str, float]:
-        """GET /metrics: this package's figures without labels, by name."""
+        """GET /metrics: this package's figures by name; one with labels as `name{label="value"}`."""
         response = self._response("GET", "/metrics", None)
         families = text_string_to_metric_families(response.text)
-        samples = [sample for family in families for sample in family.samples if not sample.labels]
-        return {sample.name: sample.value for sample in samples if sample.name.startswith("gonka_poc_")}
+        samples = [sample for family in families for sample in family.samples if sample.name.startswith("gonka_poc_")]
+        return {sample.name + _shown_labels(sample.labels): sample.value for sample in samples}
 
     def generate(
         self,
@@ -277,3 +277,7 @@ def _detail(response: httpx.Response) -> str:
     if isinstance(detail, list):
         return "; ".join(f"{'.'.join(map(str, item['loc'][1:]))}: {item['msg']}" for item in detail)
     return str(detail)
+
+
+def _shown_labels(labels: Mapping[str, str]) -> str:
+    return "{" + ",".join(f'{name}="{value}"' for name, value in labels.items()) + "}" if labels else ""

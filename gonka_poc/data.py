@@ -15,19 +15,25 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import httpx
 import numpy as np
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
+
+from gonka_poc.access import has_query
 
 MAX_NONCE = 2**63 - 1
 MAX_STEP = 2**53  # between two nonces of a node
 MAX_TEXT = 1024
 # of a request's lists; twice what the queue takes unless POC_MAX_QUEUED_NONCES says more
 MAX_LISTED = 200_000
+# of an object of a request: pydantic makes an error of each field that it does not know
+MAX_FIELDS = 100
 MAX_VECTOR_TEXT = 65_536
 PREFIX = "/api/v1/pow"
 State = Literal["IDLE", "GENERATING", "VALIDATING", "STOPPED"]
 VECTOR_DTYPE = np.dtype("<f2")
 
 Item = TypeVar("Item")
+# only the first wrong item is told: an error takes a hundred times as much as the item
+RequestList = Annotated[list[Item], Field(max_length=MAX_LISTED), FailFast()]
 Nonce = Annotated[int, Field(ge=0, le=MAX_NONCE, description="0 to 2^63 - 1")]
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 
@@ -44,7 +50,7 @@ def _http_url(url: str) -> str:
         usable = usable and (parsed.port is None or 0 < parsed.port < 65536)
     except (httpx.InvalidURL, ValueError):
         usable = False
-    if not usable or parsed.query or parsed.fragment:
+    if not usable or has_query(url):
         raise ValueError("must be an http:// or https:// URL with a host, without query and fragment")
     return url.rstrip("/")
 
@@ -155,6 +161,13 @@ class StrictModel(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _not_too_many_fields(cls, body: Any) -> Any:
+        if isinstance(body, dict) and len(body) > MAX_FIELDS:
+            raise ValueError(f"{len(body)} fields, should have at most {MAX_FIELDS}")
+        return body
+
 
 class Params(StrictModel):
     """What the model is asked to compute."""
@@ -222,7 +235,7 @@ class Artifact(StrictModel):
 class Validation(StrictModel):
     """Received artifacts to compare with recomputed ones."""
 
-    artifacts: list[Artifact] = Field(max_length=MAX_LISTED)
+    artifacts: RequestList[Artifact]
 
 
 class StatTest(StrictModel):
@@ -239,7 +252,7 @@ class GenerateRequest(_RoundFields):
     Callbacks go to `url` for a queued request; with `wait` the answer itself is the result.
     """
 
-    nonces: list[Nonce] = Field(max_length=MAX_LISTED)
+    nonces: RequestList[Nonce]
     wait: bool = Field(default=False, description="true: answer with the result; false: queue and poll")
     validation: Validation | None = None
     stat_test: StatTest = Field(default_factory=StatTest)

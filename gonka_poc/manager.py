@@ -79,7 +79,7 @@ class PoCManagerV1:
 
         Raises EngineUnavailableError, UnsupportedServerError or ComputeError.
         """
-        self._refuse_dead()
+        self.refuse_dead()
         async with self._preparing:
             if not self._prepared:
                 answers = await self._call("poc_describe")
@@ -149,7 +149,7 @@ class PoCManagerV1:
     ) -> tuple[dict[str, Any], float] | None:
         """The answer of the output rank to a call for `nonces`, and its seconds; None as `compute` says."""
         async with self._lock:
-            self._refuse_dead()
+            self.refuse_dead()
             if self._view.has_unfinished_requests():
                 self._step_size.chat_seen()
                 self._metrics.skipped()
@@ -212,7 +212,7 @@ class PoCManagerV1:
         except PoCError:
             raise
         except Exception as error:
-            self._refuse_dead()
+            self.refuse_dead()
             raise ComputeError(f"a worker failed: {error}; the server's log has its traceback") from error
         raise_worker_error(answers)
         return answers
@@ -223,16 +223,20 @@ class PoCManagerV1:
         deadline = time.monotonic() + self._settings.batch_timeout_sec
         try:
             while not (await asyncio.wait([rpc], timeout=DEAD_POLL_SEC))[0]:
-                self._refuse_dead()
+                self.refuse_dead()
                 if time.monotonic() > deadline:
                     raise ComputeError(
                         f"the workers gave no answer within {self._settings.batch_timeout_sec:g} s "
                         "(POC_BATCH_TIMEOUT_SEC)"
                     )
+            if rpc.cancelled():  # not by us; as a CancelledError it would end the task that waits, and tell nobody
+                self.refuse_dead()
+                raise ComputeError("the call to the workers was cancelled; the server's log may say why")
             return rpc.result()
         finally:
             rpc.cancel()
 
-    def _refuse_dead(self) -> None:
+    def refuse_dead(self) -> None:
+        """Raise EngineUnavailableError where the engine is gone for good."""
         if self._view.is_dead():
             raise EngineUnavailableError("the engine is dead; restart the server (its log says why it died)")

@@ -4,13 +4,14 @@ A batch is what one POST carries. Its status is one of
 
     open      takes further artifacts of the same round
     pending   fixed, because it is being sent: each try has the same body and the same idempotency key
-    kept      was not delivered within the grace time; pending after a restart, a retry, or new work for its receiver
+    kept      was not delivered within the grace time; pending after a restart, a retry, or new work for its receiver,
+              also where there is no room for that
     parked    the receiver refused it (4xx), or POC_CALLBACK_ALLOW its URL; pending again only after a retry
 
 and a batch that was delivered is deleted. Batches of a receiver are sent in the order of their ids. Of each round it
 is kept how many nonces are done, so that one that lost its server goes on where it was. Methods raise OutboxFullError
-where nothing could be written; then nothing was; and OutboxError where the file is damaged. They block, and one thread
-at a time may call them.
+where they could not add or change anything; then they did not; and OutboxError where the file is damaged. They block,
+and one thread at a time may call them.
 """
 
 from __future__ import annotations
@@ -98,13 +99,13 @@ class Outbox:
 
     # --- rounds -------------------------------------------------------------------------------------------------
 
-    def begin_round(self, fingerprint: str, ended: Collection[int] = ()) -> RoundMark:
-        """Where a round begins: after the nonces of an equal one that no client ended, before whatever ended it.
+    def begin_round(self, url: str, fingerprint: str, ended: Collection[int] = ()) -> RoundMark:
+        """Where a round for `url` begins: after the nonces of an equal one that no client ended, whatever else did.
 
         `ended` are the ids of rounds that end before: the one that this takes the place of, and those that clients
         ended. Raises OutboxFullError as `check_room`.
         """
-        self.check_room()
+        self.check_room(url)
         with self._transaction():
             for round_id in ended:
                 self._forget(round_id)
@@ -159,6 +160,7 @@ class Outbox:
         Each is {"nonce", "vector_b64"}, or all are {"nonce", "dist"}: those of a threshold round.
         """
         payload, round_id = _json(envelope), mark.round_id if mark else None
+        self.take_up(url)
         with self._transaction():
             for part in chunks(list(artifacts), MAX_ARTIFACTS_A_BATCH):
                 self._add_part(url, payload, round_id, part)
@@ -166,7 +168,7 @@ class Outbox:
                 self._db.execute(
                     "UPDATE round SET done = ?, updated_at = ? WHERE id = ?", (mark.done, time.time(), mark.round_id)
                 )
-            self._added(url)
+            self._refuse_above(self._max_bytes)
 
     def _add_part(self, url: str, payload: str, round_id: int | None, artifacts: Sequence[dict[str, Any]]) -> None:
         last = self._db.execute(
@@ -184,12 +186,15 @@ class Outbox:
 
     def add_validated(self, url: str, payload: dict[str, Any]) -> None:
         """Store the outcome of a validation for `{url}/validated`."""
+        self.take_up(url)
         with self._transaction():
             self._insert(url, "validated", _json(payload), "pending")
-            self._added(url)
+            self._refuse_above(self._max_bytes)
 
-    def check_room(self) -> None:
-        """Raise OutboxFullError where new work could not be stored: under a hundredth of the cap is free."""
+    def check_room(self, url: str | None = None) -> None:
+        """Raise OutboxFullError where new work for `url` could not be stored: under a hundredth of the cap is free."""
+        if url is not None:
+            self.take_up(url)
         with self._transaction():
             self._db.execute(f"PRAGMA user_version = {FORMAT_VERSION}")  # a write, to see whether there can be one
             self._refuse_above(self._max_bytes - self._max_bytes // 100)
@@ -202,11 +207,6 @@ class Outbox:
         )
         assert cursor.lastrowid is not None
         return cursor.lastrowid
-
-    def _added(self, url: str) -> None:
-        # a receiver that is sent to again is sent what was kept for it first
-        self._db.execute(f"{TAKE_UP} AND url = ?", (self._slot.number, url))
-        self._refuse_above(self._max_bytes)
 
     def _refuse_above(self, limit: int) -> None:
         """Inside a transaction, so that servers that share the file cannot pass the cap together."""
@@ -283,7 +283,11 @@ class Outbox:
     # --- whose it is --------------------------------------------------------------------------------------------
 
     def take_up(self, url: str | None = None) -> None:
-        """What was kept is to be sent again: all of it, or what is for `url`."""
+        """What was kept is to be sent again: all of it, or what is for `url`.
+
+        New work for a receiver begins with this, in a transaction of its own: where there is no room for the new, what
+        was kept has to go out all the same, or there would never be any.
+        """
         with self._transaction():
             self._db.execute(f"{TAKE_UP} AND coalesce(url = ?, TRUE)", (self._slot.number, url))
 

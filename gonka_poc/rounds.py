@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 from gonka_poc.config import Settings
 from gonka_poc.data import MAX_NONCE, BatchResult, InitGenerateRequest, RoundConfig, RoundStats
-from gonka_poc.errors import ComputeError, PoCError, printable
+from gonka_poc.errors import ComputeError, PoCError, WorkerMemoryError, printable
 from gonka_poc.manager import PoCManagerV1
 from gonka_poc.threshold_data import DistanceResult, ThresholdRequest
 
@@ -142,7 +142,7 @@ class Round(ABC, Generic[Request, Result]):
             raise ComputeError(f"there are no nonces left: the next would be over {MAX_NONCE}")
         try:
             result = await self._compute(nonces, request.nonces.slice(self._done + len(nonces), size))
-        except ComputeError as error:
+        except (ComputeError, WorkerMemoryError) as error:  # other work on the GPU may have had the memory
             self._failures += 1
             if self._failures == MAX_FAILURES:
                 raise

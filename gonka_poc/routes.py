@@ -164,14 +164,14 @@ def _ok(state: State) -> OkAnswer:
 async def _outcome_while_connected(
     outcome: asyncio.Future[Outcome], drop: Callable[[str], None], request: Request
 ) -> Outcome:
-    """The outcome of a job; its work ends when its client hangs up."""
+    """The outcome of a job; its work ends when its client hangs up, or the engine is dead, which it may not meet."""
     try:
-        while not outcome.done():
-            await asyncio.wait([outcome], timeout=DISCONNECT_POLL_SEC)
+        while not (await asyncio.wait([outcome], timeout=DISCONNECT_POLL_SEC))[0]:
             if await request.is_disconnected():
                 break
+            service_of(request).refuse_dead()
     finally:
-        drop("the client hung up")
+        drop("nobody waits for its answer any more")
     return outcome.result()
 
 

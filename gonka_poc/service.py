@@ -148,7 +148,7 @@ class PoCService:
             if theirs != ours:
                 raise RequestError(f"{name} of the proof is {theirs!r}, of the round {ours!r}")
         if request.url is not None:
-            await self.callbacks.check_room()
+            await self.callbacks.check_room(request.url)
             if self._threshold_round() is not current:
                 raise ConflictError(REPLACED)
         return self.proofs.submit(current, proof)
@@ -169,7 +169,8 @@ class PoCService:
         if request.url is not None:
             # a round that is set and has not failed was not ended yet: the new one takes its place
             lives = self._round is not None and not self._round.stopped
-            mark = await self.callbacks.begin_round(_fingerprint(request), self._round_id if lives else None)
+            replaced = self._round_id if lives else None
+            mark = await self.callbacks.begin_round(request.url, _fingerprint(request), replaced)
         if self._stops != stops:
             self._forget(mark.round_id if mark else None)
             raise ConflictError(f"{STOPPED} before it began")
@@ -219,7 +220,7 @@ class PoCService:
         await self._manager.check(request.params)
         if request.url is not None and not request.wait:
             self._check_size(request)
-            await self.callbacks.check_room()
+            await self.callbacks.check_room(request.url)
         return self.queue.submit(request)
 
     def _check_size(self, request: GenerateRequest) -> None:
@@ -236,6 +237,10 @@ class PoCService:
     def settings(self) -> Settings:
         """What the server was started with."""
         return self._settings
+
+    def refuse_dead(self) -> None:
+        """Raise EngineUnavailableError where the engine is gone for good."""
+        self._manager.refuse_dead()
 
     @property
     def generating(self) -> bool:
@@ -345,25 +350,40 @@ class PoCService:
             artifacts,
             RoundMark(mark.round_id, current.done + num_done),
             # the last batch of a round that was stopped may wait as long as its receiver may
-            give_up=lambda: current.seconds_stopped >= self._settings.outbox_grace_sec,
+            give_up=self._gives_up_once(lambda: current.seconds_stopped >= self._settings.outbox_grace_sec),
         )
 
     async def _send_validated(self, job: ProofJob, batch: ValidatedBatch) -> None:
         url = job.round.request.url
         if url is not None:
-            await self.callbacks.add_validated(url, batch.model_dump(mode="json"), job.outcome.done)
+            await self.callbacks.add_validated(
+                url, batch.model_dump(mode="json"), self._gives_up_once(job.outcome.done)
+            )
 
     async def _send_completed(self, job: GenerateJob, answer: Completed) -> None:
         request = job.request
         if request.url is None or request.wait:
             return
+        give_up = self._gives_up_once(job.outcome.done)
         if isinstance(answer, ArtifactsAnswer):
             envelope = {**_generated_envelope(request), "request_id": job.request_id}
             artifacts = await asyncio.to_thread(lambda: [a.model_dump() for a in answer.artifacts])
-            await self.callbacks.add_artifacts(request.url, envelope, artifacts, give_up=job.outcome.done)
+            await self.callbacks.add_artifacts(request.url, envelope, artifacts, give_up=give_up)
         else:
             payload = {**_identity(request), **answer.model_dump(exclude={"status"})}
-            await self.callbacks.add_validated(request.url, payload, job.outcome.done)
+            await self.callbacks.add_validated(request.url, payload, give_up)
+
+    def _gives_up_once(self, ended: Callable[[], bool]) -> Callable[[], bool]:
+        """When a wait for room is given up: once `ended` holds. Raises EngineUnavailableError once the engine is dead.
+
+        A server that is told to end loses its engine first, and comes to `close` only when no request waits.
+        """
+
+        def give_up() -> bool:
+            self.refuse_dead()
+            return ended()
+
+        return give_up
 
 
 def _check_can_generate(request: ThresholdRequest) -> None:

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
 from gonka_poc.data import (
-    MAX_LISTED,
     MAX_NONCE,
     MAX_STEP,
     CallbackUrl,
@@ -21,6 +20,7 @@ from gonka_poc.data import (
     Nonce,
     NonceSequence,
     Randomization,
+    RequestList,
     RoundConfig,
     RoundStats,
     State,
@@ -124,8 +124,8 @@ class ProofBatch(StrictModel):
     public_key: Text
     block_hash: Text
     block_height: int = Field(ge=0, le=MAX_NONCE)
-    nonces: list[Nonce] = Field(max_length=MAX_LISTED)
-    dist: list[Distance] = Field(max_length=MAX_LISTED, description="the distance of each nonce")
+    nonces: RequestList[Nonce]
+    dist: RequestList[Distance] = Field(description="the distance of each nonce")
     node_id: int = Field(default=-1, ge=-1, le=MAX_NONCE)
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gonka_poc.data import VECTOR_DTYPE, BatchResult, DistanceSpec, Params, VectorSpec
-from gonka_poc.errors import PoCError
+from gonka_poc.errors import EngineUnavailableError, PoCError
 from gonka_poc.threshold_data import DistanceResult
 
 MODEL = "tiny"
@@ -81,6 +81,7 @@ class FakeManager:
         self.script: deque[str | Exception] = deque()
         self.nan_nonces: set[int] = set()
         self.refusal: PoCError | None = None
+        self.dead = False
         self.micro_batch = 4
         self.num_released = 0
         self._permits = None if batches is None else asyncio.Semaphore(batches)
@@ -100,6 +101,10 @@ class FakeManager:
             raise self.refusal
 
     async def prepare(self) -> None: ...
+
+    def refuse_dead(self) -> None:
+        if self.dead:
+            raise EngineUnavailableError("the engine is dead")
 
     def micro_batch_size(self, seq_len: int) -> int:
         return self.micro_batch

@@ -75,6 +75,7 @@ REFUSED_ALWAYS = {
     "http://[febf::1]": "link-local",
     "http://[fd00:ec2::254]": "cloud metadata",
     "http://[FD00:0EC2:0:0:0:0:0:254]": "cloud metadata",
+    "http://[fd00:42::42]": "cloud metadata",
     "http://100.100.100.200": "cloud metadata",
     "http://metadata.google.internal": "cloud metadata",
     "http://MetaData.Google.Internal.:80/computeMetadata": "cloud metadata",
@@ -106,6 +107,9 @@ REFUSED_ALWAYS = {
     "http://receiver.example..": "cannot be used",
     "http://a,b": "cannot be used",
     "http:///path": "cannot be used",
+    "http://receiver/x?": "without query and fragment",
+    "http://receiver/x#": "without query and fragment",
+    "http://receiver/?token=1": "without query and fragment",
     "ftp://receiver": "http:// or https://",
     "//receiver": "http:// or https://",
     "file:///etc/passwd": "cannot be used",
@@ -127,6 +131,7 @@ LISTED_URLS = [
     "http://B\u00dcCHER.example",
     "http://xn--bcher-kva.example",
     "http://[::ffff:10.1.0.1]",
+    "http://[64:ff9b::10.1.0.1]",
     "http://web.example",
     "http://user@receiver.example",
 ]
@@ -151,6 +156,11 @@ NOT_LISTED_URLS = [
     "http://localhost:9001",
     "https://web.example",
     "http://10.1.0.1.evil.example",
+    # 10.1.0.1 in addresses of 6to4 and Teredo, where whoever writes the URL may put any
+    "http://[2002:a01:1::1]",
+    "http://[2001:0:a01:1:0:ffff:f7f7:f7f7]",
+    "http://[2001:0:808:808:0:ffff:f5fe:fffe]",
+    "http://[::10.1.0.1]",
 ]
 
 

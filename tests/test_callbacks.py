@@ -11,6 +11,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Awaitable
+from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 from pathlib import Path
@@ -119,7 +120,7 @@ async def make(receivers):
     senders: list[CallbackSender] = []
 
     def make_sender(settings: Settings, path: str = ":memory:", **options) -> CallbackSender:
-        senders.append(CallbackSender(settings, Outbox(str(path), CAP), **options))
+        senders.append(CallbackSender(settings, Outbox(str(path), settings.outbox_max_bytes), **options))
         return senders[-1]
 
     yield make_sender
@@ -401,7 +402,7 @@ async def test_what_is_added_while_the_rest_is_kept_is_sent(make, receivers, mon
 async def test_a_round_does_not_go_on_from_one_whose_end_is_not_written_yet(make, monkeypatch):
     monkeypatch.setattr(callbacks, "ROOM_POLL_SEC", 0.05)
     sender = make(NEVER)
-    stopped = await sender.begin_round("f", None)
+    stopped = await sender.begin_round(URL, "f", None)
     await sender.add_artifacts(URL, {}, artifacts(1), RoundMark(stopped.round_id, 1))
     real, failures = sender._outbox.end_round, iter([True])
 
@@ -413,12 +414,12 @@ async def test_a_round_does_not_go_on_from_one_whose_end_is_not_written_yet(make
     monkeypatch.setattr(sender._outbox, "end_round", end_round)
     ending = asyncio.create_task(sender.end_round(stopped.round_id))
     await until(lambda: sender.problem)
-    again = await sender.begin_round("f", None)
+    again = await sender.begin_round(URL, "f", None)
     assert (again.done, again.round_id != stopped.round_id) == (0, True)
     await ending
     assert not sender._ending
     await sender.add_artifacts(URL, {}, artifacts(1), RoundMark(again.round_id, 1))
-    assert await sender.begin_round("f", None) == RoundMark(again.round_id, 1)
+    assert await sender.begin_round(URL, "f", None) == RoundMark(again.round_id, 1)
 
 
 # --- how long, and how often ------------------------------------------------------------------------------------
@@ -655,6 +656,67 @@ async def test_an_addition_waits_for_room(make, receivers, disk, caplog):
     assert sender.problem is None
     await all_delivered(sender)
     assert receivers.nonces() == list(nonces)
+
+
+async def full(sender: CallbackSender, receivers: Receivers, status: int, path: Path) -> None:
+    """Fill an outbox with batches that the receiver answered with `status`, until nothing more is tried."""
+    receivers.answers["receiver"].extend([status] * 10_000)
+    sender.start()
+    for count in (100, 1):
+        with suppress(OutboxFullError):
+            for block_height in range(10_000 // count):
+                envelope = {"block_height": block_height // 100 if count == 1 else block_height}
+                await sender.add_artifacts(URL, envelope, artifacts(*range(count)), give_up=lambda: True)
+    await until(lambda: not sender._receivers)
+    assert {batch.status for batch in summary(str(path))} == {"parked" if status == 400 else "kept"}
+    receivers.answers["receiver"].clear()
+    receivers.got.clear()
+
+
+SMALL = Settings(callback_interval_sec=0.001, outbox_max_bytes=256 * 1024, outbox_grace_sec=0.01)
+
+
+async def test_parked_callbacks_of_a_full_outbox_go_out_after_a_retry(make, receivers, tmp_path):
+    """They are what makes room for the addition that waits."""
+    path = tmp_path / "outbox"
+    sender = make(SMALL, path)
+    await full(sender, receivers, 400, path)
+    adding = asyncio.create_task(sender.add_artifacts(URL, {}, artifacts(*range(100))))
+    await asyncio.sleep(0.05)
+    assert not adding.done()
+    assert receivers.got == {}
+    num_parked = retry_parked(str(path))
+    await asyncio.wait_for(adding, 5)
+    await until(lambda: summary(str(path)) == [])
+    assert len(receivers.got["receiver"]) == num_parked + 1
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        lambda sender: sender.add_artifacts(URL, {}, artifacts(*range(100))),
+        lambda sender: sender.add_validated(URL, {"mismatch_nonces": list(range(1000))}),
+        lambda sender: sender.check_room(URL),
+        lambda sender: sender.begin_round(URL, "f", None),
+    ],
+    ids=["artifacts", "validated", "check", "round"],
+)
+async def test_kept_callbacks_of_a_full_outbox_go_out_for_new_work(make, receivers, tmp_path, begin):
+    """Though there is no room for it yet: it waits, or is refused and then accepted."""
+    path = tmp_path / "outbox"
+    sender = make(SMALL, path)
+    await full(sender, receivers, 500, path)
+    num_kept = len(summary(str(path)))
+    try:
+        await asyncio.wait_for(begin(sender), 5)
+        was_refused = False
+    except OutboxFullError:
+        was_refused = True
+    await until(lambda: summary(str(path)) == [])
+    if was_refused:
+        await begin(sender)
+    assert len(receivers.got["receiver"]) >= num_kept
+    await until(lambda: sender.problem is None)
 
 
 async def test_an_addition_can_be_given_up(make, receivers, disk):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import math
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from fakes import MODEL, generate_body, round_body
 from pydantic import ValidationError
 
 from gonka_poc.data import (
+    MAX_FIELDS,
     MAX_LISTED,
     MAX_NONCE,
     MAX_TEXT,
@@ -28,6 +31,7 @@ from gonka_poc.data import (
     decode_vector,
     encode_vector,
 )
+from gonka_poc.threshold_data import ProofBatch, ThresholdRequest
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "primitives.json").read_text())["encode"]
 MISSING = object()
@@ -227,7 +231,7 @@ BAD = [
     *[("url", url) for url in (" http://host", "http://ho st", "http://host\n", "http://ho\tst", "http://\x00")],
     *[("url", url) for url in ("http://xn--a", "http://\u200b.com", "http://host/a\x7f")],
     # "/generated" would become a part of the query or of the fragment
-    *[("url", url) for url in ("http://host/?token=1", "http://host/#part")],
+    *[("url", url) for url in ("http://host/?token=1", "http://host/#part", "http://h/x?", "http://h/x#")],
 ]
 
 BAD_FOR_NONCES = [
@@ -349,3 +353,48 @@ def test_not_computed_nonces_are_said_only_if_there_are_any():
 def test_lists_and_vectors_have_a_largest_size(changes, said):
     with pytest.raises(ValidationError, match=said):
         GenerateRequest.model_validate(generate_body(**{"nonces": [0], **changes}))
+
+
+FIELDS = {f"{i:x}": 0 for i in range(MAX_LISTED)}
+TOO_MANY = f"{MAX_LISTED} fields, should have at most {MAX_FIELDS}"
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "where", "says"),
+    [
+        (InitGenerateRequest, FIELDS, (), TOO_MANY),
+        (ThresholdRequest, FIELDS, (), TOO_MANY),
+        (ProofBatch, FIELDS, (), TOO_MANY),
+        (GenerateRequest, generate_body([0], params=FIELDS), ("params",), TOO_MANY),
+        (GenerateRequest, generate_body([0], stat_test=FIELDS), ("stat_test",), TOO_MANY),
+        (GenerateRequest, generate_body([0], validation=FIELDS), ("validation",), TOO_MANY),
+        (
+            GenerateRequest,
+            generate_body([0], validation={"artifacts": [FIELDS]}),
+            ("validation", "artifacts", 0),
+            TOO_MANY,
+        ),
+        (
+            GenerateRequest,
+            generate_body([0], validation={"artifacts": [{}] * MAX_LISTED}),
+            ("validation", "artifacts", 0, "nonce"),
+            "required",
+        ),
+        (GenerateRequest, generate_body([1, *["x"] * (MAX_LISTED - 1)]), ("nonces", 1), "valid integer"),
+        (ProofBatch, {"dist": [0.5, 0.5, *[None] * (MAX_LISTED - 2)]}, ("dist", 2), "valid number"),
+    ],
+    ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else getattr(value, "__name__", ""),
+)
+def test_a_body_with_very_many_errors_is_refused_for_little(model, body, where, says):
+    """Chat waits while a body is looked at, and an error of each of its parts would take very much memory."""
+    tracemalloc.start()
+    started = time.process_time()
+    with pytest.raises(ValidationError) as error:
+        model.model_validate(body)
+    errors = error.value.errors()
+    seconds, (_, peak) = time.process_time() - started, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert any(item["loc"] == where and says in item["msg"] for item in errors)
+    assert len(errors) <= MAX_FIELDS
+    assert seconds < 1
+    assert peak < 2**24

@@ -200,6 +200,19 @@ async def test_an_engine_that_dies_under_a_call_does_not_answer_it(monkeypatch):
         await asyncio.wait_for(waiting, 5)
 
 
+@pytest.mark.parametrize(("dead", "error"), [(False, ComputeError), (True, EngineUnavailableError)])
+async def test_a_call_that_the_engine_cancels_is_an_error(dead, error):
+    """As a CancelledError it would end a round or the queue without a word."""
+    view = FakeView()
+    manager = PoCManagerV1(view)
+    view.failure = asyncio.CancelledError()
+    calling = asyncio.create_task(manager.compute(SPEC, [1]))
+    await asyncio.sleep(0)
+    view.dead = dead
+    with pytest.raises(error, match="dead" if dead else "was cancelled"):
+        await calling
+
+
 async def test_a_dead_engine_is_no_busy_chat():
     view = FakeView()
     view.dead = view.chat_is_served = True

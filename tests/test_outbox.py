@@ -276,7 +276,7 @@ def test_random_operations_against_a_model(open_outbox, path, monkeypatch, seed)
 
 
 def begin(box: Outbox, fingerprint: str = "f", **options) -> RoundMark:
-    return box.begin_round(fingerprint, **options)
+    return box.begin_round(URL, fingerprint, **options)
 
 
 def test_a_round_that_lost_its_server_goes_on_where_it_was(open_outbox):

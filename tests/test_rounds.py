@@ -10,7 +10,7 @@ from fakes import BUSY, FakeManager, made_up_vector, round_body, until
 
 from gonka_poc.config import Settings
 from gonka_poc.data import BatchResult, InitGenerateRequest
-from gonka_poc.errors import ComputeError, EngineUnavailableError
+from gonka_poc.errors import ComputeError, EngineUnavailableError, WorkerMemoryError
 from gonka_poc.rounds import GenerateRound
 
 SETTINGS = Settings(chat_backoff_sec=0.001)
@@ -109,10 +109,11 @@ async def test_what_will_not_get_better_ends_the_round(caplog, failure, error):
     assert "PoC round failed after 4 nonces" in caplog.text
 
 
-async def test_a_batch_that_failed_is_tried_again_with_the_same_nonces(monkeypatch):
+@pytest.mark.parametrize("error", [ComputeError, WorkerMemoryError])
+async def test_a_batch_that_failed_is_tried_again_with_the_same_nonces(monkeypatch, error):
     monkeypatch.setattr("gonka_poc.rounds.RETRY_SEC", 0.001)
     manager, delivered = FakeManager(), Delivered()
-    failure = ComputeError("a worker failed")
+    failure = error("a worker failed")
     manager.script.extend([failure, failure, "ok", failure, failure, "ok", failure, failure, failure])
     current = start(manager, delivered)
     await current.task

@@ -312,6 +312,17 @@ async def test_a_failure_while_its_client_waits(api, failure, status):
     assert str(failure) in response.json()["detail"]
 
 
+async def test_a_request_that_waits_is_answered_when_the_engine_dies(api):
+    """Behind a round that does not meet the engine: a server that is told to end waits for its answer."""
+    await api.client.post("/init/generate", json=round_body())
+    waiting = asyncio.create_task(api.client.post("/generate", json=generate_body([1], wait=True)))
+    await until(lambda: api.service.queue.queued_nonces == 1)
+    api.manager.dead = True
+    response = await asyncio.wait_for(waiting, 5)
+    assert (response.status_code, response.json()["detail"]) == (503, "the engine is dead")
+    assert api.service.queue.queued_nonces == 0
+
+
 # --- a client that hangs up -------------------------------------------------------------------------------------
 
 

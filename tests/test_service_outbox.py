@@ -21,7 +21,7 @@ from gonka_poc.data import VECTOR_DTYPE, BatchResult, GenerateRequest, InitGener
 from gonka_poc.errors import EngineUnavailableError, OutboxFullError
 from gonka_poc.generate_queue import GenerateJob
 from gonka_poc.outbox import Outbox
-from gonka_poc.outbox_admin import summary
+from gonka_poc.outbox_admin import retry_parked, summary
 from gonka_poc.routes import PREFIX, make_app
 from gonka_poc.service import PoCService
 from gonka_poc.threshold_data import ThresholdRequest
@@ -31,15 +31,17 @@ URL = "http://receiver"
 
 @pytest.fixture
 async def server(monkeypatch, tmp_path):
-    """`start()` makes a service and a client of its API; what receivers got is in `posted`, `up` if they answer."""
-    server = SimpleNamespace(posted=[], keys=[], up=True, services=[], clients=[], path=str(tmp_path / "outbox"))
+    """`start()` makes a service and a client of its API; what receivers got is in `posted`, `up` if they take it."""
+    server = SimpleNamespace(
+        posted=[], keys=[], up=True, refusal=500, services=[], clients=[], path=str(tmp_path / "outbox")
+    )
     real = httpx.AsyncClient
 
     def receive(request: httpx.Request) -> httpx.Response:
         if server.up:
             server.posted.append(json.loads(request.content))
             server.keys.append(request.headers["idempotency-key"])
-        return httpx.Response(200 if server.up else 500)
+        return httpx.Response(200 if server.up else server.refusal)
 
     def start(manager: FakeManager, **settings) -> SimpleNamespace:
         settings = {"callback_interval_sec": 0.001, "chat_backoff_sec": 0.001, "outbox_path": server.path, **settings}
@@ -122,6 +124,31 @@ async def test_a_round_that_is_stopped_while_the_disk_is_full_ends(server, monke
     assert delivered(server) == []
 
 
+async def test_nothing_waits_for_room_once_the_engine_is_dead(server, monkeypatch):
+    """What is durable stays; what could not be stored is computed by the next server."""
+    api = server.start(FakeManager(batches=2))
+    disk = FullDisk(api.service, monkeypatch)
+    await api.client.post("/init/generate", json=round_body(url=URL))
+    await until(lambda: len(delivered(server)) == 8)
+    queued = (await api.client.post("/generate", json=generate_body([5], url=URL))).json()["request_id"]
+    disk.full = True
+    api.manager.allow(1)
+    await until(lambda: api.service.callbacks.problem)
+    api.manager.dead = True
+    await until(lambda: not api.service.generating)
+    assert api.service._round.error == "the engine is dead"
+    api.manager.allow(1)  # the queue's turn: its callback has no room either
+    await until(lambda: not api.service.queue.queued_nonces)
+    failed = (await api.client.get(f"/generate/{queued}")).json()
+    assert (failed["status"], failed["error"]) == ("failed", "the engine is dead")
+    await asyncio.wait_for(api.service.close(), 5)
+    last = server.start(FakeManager(batches=1))
+    await last.client.post("/init/generate", json=round_body(url=URL))
+    await until(lambda: delivered(server) == list(range(12)))
+    await last.client.post("/stop")
+    last.manager.allow(1)
+
+
 async def test_a_queued_request_waits_for_room(server, monkeypatch):
     api = server.start(FakeManager())
     disk = FullDisk(api.service, monkeypatch)
@@ -134,16 +161,55 @@ async def test_a_queued_request_waits_for_room(server, monkeypatch):
     assert (await api.client.get(f"/generate/{answer['request_id']}")).json()["status"] == "completed"
 
 
-async def test_new_work_is_refused_at_the_cap(server):
-    """With 507, and only what would go through the outbox; what is in it stays."""
-    cap = 256 * 1024
-    earlier = Outbox(server.path, cap - 8192)
+CAP = 256 * 1024
+
+
+def fill(server: SimpleNamespace, limit: int) -> None:
+    """An earlier server left callbacks until there was no room."""
+    earlier = Outbox(server.path, limit)
     with suppress(OutboxFullError):
         while True:
             earlier.add_artifacts(URL, {}, [{"nonce": n, "vector_b64": "AAAAAAAA"} for n in range(20)])
     earlier.close()
+
+
+async def statuses_are(server: SimpleNamespace, status: str) -> None:
+    await until(lambda: {batch.status for batch in summary(server.path)} == {status})
+
+
+async def test_a_round_over_a_full_outbox_goes_on_after_a_retry(server):
+    server.up, server.refusal = False, 400
+    api = server.start(FakeManager(batches=0), outbox_max_bytes=CAP)
+    assert (await api.client.post("/init/generate", json=round_body(url=URL))).status_code == 200
+    fill(server, CAP)
+    await statuses_are(server, "parked")
+    api.manager.allow(50)
+    await until(lambda: api.service.callbacks.problem)
+    server.up = True
+    assert retry_parked(server.path) > 0
+    await until(lambda: len(api.manager.asked) == 51)
+    await until(lambda: delivered(server)[-200:] == list(range(200)))
+    await api.client.post("/stop")
+    api.manager.allow(1)
+
+
+async def test_a_new_round_empties_a_full_outbox_of_its_receiver_and_begins(server):
+    fill(server, CAP)
     server.up = False
-    api = server.start(FakeManager(), outbox_max_bytes=cap, outbox_grace_sec=0.05)
+    api = server.start(FakeManager(), outbox_max_bytes=CAP, outbox_grace_sec=0.05)
+    await statuses_are(server, "kept")
+    server.up = True
+    assert (await api.client.post("/init/generate", json=round_body(url=URL))).status_code == 507
+    await until(lambda: summary(server.path) == [])
+    assert (await api.client.post("/init/generate", json=round_body(url=URL))).status_code == 200
+    await until(lambda: len(api.manager.asked) > 20)
+
+
+async def test_new_work_is_refused_at_the_cap(server):
+    """With 507, and only what would go through the outbox; what is in it stays."""
+    fill(server, CAP - 8192)
+    server.up = False
+    api = server.start(FakeManager(), outbox_max_bytes=CAP, outbox_grace_sec=0.05)
     assert (await api.client.post("/init/generate", json=round_body(url=URL))).status_code == 200
     await until(lambda: api.service.callbacks.problem)
     assert "POC_OUTBOX_MAX_BYTES" in (await api.client.get("/status")).json()["error"]
@@ -297,9 +363,9 @@ async def test_rounds_of_other_nonces_or_vectors_are_others(server):
             {"url": "http://other"},
         )
     ]
-    marks = [await api.service.callbacks.begin_round(fingerprint(body), None) for body in bodies]
+    marks = [await api.service.callbacks.begin_round(URL, fingerprint(body), None) for body in bodies]
     assert len({mark.round_id for mark in marks}) == len(bodies)
-    again = await api.service.callbacks.begin_round(fingerprint({**bodies[0], "batch_size": 5}), None)
+    again = await api.service.callbacks.begin_round(URL, fingerprint({**bodies[0], "batch_size": 5}), None)
     assert again.round_id == marks[0].round_id
 
 

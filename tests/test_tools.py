@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from engineless import engineless_server, run
 from fakes import MODEL, FakeManager, made_up_distance, round_body
+from fastapi import Response
 
 from gonka_poc.artifact_file import ArtifactFile, read_artifact_file, write_artifact_file
 from gonka_poc.client import PoCClient
@@ -564,15 +565,20 @@ def test_results_are_lines_of_json(tmp_path):
 
 
 class BesideChat(FakeManager):
-    """Computes for a while, and not at all while `chats` are being served, unless it is `rude`."""
+    """Computes for a while, and not at all while `chats` are being served, unless it is `rude`; it then tells so after
+    `pause` seconds."""
 
-    def __init__(self, rude: bool = False) -> None:
+    def __init__(self, rude: bool = False, pause: float = 0.05) -> None:
         super().__init__()
         self.chats = 0
+        self.skipped = 0
         self.rude = rude
+        self.pause = pause
 
     async def compute(self, spec: Any, nonces: list[int], following: Any = ()) -> Any:
         if self.chats and not self.rude:
+            self.skipped += 1
+            await asyncio.sleep(self.pause)
             return None
         await asyncio.sleep(0.002)
         return await super().compute(spec, nonces)
@@ -586,30 +592,51 @@ class BesideChat(FakeManager):
             self.chats -= 1
         return {"choices": [{"message": {"content": "x" * body["max_tokens"]}}]}
 
+    async def metrics(self) -> Response:
+        name = "gonka_poc_skipped_total"
+        return Response(f"# TYPE {name} counter\n" + f'{name}{{reason="chat"}} {self.skipped}\n')
+
 
 SMALL_LOAD = Load(MODEL, seq_len=4, k_dim=3, batch_size=4, max_tokens=64, seconds=0.5)
 
 
-@pytest.mark.parametrize("rude", [False, True])
-def test_coexist_tells_a_server_that_yields_from_one_that_does_not(rude):
-    manager = BesideChat(rude)
-    with engineless_server(manager, manager.chat) as server, PoCClient(server.url) as client:
+YIELDS = "a round that starts beside chats yields until they end"
+BACKS_OFF = "a round beside chats backs off (no busy spin)"
+
+
+@pytest.mark.parametrize(
+    ("manager", "wrong"),
+    [(BesideChat(), []), (BesideChat(rude=True), [YIELDS, BACKS_OFF]), (BesideChat(pause=0), [BACKS_OFF])],
+    ids=["as it should", "rude", "spins"],
+)
+def test_coexist_tells_a_server_that_yields_from_one_that_does_not(manager, wrong):
+    more = {"/metrics": manager.metrics}
+    with engineless_server(manager, manager.chat, more) as server, PoCClient(server.url) as client:
         found = {check.name: check for check in coexist(client, SMALL_LOAD)}
         assert client.status().status != "GENERATING"
-    assert len(found) == 6
-    assert [name for name, check in found.items() if not check.ok] == (
-        ["a round that starts beside chats yields until they end"] if rude else []
-    ), "\n".join(check.line for check in found.values())
+    assert len(found) == 7
+    failed = [name for name, check in found.items() if not check.ok]
+    assert failed == wrong, "\n".join(check.line for check in found.values())
+
+
+@pytest.mark.parametrize(("text", "says"), [(None, "404"), ("", "/metrics has no gonka_poc_skipped_total")])
+def test_coexist_says_where_a_server_does_not_tell_what_it_skipped(text, says):
+    manager = BesideChat()
+    more = {} if text is None else {"/metrics": lambda: Response(text)}
+    with engineless_server(manager, manager.chat, more) as server, PoCClient(server.url) as client:
+        (check,) = [check for check in coexist(client, SMALL_LOAD) if check.name == BACKS_OFF]
+    assert not check.ok
+    assert says in check.result
 
 
 def test_coexist_on_the_command_line(capsys):
     manager = BesideChat()
     sizes = ("--seq-len", "4", "--k-dim", "3", "--batch-size", "4", "--seconds", "0.3")
-    with engineless_server(manager, manager.chat) as server:
+    with engineless_server(manager, manager.chat, {"/metrics": manager.metrics}) as server:
         assert run("coexist", "--url", server.url, *sizes) == 0
         shown = capsys.readouterr().out.splitlines()
-        assert [line[:4] for line in shown[:-1]] == ["PASS"] * 6
-        assert shown[-1] == "6 of 6 passed"
+        assert [line[:4] for line in shown[:-1]] == ["PASS"] * 7
+        assert shown[-1] == "7 of 7 passed"
         assert httpx.post(f"{server.url}/api/v1/pow/init/generate", json=round_body()).is_success
         assert run("coexist", "--url", server.url, *sizes) == 1
         assert "generates; `gonka-poc stop`" in capsys.readouterr().err

@@ -18,6 +18,9 @@ from gonka_poc.tools.checks import Case, Check, run_cases
 
 FULL_SPEED = 0.5  # of the speed of POST /generate: its batches are alike, but a machine's speed varies
 YIELDS = 0.1  # of the speed without chat: between two chats the engine can be idle for a moment
+# a round asks whether chat is idle every POC_CHAT_BACKOFF_SEC (0.05): 20 times a second, and some room for jitter
+MAX_SKIPS_A_SEC = 25.0
+SKIPPED = 'gonka_poc_skipped_total{reason="chat"}'
 SETTLE_SEC = 0.3
 TRIES = 8
 DEADLINE_SEC = 120.0
@@ -47,6 +50,7 @@ def coexist(client: PoCClient, load: Load) -> Iterator[Check]:
         ("generating resumes after chat", run.resumes),
         ("/generate waits for a round, no 409", run.generate_waits),
         ("a round that starts beside chats yields until they end", run.yields),
+        ("a round beside chats backs off (no busy spin)", run.backs_off),
     ]
     try:
         yield from run_cases(cases)
@@ -141,6 +145,22 @@ class _Coexist:
         ok = started and beside == self._load.chats and speed <= YIELDS * self._idle_speed
         result = f"{speed:.1f} nonces/s beside {beside} chats ({self._idle_speed:.1f} without), goes on after them"
         return Check("a round that starts beside chats yields until they end", ok, result)
+
+    def backs_off(self) -> Check:
+        with self._chats(), self._round():
+            time.sleep(SETTLE_SEC)
+            before, started = self._skipped(), time.monotonic()
+            time.sleep(self._load.seconds)
+            rate = (self._skipped() - before) / (time.monotonic() - started)
+        result = f"{rate:.1f} batches skipped a second of chat, at most {MAX_SKIPS_A_SEC:g}"
+        return Check("a round beside chats backs off (no busy spin)", 0 < rate <= MAX_SKIPS_A_SEC, result)
+
+    def _skipped(self) -> float:
+        """Batches that the server has put off for chat. Raises ServerAnswerError where it does not tell."""
+        found = self._client.metrics()
+        if SKIPPED not in found:
+            raise ServerAnswerError(f"{self._client.url}/metrics has no {SKIPPED}")
+        return found[SKIPPED]
 
     @contextmanager
     def _chats(self) -> Iterator[list[Future[int]]]:

@@ -78,7 +78,7 @@ def test_coexist(servers: Servers, capsys: pytest.CaptureFixture[str], show: Sho
     shown = capsys.readouterr().out
     show(shown)
     assert status == 0
-    assert shown.count("PASS  ") == 6
+    assert shown.count("PASS  ") == 7
 
 
 def test_calibrate(servers: Servers, tmp_path: Path, capsys: pytest.CaptureFixture[str], show: Show) -> None:
