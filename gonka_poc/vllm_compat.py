@@ -19,7 +19,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
@@ -32,6 +31,8 @@ MIDDLEWARE = "gonka_poc.middleware.PoCMiddleware"
 WORKER_EXTENSION = "gonka_poc.worker.PoCWorkerExtension"
 API_SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 INSECURE_SERIALIZATION = "VLLM_ALLOW_INSECURE_SERIALIZATION"
+# what a server with --enforce-eager prefers on CUDA for the operations that vLLM has several kernels of
+EAGER_KERNELS = ("vllm_c", "triton", "native")
 
 
 # --- the installed release --------------------------------------------------------------------------------------
@@ -218,7 +219,6 @@ class WorkerView:
         self._metadata_read: Any = None
         _refuse_unsupported(self._config, self.model, self._attention_layers())
         self._forward_options = _forward_options(self._config)
-        self._eager_priorities = _eager_priorities()
 
         from vllm.distributed.parallel_state import get_pp_group, get_tp_group, get_world_group
 
@@ -374,10 +374,14 @@ class WorkerView:
             if not self._config.model_config.enforce_eager:
                 for op in self._custom_ops():
                     if getattr(op._forward_method, "__func__", None) is type(op).forward_native:
-                        kernel = getattr(op, f"forward_{self.device.type}")
+                        kernel = op.forward_cuda if self.device.type == "cuda" else op.forward_cpu
                         stack.enter_context(_replaced(op, "_forward_method", kernel))
-                if self._eager_priorities is not None:
-                    stack.enter_context(self._eager_priorities.set_priority())
+                with contextlib.suppress(ImportError):
+                    from vllm.ir.op import IrOp  # 0.20
+
+                    for ir_op in IrOp.registry.values():
+                        kernels = [name for name in EAGER_KERNELS if name in ir_op.impls]
+                        stack.enter_context(ir_op.set_priority(kernels))
             yield
 
     def _custom_ops(self) -> Iterator[Any]:
@@ -651,19 +655,6 @@ def _forward_options(config: Any) -> dict[str, Any]:
             f"vLLM {installed_version()} cannot run a forward beside its compiled model; start it with --enforce-eager"
         )
     return options
-
-
-def _eager_priorities() -> Any:
-    """Which kernels a server with --enforce-eager prefers, for the operations that vLLM has several of; None before
-    0.20."""
-    from vllm.platforms import current_platform
-
-    if not hasattr(type(current_platform), "get_default_ir_op_priority"):
-        return None
-    from vllm.config import CompilationConfig, CompilationMode
-
-    eager = SimpleNamespace(compilation_config=CompilationConfig(mode=CompilationMode.NONE))
-    return current_platform.get_default_ir_op_priority(eager)
 
 
 def _refuse_unsupported(config: Any, model: Any, attention_layers: Mapping[str, Any]) -> None:

@@ -222,8 +222,9 @@ CONTRACT = (
     ),
     # what torch may compile
     *_members("model_executor/custom_op.py", "CustomOp", "forward_native()", "_forward_method"),
+    *_members("model_executor/custom_op.py", "CustomOp", "forward_cuda()", "forward_cpu()"),
     Name("with enable_torch_wrap(enable, /)", "ir/op.py", first="0.20"),
-    Name("IrOp.registry", "ir/op.py", first="0.20"),
+    *(Name(f"IrOp.{member}", "ir/op.py", first="0.20") for member in ("registry", "impls")),
     Name("with IrOp.set_priority(priority, /)", "ir/op.py", first="0.20"),
     # an engine without a server, and what its forward costs
     Name("EngineArgs.add_cli_args(parser, /)", "engine/arg_utils.py"),

@@ -16,21 +16,6 @@ pytest.importorskip("vllm")
 from gonka_poc.vllm_compat import WorkerView
 
 
-class Priorities:
-    """Which kernels vLLM prefers, as its configuration has them."""
-
-    def __init__(self) -> None:
-        self.set = 0
-
-    @contextlib.contextmanager
-    def set_priority(self) -> Iterator[None]:
-        self.set += 1
-        try:
-            yield
-        finally:
-            self.set -= 1
-
-
 @pytest.fixture(scope="module")
 def op_class() -> type[nn.Module]:
     from vllm.model_executor.custom_op import CustomOp
@@ -57,7 +42,6 @@ def view(op_class: type[nn.Module]) -> Any:
     view.device = torch.device("cpu")
     view._layers = {"attention": view.model["attention"]}
     view._config = SimpleNamespace(model_config=SimpleNamespace(enforce_eager=False))
-    view._eager_priorities = Priorities()
     return view
 
 
@@ -69,16 +53,13 @@ def test_a_plain_forward_beside_a_compiled_model(view: Any) -> None:
     assert answers(view) == ["plain operations", "plain operations"]
     with view.eager_kernels():
         assert answers(view) == ["kernel", "plain operations"]
-        assert view._eager_priorities.set == 1
     assert answers(view) == ["plain operations", "plain operations"]
-    assert view._eager_priorities.set == 0
 
 
 def test_all_is_as_it_was_behind_a_failure(view: Any) -> None:
     with pytest.raises(ZeroDivisionError), view.eager_kernels():
         raise ZeroDivisionError
     assert answers(view) == ["plain operations", "plain operations"]
-    assert view._eager_priorities.set == 0
 
 
 def test_an_operation_that_has_a_form_of_its_own_keeps_it(view: Any) -> None:
@@ -91,10 +72,22 @@ def test_an_eager_server_is_left_alone(view: Any) -> None:
     view._config.model_config.enforce_eager = True
     with view.eager_kernels():
         assert answers(view) == ["plain operations", "plain operations"]
-        assert view._eager_priorities.set == 0
 
 
-def test_releases_with_one_kernel_an_operation(view: Any) -> None:
-    view._eager_priorities = None
+def test_the_kernels_that_an_eager_server_prefers(view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ir = pytest.importorskip("vllm.ir.op", reason="one kernel an operation before 0.20")
+    seen = []
+
+    class Operation:
+        def __init__(self, *impls: str) -> None:
+            self.impls = dict.fromkeys(impls)
+
+        @contextlib.contextmanager
+        def set_priority(self, priority: list[str]) -> Iterator[None]:
+            seen.append(priority)
+            yield
+
+    registry = {"norm": Operation("native", "aiter", "vllm_c"), "sparse": Operation("triton", "native")}
+    monkeypatch.setattr(ir.IrOp, "registry", registry)
     with view.eager_kernels():
-        assert answers(view) == ["kernel", "plain operations"]
+        assert seen == [["vllm_c", "native"], ["triton", "native"]]
