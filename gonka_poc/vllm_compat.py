@@ -373,7 +373,7 @@ class WorkerView:
         with contextlib.ExitStack() as stack:
             if not self._config.model_config.enforce_eager:
                 for op in self._custom_ops():
-                    if getattr(op._forward_method, "__func__", None) is type(op).forward_native:
+                    if op._forward_method == op.forward_native:
                         kernel = op.forward_cuda if self.device.type == "cuda" else op.forward_cpu
                         stack.enter_context(_replaced(op, "_forward_method", kernel))
                 with contextlib.suppress(ImportError):
