@@ -373,7 +373,9 @@ class WorkerView:
         with contextlib.ExitStack() as stack:
             if not self._config.model_config.enforce_eager:
                 for op in self._custom_ops():
-                    if op._forward_method == op.forward_native:
+                    chosen = op._forward_method
+                    # what is not a method was compiled by itself: activations, and quantization of inputs
+                    if chosen == op.forward_native or not inspect.ismethod(chosen):
                         kernel = op.forward_cuda if self.device.type == "cuda" else op.forward_cpu
                         stack.enter_context(_replaced(op, "_forward_method", kernel))
                 with contextlib.suppress(ImportError):

@@ -28,6 +28,9 @@ def op_class() -> type[nn.Module]:
         def forward_cpu(self) -> str:
             return "kernel"
 
+        def forward_own(self) -> str:
+            return "its own"
+
     return Op
 
 
@@ -62,8 +65,16 @@ def test_all_is_as_it_was_behind_a_failure(view: Any) -> None:
     assert answers(view) == ["plain operations", "plain operations"]
 
 
+def test_an_operation_that_was_compiled_by_itself(view: Any) -> None:
+    op = view.model["norm"]
+    op._forward_method = compiled = torch.compile(op.forward_native, backend="eager")
+    with view.eager_kernels():
+        assert answers(view) == ["kernel", "plain operations"]
+    assert op._forward_method is compiled
+
+
 def test_an_operation_that_has_a_form_of_its_own_keeps_it(view: Any) -> None:
-    view.model["norm"]._forward_method = lambda: "its own"
+    view.model["norm"]._forward_method = view.model["norm"].forward_own
     with view.eager_kernels():
         assert answers(view) == ["its own", "plain operations"]
 

@@ -219,8 +219,8 @@ def compare(report: Report, vectors: Vectors, cases: Sequence[Case], workers: in
     references = list(dict.fromkeys(case.reference for case in cases))
     if Case("dense") in references:
         references.append(CONTROL)
-    # the largest first: they wait for several GPUs, and small ones fill what is left
-    wanted = sorted([*cases, *references], key=lambda case: -case.gpus)
+    # each reference just before the first case that needs it, so that what time allows can be compared
+    wanted = list(dict.fromkeys([*(each for case in cases for each in (case.reference, case)), *references]))
     found: dict[Case, dict[str, Any]] = {}
     with ThreadPoolExecutor(max_workers=workers) as pool:
         futures = {pool.submit(vectors.of, case): case for case in wanted}
