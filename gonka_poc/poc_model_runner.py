@@ -35,7 +35,7 @@ from gonka_poc.vllm_compat import WorkerView
 logger = logging.getLogger("vllm.gonka_poc.model_runner")
 
 # A compiled forward whose vectors are further from the plain one's is not used: half of the distance at which a
-# validator takes two vectors for different ones by default (0.02). Rounding alone gave at most 0.005.
+# validator takes two vectors for different ones by default (0.02). How far rounding alone goes depends on the model.
 MAX_COMPILED_DISTANCE = 0.01
 # A batch that was computed ahead is kept while this many others that look ahead pass it: two callers may take turns.
 MAX_PASSED = 1
