@@ -288,8 +288,11 @@ class Outbox:
         New work for a receiver begins with this, in a transaction of its own: where there is no room for the new, what
         was kept has to go out all the same, or there would never be any.
         """
+        mine = self._slot.number
+        # two statements: with the address in it, SQLite finds the rows by an index
+        query, values = (TAKE_UP, (mine,)) if url is None else (f"{TAKE_UP} AND url = ?", (mine, url))
         with self._transaction():
-            self._db.execute(f"{TAKE_UP} AND coalesce(url = ?, TRUE)", (self._slot.number, url))
+            self._db.execute(query, values)
 
     def adopt(self) -> None:
         """Take over the batches of servers that ended."""

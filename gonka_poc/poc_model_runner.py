@@ -17,7 +17,7 @@ from torch import nn
 
 from gonka_poc.compiled_layers import CompiledReflections, LastPositions, LayerCompiler
 from gonka_poc.data import VECTOR_DTYPE, DistanceSpec, Randomization, VectorSpec
-from gonka_poc.errors import RequestError, UnsupportedServerError
+from gonka_poc.errors import PoCError, RequestError, UnsupportedServerError
 from gonka_poc.gpu_random import (
     PROJECTION_DIM,
     artifact_vectors,
@@ -236,8 +236,11 @@ class PoCModelRunner:
                         raise UnsupportedServerError(
                             f"the compiled layers gave vectors at a distance of {self._compiled_distance:g}"
                         )
-        except Exception:
-            logger.exception("PoC goes on with the plain forward: the decoder layers cannot be compiled")
+        except Exception as error:
+            if isinstance(error, PoCError):
+                logger.warning("PoC goes on with the plain forward: %s", error)
+            else:
+                logger.exception("PoC goes on with the plain forward: the decoder layers cannot be compiled")
             self._compiler = self._last_positions = None
         self.release()
         return {"compiled": self._compiler is not None, "distance": self._compiled_distance}

@@ -368,13 +368,14 @@ class WorkerView:
         """While entered, norms, rotary embeddings and activations are the kernels of a server with --enforce-eager.
 
         A server that compiles its model has plain torch operations there, for torch to fuse. One by one they are slow,
-        and they round otherwise: the vectors of the two kinds of server would differ.
+        and they round otherwise. What is no module of the model (FP8 quantization of inputs), and what an operation
+        decided when it was built, stays as it was chosen for the compiled model.
         """
         with contextlib.ExitStack() as stack:
             if not self._config.model_config.enforce_eager:
                 for op in self._custom_ops():
                     chosen = op._forward_method
-                    # what is not a method was compiled by itself: activations, and quantization of inputs
+                    # what is not a method was compiled by itself, as activations are
                     if chosen == op.forward_native or not inspect.ismethod(chosen):
                         kernel = op.forward_cuda if self.device.type == "cuda" else op.forward_cpu
                         stack.enter_context(_replaced(op, "_forward_method", kernel))

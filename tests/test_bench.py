@@ -159,7 +159,8 @@ class FakeEngine:
     def poc_describe(self, stage: int, rank: int) -> dict[str, Any]:
         return {"device": "cpu"}
 
-    def poc_warm_up(self, stage: int, rank: int, seq_len: int, num_nonces: int) -> None: ...
+    def poc_warm_up(self, stage: int, rank: int, seq_len: int, num_nonces: int, first: int) -> dict[str, Any]:
+        return {"compiled": first < 4}
 
     def poc_bench_describe(self, stage: int, rank: int, spec: dict[str, Any]) -> dict[str, Any]:
         return {"device": "chip", "dtype": "float16", "model_flops": 1e9, "matrix_flops_per_second": 1e12}
@@ -211,7 +212,9 @@ def test_layers_are_compiled_as_on_a_server(monkeypatch):
     monkeypatch.setenv("POC_COMPILE", "always")
     engine = FakeEngine()
     measure_engine(engine, "m", Sizes(seq_len=16, batch_size=2, seconds=0))
-    assert engine.calls[:2] == [("poc_describe",), ("poc_warm_up", 16, 2)]
+    warm_ups = [("poc_warm_up", 16, 2, first) for first in (0, 2, 4)]  # the third batch is too far from the plain one
+    assert engine.calls[:5] == [("poc_describe",), *warm_ups, engine.calls[4]]
+    assert engine.calls[4][0] == "poc_bench_describe"
 
 
 def test_phases_beside_each_other_overlap():

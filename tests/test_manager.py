@@ -332,6 +332,23 @@ async def test_the_warm_up_compares_many_nonces(monkeypatch):
     assert [args for method, args in view.calls if method == "poc_warm_up"] == [(48, 1, first) for first in range(3)]
 
 
+async def test_the_time_of_compiling_is_not_that_of_comparing(monkeypatch):
+    monkeypatch.setattr("gonka_poc.manager.WARM_UP_NONCES", 3)
+    monkeypatch.setattr("gonka_poc.manager.WARM_UP_SEC", 0.3)
+    view = FakeView()
+    view.answers = [{"device": "cuda", "compiled": True}]
+    call = view.call_workers
+
+    async def call_workers(method, args):
+        if args[-1:] == (0,):
+            await asyncio.sleep(0.5)
+        return await call(method, args)
+
+    view.call_workers = call_workers
+    await PoCManagerV1(view).prepare()
+    assert [args for method, args in view.calls if method == "poc_warm_up"] == [(48, 1, first) for first in range(3)]
+
+
 async def test_the_warm_up_of_a_slow_model_compares_what_its_time_allows(monkeypatch):
     monkeypatch.setattr("gonka_poc.manager.WARM_UP_SEC", 0.0)
     view = FakeView()

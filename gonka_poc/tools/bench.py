@@ -21,6 +21,7 @@ from gonka_poc.client import PoCClient
 from gonka_poc.config import load_settings
 from gonka_poc.data import VectorSpec
 from gonka_poc.errors import RequestError, ServerAnswerError, ToolError, raise_worker_error
+from gonka_poc.manager import WARM_UP_NONCES
 from gonka_poc.server_process import CPU_ENVIRONMENT
 from gonka_poc.tools.calibrate import refuse_if_busy
 from gonka_poc.tools.plots import Theme, stacked_bars
@@ -143,7 +144,9 @@ def measure_engine(engine: Any, name: str, sizes: Sizes) -> Bench:
         return answers
 
     if load_settings().compiles([worker["device"] for worker in ask("poc_describe")]):
-        ask("poc_warm_up", sizes.seq_len, batch_size)  # as a server does when it starts
+        for first in range(0, WARM_UP_NONCES, batch_size):  # as a server does when it starts
+            if not all(answer["compiled"] for answer in ask("poc_warm_up", sizes.seq_len, batch_size, first)):
+                break
     workers = ask("poc_bench_describe", spec)
     times: list[dict[str, float]] = []
     scratch_bytes = 0

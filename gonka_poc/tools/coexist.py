@@ -152,7 +152,7 @@ class _Coexist:
             before, started = self._skipped(), time.monotonic()
             time.sleep(self._load.seconds)
             rate = (self._skipped() - before) / (time.monotonic() - started)
-        result = f"{rate:.1f} batches skipped a second of chat, at most {MAX_SKIPS_A_SEC:g}"
+        result = f"{rate:.1f} batches skipped a second of chat, at most {MAX_SKIPS_A_SEC:g} (POC_CHAT_BACKOFF_SEC=0.05)"
         return Check("a round beside chats backs off (no busy spin)", 0 < rate <= MAX_SKIPS_A_SEC, result)
 
     def _skipped(self) -> float:

@@ -9,7 +9,6 @@ exits 1 if a limit is broken. Takes about five minutes on one H200.
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import json
 import re
@@ -89,8 +88,11 @@ def greedy_chat(url: str) -> list[int]:
 
 def warm_up_answer(log: Path) -> dict[str, Any]:
     """What the first worker said of its compiled layers: {"compiled": bool, "distance": L2 to the plain forward}."""
-    found = re.findall(r"PoC warmed up with .*?: \[(\{.*?\})", log.read_text(errors="replace"))
-    return ast.literal_eval(found[-1]) if found else {"compiled": None, "distance": None}
+    pattern = r"PoC warmed up with .*?'compiled': (\w+), 'distance': ([\w.+-]+)"
+    found = re.findall(pattern, log.read_text(errors="replace"))
+    if not found or found[-1][1] == "None":
+        return {"compiled": None, "distance": None}
+    return {"compiled": found[-1][0] == "True", "distance": float(found[-1][1])}
 
 
 def largest_l2(a: np.ndarray, b: np.ndarray) -> float:

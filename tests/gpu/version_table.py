@@ -122,7 +122,7 @@ def main() -> int:
         report.check(False, f"{type(error).__name__}: {error}")
     files = sorted(out.glob("*.npz"), key=lambda path: [int(part) for part in path.stem.split(".")[:3]])
     found = {path.stem: dict(np.load(path)) for path in files}
-    between, within = between_releases(found), within_releases(found)
+    between, within = (between_releases(found), within_releases(found)) if found else ([], [])
     for row in itertools.chain(between, within):
         largest = max((value for value in row.values() if isinstance(value, float)), default=0.0)
         report.check(largest < LIMIT, f"{row}")

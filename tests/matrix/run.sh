@@ -146,7 +146,7 @@ run_version() {
 # in a condition `set -e` does not hold, so what fails returns.
 needs_of() {
     local pythons python_versions asking="$WORK/asking"
-    use_engine "$asking" "$1" "" 311 314
+    use_engine "$asking" "$1" "" 310 314
     isolate_environment
     if [[ ! -x $VENV/bin/pip ]]; then
         find_pythons
