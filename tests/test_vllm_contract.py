@@ -91,8 +91,8 @@ RECEIVERS = {
 }
 # attributes in vllm_compat.py that are not vLLM's but Python's, torch's or FastAPI's
 OTHERS = """
-    ExitStack __name__ clear contextmanager enter_context environ fields find_spec fromkeys get index is_file ismethod items
-    join name origin parameters parent parse_args pop read_text signature suppress update util values version
+    ExitStack __name__ clear contextmanager enter_context environ fields find_spec fromkeys get index is_file ismethod
+    items join name origin parameters parent parse_args pop read_text signature suppress update util values version
     Event ModuleList Tensor all_reduce arange bool compiler cuda device disable distributed dtype element_size expand
     flatten full in_features int32 item modules named_children named_modules ndim numel ones out_features permute
     forward record repeat repeat_interleave shape stride synchronize tensor to type unsqueeze zeros state
