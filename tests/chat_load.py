@@ -84,6 +84,12 @@ class ChatLoad:
         return Chat(number, tuple(tokens), first)
 
 
+def unlike(chats: list[Chat], others: list[Chat]) -> int:
+    """How many of `chats` answered otherwise than the chat of the same number in `others`."""
+    tokens = {chat.number: chat.tokens for chat in others}
+    return sum(1 for chat in chats if tokens[chat.number] != chat.tokens)
+
+
 def percentile_ms(chats: list[Chat], percent: float) -> float:
     """Milliseconds to the first token that `percent` of the chats did not exceed."""
     return float(np.percentile([chat.first_token_sec for chat in chats], percent) * 1000)

@@ -113,5 +113,5 @@ def test_a_server(servers: Servers, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert client.status()["status"] == "IDLE"
     too_long = bench("--url", url, *SIZES, "--seq-len", "1025")
     assert too_long.returncode == 1
-    assert "Error: " in too_long.stderr
+    assert f"Error: {url.rstrip('/')}/v1/completions" in too_long.stderr
     assert "1024" in too_long.stderr

@@ -11,40 +11,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from gonka_poc.server_process import ServerProcess
 from gonka_poc.tools.receive import Receiver
-from tests.chat_load import Chat, ChatLoad, percentile_ms
-from tests.gpu.core_table import table, wait_for_nonces
-from tests.gpu.speed_table import BATCH, SEQ_LEN, make_shape, processed, start_round
+from tests.chat_load import Chat, ChatLoad, percentile_ms, unlike
+from tests.gpu.core_table import table
+from tests.gpu.speed_table import SERVER_ARGS, beside_round, make_shape
 
 SHAPE = "qwen3-8b"
 CHATS, MAX_TOKENS = 200, 64
 QUIET_SEC = 7.0  # longer than chat is remembered
 
 
-def unlike(chats: list[Chat], others: list[Chat]) -> int:
-    """How many of `chats` answered otherwise than the chat of the same number in `others`."""
-    tokens = {chat.number: chat.tokens for chat in others}
-    return sum(1 for chat in chats if tokens[chat.number] != chat.tokens)
-
-
 def load_rows(name: str, url: str, callback_url: str, run: Callable[[], list[Chat]]) -> list[dict[str, Any]]:
     """One load without proof, beside a round, without it again."""
     off = run()
-    start_round(url, callback_url)
-    wait_for_nonces(url, 3 * BATCH)
-    time.sleep(QUIET_SEC)
-    first, started = processed(url), time.perf_counter()
-    beside = run()
-    nonces = (processed(url) - first) / (time.perf_counter() - started)
-    httpx.post(f"{url}/api/v1/pow/stop", timeout=60)
+    beside, nonces = beside_round(url, callback_url, run, quiet_sec=QUIET_SEC)
     return [
         {
             "load": name,
@@ -68,14 +53,14 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     options.work.mkdir(parents=True, exist_ok=True)
-    args = ["--served-model-name", "m", "--load-format", "dummy", "--max-model-len", "4096"]
-    args += ["--no-enable-prefix-caching", "--gpu-memory-utilization", "0.8"]
-    args += ["--max-num-batched-tokens", str(BATCH * SEQ_LEN), "--max-num-seqs", "256"]
     env = {"POC_OUTBOX_PATH": str(options.work / "outbox")}
     model = make_shape(SHAPE, options.work / SHAPE)
     log = options.work / "server.log"
     rows: list[dict[str, Any]] = []
-    with Receiver() as receiver, ServerProcess(model, log_file=log, args=args, env=env, startup_timeout=400) as server:
+    with (
+        Receiver() as receiver,
+        ServerProcess(model, log_file=log, args=SERVER_ARGS, env=env, startup_timeout=400) as server,
+    ):
         load = ChatLoad(server.url, "m", MAX_TOKENS)
         loads = {
             f"{CHATS} within {options.seconds:g} s": lambda: load.at_random_times(CHATS, options.seconds),

@@ -50,6 +50,13 @@ class Report:
             self.failures.append(what)
         return ok
 
+    def exit_status(self, logs: Path) -> int:
+        """1 if a limit was broken, with the ends of the servers' logs on stderr."""
+        if self.failures:
+            for log in sorted(logs.glob("*.log")):
+                print(f"--- {log.name}\n{log.read_text(errors='replace')[-2500:]}", file=sys.stderr)
+        return 1 if self.failures else 0
+
 
 # --- talking to a server ----------------------------------------------------------------------------------------
 
@@ -305,10 +312,7 @@ def main() -> int:
     (options.out / "gpu.md").write_text(text)
     (options.out / "gpu.json").write_text(json.dumps(report.__dict__, indent=1))
     print(text)
-    if report.failures:
-        for log in sorted(logs.glob("*.log")):
-            print(f"--- {log.name}\n{log.read_text(errors='replace')[-1500:]}", file=sys.stderr)
-    return 1 if report.failures else 0
+    return report.exit_status(logs)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import torch
@@ -29,11 +29,18 @@ from gonka_poc.server_process import ServerProcess
 from gonka_poc.tools.receive import Receiver
 from tests.gpu.core_table import DATA, request_body, table, wait_for_nonces
 
+T = TypeVar("T")
+
 BATCH, SEQ_LEN = 32, 1024
 CHAT_SHAPE = "qwen3-8b"
 CHATS, CHAT_TOKENS, BURSTS, PAUSE_SEC = 64, 128, 3, 1.5
 # nonces/s of the network's reference on one H200 with the same shapes and batches
 REFERENCE = {"qwen3-0.6b": 205.0, "qwen3-8b": 36.3, "qwen3-30b-a3b": 59.1}
+SERVER_ARGS = (
+    *("--served-model-name", "m", "--load-format", "dummy", "--max-model-len", "4096"),
+    *("--no-enable-prefix-caching", "--gpu-memory-utilization", "0.8"),
+    *("--max-num-batched-tokens", str(BATCH * SEQ_LEN), "--max-num-seqs", "256"),
+)
 COMMON = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
@@ -151,6 +158,18 @@ def processed(url: str) -> int:
     return httpx.get(f"{url}/api/v1/pow/status", timeout=60).json()["stats"]["total_processed"]
 
 
+def beside_round(url: str, callback_url: str, run: Callable[[], T], quiet_sec: float = 0.0) -> tuple[T, float]:
+    """What `run` gives beside a round that is at full speed, for `quiet_sec` already, and the round's nonces/s then."""
+    start_round(url, callback_url)
+    wait_for_nonces(url, 3 * BATCH)
+    time.sleep(quiet_sec)
+    first, started = processed(url), time.perf_counter()
+    found = run()
+    rate = (processed(url) - first) / (time.perf_counter() - started)
+    httpx.post(f"{url}/api/v1/pow/stop", timeout=60)
+    return found, rate
+
+
 def own_prefill_rate(url: str) -> float:
     """Sequences/s of the server's own prefill of as many tokens (compiled where it compiles), on its worker: the
     median of five, after two that are not counted."""
@@ -179,22 +198,18 @@ def chat_burst(url: str) -> tuple[int, float]:
 def chat_row(shape: str, url: str, callback_url: str) -> dict[str, Any]:
     """Chat tokens/s of bursts with pauses between them, without and with a round, and the round's nonces/s."""
 
-    def bursts() -> tuple[float, float]:
-        started, rates = time.perf_counter(), []
+    def bursts() -> float:
+        rates = []
         for _ in range(BURSTS):
             tokens, seconds = chat_burst(url)
             rates.append(tokens / seconds)
             time.sleep(PAUSE_SEC)
-        return statistics.median(rates), time.perf_counter() - started
+        return statistics.median(rates)
 
     chat_burst(url)
-    without, _ = bursts()
-    start_round(url, callback_url)
-    first = wait_for_nonces(url, 3 * BATCH)["stats"]["total_processed"]
-    beside, seconds = bursts()
-    nonces = (processed(url) - first) / seconds
-    httpx.post(f"{url}/api/v1/pow/stop", timeout=60)
-    again, _ = bursts()
+    without = bursts()
+    beside, nonces = beside_round(url, callback_url, bursts)
+    again = bursts()
     return {
         "shape": shape,
         "chat tokens/s, proof off": without,
@@ -207,10 +222,7 @@ def chat_row(shape: str, url: str, callback_url: str) -> dict[str, Any]:
 
 def server_rows(shape: str, work: Path, mode: str, callback_url: str, report: dict[str, Any]) -> None:
     """A shape on an eager or a compiled server; one of them beside chat."""
-    args = ["--served-model-name", "m", "--load-format", "dummy", "--max-model-len", "4096"]
-    args += ["--no-enable-prefix-caching", "--gpu-memory-utilization", "0.8"]
-    args += ["--max-num-batched-tokens", str(BATCH * SEQ_LEN), "--max-num-seqs", "256"]
-    args += ["--enforce-eager"] if mode == "eager" else []
+    args = [*SERVER_ARGS, *(["--enforce-eager"] if mode == "eager" else [])]
     env = {"POC_OUTBOX_PATH": str(work / f"outbox-{shape}-{mode}"), "VLLM_SERVER_DEV_MODE": "1"}
     log = work / f"{shape}-{mode}.log"
     model = make_shape(shape, work / shape)

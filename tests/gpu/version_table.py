@@ -132,10 +132,7 @@ def main() -> int:
     print(
         f"{text}\ntorch {torch.__version__}, {torch.cuda.get_device_name()}\nBroken limits: {report.failures or 'none'}"
     )
-    if report.failures:
-        for log in sorted(logs.glob("*.log")):
-            print(f"--- {log.name}\n{log.read_text(errors='replace')[-2500:]}", file=sys.stderr)
-    return 1 if report.failures else 0
+    return report.exit_status(logs)
 
 
 if __name__ == "__main__":
