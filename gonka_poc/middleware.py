@@ -11,13 +11,13 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gonka_poc.access import BearerToken
-from gonka_poc.access_log import PollFilter
 from gonka_poc.config import Settings, load_settings
 from gonka_poc.errors import BodyTooLargeError, EngineUnavailableError, PoCError, RequestError, UnauthorizedError
 from gonka_poc.manager import PoCManagerV1
 from gonka_poc.metrics import Metrics
 from gonka_poc.routes import PREFIX, make_app
-from gonka_poc.service import PoCService
+from gonka_poc.server.access_log import PollFilter
+from gonka_poc.server.service import PoCService
 from gonka_poc.vllm_compat import ApiView, installed_version
 
 # how much of a body that is too large is read, and thrown away, so that its sender sees the answer

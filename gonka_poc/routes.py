@@ -13,7 +13,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from gonka_poc import __version__
-from gonka_poc.dashboard import DashboardData, dashboard_data, dashboard_page
 from gonka_poc.data import (
     PREFIX,
     Completed,
@@ -30,7 +29,8 @@ from gonka_poc.data import (
     StatusAnswer,
 )
 from gonka_poc.errors import PoCError, printable
-from gonka_poc.service import PoCService
+from gonka_poc.server.dashboard import DashboardData, dashboard_data, dashboard_page
+from gonka_poc.server.service import PoCService
 from gonka_poc.threshold_data import (
     InitGenerateBody,
     ProofBatch,

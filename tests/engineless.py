@@ -14,11 +14,11 @@ import pytest
 import uvicorn
 from fakes import MODEL, FakeManager
 
-from gonka_poc import cli
+from gonka_poc.cli import main as cli
+from gonka_poc.cli.server_process import free_port
 from gonka_poc.config import Settings
 from gonka_poc.routes import make_app
-from gonka_poc.server_process import free_port
-from gonka_poc.service import PoCService
+from gonka_poc.server.service import PoCService
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from schemathesis.specs.openapi.checks import (
 from gonka_poc.config import Settings
 from gonka_poc.manager import PoCManagerV1
 from gonka_poc.routes import make_app
-from gonka_poc.service import PoCService
+from gonka_poc.server.service import PoCService
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 

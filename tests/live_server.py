@@ -17,9 +17,9 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from gonka_poc import middleware
+from gonka_poc.cli.server_process import free_port
 from gonka_poc.middleware import PoCMiddleware
 from gonka_poc.routes import PREFIX
-from gonka_poc.server_process import free_port
 
 START_SEC = 20.0
 

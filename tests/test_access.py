@@ -19,7 +19,7 @@ from gonka_poc.access import FORBIDDEN_NETWORKS, CallbackRules, CheckedTransport
 from gonka_poc.config import Settings
 from gonka_poc.errors import RequestError
 from gonka_poc.routes import PREFIX, make_app
-from gonka_poc.service import PoCService
+from gonka_poc.server.service import PoCService
 
 EVERYTHING = CallbackRules.parse("")
 LISTED = CallbackRules.parse(

@@ -10,12 +10,12 @@ import pytest
 from fakes import Clock, FakeManager, generate_body, round_body, until
 from live_server import LiveServer
 
-from gonka_poc.access_log import ACCESS_LOGGER, PollFilter
 from gonka_poc.config import Settings
 from gonka_poc.errors import EngineUnavailableError
 from gonka_poc.middleware import POLLED
 from gonka_poc.routes import PREFIX, make_app
-from gonka_poc.service import PoCService
+from gonka_poc.server.access_log import ACCESS_LOGGER, PollFilter
+from gonka_poc.server.service import PoCService
 
 
 @pytest.fixture

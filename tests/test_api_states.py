@@ -14,7 +14,7 @@ from hypothesis.strategies import integers
 from gonka_poc.config import Settings
 from gonka_poc.data import PREFIX
 from gonka_poc.routes import make_app
-from gonka_poc.service import PoCService
+from gonka_poc.server.service import PoCService
 
 LIMIT = 40  # nonces in the queue
 

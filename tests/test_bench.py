@@ -19,11 +19,11 @@ from fastapi import Response
 from torch import nn
 
 from gonka_poc.bench_worker import matrix_rate, seconds_of
-from gonka_poc.client import PoCClient
+from gonka_poc.cli import bench, plots
+from gonka_poc.cli.bench import ONLY_OFFLINE, Bench, Sizes, bench_server, measure_engine
+from gonka_poc.cli.client import PoCClient
 from gonka_poc.data import InitGenerateRequest
 from gonka_poc.errors import ComputeError, RequestError, ServerAnswerError
-from gonka_poc.tools import bench, plots
-from gonka_poc.tools.bench import ONLY_OFFLINE, Bench, Sizes, bench_server, measure_engine
 from gonka_poc.vllm_compat import attention_flops, weights_per_token
 
 CPU = torch.device("cpu")
@@ -355,7 +355,7 @@ def test_a_round_that_ends_by_itself_is_an_error(server, monkeypatch):
 
     sizes = Sizes(seq_len=8, k_dim=3, batch_size=4, seconds=0)
     monkeypatch.setattr(bench, "_generate_rate", lambda *args: 1.0)
-    monkeypatch.setattr("gonka_poc.rounds.RETRY_SEC", 0.001)
+    monkeypatch.setattr("gonka_poc.server.rounds.RETRY_SEC", 0.001)
     monkeypatch.setattr(SlowManager, "compute", broken)
     with PoCClient(server.url) as client:
         with pytest.raises(ServerAnswerError, match="ended before its time.*a chip broke"):

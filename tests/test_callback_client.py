@@ -12,8 +12,8 @@ from contextlib import asynccontextmanager
 import pytest
 
 from gonka_poc.access import CallbackRules
-from gonka_poc.callback_client import Answer, CallbackClient
-from gonka_poc.outbox import Batch
+from gonka_poc.callbacks.client import Answer, CallbackClient
+from gonka_poc.callbacks.outbox import Batch
 
 Reply = Callable[[asyncio.StreamWriter], Awaitable[None]]
 

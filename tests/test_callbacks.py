@@ -20,14 +20,16 @@ import httpx
 import pytest
 from fakes import until
 
-from gonka_poc import callback_client, callbacks, outbox
 from gonka_poc.access import CheckedTransport
-from gonka_poc.callback_client import MAX_CONNECTIONS, MAX_CONNECTIONS_A_HOST, seconds_to_wait
-from gonka_poc.callbacks import CallbackSender
+from gonka_poc.callbacks import client as callback_client
+from gonka_poc.callbacks import outbox
+from gonka_poc.callbacks import sender as callbacks
+from gonka_poc.callbacks.admin import retry_parked, summary
+from gonka_poc.callbacks.client import MAX_CONNECTIONS, MAX_CONNECTIONS_A_HOST, seconds_to_wait
+from gonka_poc.callbacks.outbox import Outbox, RoundMark
+from gonka_poc.callbacks.sender import CallbackSender
 from gonka_poc.config import Settings
 from gonka_poc.errors import OutboxError, OutboxFullError
-from gonka_poc.outbox import Outbox, RoundMark
-from gonka_poc.outbox_admin import retry_parked, summary
 
 URL = "http://receiver"
 QUICK = Settings(callback_interval_sec=0.001)

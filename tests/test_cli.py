@@ -11,13 +11,14 @@ import pytest
 from engineless import engineless_server, run
 from fakes import MODEL, FakeManager
 
-from gonka_poc import cli, cli_common
+from gonka_poc.callbacks.outbox import Outbox
+from gonka_poc.cli import common as cli_common
+from gonka_poc.cli import main as cli
+from gonka_poc.cli.demo import Row
+from gonka_poc.cli.receive import Receiver
+from gonka_poc.cli.server_process import free_port
 from gonka_poc.data import Artifact, StatTest, StatusAnswer
-from gonka_poc.demo import Row
 from gonka_poc.errors import ComputeError, RequestError
-from gonka_poc.outbox import Outbox
-from gonka_poc.server_process import free_port
-from gonka_poc.tools.receive import Receiver
 
 
 @pytest.fixture

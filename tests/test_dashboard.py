@@ -23,9 +23,9 @@ from gonka_poc.history import BUCKET_SEC, NUM_BUCKETS, History
 from gonka_poc.manager import PoCManagerV1
 from gonka_poc.metrics import Metrics
 from gonka_poc.routes import PREFIX, make_app
-from gonka_poc.service import PoCService
+from gonka_poc.server.service import PoCService
 
-HTML = files("gonka_poc").joinpath("dashboard.html").read_text(encoding="utf-8")
+HTML = files("gonka_poc.server").joinpath("dashboard.html").read_text(encoding="utf-8")
 URL = f"{PREFIX}/dashboard"
 NASTY = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
 
@@ -97,9 +97,9 @@ def test_the_page_is_self_contained():
 
 
 def test_the_page_is_part_of_the_package():
-    folder = Path(str(files("gonka_poc")))
-    settings = (folder.parent / "pyproject.toml").read_text(encoding="utf-8")
-    assert re.search(r"\[tool\.setuptools\.package-data\]\ngonka_poc = \[\"\*\.html\"\]", settings)
+    folder = Path(str(files("gonka_poc.server")))
+    settings = (folder.parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(r"\[tool\.setuptools\.package-data\]\n\"gonka_poc.server\" = \[\"\*\.html\"\]", settings)
     others = [file.name for file in folder.iterdir() if file.is_file() and file.suffix not in (".py", ".pyc")]
     assert others
     assert all(name.endswith(".html") for name in others)

@@ -11,11 +11,11 @@ import pytest
 from cachetools import TTLCache
 from fakes import BUSY, FakeManager, generate_body, made_up_vector, until
 
-from gonka_poc import generate_queue, job_queue
 from gonka_poc.config import Settings
 from gonka_poc.data import ArtifactsAnswer, Completed, GenerateRequest, PendingAnswer, encode_vector
 from gonka_poc.errors import ComputeError, ConflictError, NotFoundError, PoCError, QueueFullError
-from gonka_poc.generate_queue import GenerateJob, GenerateQueue, Results
+from gonka_poc.server import generate_queue, job_queue
+from gonka_poc.server.generate_queue import GenerateJob, GenerateQueue, Results
 
 SETTINGS = Settings(chat_backoff_sec=0.001, max_queued_nonces=10)
 

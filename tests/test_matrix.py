@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gonka_poc.artifact_file import ArtifactFile
+from gonka_poc.cli.artifact_file import ArtifactFile
+from gonka_poc.cli.polling import wait_until
 from gonka_poc.data import VECTOR_DTYPE, Artifact, encode_vector
-from gonka_poc.polling import wait_until
 from tests.matrix.measure import cause, commit, read_junit, run_tests
 from tests.matrix.result import RESULTS, Failure, Result, read_results
 from tests.matrix.table import PAGE, fault_of, largest_distance, page

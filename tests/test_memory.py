@@ -18,7 +18,7 @@ from fakes import FakeManager, generate_body
 from gonka_poc.config import Settings
 from gonka_poc.data import VECTOR_DTYPE, BatchResult, GenerateRequest
 from gonka_poc.errors import QueueFullError
-from gonka_poc.service import PoCService
+from gonka_poc.server.service import PoCService
 
 def resident_mb():
     with open("/proc/self/statm") as file:

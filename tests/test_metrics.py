@@ -16,7 +16,7 @@ from gonka_poc.data import GenerateRequest, InitGenerateRequest, VectorSpec
 from gonka_poc.history import BUCKET_SEC, MAX_ERROR_CHARS, MAX_ERRORS, NUM_BUCKETS, Bucket, History, RecentErrors
 from gonka_poc.manager import PoCManagerV1
 from gonka_poc.metrics import MAX_YIELD_SEC, STATES, Metrics
-from gonka_poc.service import PoCService
+from gonka_poc.server.service import PoCService
 
 SPEC = VectorSpec("block", "key", seq_len=4, k_dim=3)
 SAMPLES = {

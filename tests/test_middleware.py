@@ -19,13 +19,15 @@ from starlette.responses import Response
 from starlette.routing import Route
 from vllm.config import ParallelConfig
 
-from gonka_poc import callback_client, callbacks, middleware
+from gonka_poc import middleware
+from gonka_poc.callbacks import client as callback_client
+from gonka_poc.callbacks import sender as callbacks
+from gonka_poc.callbacks.admin import summary
+from gonka_poc.callbacks.outbox import Outbox
+from gonka_poc.cli.server_process import free_port
 from gonka_poc.errors import EngineUnavailableError, OutboxFullError, UnsupportedServerError
 from gonka_poc.middleware import PoCMiddleware
-from gonka_poc.outbox import Outbox
-from gonka_poc.outbox_admin import summary
 from gonka_poc.routes import PREFIX
-from gonka_poc.server_process import free_port
 from gonka_poc.vllm_compat import ApiView
 
 LIMIT = 2048

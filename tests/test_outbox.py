@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from gonka_poc import outbox as outbox_module
+from gonka_poc.callbacks import outbox as outbox_module
+from gonka_poc.callbacks.admin import purge, retry_parked, summary
+from gonka_poc.callbacks.file import APPLICATION_ID, FORMAT_VERSION, outbox_path
+from gonka_poc.callbacks.outbox import Batch, Counts, Outbox, RoundMark
 from gonka_poc.errors import OutboxError, OutboxFullError
-from gonka_poc.outbox import Batch, Counts, Outbox, RoundMark
-from gonka_poc.outbox_admin import purge, retry_parked, summary
-from gonka_poc.outbox_file import APPLICATION_ID, FORMAT_VERSION, outbox_path
 
 URL = "http://receiver"
 CAP = 10**9
@@ -600,7 +600,7 @@ def test_new_work_is_refused_before_running_work(open_outbox):
 FULL_DISK = """
 import json, os, sys
 from gonka_poc.errors import OutboxFullError
-from gonka_poc.outbox import Outbox
+from gonka_poc.callbacks.outbox import Outbox
 disk = sys.argv[1]
 with open(disk + "/other", "wb") as other:
     other.write(bytes(512 * 1024))
@@ -662,7 +662,7 @@ def test_an_outbox_that_was_large_gives_its_space_back(open_outbox, path, monkey
 
 MANY_ROWS = """
 import json, os, sys, time
-from gonka_poc.outbox import Outbox
+from gonka_poc.callbacks.outbox import Outbox
 
 path, rows = sys.argv[1], int(sys.argv[2])
 box = Outbox(path, 10**10)
@@ -731,9 +731,9 @@ def test_memory_is_flat_over_many_rows(path):
 SENT_ROWS = """
 import asyncio, json, os, sys
 import httpx
-from gonka_poc.callbacks import CallbackSender
+from gonka_poc.callbacks.sender import CallbackSender
 from gonka_poc.config import Settings
-from gonka_poc.outbox import Outbox
+from gonka_poc.callbacks.outbox import Outbox
 
 path, rows = sys.argv[1], int(sys.argv[2])
 URL = "http://receiver"

@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from gonka_poc.outbox import Outbox
+from gonka_poc.callbacks.outbox import Outbox
 
 ROOT = Path(__file__).parent.parent
 KILLS = 20
@@ -22,7 +22,7 @@ KILLS = 20
 # once its addition returned: from then on it must not get lost.
 SERVER = """
 import json, os, random, sys
-from gonka_poc.outbox import Outbox
+from gonka_poc.callbacks.outbox import Outbox
 
 path, log_path, nonce, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 rng = random.Random(seed)

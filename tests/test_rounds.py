@@ -11,7 +11,7 @@ from fakes import BUSY, FakeManager, made_up_vector, round_body, until
 from gonka_poc.config import Settings
 from gonka_poc.data import BatchResult, InitGenerateRequest
 from gonka_poc.errors import ComputeError, EngineUnavailableError, WorkerMemoryError
-from gonka_poc.rounds import GenerateRound
+from gonka_poc.server.rounds import GenerateRound
 
 SETTINGS = Settings(chat_backoff_sec=0.001)
 
@@ -111,7 +111,7 @@ async def test_what_will_not_get_better_ends_the_round(caplog, failure, error):
 
 @pytest.mark.parametrize("error", [ComputeError, WorkerMemoryError])
 async def test_a_batch_that_failed_is_tried_again_with_the_same_nonces(monkeypatch, error):
-    monkeypatch.setattr("gonka_poc.rounds.RETRY_SEC", 0.001)
+    monkeypatch.setattr("gonka_poc.server.rounds.RETRY_SEC", 0.001)
     manager, delivered = FakeManager(), Delivered()
     failure = error("a worker failed")
     manager.script.extend([failure, failure, "ok", failure, failure, "ok", failure, failure, failure])
@@ -229,7 +229,7 @@ async def test_config_as_status_shows_it():
 
 async def test_progress_is_logged(caplog, monkeypatch):
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr("gonka_poc.rounds.REPORT_INTERVAL_SEC", 0.0)
+    monkeypatch.setattr("gonka_poc.server.rounds.REPORT_INTERVAL_SEC", 0.0)
     manager, delivered = FakeManager(batches=2), Delivered()
     current = start(manager, delivered)
     await until(lambda: len(manager.asked) == 3)

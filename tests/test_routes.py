@@ -11,12 +11,14 @@ import httpx
 import pytest
 from fakes import BUSY, MODEL, FakeManager, generate_body, made_up_vector, round_body, until
 
-from gonka_poc import callbacks, routes, service
+from gonka_poc import routes
+from gonka_poc.callbacks import sender as callbacks
 from gonka_poc.config import Settings
 from gonka_poc.data import ArtifactsAnswer, FailedAnswer, PendingAnswer, VectorSpec, encode_vector
 from gonka_poc.errors import ComputeError, ConflictError, EngineUnavailableError, RequestError, UnsupportedServerError
 from gonka_poc.routes import PREFIX, make_app
-from gonka_poc.service import PoCService
+from gonka_poc.server import service
+from gonka_poc.server.service import PoCService
 
 SETTINGS = Settings(
     chat_backoff_sec=0.001, callback_interval_sec=0.001, max_queued_nonces=50_000, outbox_path=":memory:"

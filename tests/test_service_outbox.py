@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 from fakes import FakeManager, generate_body, made_up_distance, round_body, until
 
-from gonka_poc import callback_client, callbacks
-from gonka_poc import service as service_module
+from gonka_poc.callbacks import client as callback_client
+from gonka_poc.callbacks import sender as callbacks
+from gonka_poc.callbacks.admin import retry_parked, summary
+from gonka_poc.callbacks.outbox import Outbox
 from gonka_poc.config import Settings
 from gonka_poc.data import VECTOR_DTYPE, BatchResult, GenerateRequest, InitGenerateRequest
 from gonka_poc.errors import EngineUnavailableError, OutboxFullError
-from gonka_poc.generate_queue import GenerateJob
-from gonka_poc.outbox import Outbox
-from gonka_poc.outbox_admin import retry_parked, summary
 from gonka_poc.routes import PREFIX, make_app
-from gonka_poc.service import PoCService
+from gonka_poc.server import service as service_module
+from gonka_poc.server.generate_queue import GenerateJob
+from gonka_poc.server.service import PoCService
 from gonka_poc.threshold_data import ThresholdRequest
 
 URL = "http://receiver"

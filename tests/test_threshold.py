@@ -17,14 +17,15 @@ import pytest
 from fakes import BUSY, FakeManager, FakeView, generate_body, made_up_distance, round_body, until
 from pydantic import ValidationError
 
-from gonka_poc import routes, threshold
+from gonka_poc import routes
 from gonka_poc.config import Settings
 from gonka_poc.data import DistanceSpec, Randomization
 from gonka_poc.errors import ComputeError
 from gonka_poc.manager import PoCManagerV1
 from gonka_poc.routes import PREFIX, make_app
-from gonka_poc.service import PoCService
-from gonka_poc.threshold import PoCStats
+from gonka_poc.server import threshold
+from gonka_poc.server.service import PoCService
+from gonka_poc.server.threshold import PoCStats
 from gonka_poc.threshold_data import DistanceResult, ProofBatch, ThresholdRequest
 from gonka_poc.validation import validate_proof
 
@@ -311,7 +312,7 @@ async def test_phases_keep_the_position(api):
 
 
 async def test_chat_failures_and_nan_are_as_in_every_round(api, monkeypatch):
-    monkeypatch.setattr("gonka_poc.rounds.RETRY_SEC", 0.001)
+    monkeypatch.setattr("gonka_poc.server.rounds.RETRY_SEC", 0.001)
     api.manager.script.extend([BUSY, BUSY, ComputeError("once"), "ok"])
     api.manager.nan_nonces = {2}
     api.manager.allow(1)
@@ -367,7 +368,7 @@ async def test_the_status_page_has_figures(api, state):
 
 async def test_progress_is_logged(api, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr("gonka_poc.rounds.REPORT_INTERVAL_SEC", 0.0)
+    monkeypatch.setattr("gonka_poc.server.rounds.REPORT_INTERVAL_SEC", 0.0)
     await api.post("/init/generate", threshold_body())
     api.manager.allow(1)
     await until(lambda: len(api.manager.asked) == 2)

@@ -19,10 +19,10 @@ from test_threshold import SETTINGS, proof_body, threshold_body
 
 from gonka_poc.data import DistanceSpec
 from gonka_poc.manager import PoCManagerV1
-from gonka_poc.rounds import Round
 from gonka_poc.routes import PREFIX, make_app
-from gonka_poc.service import PoCService
-from gonka_poc.threshold import ThresholdRound
+from gonka_poc.server.rounds import Round
+from gonka_poc.server.service import PoCService
+from gonka_poc.server.threshold import ThresholdRound
 
 PHASES = {"/init": "IDLE", "/init/generate": "GENERATING", "/init/validate": "VALIDATING"}
 

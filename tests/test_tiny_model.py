@@ -7,8 +7,8 @@ import hashlib
 import pytest
 import torch
 
-from gonka_poc import tiny_model
-from gonka_poc.tiny_model import make_tiny_model
+from gonka_poc.cli import tiny_model
+from gonka_poc.cli.tiny_model import make_tiny_model
 
 
 def digests(folder):

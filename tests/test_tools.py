@@ -21,21 +21,21 @@ from engineless import engineless_server, run
 from fakes import MODEL, FakeManager, made_up_distance, round_body
 from fastapi import Response
 
-from gonka_poc.artifact_file import ArtifactFile, read_artifact_file, write_artifact_file
-from gonka_poc.client import PoCClient
+from gonka_poc.cli import plots, prover
+from gonka_poc.cli.artifact_file import ArtifactFile, read_artifact_file, write_artifact_file
+from gonka_poc.cli.calibrate import calibrate, measure_distances
+from gonka_poc.cli.checks import Check, ResultFile, run_cases
+from gonka_poc.cli.client import PoCClient
+from gonka_poc.cli.coexist import Load, coexist
+from gonka_poc.cli.compare import compare, fabricated, with_turned_vectors
+from gonka_poc.cli.e2e import least_fraud
+from gonka_poc.cli.polling import wait_until
+from gonka_poc.cli.prover import Sizes, is_gapless
+from gonka_poc.cli.receive import Delivery, Receiver
+from gonka_poc.cli.report import as_html, row_of
+from gonka_poc.cli.smoke import smoke
 from gonka_poc.data import VECTOR_DTYPE, Artifact, DistanceSpec, StatTest, encode_vector
 from gonka_poc.errors import ArtifactFileError, ComputeError, ServerAnswerError, ToolError
-from gonka_poc.polling import wait_until
-from gonka_poc.tools import plots, prover
-from gonka_poc.tools.calibrate import calibrate, measure_distances
-from gonka_poc.tools.checks import Check, ResultFile, run_cases
-from gonka_poc.tools.coexist import Load, coexist
-from gonka_poc.tools.compare import compare, fabricated, with_turned_vectors
-from gonka_poc.tools.e2e import least_fraud
-from gonka_poc.tools.prover import Sizes, is_gapless
-from gonka_poc.tools.receive import Delivery, Receiver
-from gonka_poc.tools.report import as_html, row_of
-from gonka_poc.tools.smoke import smoke
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_two_receivers_on_one_port():
 
 
 def test_receive_on_the_command_line(tmp_path, capsys):
-    from gonka_poc.server_process import free_port
+    from gonka_poc.cli.server_process import free_port
 
     port, out = free_port(), tmp_path / "c.jsonl"
 
@@ -508,7 +508,7 @@ def test_e2e_finds_what_is_wrong(monkeypatch, tmp_path, capsys, fault, found):
     out, keep = tmp_path / "r.jsonl", tmp_path / "kept"
     (tmp_path / "config.json").write_text("{}")
     with engineless_server(Broken(fault)) as server:
-        monkeypatch.setattr("gonka_poc.tools.e2e.server_of", lambda *_: NoProcess(server.url))
+        monkeypatch.setattr("gonka_poc.cli.e2e.server_of", lambda *_: NoProcess(server.url))
         sizes = ("--nonces", "60", "--seq-len", "4", "--batch-size", "16")
         status = run("e2e", "--models", tmp_path, tmp_path, "--out", out, "--keep", keep, *sizes)
     lines = [json.loads(line) for line in out.read_text().splitlines()]

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
-from gonka_poc import cli, doctor, vllm_compat
+from gonka_poc import doctor, vllm_compat
+from gonka_poc.cli import main as cli
 from gonka_poc.errors import ToolError
 from gonka_poc.middleware import PAUSED
 from gonka_poc.vllm_contract import CONTRACT, Finding, Name, Package, judge, open_package

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sqlite3 import Connection
 from typing import Any
 
-from gonka_poc.outbox_file import connect, outbox_path, transaction
+from gonka_poc.callbacks.file import connect, outbox_path, transaction
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from weakref import WeakValueDictionary
 import httpx
 
 from gonka_poc.access import CallbackRules, CheckedTransport, name_of
+from gonka_poc.callbacks.outbox import Batch
 from gonka_poc.errors import RequestError
-from gonka_poc.outbox import Batch
 
 MAX_RETRY_AFTER_SEC = 300.0
 MAX_REASON_BYTES = 200

@@ -25,9 +25,9 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from gonka_poc.callbacks.file import FORMAT_VERSION, IN_MEMORY, Slot, connect, outbox_path, reading, transaction
 from gonka_poc.data import chunks
 from gonka_poc.errors import OutboxFullError
-from gonka_poc.outbox_file import FORMAT_VERSION, IN_MEMORY, Slot, connect, outbox_path, reading, transaction
 
 MAX_ARTIFACTS_A_BATCH = 10_000
 # free pages that an empty outbox keeps: room to write even if something else fills the disk

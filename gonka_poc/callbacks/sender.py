@@ -19,11 +19,11 @@ from functools import partial
 from typing import Any, TypeVar
 
 from gonka_poc.access import shown_url
-from gonka_poc.callback_client import CallbackClient
+from gonka_poc.callbacks.client import CallbackClient
+from gonka_poc.callbacks.outbox import Batch, Outbox, RoundMark
 from gonka_poc.config import Settings
 from gonka_poc.errors import OutboxError, OutboxFullError, PoCError, printable
 from gonka_poc.metrics import Metrics
-from gonka_poc.outbox import Batch, Outbox, RoundMark
 
 logger = logging.getLogger("vllm.gonka_poc.callbacks")
 

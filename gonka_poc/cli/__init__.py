@@ -1,1 +1,1 @@
-"""Test tools of a host: each module is one tool, usable from Python; `commands` puts them on the command line."""
+"""The command line: one module per tool, each usable from Python too."""

@@ -16,16 +16,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from gonka_poc.artifact_file import ArtifactFile
-from gonka_poc.client import PoCClient
+from gonka_poc.cli.artifact_file import ArtifactFile
+from gonka_poc.cli.calibrate import refuse_if_busy
+from gonka_poc.cli.client import PoCClient
+from gonka_poc.cli.plots import Theme, stacked_bars
+from gonka_poc.cli.prover import round_request
+from gonka_poc.cli.server_process import CPU_ENVIRONMENT
 from gonka_poc.config import load_settings
 from gonka_poc.data import VectorSpec
 from gonka_poc.errors import RequestError, ServerAnswerError, ToolError, raise_worker_error
 from gonka_poc.manager import WARM_UP_NONCES
-from gonka_poc.server_process import CPU_ENVIRONMENT
-from gonka_poc.tools.calibrate import refuse_if_busy
-from gonka_poc.tools.plots import Theme, stacked_bars
-from gonka_poc.tools.prover import round_request
 from gonka_poc.vllm_compat import OfflineEngine
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binom, binomtest, chi2
 
-from gonka_poc.client import PoCClient, Progress, ignore_progress
+from gonka_poc.cli.client import PoCClient, Progress, ignore_progress
 from gonka_poc.data import Randomization, chunks
 from gonka_poc.errors import ServerAnswerError, ToolError
 from gonka_poc.threshold_data import ProofBatch, ThresholdRequest

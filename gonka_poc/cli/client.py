@@ -9,7 +9,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel, Field, RootModel, ValidationError
 
-from gonka_poc.artifact_file import ArtifactFile
+from gonka_poc.cli.artifact_file import ArtifactFile
 from gonka_poc.data import (
     PREFIX,
     Artifact,

@@ -8,13 +8,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from gonka_poc.artifact_file import ArtifactFile
-from gonka_poc.client import PoCClient, Polled, round_request
+from gonka_poc.cli.artifact_file import ArtifactFile
+from gonka_poc.cli.calibrate import refuse_if_busy
+from gonka_poc.cli.checks import Case, Check, run_cases
+from gonka_poc.cli.client import PoCClient, Polled, round_request
+from gonka_poc.cli.polling import wait_until
 from gonka_poc.data import ArtifactsAnswer, FailedAnswer
 from gonka_poc.errors import ServerAnswerError
-from gonka_poc.polling import wait_until
-from gonka_poc.tools.calibrate import refuse_if_busy
-from gonka_poc.tools.checks import Case, Check, run_cases
 
 FULL_SPEED = 0.5  # of the speed of POST /generate: its batches are alike, but a machine's speed varies
 YIELDS = 0.1  # of the speed without chat: between two chats the engine can be idle for a moment

@@ -19,8 +19,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gonka_poc.artifact_file import ArtifactFile, read_artifact_file, write_artifact_file
-from gonka_poc.cli_common import (
+from gonka_poc.cli import bench
+from gonka_poc.cli.artifact_file import ArtifactFile, read_artifact_file, write_artifact_file
+from gonka_poc.cli.calibrate import Calibration, block_hashes, calibrate, measure_distances
+from gonka_poc.cli.checks import Check, ResultFile
+from gonka_poc.cli.client import PoCClient
+from gonka_poc.cli.coexist import Load, coexist
+from gonka_poc.cli.common import (
     ERROR,
     FRAUD,
     PASS,
@@ -31,21 +36,16 @@ from gonka_poc.cli_common import (
     say,
     server_options,
 )
-from gonka_poc.client import PoCClient
+from gonka_poc.cli.compare import Comparison, compare
+from gonka_poc.cli.e2e import e2e
+from gonka_poc.cli.plots import save_png, terminal_histogram, theme_of, value_histogram
+from gonka_poc.cli.prover import Prover, Sizes, client_of, server_of
+from gonka_poc.cli.receive import Delivery, Receiver
+from gonka_poc.cli.reference import check_reference, make_reference, node_nonces
+from gonka_poc.cli.report import HEAD, as_html, plot_of, row_of
+from gonka_poc.cli.smoke import smoke
 from gonka_poc.data import Randomization, StatTest
 from gonka_poc.errors import ArtifactFileError, PoCError, printable
-from gonka_poc.tools import bench
-from gonka_poc.tools.calibrate import Calibration, block_hashes, calibrate, measure_distances
-from gonka_poc.tools.checks import Check, ResultFile
-from gonka_poc.tools.coexist import Load, coexist
-from gonka_poc.tools.compare import Comparison, compare
-from gonka_poc.tools.e2e import e2e
-from gonka_poc.tools.plots import save_png, terminal_histogram, theme_of, value_histogram
-from gonka_poc.tools.prover import Prover, Sizes, client_of, server_of
-from gonka_poc.tools.receive import Delivery, Receiver
-from gonka_poc.tools.reference import check_reference, make_reference, node_nonces
-from gonka_poc.tools.report import HEAD, as_html, plot_of, row_of
-from gonka_poc.tools.smoke import smoke
 
 FilePath = click.Path(dir_okay=False, path_type=Path)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, for machines.")

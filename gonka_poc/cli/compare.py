@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gonka_poc.artifact_file import ArtifactFile
+from gonka_poc.cli.artifact_file import ArtifactFile
 from gonka_poc.data import VECTOR_DTYPE, Artifact, StatTest, decode_vector, encode_vector
 from gonka_poc.errors import ToolError
 from gonka_poc.validation import Verdict, validate_artifacts

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gonka_poc.artifact_file import ArtifactFile
-from gonka_poc.client import PoCClient, round_request
+from gonka_poc.cli.artifact_file import ArtifactFile
+from gonka_poc.cli.client import PoCClient, round_request
+from gonka_poc.cli.polling import wait_until
+from gonka_poc.cli.server_process import ServerProcess
+from gonka_poc.cli.tiny_model import make_tiny_model
 from gonka_poc.data import VECTOR_DTYPE, Artifact, StatTest, decode_vector, encode_vector
 from gonka_poc.errors import ServerAnswerError, ServerStartError, UnsupportedServerError
-from gonka_poc.polling import wait_until
-from gonka_poc.server_process import ServerProcess
-from gonka_poc.tiny_model import make_tiny_model
 from gonka_poc.vllm_compat import is_cpu_build
 
 MODEL = "tiny"

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from gonka_poc.artifact_file import ArtifactFile, write_artifact_file
+from gonka_poc.cli.artifact_file import ArtifactFile, write_artifact_file
+from gonka_poc.cli.checks import Case, Check, Say, run_cases
+from gonka_poc.cli.compare import fabricated, with_turned_vectors
+from gonka_poc.cli.prover import R_TARGET, Prover, Sizes, client_of, is_gapless, server_of
 from gonka_poc.data import StatTest
 from gonka_poc.threshold_data import ProofBatch
-from gonka_poc.tools.checks import Case, Check, Say, run_cases
-from gonka_poc.tools.compare import fabricated, with_turned_vectors
-from gonka_poc.tools.prover import R_TARGET, Prover, Sizes, client_of, is_gapless, server_of
 from gonka_poc.validation import binomial_p_value
 
 OTHER_BLOCK, OTHER_KEY = "another-block", "another-host"

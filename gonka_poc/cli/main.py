@@ -17,8 +17,12 @@ from rich.text import Text
 
 from gonka_poc import __version__
 from gonka_poc.access import shown_url
-from gonka_poc.artifact_file import ArtifactFile, read_artifact_file, write_artifact_file
-from gonka_poc.cli_common import (
+from gonka_poc.callbacks.admin import purge, retry_parked, summary
+from gonka_poc.callbacks.file import outbox_path
+from gonka_poc.cli import commands as tools
+from gonka_poc.cli.artifact_file import ArtifactFile, read_artifact_file, write_artifact_file
+from gonka_poc.cli.client import PoCClient
+from gonka_poc.cli.common import (
     ERROR,
     FRAUD,
     PASS,
@@ -29,15 +33,11 @@ from gonka_poc.cli_common import (
     say,
     server_options,
 )
-from gonka_poc.client import PoCClient
+from gonka_poc.cli.demo import run_demo
 from gonka_poc.config import load_settings
 from gonka_poc.data import Artifact
-from gonka_poc.demo import run_demo
 from gonka_poc.doctor import contract_checks, doctor_command, print_checks
 from gonka_poc.errors import ArtifactFileError, PoCError, printable
-from gonka_poc.outbox_admin import purge, retry_parked, summary
-from gonka_poc.outbox_file import outbox_path
-from gonka_poc.tools import commands as tools
 from gonka_poc.vllm_contract import known_release
 
 INTERRUPTED = 130

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gonka_poc.artifact_file import ArtifactFile
-from gonka_poc.client import PoCClient, round_request
+from gonka_poc.cli.artifact_file import ArtifactFile
+from gonka_poc.cli.calibrate import proof_of, threshold_request
+from gonka_poc.cli.client import PoCClient, round_request
+from gonka_poc.cli.polling import wait_until
+from gonka_poc.cli.receive import Delivery, Receiver
+from gonka_poc.cli.server_process import ServerProcess
 from gonka_poc.config import load_settings
 from gonka_poc.data import Artifact, NonceSequence
 from gonka_poc.errors import ServerAnswerError
-from gonka_poc.polling import wait_until
-from gonka_poc.server_process import ServerProcess
 from gonka_poc.threshold_data import ProofBatch, ProofVerdict, ThresholdRequest, ThresholdStatusAnswer
-from gonka_poc.tools.calibrate import proof_of, threshold_request
-from gonka_poc.tools.receive import Delivery, Receiver
 
 MODEL = "tool"
 BLOCK_HASH, PUBLIC_KEY = "tool-block", "tool-host"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gonka_poc.artifact_file import ArtifactFile
-from gonka_poc.client import PoCClient, Progress, ignore_progress
+from gonka_poc.cli.artifact_file import ArtifactFile
+from gonka_poc.cli.client import PoCClient, Progress, ignore_progress
+from gonka_poc.cli.compare import Comparison, compare, finite_vector
 from gonka_poc.data import MAX_NONCE, NonceSequence, StatTest
 from gonka_poc.errors import ToolError
-from gonka_poc.tools.compare import Comparison, compare, finite_vector
 
 
 def node_nonces(node_id: int, node_count: int, count: int) -> list[int]:

@@ -7,10 +7,10 @@ import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from gonka_poc.artifact_file import ArtifactFile
+from gonka_poc.cli.artifact_file import ArtifactFile
+from gonka_poc.cli.compare import Comparison
+from gonka_poc.cli.plots import DARK, LIGHT, Theme, as_svg, distance_histogram
 from gonka_poc.data import StatTest
-from gonka_poc.tools.compare import Comparison
-from gonka_poc.tools.plots import DARK, LIGHT, Theme, as_svg, distance_histogram
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

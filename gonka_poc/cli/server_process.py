@@ -15,8 +15,8 @@ from typing import Any
 
 import httpx
 
+from gonka_poc.cli.polling import wait_until
 from gonka_poc.errors import ServerStartError
-from gonka_poc.polling import wait_until
 
 CPU_ENVIRONMENT = MappingProxyType({"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"})
 GRACE_SEC = 20.0

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gonka_poc.artifact_file import ArtifactFile
-from gonka_poc.tools.calibrate import ANY_DISTANCE, PLACEHOLDER, proof_of
-from gonka_poc.tools.checks import Case, Check, run_cases
-from gonka_poc.tools.compare import compare, finite_vector
-from gonka_poc.tools.prover import BLOCK_HASH, PUBLIC_KEY, Prover, is_gapless
+from gonka_poc.cli.artifact_file import ArtifactFile
+from gonka_poc.cli.calibrate import ANY_DISTANCE, PLACEHOLDER, proof_of
+from gonka_poc.cli.checks import Case, Check, run_cases
+from gonka_poc.cli.compare import compare, finite_vector
+from gonka_poc.cli.prover import BLOCK_HASH, PUBLIC_KEY, Prover, is_gapless
 
 OTHER_KEY = "another-host"
 # float16 rounding of k_dim values, and the division before it

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from gonka_poc import __version__
 from gonka_poc.data import StatusAnswer
 from gonka_poc.history import BUCKET_SEC
-from gonka_poc.service import PoCService
+from gonka_poc.server.service import PoCService
 
 
 class ErrorShown(BaseModel):
@@ -68,7 +68,7 @@ def dashboard_data(service: PoCService) -> DashboardData:
 
 def dashboard_page() -> HTMLResponse:
     """The page: one file, whose only script and style are its own."""
-    html = files("gonka_poc").joinpath("dashboard.html").read_text(encoding="utf-8")
+    html = files("gonka_poc.server").joinpath("dashboard.html").read_text(encoding="utf-8")
     policy = {
         "default-src": "'none'",
         "script-src": _hash_of("script", html),

@@ -28,8 +28,8 @@ from gonka_poc.data import (
     vector_chars,
 )
 from gonka_poc.errors import NotFoundError
-from gonka_poc.job_queue import MAX_JOBS, Job, JobQueue
 from gonka_poc.manager import PoCManagerV1
+from gonka_poc.server.job_queue import MAX_JOBS, Job, JobQueue
 from gonka_poc.validation import validate_artifacts
 
 logger = logging.getLogger("vllm.gonka_poc.queue")

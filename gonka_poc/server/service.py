@@ -10,7 +10,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
-from gonka_poc.callbacks import CallbackSender
+from gonka_poc.callbacks.outbox import Outbox, RoundMark, most_bytes
+from gonka_poc.callbacks.sender import CallbackSender
 from gonka_poc.config import Settings
 from gonka_poc.data import (
     ArtifactsAnswer,
@@ -25,13 +26,12 @@ from gonka_poc.data import (
     vector_chars,
 )
 from gonka_poc.errors import ConflictError, PoCError, RequestError, printable
-from gonka_poc.generate_queue import GenerateJob, GenerateQueue
 from gonka_poc.history import RecentErrors
 from gonka_poc.manager import PoCManagerV1
 from gonka_poc.metrics import Metrics
-from gonka_poc.outbox import Outbox, RoundMark, most_bytes
-from gonka_poc.rounds import GenerateRound
-from gonka_poc.threshold import ProofJob, ProofQueue, ThresholdRound, valid_distances
+from gonka_poc.server.generate_queue import GenerateJob, GenerateQueue
+from gonka_poc.server.rounds import GenerateRound
+from gonka_poc.server.threshold import ProofJob, ProofQueue, ThresholdRound, valid_distances
 from gonka_poc.threshold_data import (
     DistanceResult,
     ProofBatch,

@@ -11,9 +11,9 @@ from typing import Literal
 
 from gonka_poc.config import Settings
 from gonka_poc.data import DistanceSpec, RoundStats, State
-from gonka_poc.job_queue import Job, JobQueue
 from gonka_poc.manager import PoCManagerV1
-from gonka_poc.rounds import Round
+from gonka_poc.server.job_queue import Job, JobQueue
+from gonka_poc.server.rounds import Round
 from gonka_poc.threshold_data import (
     DistanceResult,
     ProofBatch,

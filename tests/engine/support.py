@@ -15,11 +15,11 @@ from typing import Any
 import httpx
 import numpy as np
 
-from gonka_poc.artifact_file import ArtifactFile
+from gonka_poc.cli.artifact_file import ArtifactFile
+from gonka_poc.cli.polling import wait_until
+from gonka_poc.cli.receive import Delivery, Receiver
+from gonka_poc.cli.server_process import ServerProcess
 from gonka_poc.data import Artifact, decode_vector, encode_vector
-from gonka_poc.polling import wait_until
-from gonka_poc.server_process import ServerProcess
-from gonka_poc.tools.receive import Delivery, Receiver
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "tests" / "data"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gonka_poc.tools.bench import ONLY_OFFLINE, Bench
+from gonka_poc.cli.bench import ONLY_OFFLINE, Bench
 from tests.engine.support import DATA, MODEL, ROOT, ServerConfig, Servers
 
 SEQ_LEN, BATCH = 64, 4
@@ -28,7 +28,7 @@ TOKEN_BYTES = 2 * 4 * 32 * 4
 def bench(*args: object) -> subprocess.CompletedProcess[str]:
     """`gonka-poc bench args` in a process of its own; one thread, so that what else runs here disturbs it less."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "gonka_poc.cli", "bench", *map(str, args)]
+    command = [sys.executable, "-m", "gonka_poc.cli.main", "bench", *map(str, args)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
 
 

@@ -19,7 +19,7 @@ import httpx
 import pytest
 from hosts import ROOT, RUNNER, RUNNERS, host_install, host_journal, host_target, make_wheel, tree
 
-from gonka_poc.server_process import free_port
+from gonka_poc.cli.server_process import free_port
 from gonka_poc.vllm_contract import CONTRACT
 
 MODEL = ROOT / "tests" / "data" / "models" / "qwen3"

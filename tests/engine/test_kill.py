@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gonka_poc.outbox_admin import summary
-from gonka_poc.tools.receive import Delivery, Receiver
+from gonka_poc.callbacks.admin import summary
+from gonka_poc.cli.receive import Delivery, Receiver
 from tests.engine.support import GOLDEN_LIMIT, MODEL, POW, Client, ServerConfig, body_of, decoded, max_distance, until
 
 KILLS = int(os.environ.get("POC_TEST_KILLS", "2"))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gonka_poc.server_process import free_port
+from gonka_poc.cli.server_process import free_port
 from gonka_poc.vllm_compat import WORKER_EXTENSION
 from tests.engine.support import DATA, GOLDEN_LIMIT, MODEL, ROOT, Client, ServerConfig, golden_cases, golden_distance
 

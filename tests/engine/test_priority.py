@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from gonka_poc.server_process import ServerProcess
+from gonka_poc.cli.server_process import ServerProcess
 from tests.engine.support import MODEL, POW, Client, ServerConfig, body_of, golden_cases, until
 
 CASE = golden_cases("qwen3")[0]

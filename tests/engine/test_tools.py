@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from gonka_poc import cli
-from gonka_poc.artifact_file import ArtifactFile
-from gonka_poc.client import PoCClient
+from gonka_poc.cli import main as cli
+from gonka_poc.cli.artifact_file import ArtifactFile
+from gonka_poc.cli.client import PoCClient
+from gonka_poc.cli.compare import with_turned_vectors
+from gonka_poc.cli.reference import check_reference, make_reference
 from gonka_poc.data import StatTest
-from gonka_poc.tools.compare import with_turned_vectors
-from gonka_poc.tools.reference import check_reference, make_reference
 from tests.engine.support import DATA, MODEL, ROOT, ServerConfig, Servers
 
 SERVER_ARGS = "--dtype float32 --enforce-eager --max-model-len 256"

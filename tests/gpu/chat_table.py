@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gonka_poc.server_process import ServerProcess
-from gonka_poc.tools.receive import Receiver
+from gonka_poc.cli.receive import Receiver
+from gonka_poc.cli.server_process import ServerProcess
 from tests.chat_load import Chat, ChatLoad, percentile_ms, unlike
 from tests.gpu.core_table import table
 from tests.gpu.speed_table import SERVER_ARGS, beside_round, make_shape

@@ -25,8 +25,8 @@ import httpx
 import numpy as np
 import torch
 
+from gonka_poc.cli.server_process import ServerProcess
 from gonka_poc.data import VectorSpec, decode_vector
-from gonka_poc.server_process import ServerProcess
 from tests.gpu.oracle import oracle_vectors
 
 DATA = Path(__file__).resolve().parent.parent / "data"

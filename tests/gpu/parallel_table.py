@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from gonka_poc.cli.receive import Receiver
+from gonka_poc.cli.server_process import ServerProcess
 from gonka_poc.data import VectorSpec
-from gonka_poc.server_process import ServerProcess
-from gonka_poc.tools.receive import Receiver
 from tests.gpu.core_table import largest_l2, server_vectors, table
 from tests.gpu.parallel_models import CHECKPOINTS, make_checkpoint
 from tests.gpu.speed_table import make_shape, round_rate

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from gonka_poc.server_process import free_port
+from gonka_poc.cli.server_process import free_port
 from tests.gpu.parallel_table import ENV, PP2, TP2, Case, Gpus, Report, Vectors, compare, make_checkpoints
 
 # two nodes of one machine need two addresses, and Ray takes 127.0.0.1 for the machine's own

@@ -23,10 +23,10 @@ import httpx
 import torch
 
 from gonka_poc import kernels
+from gonka_poc.cli.receive import Receiver
+from gonka_poc.cli.server_process import ServerProcess
 from gonka_poc.data import VectorSpec
 from gonka_poc.gpu_random import fill_normal_reference, householder_reference
-from gonka_poc.server_process import ServerProcess
-from gonka_poc.tools.receive import Receiver
 from tests.gpu.core_table import DATA, request_body, table, wait_for_nonces
 
 T = TypeVar("T")

@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 
 from packaging.version import Version
 
-from gonka_poc.artifact_file import ArtifactFile
+from gonka_poc.cli.artifact_file import ArtifactFile
 from gonka_poc.vllm_compat import can_skip_compiled, installed_version
 from tests.matrix.result import ROOT, Failure, Result
 from tests.matrix.table import write_table

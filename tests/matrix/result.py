@@ -7,7 +7,7 @@ from pathlib import Path
 from packaging.version import Version
 from pydantic import BaseModel
 
-from gonka_poc.artifact_file import ArtifactFile
+from gonka_poc.cli.artifact_file import ArtifactFile
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tests" / "matrix" / "results"

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from gonka_poc.cli.compare import compare
 from gonka_poc.data import StatTest
-from gonka_poc.tools.compare import compare
 from tests.matrix.result import ROOT, Failure, Result, read_results
 
 PAGE = ROOT / "docs" / "compatibility.md"
