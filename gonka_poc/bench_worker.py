@@ -17,7 +17,8 @@ from torch import nn
 from gonka_poc.data import VectorSpec
 from gonka_poc.gpu_random import artifact_vectors, nonce_inputs, nonce_projection
 from gonka_poc.poc_model_runner import PoCModelRunner
-from gonka_poc.vllm_compat import WorkerView
+from gonka_poc.vllm_compat.flops import prefill_flops
+from gonka_poc.vllm_compat.worker import WorkerView
 
 MATRIX_SIZES = (256, 512, 1024, 2048, 4096, 8192)
 MATRIX_BUDGET_SEC = 0.05  # a size is run as often as fits into this; one that does not fit once is the last
@@ -28,7 +29,7 @@ MAX_PRODUCTS, TRIES = 20, 3
 def describe(runner: PoCModelRunner, spec: VectorSpec) -> dict[str, Any]:
     """What does not change from batch to batch.
 
-    {"device", "dtype", "model_flops": WorkerView.prefill_flops, "matrix_flops_per_second": matrix_rate in the
+    {"device", "dtype", "model_flops": of the prefill of one sequence, "matrix_flops_per_second": matrix_rate in the
     model's dtype}.
     """
     view = runner.view
@@ -36,7 +37,7 @@ def describe(runner: PoCModelRunner, spec: VectorSpec) -> dict[str, Any]:
         return {
             "device": _device_name(view.device),
             "dtype": str(view.dtype).removeprefix("torch."),
-            "model_flops": view.prefill_flops(spec.seq_len),
+            "model_flops": prefill_flops(view.decoder_layers().values(), view.attention_layers.values(), spec.seq_len),
             "matrix_flops_per_second": matrix_rate(view.dtype, view.device),
         }
 

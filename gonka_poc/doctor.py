@@ -212,10 +212,10 @@ GIVE_RELEASE = "tell which release it is by --release"
 FIXES: Mapping[str, str] = MappingProxyType(
     {
         "unsure": GIVE_RELEASE,
-        "moved": "vllm_compat.py has to take it from there",
-        "gone": "vllm_compat.py has to do without it",
-        "changed": "vllm_compat.py has to use it as it is now",
-        "required": "vllm_compat.py has to give it",
+        "moved": "vllm_compat has to take it from there",
+        "gone": "vllm_compat has to do without it",
+        "changed": "vllm_compat has to use it as it is now",
+        "required": "vllm_compat has to give it",
         "unread": "run this with a newer Python, or take a whole vLLM",
     }
 )

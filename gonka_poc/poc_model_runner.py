@@ -30,7 +30,7 @@ from gonka_poc.gpu_random import (
     target,
 )
 from gonka_poc.layer_hooks import LayerReflections
-from gonka_poc.vllm_compat import WorkerView
+from gonka_poc.vllm_compat.worker import WorkerView
 
 logger = logging.getLogger("vllm.gonka_poc.model_runner")
 
@@ -335,12 +335,12 @@ class PoCModelRunner:
         run = stack.enter_context(view.prefill(len(nonces), spec.seq_len))
         compiler = self._compiler_for(spec)
         if compiler is not None:
-            stack.enter_context(view.compilable())
+            stack.enter_context(view.operations.compilable())
             stack.enter_context(CompiledReflections(self._layers, reflections, compiler))
             if self._last_positions is not None:
                 stack.enter_context(self._last_positions.kept(len(nonces), spec.seq_len, view.device))
         else:
-            stack.enter_context(view.eager_kernels())
+            stack.enter_context(view.operations.eager_kernels())
             if reflections:
                 stack.enter_context(LayerReflections(self._layers, reflections, normalise))
         stack.enter_context(EmbeddingInjectionHook(view.model, embeddings))

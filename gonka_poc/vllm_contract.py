@@ -1,7 +1,7 @@
 """Which names of vLLM this package relies on, and whether a release has them: read as text, never imported.
 
 `CONTRACT` is the one list. `gonka-poc doctor` asks it about the installed vLLM, `gonka-poc doctor --vllm` about a
-source tree, a package folder or a wheel. What is done with these names is in vllm_compat.py.
+source tree, a package folder or a wheel. What is done with these names is in vllm_compat/.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Name:
     awaited, `with` before what is entered. A member without parentheses is read. A name that begins with VLLM_ is an
     environment variable that vLLM reads.
     `files`: patterns, of which one must match a file that has it; `*` also stands for folders.
-    `first`, `last`: the releases that have it, where not all supported ones do; vllm_compat.py asks for those.
+    `first`, `last`: the releases that have it, where not all supported ones do; vllm_compat asks for those.
     """
 
     name: str
@@ -108,7 +108,7 @@ class Finding:
 
     @property
     def is_good(self) -> bool:
-        """Whether vllm_compat.py can do with it as it is, as far as is known."""
+        """Whether vllm_compat can do with it as it is, as far as is known."""
         return self.state in ("there", "optional", "unsure")
 
 

@@ -74,7 +74,7 @@ def poc_runner_of(worker: Any) -> Any:
     runner = getattr(worker, "poc_runner", None)
     if runner is None:
         from gonka_poc.poc_model_runner import PoCModelRunner
-        from gonka_poc.vllm_compat import WorkerView
+        from gonka_poc.vllm_compat.worker import WorkerView
 
         runner = worker.poc_runner = PoCModelRunner(WorkerView(worker))
     return runner

@@ -24,7 +24,7 @@ from gonka_poc.cli.bench import ONLY_OFFLINE, Bench, Sizes, bench_server, measur
 from gonka_poc.cli.client import PoCClient
 from gonka_poc.data import InitGenerateRequest
 from gonka_poc.errors import ComputeError, RequestError, ServerAnswerError
-from gonka_poc.vllm_compat import attention_flops, weights_per_token
+from gonka_poc.vllm_compat.flops import attention_flops, weights_per_token
 
 CPU = torch.device("cpu")
 MODEL_FOLDER = str(Path(__file__).parent / "data" / "models" / "qwen3")
@@ -390,7 +390,7 @@ def test_options_that_cannot_be(options, text, capsys):
 
 
 def test_a_release_that_is_not_supported_is_refused_in_one_sentence(monkeypatch, capfd):
-    monkeypatch.setattr("gonka_poc.vllm_compat.version", lambda distribution: "0.13.0")
+    monkeypatch.setattr("gonka_poc.vllm_compat.release.version", lambda distribution: "0.13.0")
     assert run("bench", "--offline", MODEL_FOLDER) == 1
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("Error: vLLM 0.13.0 is installed, gonka_poc supports ")

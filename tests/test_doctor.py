@@ -72,7 +72,7 @@ def test_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_version_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.vllm_compat, "version", lambda distribution: "dev")
+    monkeypatch.setattr(doctor.vllm_compat.release, "version", lambda distribution: "dev")
     check = doctor.check_vllm()
     assert (check.state, check.found.startswith("vLLM dev is installed, gonka_poc supports ")) == ("fail", True)
 

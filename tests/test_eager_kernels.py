@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from torch import nn
 
 pytest.importorskip("vllm")
 
-from gonka_poc.vllm_compat import WorkerView
+from gonka_poc.vllm_compat.operations import ModelOperations
 
 
 @pytest.fixture(scope="module")
@@ -34,58 +33,58 @@ def op_class() -> type[nn.Module]:
     return Op
 
 
-@pytest.fixture
-def view(op_class: type[nn.Module]) -> Any:
-    """A view of a model of two operations that were made for a compiled model; one lies in a registered layer."""
+def operations(op_class: type[nn.Module], enforce_eager: bool = False) -> ModelOperations:
+    """Two operations that were made for a compiled model; one lies in a registered layer."""
     from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config
 
-    view = object.__new__(WorkerView)
     with set_current_vllm_config(VllmConfig(compilation_config=CompilationConfig(custom_ops=["none"]))):
-        view.model = nn.ModuleDict({"norm": op_class(), "attention": nn.ModuleDict({"norm": op_class()})})
-    view.device = torch.device("cpu")
-    view._layers = {"attention": view.model["attention"]}
-    view._config = SimpleNamespace(model_config=SimpleNamespace(enforce_eager=False))
-    return view
+        model = nn.ModuleDict({"norm": op_class(), "attention": nn.ModuleDict({"norm": op_class()})})
+    return ModelOperations(model, {"attention": model["attention"]}, torch.device("cpu"), enforce_eager)
 
 
-def answers(view: Any) -> list[str]:
-    return [view.model["norm"](), view.model["attention"]["norm"]()]
+@pytest.fixture
+def ops(op_class: type[nn.Module]) -> Any:
+    return operations(op_class)
 
 
-def test_a_plain_forward_beside_a_compiled_model(view: Any) -> None:
-    assert answers(view) == ["plain operations", "plain operations"]
-    with view.eager_kernels():
-        assert answers(view) == ["kernel", "plain operations"]
-    assert answers(view) == ["plain operations", "plain operations"]
+def answers(ops: Any) -> list[str]:
+    return [ops.model["norm"](), ops.model["attention"]["norm"]()]
 
 
-def test_all_is_as_it_was_behind_a_failure(view: Any) -> None:
-    with pytest.raises(ZeroDivisionError), view.eager_kernels():
+def test_a_plain_forward_beside_a_compiled_model(ops: Any) -> None:
+    assert answers(ops) == ["plain operations", "plain operations"]
+    with ops.eager_kernels():
+        assert answers(ops) == ["kernel", "plain operations"]
+    assert answers(ops) == ["plain operations", "plain operations"]
+
+
+def test_all_is_as_it_was_behind_a_failure(ops: Any) -> None:
+    with pytest.raises(ZeroDivisionError), ops.eager_kernels():
         raise ZeroDivisionError
-    assert answers(view) == ["plain operations", "plain operations"]
+    assert answers(ops) == ["plain operations", "plain operations"]
 
 
-def test_an_operation_that_was_compiled_by_itself(view: Any) -> None:
-    op = view.model["norm"]
+def test_an_operation_that_was_compiled_by_itself(ops: Any) -> None:
+    op = ops.model["norm"]
     op._forward_method = compiled = torch.compile(op.forward_native, backend="eager")
-    with view.eager_kernels():
-        assert answers(view) == ["kernel", "plain operations"]
+    with ops.eager_kernels():
+        assert answers(ops) == ["kernel", "plain operations"]
     assert op._forward_method is compiled
 
 
-def test_an_operation_that_has_a_form_of_its_own_keeps_it(view: Any) -> None:
-    view.model["norm"]._forward_method = view.model["norm"].forward_own
-    with view.eager_kernels():
-        assert answers(view) == ["its own", "plain operations"]
+def test_an_operation_that_has_a_form_of_its_own_keeps_it(ops: Any) -> None:
+    ops.model["norm"]._forward_method = ops.model["norm"].forward_own
+    with ops.eager_kernels():
+        assert answers(ops) == ["its own", "plain operations"]
 
 
-def test_an_eager_server_is_left_alone(view: Any) -> None:
-    view._config.model_config.enforce_eager = True
-    with view.eager_kernels():
-        assert answers(view) == ["plain operations", "plain operations"]
+def test_an_eager_server_is_left_alone(op_class: type[nn.Module]) -> None:
+    ops = operations(op_class, enforce_eager=True)
+    with ops.eager_kernels():
+        assert answers(ops) == ["plain operations", "plain operations"]
 
 
-def test_the_kernels_that_an_eager_server_prefers(view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_that_an_eager_server_prefers(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ir = pytest.importorskip("vllm.ir.op", reason="one kernel an operation before 0.20")
     seen = []
 
@@ -100,5 +99,5 @@ def test_the_kernels_that_an_eager_server_prefers(view: Any, monkeypatch: pytest
 
     registry = {"norm": Operation("native", "aiter", "vllm_c"), "sparse": Operation("triton", "native")}
     monkeypatch.setattr(ir.IrOp, "registry", registry)
-    with view.eager_kernels():
+    with ops.eager_kernels():
         assert seen == [["vllm_c", "native"], ["triton", "native"]]

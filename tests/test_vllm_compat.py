@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from gonka_poc.vllm_compat import WorkerView
+from gonka_poc.vllm_compat.worker import WorkerView
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,33 @@
+"""All contact with vLLM's private names: one package, so that a new vLLM release means one folder.
+
+Features are asked for, not compared by version; each comment names the first release that has the feature, or the
+last. Every name used here stands in vllm_contract.py, against which a release is judged (`gonka-poc doctor --vllm`);
+0.14.0 to 0.33.0 have them. vLLM is imported inside functions, so that the package can be imported without it.
+
+The API process and the tools import from here, without torch; the workers import `gonka_poc.vllm_compat.worker`.
+"""
+
+from gonka_poc.vllm_compat.api import ApiView, OfflineEngine
+from gonka_poc.vllm_compat.release import (
+    API_SERVER_MODULE,
+    INSECURE_SERIALIZATION,
+    MIDDLEWARE,
+    SUPPORTED,
+    WORKER_EXTENSION,
+    can_skip_compiled,
+    installed_version,
+    is_cpu_build,
+)
+
+__all__ = [
+    "API_SERVER_MODULE",
+    "INSECURE_SERIALIZATION",
+    "MIDDLEWARE",
+    "SUPPORTED",
+    "WORKER_EXTENSION",
+    "ApiView",
+    "OfflineEngine",
+    "can_skip_compiled",
+    "installed_version",
+    "is_cpu_build",
+]

@@ -1,0 +1,122 @@
+"""The engine from outside of its workers: through the API server, or without a server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gonka_poc.errors import EngineUnavailableError, ServerStartError, UnsupportedServerError
+from gonka_poc.vllm_compat.release import WORKER_EXTENSION, installed_version
+
+
+class ApiView:
+    """What the API process knows of its server: `app` is vLLM's FastAPI application.
+
+    Raises EngineUnavailableError before the engine is there, UnsupportedServerError if there are several API
+    processes.
+    """
+
+    def __init__(self, app: Any) -> None:
+        state = app.state
+        self.client: Any = getattr(state, "engine_client", None)
+        if self.client is None:
+            raise EngineUnavailableError("the engine is not ready yet; try again when GET /health answers 200")
+        config = getattr(state, "vllm_config", None) or self.client.vllm_config
+        _refuse_several_api_processes(config.parallel_config)
+        self._config = config
+        self._serving_models = getattr(state, "openai_serving_models", None)
+        self.max_model_len: int = config.model_config.max_model_len
+        self.max_num_batched_tokens: int = config.scheduler_config.max_num_batched_tokens
+        self.max_num_seqs: int = config.scheduler_config.max_num_seqs
+        self.hidden_size: int = config.model_config.get_hidden_size()
+
+    def model_names(self) -> list[str]:
+        """The names that requests may use for the served model, its path included."""
+        names = [path.name for path in getattr(self._serving_models, "base_model_paths", [])]
+        return list(dict.fromkeys([*names, self._config.model_config.model]))
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether chat is being served: requests that the engine client has not finished."""
+        return bool(self.client.output_processor.has_unfinished_requests())
+
+    def is_dead(self) -> bool:
+        """Whether the engine process is gone for good."""
+        return bool(getattr(self.client, "errored", False))
+
+    def has_worker_method(self, name: str) -> bool:
+        """Whether the workers were started with a worker extension that has `name`."""
+        from vllm.utils.import_utils import resolve_obj_by_qualname
+
+        qualname = self._config.parallel_config.worker_extension_cls
+        return bool(qualname) and hasattr(resolve_obj_by_qualname(qualname), name)
+
+    @staticmethod
+    def may_send_functions() -> bool:
+        """Whether this server lets `collective_rpc` carry a function."""
+        import vllm.envs as envs
+
+        return bool(envs.VLLM_ALLOW_INSECURE_SERIALIZATION)
+
+    async def call_workers(self, method: Any, args: tuple[Any, ...]) -> list[Any]:
+        """`collective_rpc` of a method name or a function: one answer a worker."""
+        return await self.client.collective_rpc(method, args=args)
+
+
+def _refuse_several_api_processes(parallel_config: Any) -> None:
+    """Raise UnsupportedServerError where a request would reach one of several API processes.
+
+    `vllm serve` starts one API process for each data-parallel replica if it is not told otherwise, and tells each
+    how many there are (0.14 to 0.33).
+    """
+    count = getattr(parallel_config, "_api_process_count", 1)
+    if count > 1:
+        raise UnsupportedServerError(
+            f"this server has {count} API processes, each of which would run rounds, queues and callbacks of its own "
+            "and see a part of the chats only; start it with --api-server-count 1"
+        )
+
+
+class OfflineEngine:
+    """vLLM's engine over `model` in this process, without a server; its workers have our worker extension.
+
+    `args` are vLLM's own options, as its server takes them. Under tensor or pipeline parallelism the workers are
+    processes of their own. Raises UnsupportedServerError for a release that we do not support, and ServerStartError.
+    """
+
+    def __init__(self, model: Path, args: Sequence[str]) -> None:
+        installed_version()  # refuses, before an import from another release fails in its own words
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        parser = EngineArgs.add_cli_args(FlexibleArgumentParser("vLLM", "%(prog)s [its options]"))
+        fixed = ["--model", str(model), "--worker-extension-cls", WORKER_EXTENSION]
+        try:
+            options = EngineArgs.from_cli_args(parser.parse_args([*args, *fixed]))
+        except SystemExit as error:  # argparse has said why
+            raise ServerStartError(f"vLLM does not take these options: {' '.join(args)}") from error
+        try:
+            self._engine = LLMEngine.from_engine_args(options)
+        except Exception as error:
+            raise ServerStartError(f"vLLM could not start {model}: {type(error).__name__}: {error}") from error
+        config = self._engine.vllm_config
+        self.max_model_len: int = config.model_config.max_model_len
+        self.max_num_batched_tokens: int = config.scheduler_config.max_num_batched_tokens
+        self.max_num_seqs: int = config.scheduler_config.max_num_seqs
+        self.hidden_size: int = config.model_config.get_hidden_size()
+
+    def __enter__(self) -> OfflineEngine:
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self._engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
+
+    def call_workers(self, method: str, *args: Any) -> list[Any]:
+        """`collective_rpc` of a method name: one answer a worker."""
+        return self._engine.collective_rpc(method, args=args)

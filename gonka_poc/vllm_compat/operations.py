@@ -1,0 +1,91 @@
+"""The forms of vLLM's operations in a PoC forward: norms, rotary embeddings, activations."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+# the kernels that a server with --enforce-eager prefers on CUDA, of operations that vLLM has several of
+EAGER_KERNELS = ("vllm_c", "triton", "native")
+
+
+class ModelOperations:
+    """The operations of `model` that vLLM has several forms of; `layers` are those registered with vLLM, by name."""
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, Any], device: torch.device, enforce_eager: bool) -> None:
+        self.model = model
+        self.device = device
+        self._layers = layers
+        self._enforce_eager = enforce_eager
+
+    @contextlib.contextmanager
+    def compilable(self) -> Iterator[None]:
+        """While entered, torch can compile the decoder layers: norms, rotary embeddings and activations are plain
+        torch operations that it may fuse, and the layers that are registered with vLLM (attention, experts, states)
+        are called as they are, never traced: they name themselves, which would compile each layer anew.
+        """
+        with contextlib.ExitStack() as stack:
+            for cls in {type(layer) for layer in self._layers.values()}:
+                stack.enter_context(_replaced(cls, "forward", torch.compiler.disable(cls.forward)))
+            for op in self._custom_ops():
+                stack.enter_context(_replaced(op, "_forward_method", op.forward_native))
+            with contextlib.suppress(ImportError):
+                from vllm.ir.op import IrOp, enable_torch_wrap  # 0.20
+
+                stack.enter_context(enable_torch_wrap(False))
+                for ir_op in IrOp.registry.values():
+                    stack.enter_context(ir_op.set_priority(["native"]))
+            yield
+
+    @contextlib.contextmanager
+    def eager_kernels(self) -> Iterator[None]:
+        """While entered, norms, rotary embeddings and activations are the kernels of a server with --enforce-eager.
+
+        A server that compiles its model has plain torch operations there, for torch to fuse. One by one they are slow,
+        and they round otherwise. What is no module of the model (FP8 quantization of inputs), and what an operation
+        decided when it was built, stays as it was chosen for the compiled model.
+        """
+        with contextlib.ExitStack() as stack:
+            if not self._enforce_eager:
+                for op in self._custom_ops():
+                    chosen = op._forward_method
+                    # what is not a method was compiled by itself, as activations are
+                    if chosen == op.forward_native or not inspect.ismethod(chosen):
+                        kernel = op.forward_cuda if self.device.type == "cuda" else op.forward_cpu
+                        stack.enter_context(_replaced(op, "_forward_method", kernel))
+                with contextlib.suppress(ImportError):
+                    from vllm.ir.op import IrOp  # 0.20
+
+                    for ir_op in IrOp.registry.values():
+                        kernels = [name for name in EAGER_KERNELS if name in ir_op.impls]
+                        stack.enter_context(ir_op.set_priority(kernels))
+            yield
+
+    def _custom_ops(self) -> Iterator[Any]:
+        """The model's operations that vLLM has several forms of, without those inside of its registered layers."""
+        from vllm.model_executor.custom_op import CustomOp
+
+        registered = {id(module) for layer in self._layers.values() for module in layer.modules()}
+        for module in self.model.modules():
+            if isinstance(module, CustomOp) and id(module) not in registered:
+                yield module
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """While entered, `owner.name` is `value`."""
+    own = name in vars(owner)
+    original = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)

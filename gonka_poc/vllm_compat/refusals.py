@@ -1,0 +1,58 @@
+"""Servers whose vectors could be wrong, and the way past a compiled model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from gonka_poc.errors import UnsupportedServerError
+from gonka_poc.vllm_compat.release import installed_version
+
+
+def forward_options(config: Any) -> dict[str, Any]:
+    """Keyword arguments for `set_forward_context` in this release.
+
+    Raises UnsupportedServerError where the server compiled its model and the forward cannot leave the compiled
+    code aside: hooks would be compiled away.
+    """
+    from vllm.forward_context import set_forward_context
+
+    parameters: Mapping[str, Any] = inspect.signature(set_forward_context).parameters
+    options: dict[str, Any] = {}
+    if "slot_mapping" in parameters:  # 0.15: the cache is updated outside of the attention backends
+        options["slot_mapping"] = None
+    if "skip_compiled" in parameters:  # 0.15
+        options["skip_compiled"] = True
+    elif not config.model_config.enforce_eager:
+        raise UnsupportedServerError(
+            f"vLLM {installed_version()} cannot run a forward beside its compiled model; start it with --enforce-eager"
+        )
+    return options
+
+
+def refuse_unsupported(config: Any, model: Any, attention_layers: Mapping[str, Any]) -> None:
+    """Raise UnsupportedServerError for configurations in which a vector could be wrong."""
+    parallel = config.parallel_config
+    reasons = {
+        "--enable-lora (adapters of the last chat would act on the proof)": config.lora_config is not None,
+        "--data-parallel-size above 1 (start one server per replica)": parallel.data_parallel_size > 1,
+        "--decode-context-parallel-size above 1": getattr(parallel, "decode_context_parallel_size", 1) > 1,
+        "--prefill-context-parallel-size above 1": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "--kv-sharing-fast-prefill": getattr(config.cache_config, "kv_sharing_fast_prefill", False),
+        "per-token quantised KV cache (its scales lie in the serving cache)": any(
+            getattr(getattr(layer, "impl", None), "_k_scale_cache", None) is not None  # 0.20
+            for layer in attention_layers.values()
+        ),
+        "--calculate-kv-scales (the first forward, chat or proof, would set the scales)": getattr(  # until 0.27
+            config.cache_config, "calculate_kv_scales", False
+        ),
+        "a model whose layers read what the last chat's tokens left (per-layer embeddings)": any(
+            getattr(module, "per_layer_embeddings", None) is not None for module in model.modules()
+        ),
+        "a recurrent-state cache with replay": getattr(config.cache_config, "use_replayssm", False),  # 0.27
+        "a model without attention": not attention_layers,
+    }
+    found = [reason for reason, present in reasons.items() if present]
+    if found:
+        raise UnsupportedServerError("proof of compute does not work with " + "; nor with ".join(found))

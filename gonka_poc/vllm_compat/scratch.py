@@ -1,0 +1,165 @@
+"""Attention of a PoC prefill: KV caches that are scratch, and metadata from the engine's own builders."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from gonka_poc.errors import UnsupportedServerError
+
+
+class ScratchAttention:
+    """The attention of `layers`, by name, on scratch KV cache; `runner` and `config` are vLLM's."""
+
+    def __init__(self, runner: Any, config: Any, layers: Mapping[str, Any]) -> None:
+        self._runner = runner
+        self._config = config
+        self._layers = layers
+        self._caches: dict[Any, Any] = {}
+
+    @contextlib.contextmanager
+    def installed(self, num_seqs: int, seq_len: int) -> Iterator[None]:
+        """While entered, every layer's cache is a scratch one, shared by all layers of the same cache shape.
+
+        One layer deep is enough: layers run one after another, and a prefill reads only what its own layer has
+        just written. Layers that share one cache by design (KV sharing) get a scratch of their own. The scratch
+        stays for the next forward of the same or a smaller size, and goes with any exception.
+        """
+        sharing = {name: getattr(layer, "kv_sharing_target_layer_name", None) for name, layer in self._layers.items()}
+        targets = set(filter(None, sharing.values()))
+        originals = {name: layer.kv_cache for name, layer in self._layers.items()}
+        try:
+            for group, block_size in self._groups():
+                num_blocks = 1 + num_seqs * -(-seq_len // block_size)
+                for name in group.layer_names:
+                    if (layer := self._layers.get(name)) is None:
+                        continue
+                    axis = _block_axis(group, self._config.cache_config.cache_dtype)
+                    owner = sharing[name] or (name if name in targets else None)
+                    layer.kv_cache = self._scratch_like(originals[name], axis, num_blocks, owner)
+            yield
+        except BaseException:
+            self.release()
+            raise
+        finally:
+            for name, layer in self._layers.items():
+                layer.kv_cache = originals[name]
+
+    def _scratch_like(self, cache: Any, axis: int, num_blocks: int, owner: str | None, part: int = 0) -> Any:
+        """A scratch cache of the same structure, dtype and memory layout as `cache`, with at least `num_blocks`.
+
+        `cache` is a tensor, or a list or tuple of them (recurrent states; until 0.18 also a list of one tensor).
+        """
+        if not isinstance(cache, torch.Tensor):
+            parts = [self._scratch_like(item, axis, num_blocks, owner, i) for i, item in enumerate(cache)]
+            return type(cache)(parts)
+        if axis >= cache.ndim:
+            raise UnsupportedServerError(f"a KV cache of shape {tuple(cache.shape)} has no block axis {axis}")
+        order = sorted(range(cache.ndim), key=lambda dim: -cache.stride(dim))
+        shape = [num_blocks if dim == axis else size for dim, size in enumerate(cache.shape)]
+        others = tuple(size for dim, size in enumerate(shape) if dim != axis)
+        key = (owner, part, cache.dtype, tuple(order), others, axis)
+        found = self._caches.get(key)
+        if found is None or found.shape[axis] < num_blocks:
+            storage = torch.zeros([shape[dim] for dim in order], dtype=cache.dtype, device=cache.device)
+            found = self._caches[key] = storage.permute([order.index(dim) for dim in range(cache.ndim)])
+        return found
+
+    def _groups(self) -> Iterator[tuple[Any, int]]:
+        """Each attention group with its kernel block size: tokens per block of the cache that its layers see."""
+        for groups in self._runner.attn_groups:
+            for group in groups:
+                yield group, group.get_metadata_builder(0).kv_cache_spec.block_size
+
+    def metadata(self, num_seqs: int, seq_len: int, positions: torch.Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Metadata and slot mapping by layer name, from the engine's own builders, fresh for each forward.
+
+        Sequence i owns blocks 1 + i*b to (i+1)*b of the scratch cache, b being its blocks per sequence; block 0
+        stays free, as in vLLM, where it is the null block. Raises UnsupportedServerError where a layer would be
+        left without metadata: its attention would return zeros.
+        """
+        from vllm.v1.attention.backend import CommonAttentionMetadata  # 0.14
+
+        device = positions.device
+        # made on the device: a copy from the host would wait for what the device is computing
+        starts = torch.arange(num_seqs + 1, dtype=torch.int32, device=device) * seq_len
+        starts_cpu = torch.arange(num_seqs + 1, dtype=torch.int32) * seq_len
+        lens = torch.full((num_seqs,), seq_len, dtype=torch.int32, device=device)
+        lens_cpu = torch.full((num_seqs,), seq_len, dtype=torch.int32)
+        known = {f.name for f in dataclasses.fields(CommonAttentionMetadata)}
+        metadata: dict[str, Any] = {}
+        slots_by_layer: dict[str, Any] = {}
+        for group, block_size in self._groups():
+            blocks_per_seq = -(-seq_len // block_size)
+            first_block = 1 + torch.arange(num_seqs, device=device).unsqueeze(1) * blocks_per_seq
+            block_table = first_block + torch.arange(blocks_per_seq, device=device)
+            slots = first_block.repeat_interleave(seq_len, dim=1).flatten() * block_size + positions
+            values = {
+                "query_start_loc": starts,
+                "query_start_loc_cpu": starts_cpu,
+                "seq_lens": lens,
+                "num_reqs": num_seqs,
+                "num_actual_tokens": num_seqs * seq_len,
+                "max_query_len": seq_len,
+                "max_seq_len": seq_len,
+                "block_table_tensor": block_table.to(torch.int32),
+                "slot_mapping": slots,
+                "causal": True,
+                "positions": positions,  # 0.20
+                "is_prefilling": torch.ones(num_seqs, dtype=torch.bool),  # 0.19
+                "seq_lens_cpu_upper_bound": lens_cpu,  # 0.20
+                "_seq_lens_cpu": lens_cpu,  # until 0.29
+                "_num_computed_tokens_cpu": torch.zeros(num_seqs, dtype=torch.int32),  # until 0.29
+            }
+            common = CommonAttentionMetadata(**{name: value for name, value in values.items() if name in known})
+            built = group.get_metadata_builder(0).build(0, common)
+            for name in group.layer_names:
+                metadata[name] = built
+                slots_by_layer[name] = slots
+        missing = sorted(set(self._layers) - set(metadata))
+        if missing or any(built is None for built in metadata.values()):
+            raise UnsupportedServerError(f"vLLM's builders gave no attention metadata for {missing or 'some layers'}")
+        return metadata, slots_by_layer
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the scratch KV cache."""
+        return sum(cache.numel() * cache.element_size() for cache in self._caches.values())
+
+    def release(self) -> None:
+        """Drop the scratch KV cache."""
+        self._caches.clear()
+
+
+def has_cache(layer: Any) -> bool:
+    """Whether `layer` has a KV cache or a recurrent state."""
+    return _has_values(getattr(layer, "kv_cache", None))
+
+
+def _has_values(cache: Any) -> bool:
+    """Whether a cache attribute (a tensor, or nested lists of them) has a tensor that is not empty."""
+    if isinstance(cache, torch.Tensor):
+        return cache.numel() > 0
+    return isinstance(cache, (list, tuple)) and any(map(_has_values, cache))
+
+
+def _block_axis(group: Any, cache_dtype: str) -> int:
+    """The axis of a layer's cache that counts blocks.
+
+    A backend that gives the shape of its cache is asked with a number of blocks that stands out; from 0.29 on
+    there is none to ask, and recurrent states never had one: there the first axis counts blocks.
+    """
+    spec = group.kv_cache_spec
+    get_shape = getattr(group.backend, "get_kv_cache_shape", None)  # until 0.28
+    if get_shape is None or not hasattr(spec, "num_kv_heads"):
+        return 0
+    marker = 1_234_577
+    try:
+        shape = get_shape(marker, spec.block_size, spec.num_kv_heads, spec.head_size, cache_dtype_str=cache_dtype)
+    except NotImplementedError:
+        return 0
+    return list(shape).index(marker)
