@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._inductor.choices import InductorChoices
-from torch._inductor.virtualized import V
 
 from gonka_poc.errors import UnsupportedServerError
 from gonka_poc.layer_hooks import is_hidden_state, reflect_output
@@ -24,29 +22,32 @@ RECOMPILE_LIMIT = 64
 SHORT_REDUCTION = 1024
 
 
-class ShortReductionsAtOnce(InductorChoices):
-    """Norms over a head are read once. Left to itself torch loops over them, because their rows are apart in memory."""
-
-    @staticmethod
-    def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
-        """Whether a kernel holds all of a reduction at once."""
-        if InductorChoices.should_use_persistent_reduction(features, cooperative_reduction):
-            return True
-        return not cooperative_reduction and V.graph.sizevars.statically_known_leq(
-            features.reduction_numel, SHORT_REDUCTION
-        )
-
-
 class LayerCompiler:
-    """Calls `run_reflected`, compiled at its first call for each kind of layer; one object a worker.
+    """Calls `run_reflected`, compiled at its first call for each kind of layer; one object per worker.
 
-    Where the compiler fails, torch runs the plain operations.
+    Where the compiler fails, torch runs the plain operations. Raises UnsupportedServerError where this release of
+    torch has not what the compiler is set up with: those names are private, and may move.
     """
 
     def __init__(self) -> None:
-        self._run = torch.compile(run_reflected, dynamic=True)
+        try:
+            self._run = torch.compile(run_reflected, dynamic=True)
+            self._choices = _persistent_norms()
+            with self._settings():
+                pass
+        except (ImportError, AttributeError) as error:
+            raise UnsupportedServerError(f"torch {torch.__version__} compiles in another way: {error}") from error
 
     def __call__(self, *args: Any) -> Any:
+        with self._settings():
+            return self._run(*args)
+
+    @contextlib.contextmanager
+    def _settings(self) -> Iterator[None]:
+        import torch._dynamo.config
+        import torch.fx.experimental._config
+        from torch._inductor.virtualized import V
+
         with (
             torch._dynamo.config.patch(
                 recompile_limit=RECOMPILE_LIMIT,
@@ -55,9 +56,29 @@ class LayerCompiler:
             ),
             # sizes that are equal are so by chance: hidden_size tokens are no case of their own
             torch.fx.experimental._config.patch(use_duck_shape=False),
-            V.set_choices_handler(ShortReductionsAtOnce()),
+            V.set_choices_handler(self._choices),
         ):
-            return self._run(*args)
+            yield
+
+
+def _persistent_norms() -> Any:
+    """Inductor's choices, but for norms over a head, which are read once.
+
+    Left to itself torch loops over them, because their rows are apart in memory.
+    """
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.virtualized import V
+
+    class PersistentNorms(InductorChoices):
+        @staticmethod
+        def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+            if InductorChoices.should_use_persistent_reduction(features, cooperative_reduction):
+                return True
+            return not cooperative_reduction and V.graph.sizevars.statically_known_leq(
+                features.reduction_numel, SHORT_REDUCTION
+            )
+
+    return PersistentNorms()
 
 
 class CompiledReflections:

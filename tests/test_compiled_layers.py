@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -268,3 +271,23 @@ def test_the_search_leaves_no_hook():
     with contextlib.suppress(RuntimeError), LastPositions.watch(model.numbered(), is_attention):
         raise RuntimeError
     assert not any(module._forward_hooks for module in model.modules())
+
+
+# --- a torch whose private modules have moved -------------------------------------------------------------------
+
+WITHOUT_INDUCTOR = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("torch._inductor"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Block())
+"""
+
+
+def test_a_worker_loads_without_torchs_private_modules():
+    code = "from gonka_poc.compiled_layers import LayerCompiler; import gonka_poc.poc_model_runner\n"
+    code += "try:\n    LayerCompiler()\nexcept Exception as error:\n    print(type(error).__name__, error)"
+    done = subprocess.run([sys.executable, "-c", WITHOUT_INDUCTOR + code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^UnsupportedServerError torch \S+ compiles in another way: No module named", done.stdout)

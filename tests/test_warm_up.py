@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import re
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -67,3 +70,17 @@ def test_the_layers_are_compiled_once() -> None:
     compiler = runner._compiler
     runner.warm_up(4, 4, 4)
     assert runner._compiler is compiler
+
+
+@pytest.mark.parametrize("moved", ["torch._inductor.choices", "torch._inductor.virtualized"])
+def test_a_torch_whose_private_modules_have_moved(
+    moved: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The plain forward goes on, and the log says why."""
+    monkeypatch.setitem(sys.modules, moved, None)
+    runner = Runner({})
+    with caplog.at_level(logging.WARNING):
+        assert runner.warm_up(4, 4) == {"compiled": False, "distance": None}
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert re.search(rf"plain forward: torch .* compiles in another way: .*{moved}", record.getMessage())
