@@ -1,7 +1,7 @@
 """Times of a PoC batch and of its parts on one worker, the device's work included, for `gonka-poc bench`.
 
 Every rank is asked alike, and all must be: a batch and a bare prefill are collective. What only this rank does is done
-inside WorkerView.agreement, so that a rank that fails there leaves no other one waiting.
+inside WorkerView.error_barrier, so that a rank that fails there leaves no other one waiting.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def describe(runner: PoCModelRunner, spec: VectorSpec) -> dict[str, Any]:
     model's dtype}.
     """
     view = runner.view
-    with view.agreement():
+    with view.error_barrier():
         return {
             "device": _device_name(view.device),
             "dtype": str(view.dtype).removeprefix("torch."),
@@ -60,7 +60,7 @@ def measure_parts(runner: PoCModelRunner, spec: VectorSpec, nonces: Sequence[int
     who = (spec.block_hash, spec.public_key, nonces)
     size = (spec.seq_len, view.hidden_size, view.dtype, view.device, spec.poc_stronger_rng)
     seconds = {}
-    with view.agreement():
+    with view.error_barrier():
         if view.is_first_rank:
             seconds["inputs"] = seconds_of(view.device, nonce_inputs, *who, *size)
         seconds["metadata"] = seconds_of(view.device, _prepare, view, len(nonces), spec.seq_len)
@@ -68,7 +68,7 @@ def measure_parts(runner: PoCModelRunner, spec: VectorSpec, nonces: Sequence[int
             hidden = torch.randn(len(nonces), view.hidden_size, device=view.device).to(view.dtype)
             seconds["projection"] = seconds_of(view.device, _project, *who, spec.k_dim, hidden)
     with contextlib.ExitStack() as stack:
-        with view.agreement():
+        with view.error_barrier():
             run = stack.enter_context(view.prefill(len(nonces), spec.seq_len, skip_compiled=False))
             stack.enter_context(_TokenIds(view, len(nonces) * spec.seq_len))
             bare = stack.enter_context(_ForwardClock(view))

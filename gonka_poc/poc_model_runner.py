@@ -163,7 +163,7 @@ class PoCModelRunner:
         Prepares the smallest prefill, so that a server that cannot be prepared for one is refused here.
         """
         view = self._view
-        with view.agreement(), view.prefill(1, 1):
+        with view.error_barrier(), view.prefill(1, 1):
             pass
         return {
             "rank": view.rank,
@@ -222,8 +222,8 @@ class PoCModelRunner:
         with calls or contextlib.nullcontext():
             plain = self._values(spec, nonces)
         try:
-            with self._view.agreement():
-                with self._view.agreement():  # a batch begins with one of its own, which all ranks have to reach
+            with self._view.error_barrier():
+                with self._view.error_barrier():  # a batch begins with one of its own, which all ranks have to reach
                     if compiler is None:
                         self._last_positions = calls.found() if calls else None
                     self._compiler = compiler or LayerCompiler()
@@ -308,9 +308,9 @@ class PoCModelRunner:
         hear of it before they go on, with this batch or with the next one.
         """
         with contextlib.ExitStack() as stack:
-            with self._view.agreement():
+            with self._view.error_barrier():
                 run, finish = self._prepared(stack, spec, nonces)
-            with self._view.agreement(), stack:
+            with self._view.error_barrier(), stack:
                 hidden = self._last_hidden_states(run(), spec, nonces)
                 return _Launched.on_way(spec, nonces, None if hidden is None else finish(hidden))
 

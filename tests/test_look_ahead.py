@@ -204,7 +204,7 @@ class RankView(View):
         return False
 
     @contextlib.contextmanager
-    def agreement(self) -> Iterator[None]:
+    def error_barrier(self) -> Iterator[None]:
         failure: Exception | None = None
         try:
             yield
@@ -224,9 +224,9 @@ class RankRunner(Runner):
         self._compiler = self._last_positions = self._compiled_distance = None
 
     def _launch(self, spec: Any, nonces: Sequence[int]) -> _Launched:
-        with self._view.agreement():
+        with self._view.error_barrier():
             pass
-        with self._view.agreement():
+        with self._view.error_barrier():
             return super()._launch(spec, nonces)
 
 

@@ -26,7 +26,7 @@ class View:
     def settle(self) -> None: ...
 
     @contextlib.contextmanager
-    def agreement(self) -> Iterator[None]:
+    def error_barrier(self) -> Iterator[None]:
         yield
 
 

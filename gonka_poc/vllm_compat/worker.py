@@ -90,11 +90,11 @@ class WorkerView:
     # -- one prefill --
 
     @contextlib.contextmanager
-    def agreement(self) -> Iterator[None]:
-        """Inside, each rank does its part, which can fail without the others; it is left by all ranks alike.
+    def error_barrier(self) -> Iterator[None]:
+        """Collective: raises on every rank if any rank failed inside.
 
-        A rank that went on into a collective operation while another had failed would wait for it for ever, and the
-        server with it. Raises what this rank raised, or OtherRankError.
+        Around what can fail on one rank alone: the others would go on into a collective operation and wait there for
+        ever, and the server with them. Raises what this rank raised, or OtherRankError.
         """
         failure: Exception | None = None
         try:
