@@ -129,6 +129,9 @@ class DistanceSpec:
     randomization: str
 
 
+Spec = VectorSpec | DistanceSpec
+
+
 @dataclass(frozen=True)
 class BatchResult:
     """Vectors (float16 [k_dim]) by nonce, and the nonces whose computation gave a NaN or Inf."""

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import itertools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,20 +14,12 @@ import torch
 from torch import nn
 
 from gonka_poc.compiled_layers import CompiledReflections, LastPositions, LayerCompiler
-from gonka_poc.data import VECTOR_DTYPE, DistanceSpec, Randomization, VectorSpec
+from gonka_poc.data import VECTOR_DTYPE, DistanceSpec, Randomization, Spec, VectorSpec
 from gonka_poc.errors import PoCError, RequestError, UnsupportedServerError
-from gonka_poc.gpu_random import (
-    PROJECTION_DIM,
-    artifact_vectors,
-    layer_reflection,
-    nonce_inputs,
-    nonce_projection,
-    permuted_distances,
-    projected_distances,
-    random_projection,
-    target,
-)
+from gonka_poc.gpu_random import nonce_inputs
 from gonka_poc.layer_hooks import LayerReflections
+from gonka_poc.prefetch import InFlightBatch, Prefetched
+from gonka_poc.round_tensors import RoundTensors
 from gonka_poc.vllm_compat.worker import WorkerView
 
 logger = logging.getLogger("vllm.gonka_poc.model_runner")
@@ -37,8 +27,6 @@ logger = logging.getLogger("vllm.gonka_poc.model_runner")
 # A compiled forward whose vectors are further from the plain one's is not used: half of the distance at which a
 # validator takes two vectors for different ones by default (0.02). How far rounding alone goes depends on the model.
 MAX_COMPILED_DISTANCE = 0.01
-# A batch that was computed ahead is kept while this many others that look ahead pass it: two callers may take turns.
-MAX_PASSED = 1
 
 
 class EmbeddingInjectionHook:
@@ -81,71 +69,19 @@ class EmbeddingInjectionHook:
         return args, {**kwargs, "inputs_embeds": self._embeddings}
 
 
-@dataclass
-class _Round:
-    """What the batches of one block hash share, made when it is first needed and kept on the device."""
-
-    block_hash: str
-    reflections: dict[int, torch.Tensor]
-    projection: torch.Tensor | None = None
-    target: torch.Tensor | None = None
-
-
-@dataclass
-class _Launched:
-    """A batch that the device was given: its values, one row a nonce, are on their way to the host.
-
-    They are None on a rank that has none.
-    """
-
-    spec: VectorSpec | DistanceSpec
-    nonces: Sequence[int]
-    on_host: torch.Tensor | None
-    ready: torch.cuda.Event | None
-    failure: Exception | None = None
-    num_passed: int = 0  # calls of another spec that would have looked ahead themselves
-
-    @staticmethod
-    def on_way(spec: VectorSpec | DistanceSpec, nonces: Sequence[int], values: torch.Tensor | None) -> _Launched:
-        """With the copy of `values` to the host behind what makes them."""
-        if values is None or not values.is_cuda:
-            return _Launched(spec, nonces, None if values is None else values.cpu(), None)
-        on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        on_host.copy_(values, non_blocking=True)
-        ready = torch.cuda.Event(blocking=True)
-        ready.record()
-        return _Launched(spec, nonces, on_host, ready)
-
-    def num_asked(self, nonces: Sequence[int]) -> int:
-        """How many of the first of `nonces` are the first ones here."""
-        pairs = zip(nonces, self.nonces, strict=False)
-        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-    def part(self, start: int, stop: int | None = None) -> _Launched:
-        """Some of its rows."""
-        values = None if self.on_host is None else self.on_host[start:stop]
-        return _Launched(self.spec, self.nonces[start:stop], values, self.ready, self.failure)
-
-    def values(self) -> np.ndarray | None:
-        """Its rows, when the device has them ready."""
-        if self.ready is not None:
-            self.ready.synchronize()
-        return None if self.on_host is None else self.on_host.numpy()
-
-
 def _largest_norm(rows: np.ndarray) -> float:
     """The largest L2 norm of a row; infinite where one is not a number."""
     return float(np.nan_to_num(np.linalg.norm(rows, axis=-1), nan=np.inf).max())
 
 
 class PoCModelRunner:
-    """Computes PoC batches on the worker behind `view`; one object a worker, made at its first PoC call."""
+    """Computes PoC batches on the worker behind `view`; one object per worker, made at its first PoC call."""
 
     def __init__(self, view: WorkerView) -> None:
         self._view = view
         self._layers = view.decoder_layers()
-        self._round: _Round | None = None
-        self._ahead: _Launched | None = None
+        self._tensors: RoundTensors | None = None
+        self._prefetched = Prefetched()
         self._compiler: LayerCompiler | None = None
         self._compiled_distance: float | None = None
         self._last_positions: LastPositions | None = None
@@ -173,17 +109,19 @@ class PoCModelRunner:
         }
 
     @torch.inference_mode()
-    def compute(self, spec: VectorSpec, nonces: Sequence[int], following: Sequence[int] = ()) -> dict[str, Any] | None:
+    def compute(
+        self, spec: VectorSpec, nonces: Sequence[int], next_nonces: Sequence[int] = ()
+    ) -> dict[str, Any] | None:
         """Artifact vectors of `nonces`, on the output rank; None on every other rank.
 
         Returns {"nonces": the same again, "vectors": bytes, little-endian float16 [len(nonces), k_dim], "finite":
         list[bool]}; a row that is not finite must not be sent. Every rank makes the same inputs and runs its part of
-        the same forward. `following` are the nonces of the call that is expected next: they are computed while this
+        the same forward. `next_nonces` are the nonces of the call that is expected next: they are computed while this
         answer is on its way, and taken from there if that call comes.
         """
         if spec.k_dim > self._view.hidden_size:
             raise RequestError(f"k_dim {spec.k_dim} is larger than the model's hidden size {self._view.hidden_size}")
-        values = self._values(spec, nonces, following)
+        values = self._values(spec, nonces, next_nonces)
         if values is None:
             return None
         vectors = values.astype(VECTOR_DTYPE)
@@ -191,13 +129,13 @@ class PoCModelRunner:
 
     @torch.inference_mode()
     def compute_distances(
-        self, spec: DistanceSpec, nonces: Sequence[int], following: Sequence[int] = ()
+        self, spec: DistanceSpec, nonces: Sequence[int], next_nonces: Sequence[int] = ()
     ) -> dict[str, Any] | None:
         """Threshold distances of `nonces` on the output rank; None on every other rank. Else like `compute`.
 
         Returns {"nonces": the same again, "distances": list[float], "finite": list[bool]}.
         """
-        values = self._values(spec, nonces, following)
+        values = self._values(spec, nonces, next_nonces)
         if values is None:
             return None
         return {"nonces": list(nonces), "distances": values.tolist(), "finite": np.isfinite(values).tolist()}
@@ -246,62 +184,38 @@ class PoCModelRunner:
         return {"compiled": self._compiler is not None, "distance": self._compiled_distance}
 
     def release(self) -> None:
-        """Drop what is kept between calls: the scratch KV cache, the tensors of the round, a batch computed ahead."""
-        self._round = self._ahead = None
+        """Drop what is kept between calls: the scratch KV cache, the tensors of the round, a prefetched batch."""
+        self._tensors = None
+        self._prefetched.clear()
         self._view.release()
 
     # -- batches --
 
-    def _values(
-        self, spec: VectorSpec | DistanceSpec, nonces: Sequence[int], following: Sequence[int] = ()
-    ) -> np.ndarray | None:
+    def _values(self, spec: Spec, nonces: Sequence[int], next_nonces: Sequence[int] = ()) -> np.ndarray | None:
         """The values of `nonces` on the host, on the output rank. Nothing stays behind where it fails."""
         try:
-            asked = self._asked_of_ahead(spec, nonces, bool(following))
-            count = sum(len(part.nonces) for part in asked)
+            batches = self._prefetched.take(spec, nonces, bool(next_nonces))
+            count = sum(len(batch.nonces) for batch in batches)
             if count < len(nonces):
-                asked.append(self._launch(spec, nonces[count:]))
-            if self._ahead is None and following:
-                self._look_ahead(spec, following)
+                batches.append(self._launch(spec, nonces[count:]))
+            if next_nonces and self._prefetched.is_empty:
+                self._prefetch(spec, next_nonces)
             # only now, with the next batch given to the device, is this one waited for
-            parts = [values for part in asked if (values := part.values()) is not None]
+            parts = [values for batch in batches if (values := batch.values()) is not None]
             self._view.settle()
         except BaseException:
             self.release()
             raise
         return np.concatenate(parts) if parts else None
 
-    def _asked_of_ahead(
-        self, spec: VectorSpec | DistanceSpec, nonces: Sequence[int], looks_ahead: bool
-    ) -> list[_Launched]:
-        """What was computed ahead of the first of `nonces`; a batch ahead of other nonces of `spec` is dropped.
-
-        One of another spec is kept for its next call, but not for ever: a round that was stopped asks for it no more,
-        and the round behind it has to look ahead. Raises what kept the batch from being computed.
-        """
-        ahead, self._ahead = self._ahead, None
-        if ahead is None:
-            return []
-        if ahead.spec != spec:
-            ahead.num_passed += looks_ahead
-            if ahead.num_passed <= MAX_PASSED:
-                self._ahead = ahead
-            return []
-        count = ahead.num_asked(nonces)
-        if count and ahead.failure is not None:
-            raise ahead.failure
-        if 0 < count < len(ahead.nonces):
-            self._ahead = ahead.part(count)
-        return [ahead.part(0, count)] if count else []
-
-    def _look_ahead(self, spec: VectorSpec | DistanceSpec, nonces: Sequence[int]) -> None:
-        """Have the device compute `nonces` next. What fails here is raised when they are asked for."""
+    def _prefetch(self, spec: Spec, nonces: Sequence[int]) -> None:
+        """Have the device compute `nonces` next. A failure is raised when they are asked for."""
         try:
-            self._ahead = self._launch(spec, nonces)
+            self._prefetched.put(self._launch(spec, nonces))
         except Exception as error:
-            self._ahead = _Launched(spec, nonces, None, None, error)
+            self._prefetched.put(InFlightBatch(spec, nonces, None, None, error))
 
-    def _launch(self, spec: VectorSpec | DistanceSpec, nonces: Sequence[int]) -> _Launched:
+    def _launch(self, spec: Spec, nonces: Sequence[int]) -> InFlightBatch:
         """Give a batch to the device, without waiting for it; all ranks give it, or none.
 
         What a rank does before the forward and behind it can fail on that rank alone (memory is short, say). The others
@@ -312,22 +226,22 @@ class PoCModelRunner:
                 run, finish = self._prepared(stack, spec, nonces)
             with self._view.error_barrier(), stack:
                 hidden = self._last_hidden_states(run(), spec, nonces)
-                return _Launched.on_way(spec, nonces, None if hidden is None else finish(hidden))
+                return InFlightBatch.launched(spec, nonces, None if hidden is None else finish(hidden))
 
     def _prepared(
-        self, stack: contextlib.ExitStack, spec: VectorSpec | DistanceSpec, nonces: Sequence[int]
+        self, stack: contextlib.ExitStack, spec: Spec, nonces: Sequence[int]
     ) -> tuple[Callable[[], Any], Callable[[torch.Tensor], torch.Tensor | None]]:
         """The forward of a batch, its contexts on `stack`, and what makes its values of the last hidden states."""
-        view = self._view
+        view, tensors = self._view, self._tensors_of(spec.block_hash)
         finish: Callable[[torch.Tensor], torch.Tensor | None]
         if isinstance(spec, VectorSpec):
-            # what can be made ahead of the forward is, so that only the hidden states are missing when it ends
+            # what can be made before the forward is, so that only the hidden states are missing when it ends
             hooked, normalise, stronger_rng = True, False, spec.poc_stronger_rng
-            finish = self._vectors(spec, nonces)
+            finish = tensors.vectors_of(spec, nonces)
         else:
             hooked, normalise, stronger_rng = spec.randomization == Randomization.LAYER_HOOKS, True, False
-            finish = partial(self._distances, spec, nonces)
-        reflections = self._round_of(spec.block_hash).reflections if hooked else {}
+            finish = partial(tensors.distances, spec, nonces)
+        reflections = tensors.reflections if hooked else {}
         embeddings = None
         if view.is_first_rank:
             who, size = (spec.block_hash, spec.public_key, nonces), (spec.seq_len, view.hidden_size)
@@ -346,7 +260,7 @@ class PoCModelRunner:
         stack.enter_context(EmbeddingInjectionHook(view.model, embeddings))
         return run, finish
 
-    def _compiler_for(self, spec: VectorSpec | DistanceSpec) -> LayerCompiler | None:
+    def _compiler_for(self, spec: Spec) -> LayerCompiler | None:
         """What runs the decoder layers of a batch; None for the plain forward.
 
         Distances are compared far more closely than vectors are: all hosts compute them with the same operations.
@@ -354,7 +268,7 @@ class PoCModelRunner:
         return self._compiler if isinstance(spec, VectorSpec) else None
 
     def _last_hidden_states(
-        self, output: torch.Tensor | None, spec: VectorSpec | DistanceSpec, nonces: Sequence[int]
+        self, output: torch.Tensor | None, spec: Spec, nonces: Sequence[int]
     ) -> torch.Tensor | None:
         """The model's output at the last position: [len(nonces), hidden_size] on the last pipeline rank."""
         if output is None:
@@ -369,46 +283,7 @@ class PoCModelRunner:
             )
         return output.view(len(nonces), spec.seq_len, self._view.hidden_size)[:, -1]
 
-    def _vectors(self, spec: VectorSpec, nonces: Sequence[int]) -> Callable[[torch.Tensor], torch.Tensor | None]:
-        """What makes artifact vectors of the last hidden states, on the output rank."""
-        if not self._view.is_output_rank:
-            return lambda hidden: None
-        size, device = self._view.hidden_size, self._view.device
-        projection = nonce_projection(spec.block_hash, spec.public_key, nonces, size, spec.k_dim, device)
-        return lambda hidden: artifact_vectors(hidden, projection)
-
-    def _distances(self, spec: DistanceSpec, nonces: Sequence[int], hidden: torch.Tensor) -> torch.Tensor | None:
-        """Distances of the last hidden states, on the output rank."""
-        mode = Randomization(spec.randomization)
-        who = (spec.block_hash, spec.public_key, nonces)
-        if mode is Randomization.PERMUTATION:
-            logits = self._view.logits(hidden)  # every tensor parallel rank takes part
-            if not self._view.is_output_rank:
-                return None
-            return permuted_distances(*who, logits, self._target(spec.block_hash, logits.shape[-1]))
-        if not self._view.is_output_rank:
-            return None
-        flip = mode is Randomization.SIGN_FLIPS
-        target_vector = self._target(spec.block_hash, PROJECTION_DIM)
-        return projected_distances(*who, hidden, flip, self._projection(spec.block_hash), target_vector)
-
-    # -- what a round shares --
-
-    def _projection(self, block_hash: str) -> torch.Tensor:
-        current = self._round_of(block_hash)
-        if current.projection is None:
-            current.projection = random_projection(block_hash, self._view.hidden_size, self._view.device)
-        return current.projection
-
-    def _target(self, block_hash: str, size: int) -> torch.Tensor:
-        current = self._round_of(block_hash)
-        if current.target is None or len(current.target) != size:
-            current.target = target(block_hash, size, self._view.device)
-        return current.target
-
-    def _round_of(self, block_hash: str) -> _Round:
-        if self._round is None or self._round.block_hash != block_hash:
-            size, device = self._view.hidden_size, self._view.device
-            vectors = {i: layer_reflection(block_hash, i, size, device) for i in self._layers}
-            self._round = _Round(block_hash, vectors)
-        return self._round
+    def _tensors_of(self, block_hash: str) -> RoundTensors:
+        if self._tensors is None or self._tensors.block_hash != block_hash:
+            self._tensors = RoundTensors(block_hash, self._view, self._layers)
+        return self._tensors

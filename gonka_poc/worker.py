@@ -31,16 +31,16 @@ class PoCWorkerExtension:
         return poc_answer(lambda: poc_runner_of(self).warm_up(seq_len, num_nonces, first))
 
     def poc_compute(
-        self, spec: dict[str, Any], nonces: list[int], following: Sequence[int] = ()
+        self, spec: dict[str, Any], nonces: list[int], next_nonces: Sequence[int] = ()
     ) -> dict[str, Any] | None:
         """PoCModelRunner.compute with `spec` holding the fields of VectorSpec."""
-        return poc_answer(lambda: poc_runner_of(self).compute(VectorSpec(**spec), nonces, following))
+        return poc_answer(lambda: poc_runner_of(self).compute(VectorSpec(**spec), nonces, next_nonces))
 
     def poc_compute_distances(
-        self, spec: dict[str, Any], nonces: list[int], following: Sequence[int] = ()
+        self, spec: dict[str, Any], nonces: list[int], next_nonces: Sequence[int] = ()
     ) -> dict[str, Any] | None:
         """PoCModelRunner.compute_distances with `spec` holding the fields of DistanceSpec."""
-        return poc_answer(lambda: poc_runner_of(self).compute_distances(DistanceSpec(**spec), nonces, following))
+        return poc_answer(lambda: poc_runner_of(self).compute_distances(DistanceSpec(**spec), nonces, next_nonces))
 
     def poc_bench_describe(self, spec: dict[str, Any]) -> dict[str, Any]:
         """bench_worker.describe: the device, and what the model asks of it."""

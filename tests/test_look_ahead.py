@@ -18,7 +18,8 @@ from fakes import made_up_vector
 from gonka_poc.compiled_layers import LastPositions
 from gonka_poc.data import VECTOR_DTYPE, VectorSpec
 from gonka_poc.errors import ComputeError, OtherRankError
-from gonka_poc.poc_model_runner import PoCModelRunner, _Launched
+from gonka_poc.poc_model_runner import PoCModelRunner
+from gonka_poc.prefetch import InFlightBatch, Prefetched
 
 SPEC = VectorSpec("block", "key", seq_len=4, k_dim=3)
 OTHER = VectorSpec("other block", "key", seq_len=4, k_dim=3)
@@ -51,19 +52,19 @@ class Runner(PoCModelRunner):
     """`events` has what the device was given and waited for; `failures` are raised by the next launches."""
 
     def __init__(self) -> None:
-        self._view, self._ahead, self._round = View(), None, None  # type: ignore[assignment]
+        self._view, self._prefetched, self._tensors = View(), Prefetched(), None  # type: ignore[assignment]
         self.events: list[Any] = []
         self.failures: list[Exception | None] = []
 
-    def _launch(self, spec: Any, nonces: Sequence[int]) -> _Launched:
+    def _launch(self, spec: Any, nonces: Sequence[int]) -> InFlightBatch:
         self.events.append(("launch", list(nonces)))
         if self.failures and (failure := self.failures.pop(0)):
             raise failure
         values = torch.from_numpy(np.stack([made_up_vector(spec, n) for n in nonces]).astype(np.float32))
-        return _Launched(spec, nonces, values, Ready(self.events, nonces))  # type: ignore[arg-type]
+        return InFlightBatch(spec, nonces, values, Ready(self.events, nonces))  # type: ignore[arg-type]
 
-    def rows(self, nonces: list[int], following: Sequence[int] = (), spec: VectorSpec = SPEC) -> list[list[float]]:
-        answer = self.compute(spec, nonces, following)
+    def rows(self, nonces: list[int], next_nonces: Sequence[int] = (), spec: VectorSpec = SPEC) -> list[list[float]]:
+        answer = self.compute(spec, nonces, next_nonces)
         assert answer is not None
         assert answer["nonces"] == nonces
         return np.frombuffer(answer["vectors"], dtype=VECTOR_DTYPE).reshape(len(nonces), spec.k_dim).tolist()
@@ -164,7 +165,7 @@ def test_a_batch_that_fails_takes_what_is_ahead_with_it():
     runner.failures = [ComputeError("hot")]
     with pytest.raises(ComputeError):
         runner.rows([1, 2])
-    assert runner._ahead is None
+    assert runner._prefetched.is_empty
     assert runner.rows([1, 2]) == expected([1, 2])
 
 
@@ -223,7 +224,7 @@ class RankRunner(Runner):
         self._layers: dict[int, Any] = {0: torch.nn.Linear(1, 1)}
         self._compiler = self._last_positions = self._compiled_distance = None
 
-    def _launch(self, spec: Any, nonces: Sequence[int]) -> _Launched:
+    def _launch(self, spec: Any, nonces: Sequence[int]) -> InFlightBatch:
         with self._view.error_barrier():
             pass
         with self._view.error_barrier():

@@ -14,7 +14,8 @@ import pytest
 import torch
 from fakes import made_up_vector
 
-from gonka_poc.poc_model_runner import PoCModelRunner, _Launched
+from gonka_poc.poc_model_runner import PoCModelRunner
+from gonka_poc.prefetch import InFlightBatch, Prefetched
 
 
 class View:
@@ -34,15 +35,15 @@ class Runner(PoCModelRunner):
     """Compiled, the vector of nonce `n` is `errors[n]` away from that of the plain forward."""
 
     def __init__(self, errors: dict[int, float]) -> None:
-        self._view, self._ahead, self._round = View(), None, None  # type: ignore[assignment]
+        self._view, self._prefetched, self._tensors = View(), Prefetched(), None  # type: ignore[assignment]
         self._compiler = self._last_positions = self._compiled_distance = None
         self._errors = errors
 
-    def _launch(self, spec: Any, nonces: Sequence[int]) -> _Launched:
+    def _launch(self, spec: Any, nonces: Sequence[int]) -> InFlightBatch:
         values = np.stack([made_up_vector(spec, n) for n in nonces]).astype(np.float32)
         if self._compiler is not None:
             values[:, 0] += [self._errors.get(n, 0.0) for n in nonces]
-        return _Launched(spec, nonces, torch.from_numpy(values), None)
+        return InFlightBatch(spec, nonces, torch.from_numpy(values), None)
 
 
 def test_near_vectors() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from vllm.forward_context import is_forward_context_available
 
-from gonka_poc import poc_model_runner
+from gonka_poc import poc_model_runner, round_tensors
 from gonka_poc.worker import PoCWorkerExtension
 
 
@@ -38,8 +38,8 @@ class Probe(PoCWorkerExtension):
         return {
             "num_hooks": len(hooks),
             "moved_caches": [name for name, layer in layers.items() if layer.kv_cache is not first[name]],
-            "num_scratch": len(runner._view._scratch) if runner else 0,
-            "has_round": runner is not None and runner._round is not None,
+            "num_scratch": len(runner._view._scratch._caches) if runner else 0,
+            "has_round": runner is not None and runner._tensors is not None,
             "forward_context": is_forward_context_available(),
         }
 
@@ -63,8 +63,8 @@ class Probe(PoCWorkerExtension):
             "attention": (attention.impl, "forward"),
             "middle layer": (model.layers[len(model.layers) // 2], "forward"),
             "final norm": (model.norm, "forward"),
-            "projection": (poc_model_runner, "nonce_projection"),
-            "vectors": (poc_model_runner, "artifact_vectors"),
+            "projection": (round_tensors, "nonce_projection"),
+            "vectors": (round_tensors, "artifact_vectors"),
         }[where]
 
         def fail(original: Any, *args: Any, **kwargs: Any) -> Any:
