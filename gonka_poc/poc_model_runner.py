@@ -185,9 +185,9 @@ class PoCModelRunner:
 
     def release(self) -> None:
         """Drop what is kept between calls: the scratch KV cache, the tensors of the round, a prefetched batch."""
+        self._view.release()  # waits for the device first
         self._tensors = None
         self._prefetched.clear()
-        self._view.release()
 
     # -- batches --
 
@@ -221,12 +221,15 @@ class PoCModelRunner:
         What a rank does before the forward and behind it can fail on that rank alone (memory is short, say). The others
         hear of it before they go on, with this batch or with the next one.
         """
-        with contextlib.ExitStack() as stack:
+        # a failure, here or on another rank, waits for the device before anything on the stack is released
+        with contextlib.ExitStack() as stack, self._view.synchronized_on_failure():
             with self._view.error_barrier():
                 run, finish = self._prepared(stack, spec, nonces)
-            with self._view.error_barrier(), stack:
+            with self._view.error_barrier():
                 hidden = self._last_hidden_states(run(), spec, nonces)
-                return InFlightBatch.launched(spec, nonces, None if hidden is None else finish(hidden))
+                batch = InFlightBatch.launched(spec, nonces, None if hidden is None else finish(hidden))
+                stack.close()  # refuses a forward that went past its hooks
+        return batch
 
     def _prepared(
         self, stack: contextlib.ExitStack, spec: Spec, nonces: Sequence[int]

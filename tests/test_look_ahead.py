@@ -177,6 +177,68 @@ def test_release_drops_what_is_ahead():
     assert [nonces for what, nonces in runner.events if what == "launch"] == [[0], [1], [1]]
 
 
+# --- a failure while the device computes -----------------------------------------------------------------------
+
+
+class BusyView(View):
+    """Its device is at work until it is waited for; `other_rank_fails` is the number of a barrier."""
+
+    def __init__(self, other_rank_fails: int = 0) -> None:
+        super().__init__()
+        self.events: list[str] = []
+        self._barriers, self._other_rank_fails = 0, other_rank_fails
+
+    @contextlib.contextmanager
+    def error_barrier(self) -> Iterator[None]:
+        yield
+        self._barriers += 1
+        if self._barriers == self._other_rank_fails:
+            raise OtherRankError("another rank failed")
+
+    @contextlib.contextmanager
+    def synchronized_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.events.append("device is done")
+            raise
+
+
+class BusyRunner(PoCModelRunner):
+    def __init__(self, view: BusyView, fails: str) -> None:
+        self._view, self._prefetched, self._tensors = view, Prefetched(), None  # type: ignore[assignment]
+        self._fails, self._events = fails, view.events
+
+    def _fail(self, where: str) -> None:
+        if self._fails == where:
+            raise ComputeError(where)
+
+    def _prepared(self, stack: contextlib.ExitStack, spec: Any, nonces: Sequence[int]) -> Any:
+        stack.callback(self._events.append, "inputs are released")
+        self._fail("prepare")
+        return lambda: self._fail("forward"), None
+
+
+@pytest.mark.parametrize("fails", ["prepare", "forward", "other rank, 1", "other rank, 2"])
+def test_a_failure_waits_for_the_device_before_it_releases(fails: str):
+    view = BusyView(int(fails[-1]) if fails.startswith("other") else 0)
+    with pytest.raises((ComputeError, OtherRankError)):
+        BusyRunner(view, fails).compute(SPEC, [0])
+    # behind the second barrier the contexts of a forward that went well are closed already
+    expected = ["device is done", "inputs are released"]
+    assert view.events == (expected[::-1] if fails == "other rank, 2" else expected)
+    assert view.num_released == 1
+
+
+def test_release_waits_for_the_device_before_it_drops_a_prefetched_batch():
+    runner = Runner()
+    runner.rows([0], [1])
+    kept: list[bool] = []
+    runner._view.release = lambda: kept.append(not runner._prefetched.is_empty)  # type: ignore[method-assign]
+    runner.release()
+    assert (kept, runner._prefetched.is_empty) == ([True], True)
+
+
 # --- two ranks --------------------------------------------------------------------------------------------------
 
 

@@ -97,7 +97,7 @@ OTHERS = """
     Event ModuleList Tensor all_reduce arange bool compiler cuda device disable distributed dtype element_size expand
     flatten full in_features int32 item modules named_children named_modules ndim numel ones out_features permute
     forward record repeat repeat_interleave shape stride synchronize tensor to type unsqueeze zeros state
-    Module accelerator getLogger installed metadata num_bytes release warning
+    Module accelerator getLogger installed metadata num_bytes release exception
 """
 IN_PACKAGE = {path: path.read_text(encoding="utf-8") for path in (ROOT / "gonka_poc").rglob("*.py")}
 

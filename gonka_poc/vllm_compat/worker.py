@@ -143,7 +143,7 @@ class WorkerView:
             return output[0] if isinstance(output, tuple) else output
 
         self.settle()
-        with self._scratch.installed(num_seqs, seq_len):
+        with self._scratch.installed(num_seqs, seq_len), self.synchronized_on_failure():
             metadata, slot_mapping = self._scratch.metadata(num_seqs, seq_len, positions)
             if self.device.type == "cuda":
                 self._metadata_read = torch.cuda.Event(blocking=True)
@@ -154,6 +154,25 @@ class WorkerView:
             if not skip_compiled:
                 options.pop("skip_compiled", None)
             yield run
+
+    @contextlib.contextmanager
+    def synchronized_on_failure(self) -> Iterator[None]:
+        """A failure leaves this only when the device has done all that it was given.
+
+        Until then it may read and write what the failure releases, and the host buffers of the engine's builders.
+        """
+        try:
+            yield
+        except BaseException:
+            self._synchronize()
+            raise
+
+    def _synchronize(self) -> None:
+        if self.device.type != "cpu":
+            try:
+                torch.accelerator.synchronize(self.device)
+            except RuntimeError:  # the device itself failed, and does no more; every later call will say so
+                logger.exception("PoC: the device did not finish what it was given")
 
     def settle(self) -> None:
         """Returns when the device has read what the engine's builders wrote for the last prefill.
@@ -182,7 +201,8 @@ class WorkerView:
         return self._scratch.num_bytes
 
     def release(self) -> None:
-        """Drop the scratch KV cache."""
+        """Drop the scratch KV cache, once the device is done with it."""
+        self._synchronize()
         self._scratch.release()
 
     def _model_positions(self, positions: Any) -> Any:
