@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from gonka_poc.data import VectorSpec
-from gonka_poc.gpu_random import artifact_vectors, nonce_inputs, nonce_projection
+from gonka_poc.gpu_random import NonceKeys, artifact_vectors, nonce_inputs, nonce_projection
 from gonka_poc.poc_model_runner import PoCModelRunner
 from gonka_poc.vllm_compat.flops import prefill_flops
 from gonka_poc.vllm_compat.worker import WorkerView
@@ -57,16 +57,16 @@ def measure_parts(runner: PoCModelRunner, spec: VectorSpec, nonces: Sequence[int
     model inside of a batch, with the reflections.
     """
     view = runner.view
-    who = (spec.block_hash, spec.public_key, nonces)
+    keys = NonceKeys(spec.block_hash, spec.public_key, nonces)
     size = (spec.seq_len, view.hidden_size, view.dtype, view.device, spec.poc_stronger_rng)
     seconds = {}
     with view.error_barrier():
         if view.is_first_rank:
-            seconds["inputs"] = seconds_of(view.device, nonce_inputs, *who, *size)
+            seconds["inputs"] = seconds_of(view.device, nonce_inputs, keys, *size)
         seconds["metadata"] = seconds_of(view.device, _prepare, view, len(nonces), spec.seq_len)
         if view.is_output_rank:
             hidden = torch.randn(len(nonces), view.hidden_size, device=view.device).to(view.dtype)
-            seconds["projection"] = seconds_of(view.device, _project, *who, spec.k_dim, hidden)
+            seconds["projection"] = seconds_of(view.device, _project, keys, spec.k_dim, hidden)
     with contextlib.ExitStack() as stack:
         with view.error_barrier():
             run = stack.enter_context(view.prefill(len(nonces), spec.seq_len, skip_compiled=False))
@@ -113,8 +113,8 @@ def _prepare(view: WorkerView, num_seqs: int, seq_len: int) -> None:
         pass
 
 
-def _project(block_hash: str, public_key: str, nonces: Sequence[int], k_dim: int, hidden: torch.Tensor) -> torch.Tensor:
-    projection = nonce_projection(block_hash, public_key, nonces, hidden.shape[-1], k_dim, hidden.device)
+def _project(keys: NonceKeys, k_dim: int, hidden: torch.Tensor) -> torch.Tensor:
+    projection = nonce_projection(keys, hidden.shape[-1], k_dim, hidden.device)
     return artifact_vectors(hidden, projection).cpu()
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 try:
@@ -48,6 +49,23 @@ def sub_seeds_from_string(text: str) -> list[int]:
     """The 32 bytes of SHA-256 of the UTF-8 `text` as 8 big-endian uint32."""
     digest = hashlib.sha256(text.encode()).digest()
     return [int.from_bytes(digest[i : i + 4], "big") for i in range(0, 4 * NUM_SUB_SEEDS, 4)]
+
+
+@dataclass(frozen=True)
+class NonceKeys:
+    """The nonces of a round that numbers are drawn for."""
+
+    block_hash: str
+    public_key: str
+    nonces: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.nonces)
+
+    def seeds(self, *purposes: str) -> list[int]:
+        """A seed for each nonce and purpose, nonces outermost."""
+        prefixes = [f"{self.block_hash}_{self.public_key}_nonce_{nonce}_" for nonce in self.nonces]
+        return [seed_from_string(prefix + purpose) for prefix in prefixes for purpose in purposes]
 
 
 def _rotate_left(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -119,9 +137,7 @@ def unit(x: torch.Tensor, eps: float = 0.0) -> torch.Tensor:
 
 
 def nonce_inputs(
-    block_hash: str,
-    public_key: str,
-    nonces: Sequence[int],
+    keys: NonceKeys,
     seq_len: int,
     hidden_size: int,
     dtype: torch.dtype,
@@ -130,15 +146,15 @@ def nonce_inputs(
 ) -> torch.Tensor:
     """The input embeddings of each nonce: `dtype` [len(nonces), seq_len, hidden_size]."""
     n = seq_len * hidden_size
-    out = torch.empty(len(nonces), n, dtype=dtype, device=device)
-    texts = [f"{block_hash}_{public_key}_nonce{nonce}" for nonce in nonces]
+    out = torch.empty(len(keys), n, dtype=dtype, device=device)
+    texts = [f"{keys.block_hash}_{keys.public_key}_nonce{nonce}" for nonce in keys.nonces]
     seeds = [sub_seeds_from_string(text) if stronger_rng else [seed_from_string(text)] for text in texts]
     size = -(-n // len(seeds[0])) if seeds else n
     if kernels.can_fill_normal(out) and n <= MAX_KERNEL_VALUES:
         kernels.fill_normal(out, seeds, size)
     else:
         fill_normal_reference(out, seeds, size)
-    return out.view(len(nonces), seq_len, hidden_size)
+    return out.view(len(keys), seq_len, hidden_size)
 
 
 def fill_normal_reference(out: torch.Tensor, seeds: Sequence[Sequence[int]], segment_size: int) -> None:
@@ -161,26 +177,21 @@ def layer_reflection(block_hash: str, layer: int, hidden_size: int, device: Devi
     return unit(normal([seed_from_string(f"{block_hash}_layer_{layer}_householder")], hidden_size, device)[0])
 
 
-def pick_indices(
-    block_hash: str, public_key: str, nonces: Sequence[int], hidden_size: int, k_dim: int, device: Device = None
-) -> torch.Tensor:
+def pick_indices(keys: NonceKeys, hidden_size: int, k_dim: int, device: Device = None) -> torch.Tensor:
     """The `k_dim` coordinates of each nonce in the protocol's order: int64 [len(nonces), k_dim].
 
     The k_dim - 1 smallest scores in ascending order of index, then the index of the k_dim-th smallest. Scores of
     one nonce are all different: the hash of a fixed seed is a bijection.
     """
-    seeds = [seed_from_string(f"{block_hash}_{public_key}_nonce_{nonce}_pick_{k_dim}") for nonce in nonces]
-    smallest = torch.topk(_hash_rows(seeds, hidden_size, device), k_dim, dim=-1, largest=False, sorted=True).indices
+    scores = _hash_rows(keys.seeds(f"pick_{k_dim}"), hidden_size, device)
+    smallest = torch.topk(scores, k_dim, dim=-1, largest=False, sorted=True).indices
     return torch.cat([smallest[:, :-1].sort(dim=-1).values, smallest[:, -1:]], dim=-1)
 
 
-def rotation_vectors(
-    block_hash: str, public_key: str, nonces: Sequence[int], k_dim: int, device: Device = None
-) -> torch.Tensor:
+def rotation_vectors(keys: NonceKeys, k_dim: int, device: Device = None) -> torch.Tensor:
     """The k_dim - 1 unit vectors that rotate each nonce: float32 [len(nonces), k_dim - 1, k_dim]."""
-    texts = [f"{block_hash}_{public_key}_nonce_{nonce}_haar_hh_{k_dim}" for nonce in nonces]
-    seeds = [seed_from_string(f"{text}_{j}") for text in texts for j in range(k_dim - 1)]
-    return unit(normal(seeds, k_dim, device), 1e-30).view(len(nonces), k_dim - 1, k_dim)
+    seeds = keys.seeds(*(f"haar_hh_{k_dim}_{j}" for j in range(k_dim - 1)))
+    return unit(normal(seeds, k_dim, device), 1e-30).view(len(keys), k_dim - 1, k_dim)
 
 
 def rotate(x: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
@@ -191,7 +202,7 @@ def rotate(x: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
 
 
 class Projection(NamedTuple):
-    """What turns hidden states into artifact vectors, for some nonces; it does not depend on the hidden states.
+    """The coordinates that are picked of some nonces' hidden states, and their rotations; drawn before the forward.
 
     `indices`: `pick_indices`, int64 [n, k_dim]. `rotations`: `rotation_vectors`, float32 [n, k_dim - 1, k_dim].
     """
@@ -200,13 +211,11 @@ class Projection(NamedTuple):
     rotations: torch.Tensor
 
 
-def nonce_projection(
-    block_hash: str, public_key: str, nonces: Sequence[int], hidden_size: int, k_dim: int, device: Device = None
-) -> Projection:
-    """The projection of each nonce, to be made ahead of its hidden state."""
+def nonce_projection(keys: NonceKeys, hidden_size: int, k_dim: int, device: Device = None) -> Projection:
+    """The projection of each nonce, to be made before its hidden state."""
     return Projection(
-        pick_indices(block_hash, public_key, nonces, hidden_size, k_dim, device),
-        rotation_vectors(block_hash, public_key, nonces, k_dim, device),
+        pick_indices(keys, hidden_size, k_dim, device),
+        rotation_vectors(keys, k_dim, device),
     )
 
 
@@ -225,21 +234,15 @@ def artifact_vectors(hidden: torch.Tensor, projection: Projection) -> torch.Tens
 # --- threshold protocol (section 4) -----------------------------------------------------------------------------
 
 
-def sign_flips(
-    block_hash: str, public_key: str, nonces: Sequence[int], hidden_size: int, device: Device = None
-) -> torch.Tensor:
+def sign_flips(keys: NonceKeys, hidden_size: int, device: Device = None) -> torch.Tensor:
     """+1 or -1 for each coordinate of the last hidden states: float32 [len(nonces), hidden_size]."""
-    seeds = [seed_from_string(f"{block_hash}_{public_key}_nonce_{nonce}_signs") for nonce in nonces]
-    return torch.where(uniform(seeds, hidden_size, device) > 0.5, 1.0, -1.0)
+    return torch.where(uniform(keys.seeds("signs"), hidden_size, device) > 0.5, 1.0, -1.0)
 
 
-def nonce_reflections(
-    block_hash: str, public_key: str, nonces: Sequence[int], hidden_size: int, device: Device = None
-) -> torch.Tensor:
+def nonce_reflections(keys: NonceKeys, hidden_size: int, device: Device = None) -> torch.Tensor:
     """The 8 unit vectors that reflect the last hidden state of each nonce: float32 [len(nonces), 8, hidden_size]."""
-    prefixes = [f"{block_hash}_{public_key}_nonce_{nonce}_hidden_r" for nonce in nonces]
-    seeds = [seed_from_string(f"{prefix}{r}") for prefix in prefixes for r in range(NUM_NONCE_REFLECTIONS)]
-    return unit(normal(seeds, hidden_size, device)).view(len(nonces), NUM_NONCE_REFLECTIONS, hidden_size)
+    seeds = keys.seeds(*(f"hidden_r{r}" for r in range(NUM_NONCE_REFLECTIONS)))
+    return unit(normal(seeds, hidden_size, device)).view(len(keys), NUM_NONCE_REFLECTIONS, hidden_size)
 
 
 def target(block_hash: str, dim: int = PROJECTION_DIM, device: Device = None) -> torch.Tensor:
@@ -264,16 +267,14 @@ def random_projection(block_hash: str, hidden_size: int, device: Device = None) 
     return out.mul_(0.02).view(PROJECTION_DIM, hidden_size)
 
 
-def permutation(block_hash: str, public_key: str, nonce: int, vocab_size: int, device: Device = None) -> torch.Tensor:
-    """The order in which a nonce reads the logits: int64 [vocab_size], a stable argsort of the hashes."""
-    seed = seed_from_string(f"{block_hash}_{public_key}_nonce_{nonce}_permutations")
-    return torch.argsort(_hash_rows([seed], vocab_size, device)[0], stable=True)
+def permutations(keys: NonceKeys, vocab_size: int, device: Device = None) -> torch.Tensor:
+    """The order in which each nonce reads the logits, a stable argsort of hashes: int64 [len(nonces), vocab_size]."""
+    hashes = (_hash_rows([seed], vocab_size, device)[0] for seed in keys.seeds("permutations"))
+    return torch.stack([torch.argsort(row, stable=True) for row in hashes])
 
 
 def projected_distances(
-    block_hash: str,
-    public_key: str,
-    nonces: Sequence[int],
+    keys: NonceKeys,
     hidden: torch.Tensor,
     flip_signs: bool,
     projection: torch.Tensor,
@@ -287,20 +288,17 @@ def projected_distances(
     size = hidden.shape[-1]
     x = hidden.to(torch.float32)
     if flip_signs:
-        x = x * sign_flips(block_hash, public_key, nonces, size, x.device)
+        x = x * sign_flips(keys, size, x.device)
     x = unit(x, EPS)
-    reflections = nonce_reflections(block_hash, public_key, nonces, size, x.device)
+    reflections = nonce_reflections(keys, size, x.device)
     for r in range(NUM_NONCE_REFLECTIONS):
         x = householder(x, reflections[:, r])
     return _distances(x @ projection.T, target_vector)
 
 
-def permuted_distances(
-    block_hash: str, public_key: str, nonces: Sequence[int], logits: torch.Tensor, target_vector: torch.Tensor
-) -> torch.Tensor:
+def permuted_distances(keys: NonceKeys, logits: torch.Tensor, target_vector: torch.Tensor) -> torch.Tensor:
     """Distances of the permuted logits (any dtype [len(nonces), vocab_size]) to the target of that size."""
-    size = logits.shape[-1]
-    orders = torch.stack([permutation(block_hash, public_key, nonce, size, logits.device) for nonce in nonces])
+    orders = permutations(keys, logits.shape[-1], logits.device)
     return _distances(logits.to(torch.float32).gather(-1, orders), target_vector)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from gonka_poc.compiled_layers import CompiledReflections, LastPositions, LayerCompiler
 from gonka_poc.data import VECTOR_DTYPE, DistanceSpec, Randomization, Spec, VectorSpec
 from gonka_poc.errors import PoCError, RequestError, UnsupportedServerError
-from gonka_poc.gpu_random import nonce_inputs
+from gonka_poc.gpu_random import NonceKeys, nonce_inputs
 from gonka_poc.layer_hooks import LayerReflections
 from gonka_poc.prefetch import InFlightBatch, Prefetched
 from gonka_poc.round_tensors import RoundTensors
@@ -247,8 +247,8 @@ class PoCModelRunner:
         reflections = tensors.reflections if hooked else {}
         embeddings = None
         if view.is_first_rank:
-            who, size = (spec.block_hash, spec.public_key, nonces), (spec.seq_len, view.hidden_size)
-            embeddings = nonce_inputs(*who, *size, view.dtype, view.device, stronger_rng).flatten(0, 1)
+            keys, size = NonceKeys(spec.block_hash, spec.public_key, nonces), (spec.seq_len, view.hidden_size)
+            embeddings = nonce_inputs(keys, *size, view.dtype, view.device, stronger_rng).flatten(0, 1)
         run = stack.enter_context(view.prefill(len(nonces), spec.seq_len))
         compiler = self._compiler_for(spec)
         if compiler is not None:

@@ -9,6 +9,7 @@ import torch
 from gonka_poc.data import DistanceSpec, Randomization, VectorSpec
 from gonka_poc.gpu_random import (
     PROJECTION_DIM,
+    NonceKeys,
     artifact_vectors,
     layer_reflection,
     nonce_projection,
@@ -35,24 +36,25 @@ class RoundTensors:
         if not self._view.is_output_rank:
             return lambda hidden: None
         size, device = self._view.hidden_size, self._view.device
-        projection = nonce_projection(spec.block_hash, spec.public_key, nonces, size, spec.k_dim, device)
+        keys = NonceKeys(spec.block_hash, spec.public_key, nonces)
+        projection = nonce_projection(keys, size, spec.k_dim, device)
         return lambda hidden: artifact_vectors(hidden, projection)
 
     def distances(self, spec: DistanceSpec, nonces: Sequence[int], hidden: torch.Tensor) -> torch.Tensor | None:
         """Distances of the last hidden states, on the output rank."""
         mode = Randomization(spec.randomization)
-        who = (spec.block_hash, spec.public_key, nonces)
+        keys = NonceKeys(spec.block_hash, spec.public_key, nonces)
         if mode is Randomization.PERMUTATION:
             logits = self._view.logits(hidden)  # every tensor parallel rank takes part
             if not self._view.is_output_rank:
                 return None
-            return permuted_distances(*who, logits, self._target_of(logits.shape[-1]))
+            return permuted_distances(keys, logits, self._target_of(logits.shape[-1]))
         if not self._view.is_output_rank:
             return None
         if self._projection is None:
             self._projection = random_projection(self.block_hash, self._view.hidden_size, self._view.device)
         flip = mode is Randomization.SIGN_FLIPS
-        return projected_distances(*who, hidden, flip, self._projection, self._target_of(PROJECTION_DIM))
+        return projected_distances(keys, hidden, flip, self._projection, self._target_of(PROJECTION_DIM))
 
     def _target_of(self, size: int) -> torch.Tensor:
         if self._target is None or len(self._target) != size:

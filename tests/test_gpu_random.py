@@ -28,8 +28,8 @@ def assert_close(computed: torch.Tensor, golden: list) -> None:
     torch.testing.assert_close(computed, torch.tensor(golden, dtype=computed.dtype), rtol=0, atol=TOLERANCE)
 
 
-def who(case: dict) -> tuple[str, str]:
-    return case["block_hash"], case["public_key"]
+def keys_of(case: dict) -> gr.NonceKeys:
+    return gr.NonceKeys(case["block_hash"], case["public_key"], [case["nonce"]])
 
 
 def murmur3_by_hand(key: int, seed: int) -> int:
@@ -79,9 +79,7 @@ def test_golden_normal(case):
 @cases("inputs")
 def test_golden_inputs(case):
     dtype = getattr(torch, case["dtype"])
-    inputs = gr.nonce_inputs(
-        *who(case), [case["nonce"]], case["seq_len"], case["dim"], dtype, stronger_rng=case["poc_stronger_rng"]
-    )
+    inputs = gr.nonce_inputs(keys_of(case), case["seq_len"], case["dim"], dtype, stronger_rng=case["poc_stronger_rng"])
     assert inputs.dtype == dtype
     assert_close(inputs[0], case["values"])
 
@@ -93,25 +91,25 @@ def test_golden_layer_reflection(case):
 
 @cases("pick")
 def test_golden_pick(case):
-    assert gr.pick_indices(*who(case), [case["nonce"]], case["dim"], case["k"])[0].tolist() == case["indices"]
+    assert gr.pick_indices(keys_of(case), case["dim"], case["k"])[0].tolist() == case["indices"]
 
 
 @cases("haar")
 def test_golden_rotation(case):
     """Relative to the vector's norm: with the norm of 25 that one case has, float32 rounding alone is 3e-6."""
     x = torch.tensor(case["x"])
-    rotated = gr.rotate(x.unsqueeze(0), gr.rotation_vectors(*who(case), [case["nonce"]], len(x)))[0]
+    rotated = gr.rotate(x.unsqueeze(0), gr.rotation_vectors(keys_of(case), len(x)))[0]
     assert_close(rotated / x.norm(), [y / float(x.norm()) for y in case["y"]])
 
 
 @cases("sign_flips")
 def test_golden_sign_flips(case):
-    assert gr.sign_flips(*who(case), [case["nonce"]], case["dim"])[0].tolist() == case["values"]
+    assert gr.sign_flips(keys_of(case), case["dim"])[0].tolist() == case["values"]
 
 
 @cases("nonce_reflections")
 def test_golden_nonce_reflections(case):
-    reflections = gr.nonce_reflections(*who(case), [case["nonce"]], case["dim"])[0]
+    reflections = gr.nonce_reflections(keys_of(case), case["dim"])[0]
     assert reflections.shape[0] == case["count"]
     assert_close(reflections, case["values"])
 
@@ -130,7 +128,7 @@ def test_golden_random_projection(case):
 
 @cases("permutation")
 def test_golden_permutation(case):
-    assert gr.permutation(*who(case), case["nonce"], case["vocab_size"]).tolist() == case["indices"]
+    assert gr.permutations(keys_of(case), case["vocab_size"])[0].tolist() == case["indices"]
 
 
 # --- hashes and normals -----------------------------------------------------------------------------------------
@@ -183,7 +181,7 @@ def test_stronger_rng_is_eight_segments(seq_len, hidden_size):
     expected: list[float] = []
     for seed in gr.sub_seeds_from_string("b_k_nonce5"):
         expected += gr.normal([seed], min(length, n - len(expected)))[0].tolist() if len(expected) < n else []
-    inputs = gr.nonce_inputs("b", "k", [5], seq_len, hidden_size, torch.float32, stronger_rng=True)
+    inputs = gr.nonce_inputs(gr.NonceKeys("b", "k", [5]), seq_len, hidden_size, torch.float32, stronger_rng=True)
     assert inputs.shape == (1, seq_len, hidden_size)
     assert inputs.flatten().tolist() == expected
 
@@ -191,7 +189,8 @@ def test_stronger_rng_is_eight_segments(seq_len, hidden_size):
 @pytest.mark.parametrize("stronger_rng", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_inputs_are_cast_last(dtype, stronger_rng):
-    exact, cast = (gr.nonce_inputs("b", "k", [1, 2], 3, 33, d, None, stronger_rng) for d in (torch.float32, dtype))
+    keys = gr.NonceKeys("b", "k", [1, 2])
+    exact, cast = (gr.nonce_inputs(keys, 3, 33, d, None, stronger_rng) for d in (torch.float32, dtype))
     assert cast.dtype == dtype
     assert torch.equal(cast, exact.to(dtype))
 
@@ -201,7 +200,7 @@ def test_inputs_are_cast_last(dtype, stronger_rng):
 
 @pytest.mark.parametrize(("hidden_size", "k_dim"), [(64, 1), (64, 2), (64, 12), (64, 64), (1000, 31)])
 def test_picked_are_all_but_the_last_in_order_of_index(hidden_size, k_dim):
-    picked = gr.pick_indices("b", "k", range(20), hidden_size, k_dim).tolist()
+    picked = gr.pick_indices(gr.NonceKeys("b", "k", range(20)), hidden_size, k_dim).tolist()
     for nonce, indices in enumerate(picked):
         seed = gr.seed_from_string(f"b_k_nonce_{nonce}_pick_{k_dim}")
         by_score = sorted(range(hidden_size), key=lambda j: murmur3_by_hand(j, seed))
@@ -209,7 +208,7 @@ def test_picked_are_all_but_the_last_in_order_of_index(hidden_size, k_dim):
 
 
 def artifact_vectors(block_hash, public_key, nonces, hidden, k_dim):
-    projection = gr.nonce_projection(block_hash, public_key, nonces, hidden.shape[-1], k_dim)
+    projection = gr.nonce_projection(gr.NonceKeys(block_hash, public_key, nonces), hidden.shape[-1], k_dim)
     return gr.artifact_vectors(hidden, projection)
 
 
@@ -219,7 +218,7 @@ def test_artifact_vector_step_by_step(k_dim):
     for nonce, vector in enumerate(artifact_vectors("b", "k", range(3), hidden, k_dim)):
         x = hidden[nonce].double().numpy()
         x = x / (np.linalg.norm(x) + 1e-8)
-        y = x[gr.pick_indices("b", "k", [nonce], 64, k_dim)[0].numpy()]
+        y = x[gr.pick_indices(gr.NonceKeys("b", "k", [nonce]), 64, k_dim)[0].numpy()]
         for j in range(k_dim - 1):
             seed = gr.seed_from_string(f"b_k_nonce_{nonce}_haar_hh_{k_dim}_{j}")
             v = gr.normal([seed], k_dim)[0].double().numpy()
@@ -233,7 +232,7 @@ def test_artifact_vector_step_by_step(k_dim):
 def test_a_value_that_is_not_finite_spoils_its_row_and_no_other(bad):
     hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(3))
     good = artifact_vectors("b", "k", [0, 1, 2], hidden, 4)
-    not_picked = next(j for j in range(64) if j not in gr.pick_indices("b", "k", [1], 64, 4)[0])
+    not_picked = next(j for j in range(64) if j not in gr.pick_indices(gr.NonceKeys("b", "k", [1]), 64, 4)[0])
     hidden[1, not_picked] = bad
     vectors = artifact_vectors("b", "k", [0, 1, 2], hidden, 4)
     assert vectors[1].isnan().all()
@@ -250,9 +249,9 @@ def _artifact_rows(nonces: list[int]) -> torch.Tensor:
     [
         lambda nonces: gr.uniform(nonces, 33),
         lambda nonces: gr.normal(nonces, 33),
-        lambda nonces: gr.nonce_inputs("b", "k", nonces, 3, 11, torch.float32),
-        lambda nonces: gr.nonce_inputs("b", "k", nonces, 3, 11, torch.float32, stronger_rng=True),
-        lambda nonces: gr.pick_indices("b", "k", nonces, 64, 12),
+        lambda nonces: gr.nonce_inputs(gr.NonceKeys("b", "k", nonces), 3, 11, torch.float32),
+        lambda nonces: gr.nonce_inputs(gr.NonceKeys("b", "k", nonces), 3, 11, torch.float32, stronger_rng=True),
+        lambda nonces: gr.pick_indices(gr.NonceKeys("b", "k", nonces), 64, 12),
         _artifact_rows,
     ],
     ids=["uniform", "normal", "inputs", "inputs, stronger", "pick", "artifact"],

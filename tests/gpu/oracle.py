@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gonka_poc.data import VectorSpec
-from gonka_poc.gpu_random import artifact_vectors, layer_reflection, nonce_inputs, nonce_projection
+from gonka_poc.gpu_random import NonceKeys, artifact_vectors, layer_reflection, nonce_inputs, nonce_projection
 from gonka_poc.layer_hooks import LayerReflections
 
 
@@ -30,20 +30,11 @@ def oracle_vectors(
     rows = []
     for start in range(0, len(nonces), batch):
         part = nonces[start : start + batch]
-        inputs = nonce_inputs(
-            spec.block_hash,
-            spec.public_key,
-            part,
-            spec.seq_len,
-            hidden_size,
-            dtype,
-            device,
-            spec.poc_stronger_rng,
-        )
+        keys = NonceKeys(spec.block_hash, spec.public_key, part)
+        inputs = nonce_inputs(keys, spec.seq_len, hidden_size, dtype, device, spec.poc_stronger_rng)
         with LayerReflections(layers, vectors):
             hidden = model.model(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, -1]
-        who = (spec.block_hash, spec.public_key, part)
-        projection = nonce_projection(*who, hidden_size, spec.k_dim, device)
+        projection = nonce_projection(keys, hidden_size, spec.k_dim, device)
         rows.append(artifact_vectors(hidden, projection).float().cpu())
     del model
     return torch.cat(rows).numpy()

@@ -32,7 +32,7 @@ def test_inputs(dtype, num_segments, n):
 
 @pytest.mark.parametrize("stronger_rng", [False, True])
 def test_inputs_of_nonces_are_made_by_the_kernel(monkeypatch, stronger_rng):
-    args = ("block", "key", [3, 9], 17, 96, torch.bfloat16, "cuda", stronger_rng)
+    args = (gpu_random.NonceKeys("block", "key", [3, 9]), 17, 96, torch.bfloat16, "cuda", stronger_rng)
     made = nonce_inputs(*args)
     monkeypatch.setattr(gpu_random.kernels, "can_fill_normal", lambda out: False)
     assert torch.equal(made, nonce_inputs(*args))
