@@ -8,21 +8,30 @@ that sum differs. `can_*` say whether a kernel takes these arguments; where it d
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-MAX_HIDDEN = 32768
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+logger = logging.getLogger("vllm.gonka_poc.kernels")
 
-if HAS_TRITON:
+try:
     import triton
     import triton.language as tl
     from triton.language.extra import libdevice
 
+    HAS_TRITON = True
+except ImportError as error:
+    HAS_TRITON = False
+    if importlib.util.find_spec("triton") is not None:
+        logger.warning("PoC goes on with plain torch, which is slower: Triton cannot be used: %s", error)
+
+MAX_HIDDEN = 32768
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+if HAS_TRITON:
     TWO_PI = tl.constexpr(2.0 * math.pi)
 
     @triton.jit

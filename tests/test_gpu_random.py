@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import math
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -261,3 +264,11 @@ def test_a_row_does_not_depend_on_its_batch(rows):
     for order in itertools.islice(itertools.permutations(range(8)), 0, None, 9973):
         for nonce, row in zip(order, rows(list(order)), strict=True):
             torch.testing.assert_close(row, alone[nonce], rtol=0, atol=TOLERANCE)
+
+
+def test_a_triton_whose_parts_have_moved_leaves_plain_torch():
+    code = "import sys; sys.modules['triton.language.extra'] = None\nimport gonka_poc.kernels\n"
+    code += "print(gonka_poc.kernels.HAS_TRITON)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+    assert importlib.util.find_spec("triton") is None or "PoC goes on with plain torch" in done.stderr
