@@ -27,7 +27,7 @@ MAX_PRODUCTS, TRIES = 20, 3
 
 @torch.inference_mode()
 def describe(runner: PoCModelRunner, spec: VectorSpec) -> dict[str, Any]:
-    """What does not change from batch to batch.
+    """The device and the work that a sequence is to it: what does not change from batch to batch.
 
     {"device", "dtype", "model_flops": of the prefill of one sequence, "matrix_flops_per_second": matrix_rate in the
     model's dtype}.
@@ -80,7 +80,7 @@ def measure_parts(runner: PoCModelRunner, spec: VectorSpec, nonces: Sequence[int
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """The best floating point operations a second of a product of two square matrices on `device`."""
+    """The best floating point operations per second of a product of two square matrices on `device`."""
     best = 0.0
     for size in MATRIX_SIZES:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

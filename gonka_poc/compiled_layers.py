@@ -150,11 +150,6 @@ class LastPositions:
     def __init__(self, norm: nn.Module) -> None:
         self._norm = norm
 
-    @staticmethod
-    def watch(layers: Mapping[int, nn.Module], is_attention: Callable[[nn.Module], bool]) -> NormSearch:
-        """A context manager that looks for that norm in the last of `layers` while the model runs."""
-        return NormSearch(layers[max(layers)], is_attention)
-
     @contextlib.contextmanager
     def kept(self, num_seqs: int, seq_len: int, device: torch.device) -> Iterator[None]:
         """While entered, the norm and what follows it sees `num_seqs` rows, the last of each sequence."""
@@ -172,7 +167,7 @@ class LastPositions:
 
 
 class NormSearch:
-    """Context manager: notes which children of `layer` run, in which order, and what they are given."""
+    """Context manager: looks for that norm in `layer`, the last one, while the model runs."""
 
     def __init__(self, layer: nn.Module, is_attention: Callable[[nn.Module], bool]) -> None:
         self._layer = layer

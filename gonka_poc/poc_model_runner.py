@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from gonka_poc.compiled_layers import CompiledReflections, LastPositions, LayerCompiler
+from gonka_poc.compiled_layers import CompiledReflections, LastPositions, LayerCompiler, NormSearch
 from gonka_poc.data import VECTOR_DTYPE, DistanceSpec, Randomization, Spec, VectorSpec
 from gonka_poc.errors import PoCError, RequestError, UnsupportedServerError
 from gonka_poc.gpu_random import NonceKeys, nonce_inputs
@@ -156,7 +156,7 @@ class PoCModelRunner:
         compiler, self._compiler = self._compiler, None
         calls = None
         if compiler is None and self._view.is_last_rank:
-            calls = LastPositions.watch(self._layers, self._view.is_attention)
+            calls = NormSearch(self._layers[max(self._layers)], self._view.is_attention)
         with calls or contextlib.nullcontext():
             plain = self._values(spec, nonces)
         try:
@@ -264,7 +264,7 @@ class PoCModelRunner:
         return run, finish
 
     def _compiler_for(self, spec: Spec) -> LayerCompiler | None:
-        """What runs the decoder layers of a batch; None for the plain forward.
+        """The compiler that runs the decoder layers of a batch; None for the plain forward.
 
         Distances are compared far more closely than vectors are: all hosts compute them with the same operations.
         """

@@ -16,6 +16,7 @@ from gonka_poc.compiled_layers import (
     CompiledReflections,
     LastPositions,
     LayerCompiler,
+    NormSearch,
     fusible_householder,
     rounded,
     run_reflected,
@@ -227,7 +228,7 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def searched(model: Model) -> LastPositions | None:
-    search = LastPositions.watch(model.numbered(), is_attention)
+    search = NormSearch(model.layers[-1], is_attention)
     with search:
         model(inputs())
     return search.found()
@@ -268,7 +269,7 @@ def test_a_layer_built_in_another_way_keeps_all_positions():
 
 def test_the_search_leaves_no_hook():
     model = Model()
-    with contextlib.suppress(RuntimeError), LastPositions.watch(model.numbered(), is_attention):
+    with contextlib.suppress(RuntimeError), NormSearch(model.layers[-1], is_attention):
         raise RuntimeError
     assert not any(module._forward_hooks for module in model.modules())
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 from fakes import made_up_vector
 
-from gonka_poc.compiled_layers import LastPositions
 from gonka_poc.data import VECTOR_DTYPE, VectorSpec
 from gonka_poc.errors import ComputeError, OtherRankError
 from gonka_poc.poc_model_runner import PoCModelRunner
@@ -303,7 +302,7 @@ class Search(contextlib.nullcontext[None]):
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_warm_up_that_fails_on_one_rank_ends_on_both(fails: bool, monkeypatch: pytest.MonkeyPatch):
     if fails:
-        monkeypatch.setattr(LastPositions, "watch", lambda *args: Search())
+        monkeypatch.setattr("gonka_poc.poc_model_runner.NormSearch", lambda *args: Search())
     vote = Vote()
     runners = [RankRunner(RankView(rank, vote)) for rank in (0, 1)]
     with ThreadPoolExecutor() as pool:

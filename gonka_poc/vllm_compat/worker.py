@@ -19,7 +19,7 @@ logger = logging.getLogger("vllm.gonka_poc.worker_view")
 
 
 class WorkerView:
-    """What a GPU worker knows of its engine, and the prefill of PoC sequences on it.
+    """The engine of a GPU worker, and the prefill of PoC sequences on it.
 
     `worker` is vLLM's worker or the wrapper around it. Raises UnsupportedServerError where this server could not
     give a correct vector.
