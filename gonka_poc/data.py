@@ -1,4 +1,4 @@
-"""What is said over HTTP: request and response models, and the encoding of vectors (docs/protocol.md, sections 3, 6).
+"""Request and response models of the HTTP API, and the vector encoding (docs/protocol.md, sections 3 and 6).
 
 Requests are strict: unknown fields, and numbers sent as strings, floats or booleans, are refused. Imports neither
 torch nor vLLM.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import httpx
 import numpy as np
@@ -32,7 +32,7 @@ State = Literal["IDLE", "GENERATING", "VALIDATING", "STOPPED"]
 VECTOR_DTYPE = np.dtype("<f2")
 
 Item = TypeVar("Item")
-# only the first wrong item is told: an error takes a hundred times as much as the item
+# only the first wrong item is reported: an error takes a hundred times as much memory as the item
 RequestList = Annotated[list[Item], Field(max_length=MAX_LISTED), FailFast()]
 Nonce = Annotated[int, Field(ge=0, le=MAX_NONCE, description="0 to 2^63 - 1")]
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
@@ -110,6 +110,13 @@ class VectorSpec:
     k_dim: int
     poc_stronger_rng: bool = False
 
+    value_dtype: ClassVar[np.dtype[Any]] = VECTOR_DTYPE
+
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        """The shape of a vector."""
+        return (self.k_dim,)
+
 
 class Randomization(str, Enum):
     """How a threshold round makes the forward its own (section 4)."""
@@ -128,12 +135,23 @@ class DistanceSpec:
     seq_len: int
     randomization: str
 
+    value_dtype: ClassVar[np.dtype[Any]] = np.dtype("<f4")
+    value_shape: ClassVar[tuple[int, ...]] = ()
+
+
+Spec = VectorSpec | DistanceSpec
+
+
+def spec_from(fields: Mapping[str, Any]) -> Spec:
+    """The spec with these fields, as `dataclasses.asdict` gives them."""
+    return DistanceSpec(**fields) if "randomization" in fields else VectorSpec(**fields)
+
 
 @dataclass(frozen=True)
 class BatchResult:
-    """Vectors (float16 [k_dim]) by nonce, and the nonces whose computation gave a NaN or Inf."""
+    """The values of a batch (vectors or 0-d distances) by nonce, and the nonces that gave a NaN or Inf."""
 
-    vectors: dict[int, np.ndarray]
+    values: dict[int, np.ndarray]
     not_computed_nonces: list[int]
 
 
@@ -173,7 +191,7 @@ class Params(StrictModel):
     """What the model is asked to compute."""
 
     model: Text = Field(description="a served model name")
-    seq_len: int = Field(ge=1, description="tokens a nonce")
+    seq_len: int = Field(ge=1, description="tokens per nonce")
     k_dim: int = Field(default=12, ge=1, description="length of an artifact vector")
 
 
@@ -185,9 +203,7 @@ class _RoundFields(StrictModel):
     node_count: int = Field(ge=1, le=MAX_NONCE)
     group_id: int = Field(default=0, ge=0, le=MAX_NONCE)
     n_groups: int = Field(default=1, ge=1, le=MAX_NONCE)
-    batch_size: int = Field(
-        default=32, ge=1, le=1_000_000, description="nonces a batch; a larger batch than fits is cut"
-    )
+    batch_size: int = Field(default=32, ge=1, le=1_000_000, description="nonces per batch; one larger than fits is cut")
     params: Params
     url: CallbackUrl = Field(default=None, description="callbacks are POSTed to {url}/generated or {url}/validated")
     poc_stronger_rng: bool = False

@@ -1,4 +1,4 @@
-"""What is said over HTTP in threshold rounds: request and answer models (docs/protocol.md, sections 4, 6).
+"""Request and response models of threshold rounds (docs/protocol.md, sections 4 and 6).
 
 As strict as `data`; imports neither torch nor vLLM.
 """
@@ -6,7 +6,6 @@ As strict as `data`; imports neither torch nor vLLM.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
@@ -35,14 +34,6 @@ Target = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False, description="a 
 Distance = Annotated[float, Field(allow_inf_nan=False)]
 
 
-@dataclass(frozen=True)
-class DistanceResult:
-    """Distances by nonce, and the nonces whose computation gave a NaN or Inf."""
-
-    distances: dict[int, float]
-    not_computed_nonces: list[int]
-
-
 # --- requests ---------------------------------------------------------------------------------------------------
 
 
@@ -56,8 +47,8 @@ class ThresholdRequest(StrictModel):
     fraud_threshold: float = Field(default=0.01, ge=0, le=1, description="p-value below which a host is a fraud")
     node_id: int = Field(default=-1, ge=-1, le=MAX_STEP, description="-1: this round does not generate")
     node_count: int = Field(default=-1, ge=-1, le=MAX_STEP, description="-1: this round does not generate")
-    batch_size: int = Field(default=32, ge=1, le=1_000_000, description="nonces a batch; one larger than fits is cut")
-    seq_len: int = Field(default=256, ge=1, description="tokens a nonce")
+    batch_size: int = Field(default=32, ge=1, le=1_000_000, description="nonces per batch; one larger than fits is cut")
+    seq_len: int = Field(default=256, ge=1, description="tokens per nonce")
     callback_url: CallbackUrl = Field(
         default=None, description="callbacks are POSTed to {callback_url}/generated or {callback_url}/validated"
     )
@@ -111,7 +102,7 @@ def _protocol_of(body: Any) -> str:
     return "threshold" if isinstance(body, dict) and "r_target" in body and "params" not in body else "artifact"
 
 
-# what decides is a field: the round that is not meant adds nothing to what is said of a wrong body
+# the protocol is told by a field, so that errors of a wrong body are those of one protocol only
 InitGenerateBody = Annotated[
     Annotated[InitGenerateRequest, Tag("artifact")] | Annotated[ThresholdRequest, Tag("threshold")],
     Discriminator(_protocol_of),
@@ -129,7 +120,7 @@ class ProofBatch(StrictModel):
     node_id: int = Field(default=-1, ge=-1, le=MAX_NONCE)
 
     @model_validator(mode="after")
-    def _one_distance_a_nonce(self) -> ProofBatch:
+    def _one_distance_per_nonce(self) -> ProofBatch:
         refuse_duplicates("nonces", self.nonces)
         if len(self.nonces) != len(self.dist):
             raise ValueError(f"{len(self.nonces)} nonces but {len(self.dist)} distances")
@@ -192,5 +183,5 @@ class ThresholdStatusAnswer(StatusAnswer):
     total_checked: int = Field(description="nonces whose distance was computed")
     total_valid: int
     elapsed_seconds: float = Field(description="time spent generating")
-    rate_per_second: float = Field(description="nonces checked a second of that time")
+    rate_per_second: float = Field(description="nonces checked per second of that time")
     r_target: float

@@ -19,14 +19,14 @@ from pydantic import ValidationError
 
 from gonka_poc import routes
 from gonka_poc.config import Settings
-from gonka_poc.data import DistanceSpec, Randomization
+from gonka_poc.data import BatchResult, DistanceSpec, Randomization
 from gonka_poc.errors import ComputeError
 from gonka_poc.manager import PoCManagerV1
 from gonka_poc.routes import PREFIX, make_app
 from gonka_poc.server import threshold
 from gonka_poc.server.service import PoCService
 from gonka_poc.server.threshold import PoCStats
-from gonka_poc.threshold_data import DistanceResult, ProofBatch, ThresholdRequest
+from gonka_poc.threshold_data import ProofBatch, ThresholdRequest
 from gonka_poc.validation import validate_proof
 
 R_TARGET = 1.405
@@ -170,7 +170,7 @@ def test_progress():
     stats.resume()
     stats.pause()
     stats.pause()
-    stats.add(DistanceResult({nonce: 1.4 + nonce / 100 for nonce in range(40)}, [40]), 1.415)
+    stats.add(BatchResult({nonce: np.array(1.4 + nonce / 100) for nonce in range(40)}, [40]), 1.415)
     stats.resume()
     stats.resume()
     assert str(stats) == "Generated: 2 / 40 (1 in 20.0) Time: 2.0 min (1.0 valid/min, 20.0 raw/min)"
