@@ -22,7 +22,7 @@ from gonka_poc.access import has_query
 MAX_NONCE = 2**63 - 1
 MAX_STEP = 2**53  # between two nonces of a node
 MAX_TEXT = 1024
-# of a request's lists; twice what the queue takes unless POC_MAX_QUEUED_NONCES says more
+# of a request's lists; twice as much as the queue takes by default (POC_MAX_QUEUED_NONCES)
 MAX_LISTED = 200_000
 # of an object of a request: pydantic makes an error of each field that it does not know
 MAX_FIELDS = 100
@@ -97,12 +97,12 @@ def decode_vector(vector_b64: str, k_dim: int) -> np.ndarray | None:
     return np.frombuffer(raw, dtype=VECTOR_DTYPE)
 
 
-# --- what is computed -------------------------------------------------------------------------------------------
+# --- specs and results ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class VectorSpec:
-    """All that an artifact vector depends on, besides its nonce and the model."""
+    """The inputs of an artifact vector, besides its nonce and the model."""
 
     block_hash: str
     public_key: str
@@ -119,7 +119,7 @@ class VectorSpec:
 
 
 class Randomization(str, Enum):
-    """How a threshold round makes the forward its own (section 4)."""
+    """The randomization of a threshold round (section 4)."""
 
     SIGN_FLIPS = "sign_flips"
     LAYER_HOOKS = "layer_hooks"
@@ -128,7 +128,7 @@ class Randomization(str, Enum):
 
 @dataclass(frozen=True)
 class DistanceSpec:
-    """All that a threshold distance depends on, besides its nonce and the model."""
+    """The inputs of a threshold distance, besides its nonce and the model."""
 
     block_hash: str
     public_key: str
@@ -188,7 +188,7 @@ class StrictModel(BaseModel):
 
 
 class Params(StrictModel):
-    """What the model is asked to compute."""
+    """The model, and the sizes of its inputs and vectors."""
 
     model: Text = Field(description="a served model name")
     seq_len: int = Field(ge=1, description="tokens per nonce")
@@ -219,7 +219,7 @@ class _RoundFields(StrictModel):
 
     @property
     def spec(self) -> VectorSpec:
-        """What the vectors of this request depend on."""
+        """The spec of this request's vectors."""
         return VectorSpec(
             self.block_hash, self.public_key, self.params.seq_len, self.params.k_dim, self.poc_stronger_rng
         )
@@ -289,7 +289,7 @@ class GenerateRequest(_RoundFields):
 
 
 def refuse_duplicates(field: str, nonces: list[int]) -> None:
-    """Raises ValueError, which names `field`, where a nonce is there twice."""
+    """Raise ValueError, which names `field`, where a nonce appears twice."""
     seen: set[int] = set()
     for nonce in nonces:
         if nonce in seen:
@@ -306,7 +306,7 @@ def is_none(value: Any) -> bool:
 
 
 class Encoding(BaseModel):
-    """How vectors are encoded."""
+    """The encoding of vectors."""
 
     dtype: Literal["f16"] = "f16"
     k_dim: int

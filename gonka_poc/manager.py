@@ -71,7 +71,7 @@ class BatchSizer:
 
     @property
     def chat_seen_recently(self) -> bool:
-        """Whether chat was seen in the last CHAT_MEMORY_SEC."""
+        """True if chat was seen in the last CHAT_MEMORY_SEC."""
         return self._chat_seen is not None and self._clock() - self._chat_seen < CHAT_MEMORY_SEC
 
     def record_chat(self) -> None:
@@ -101,7 +101,7 @@ class PoCManagerV1:
         self._lock = asyncio.Lock()
         self._reached = self._must_warm_up = False
         self._warming_up: asyncio.Task[None] | None = None
-        # runs from each call to the workers to their release: without it they keep nothing
+        # set from each call of the workers until their release; while there is none they keep nothing
         self._release_timer: asyncio.TimerHandle | None = None
         self._releasing: asyncio.Task[None] | None = None
 

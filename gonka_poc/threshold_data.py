@@ -75,7 +75,7 @@ class ThresholdRequest(StrictModel):
 
     @property
     def can_generate(self) -> bool:
-        """Whether the round knows its nonces."""
+        """True if the round knows its nonces."""
         return self.node_id >= 0 and self.node_count >= 1
 
     @property
@@ -90,11 +90,11 @@ class ThresholdRequest(StrictModel):
 
     @property
     def spec(self) -> DistanceSpec:
-        """What the distances of this round's own public key depend on."""
+        """The spec of distances under the round's own public key."""
         return self.spec_of(self.public_key)
 
     def spec_of(self, public_key: str) -> DistanceSpec:
-        """What the distances of a prover depend on."""
+        """The spec of a prover's distances."""
         return DistanceSpec(self.block_hash, public_key, self.seq_len, self.randomization.value)
 
 
@@ -102,7 +102,7 @@ def _protocol_of(body: Any) -> str:
     return "threshold" if isinstance(body, dict) and "r_target" in body and "params" not in body else "artifact"
 
 
-# the protocol is told by a field, so that errors of a wrong body are those of one protocol only
+# chosen by a field, so that the errors of a wrong body are those of one protocol only
 InitGenerateBody = Annotated[
     Annotated[InitGenerateRequest, Tag("artifact")] | Annotated[ThresholdRequest, Tag("threshold")],
     Discriminator(_protocol_of),
@@ -110,7 +110,7 @@ InitGenerateBody = Annotated[
 
 
 class ProofBatch(StrictModel):
-    """Body of POST /validate, and what /generated carries: nonces of a prover and their distances."""
+    """Body of POST /validate: nonces of a prover and their distances."""
 
     public_key: Text
     block_hash: Text
@@ -125,11 +125,6 @@ class ProofBatch(StrictModel):
         if len(self.nonces) != len(self.dist):
             raise ValueError(f"{len(self.nonces)} nonces but {len(self.dist)} distances")
         return self
-
-    def sub_batch(self, r_target: float) -> ProofBatch:
-        """The part of this batch that is valid: distances below `r_target`."""
-        valid = [(nonce, dist) for nonce, dist in zip(self.nonces, self.dist, strict=True) if dist < r_target]
-        return self.model_copy(update={"nonces": [nonce for nonce, _ in valid], "dist": [dist for _, dist in valid]})
 
 
 # --- answers ----------------------------------------------------------------------------------------------------
@@ -147,7 +142,7 @@ class ProofVerdict(BaseModel):
 
 
 class ValidatedBatch(ProofVerdict):
-    """What is POSTed to {callback_url}/validated: the verdict, with the batch that it is about."""
+    """Body of POST {callback_url}/validated: the verdict, and the batch that it is about."""
 
     public_key: str
     block_hash: str

@@ -105,11 +105,11 @@ class ApiView:
         return list(dict.fromkeys([*names, self._config.model_config.model]))
 
     def has_unfinished_requests(self) -> bool:
-        """Whether chat is being served: requests that the engine client has not finished."""
+        """True while chat is served: the engine client has requests that it has not finished."""
         return bool(self.client.output_processor.has_unfinished_requests())
 
     def is_dead(self) -> bool:
-        """Whether the engine process is gone for good."""
+        """True if the engine process is gone for good."""
         return bool(getattr(self.client, "errored", False))
 
     async def call_workers(self, method: str, *args: Any) -> list[Any]:

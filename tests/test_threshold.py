@@ -158,9 +158,9 @@ def test_a_wrong_proof(changes, says):
 
 
 def test_the_valid_part_of_a_batch():
-    batch = ProofBatch.model_validate(proof_body([1, 2, 3], [1.404, 1.405, 1.3]))
-    assert batch.sub_batch(R_TARGET) == ProofBatch.model_validate(proof_body([1, 3], [1.404, 1.3]))
-    assert batch.sub_batch(0.0).nonces == []
+    batch = BatchResult({n: np.array(dist, "<f4") for n, dist in {1: 1.404, 2: 1.405, 3: 1.3}.items()}, [4])
+    assert list(threshold.valid_distances(batch, float(np.float32(1.405)))) == [1, 3]
+    assert threshold.valid_distances(batch, 0.0) == {}
 
 
 def test_progress():

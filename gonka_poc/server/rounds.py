@@ -59,12 +59,12 @@ class Round(ABC):
 
     @property
     def active(self) -> bool:
-        """Whether the round generates; False as soon as it is to stop or pause."""
+        """True while the round generates; False as soon as it is to stop or pause."""
         return self._running.is_set() and not self.stopped
 
     @property
     def stopped(self) -> bool:
-        """Whether the round has ended, or will with the batch that a worker is computing."""
+        """True once the round has ended, or will with the batch that a worker is computing."""
         return self._stopped_at is not None or (self.task is not None and self.task.done())
 
     def stop(self) -> None:
