@@ -1,4 +1,4 @@
-"""What is said over HTTP: request and response models, and the encoding of vectors (docs/protocol.md, sections 3, 6).
+"""Request and response models of the HTTP API, and the vector encoding (docs/protocol.md, sections 3 and 6).
 
 Requests are strict: unknown fields, and numbers sent as strings, floats or booleans, are refused. Imports neither
 torch nor vLLM.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import httpx
 import numpy as np
@@ -22,7 +22,7 @@ from gonka_poc.access import has_query
 MAX_NONCE = 2**63 - 1
 MAX_STEP = 2**53  # between two nonces of a node
 MAX_TEXT = 1024
-# of a request's lists; twice what the queue takes unless POC_MAX_QUEUED_NONCES says more
+# of a request's lists; twice as much as the queue takes by default (POC_MAX_QUEUED_NONCES)
 MAX_LISTED = 200_000
 # of an object of a request: pydantic makes an error of each field that it does not know
 MAX_FIELDS = 100
@@ -32,7 +32,7 @@ State = Literal["IDLE", "GENERATING", "VALIDATING", "STOPPED"]
 VECTOR_DTYPE = np.dtype("<f2")
 
 Item = TypeVar("Item")
-# only the first wrong item is told: an error takes a hundred times as much as the item
+# only the first wrong item is reported: an error takes a hundred times as much memory as the item
 RequestList = Annotated[list[Item], Field(max_length=MAX_LISTED), FailFast()]
 Nonce = Annotated[int, Field(ge=0, le=MAX_NONCE, description="0 to 2^63 - 1")]
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
@@ -97,12 +97,12 @@ def decode_vector(vector_b64: str, k_dim: int) -> np.ndarray | None:
     return np.frombuffer(raw, dtype=VECTOR_DTYPE)
 
 
-# --- what is computed -------------------------------------------------------------------------------------------
+# --- specs and results ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class VectorSpec:
-    """All that an artifact vector depends on, besides its nonce and the model."""
+    """The inputs of an artifact vector, besides its nonce and the model."""
 
     block_hash: str
     public_key: str
@@ -110,9 +110,16 @@ class VectorSpec:
     k_dim: int
     poc_stronger_rng: bool = False
 
+    value_dtype: ClassVar[np.dtype[Any]] = VECTOR_DTYPE
+
+    @property
+    def value_shape(self) -> tuple[int, ...]:
+        """The shape of a vector."""
+        return (self.k_dim,)
+
 
 class Randomization(str, Enum):
-    """How a threshold round makes the forward its own (section 4)."""
+    """The randomization of a threshold round (section 4)."""
 
     SIGN_FLIPS = "sign_flips"
     LAYER_HOOKS = "layer_hooks"
@@ -121,12 +128,23 @@ class Randomization(str, Enum):
 
 @dataclass(frozen=True)
 class DistanceSpec:
-    """All that a threshold distance depends on, besides its nonce and the model."""
+    """The inputs of a threshold distance, besides its nonce and the model."""
 
     block_hash: str
     public_key: str
     seq_len: int
     randomization: str
+
+    value_dtype: ClassVar[np.dtype[Any]] = np.dtype("<f4")
+    value_shape: ClassVar[tuple[int, ...]] = ()
+
+
+Spec = VectorSpec | DistanceSpec
+
+
+def spec_from(fields: Mapping[str, Any]) -> Spec:
+    """The spec with these fields, as `dataclasses.asdict` gives them."""
+    return DistanceSpec(**fields) if "randomization" in fields else VectorSpec(**fields)
 
 
 Spec = VectorSpec | DistanceSpec
@@ -134,9 +152,9 @@ Spec = VectorSpec | DistanceSpec
 
 @dataclass(frozen=True)
 class BatchResult:
-    """Vectors (float16 [k_dim]) by nonce, and the nonces whose computation gave a NaN or Inf."""
+    """The values of a batch (vectors or 0-d distances) by nonce, and the nonces that gave a NaN or Inf."""
 
-    vectors: dict[int, np.ndarray]
+    values: dict[int, np.ndarray]
     not_computed_nonces: list[int]
 
 
@@ -173,10 +191,10 @@ class StrictModel(BaseModel):
 
 
 class Params(StrictModel):
-    """What the model is asked to compute."""
+    """The model, and the sizes of its inputs and vectors."""
 
     model: Text = Field(description="a served model name")
-    seq_len: int = Field(ge=1, description="tokens a nonce")
+    seq_len: int = Field(ge=1, description="tokens per nonce")
     k_dim: int = Field(default=12, ge=1, description="length of an artifact vector")
 
 
@@ -188,9 +206,7 @@ class _RoundFields(StrictModel):
     node_count: int = Field(ge=1, le=MAX_NONCE)
     group_id: int = Field(default=0, ge=0, le=MAX_NONCE)
     n_groups: int = Field(default=1, ge=1, le=MAX_NONCE)
-    batch_size: int = Field(
-        default=32, ge=1, le=1_000_000, description="nonces a batch; a larger batch than fits is cut"
-    )
+    batch_size: int = Field(default=32, ge=1, le=1_000_000, description="nonces per batch; one larger than fits is cut")
     params: Params
     url: CallbackUrl = Field(default=None, description="callbacks are POSTed to {url}/generated or {url}/validated")
     poc_stronger_rng: bool = False
@@ -206,7 +222,7 @@ class _RoundFields(StrictModel):
 
     @property
     def spec(self) -> VectorSpec:
-        """What the vectors of this request depend on."""
+        """The spec of this request's vectors."""
         return VectorSpec(
             self.block_hash, self.public_key, self.params.seq_len, self.params.k_dim, self.poc_stronger_rng
         )
@@ -276,7 +292,7 @@ class GenerateRequest(_RoundFields):
 
 
 def refuse_duplicates(field: str, nonces: list[int]) -> None:
-    """Raises ValueError, which names `field`, where a nonce is there twice."""
+    """Raise ValueError, which names `field`, where a nonce appears twice."""
     seen: set[int] = set()
     for nonce in nonces:
         if nonce in seen:
@@ -293,7 +309,7 @@ def is_none(value: Any) -> bool:
 
 
 class Encoding(BaseModel):
-    """How vectors are encoded."""
+    """The encoding of vectors."""
 
     dtype: Literal["f16"] = "f16"
     k_dim: int

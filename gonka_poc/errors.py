@@ -1,4 +1,4 @@
-"""What can go wrong, and how each case is answered over HTTP.
+"""The errors of this package, and the HTTP status that each is answered with.
 
 PoCError
 ├── RequestError             400  a value breaks a limit of this server
@@ -72,15 +72,13 @@ class QueueFullError(PoCError):
 class ComputeError(PoCError):
     """A worker failed while it computed a batch."""
 
-    http_status = 500
-
 
 class OtherRankError(PoCError):
-    """This worker has nothing to say but that another one failed, whose own error tells more."""
+    """Another worker failed, and its own error tells more."""
 
 
 class WorkerMemoryError(PoCError):
-    """A worker had not enough memory for a batch. A batch of several nonces is halved; only one of one gets here."""
+    """A worker ran out of memory. A batch of several nonces is halved first, so a request fails only at one nonce."""
 
 
 class SettingsError(PoCError):
@@ -126,7 +124,7 @@ class OutboxFullError(PoCError):
 
 
 def error_by_name(name: str, message: str) -> PoCError:
-    """The error that a worker named in its answer; a name that is not ours becomes a ComputeError."""
+    """The error that a worker named in its answer; a ComputeError for a name that is not ours."""
     classes = {cls.__name__: cls for cls in PoCError.__subclasses__()}
     if name in classes:
         return classes[name](message)
@@ -134,14 +132,11 @@ def error_by_name(name: str, message: str) -> PoCError:
 
 
 def raise_worker_error(answers: Sequence[Any]) -> None:
-    """Raise the failure that one of the workers' `answers` is, if one is.
-
-    The rank that failed tells more than those that only learnt of it.
-    """
+    """Raise the error in one of the workers' `answers`; OtherRankError only where there is no other."""
     errors = [answer["error"] for answer in answers if answer is not None and "error" in answer]
     if errors:
-        told = next((e for e in errors if e["type"] != OtherRankError.__name__), errors[0])
-        raise error_by_name(told["type"], told["message"])
+        error = next((e for e in errors if e["type"] != OtherRankError.__name__), errors[0])
+        raise error_by_name(error["type"], error["message"])
 
 
 def printable(text: str) -> str:

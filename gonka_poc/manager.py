@@ -6,13 +6,14 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Container, Sequence
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import numpy as np
 
 from gonka_poc.config import Settings
-from gonka_poc.data import VECTOR_DTYPE, BatchResult, DistanceSpec, Params, VectorSpec
+from gonka_poc.data import BatchResult, Params, Spec
 from gonka_poc.errors import (
     ComputeError,
     ConflictError,
@@ -24,17 +25,69 @@ from gonka_poc.errors import (
     raise_worker_error,
 )
 from gonka_poc.metrics import Metrics
-from gonka_poc.step_size import StepSize
-from gonka_poc.threshold_data import DistanceResult
-from gonka_poc.vllm_compat import INSECURE_SERIALIZATION, WORKER_EXTENSION, ApiView
-from gonka_poc.worker import poc_call
+from gonka_poc.vllm_compat import ApiView
 
 # below vLLM's logger, so that its handlers and level apply
 logger = logging.getLogger("vllm.gonka_poc.manager")
 
 DEAD_POLL_SEC = 0.5
 WARM_UP_SEQ_LEN, WARM_UP_NONCES, WARM_UP_SEC = 1024, 256, 15.0
+# the workers drop what they keep between batches after this time without one
+RELEASE_AFTER_SEC = 10.0
 MAX_LOGGED = 100
+# chat is taken to go on for this time after it was last seen
+CHAT_MEMORY_SEC = 5.0
+# the slowest of the last batches takes half of the budget; the rest is for its call, and for batches that differ
+MEASUREMENTS, SHARE = 16, 0.5
+
+
+class BatchSizer:
+    """The size of micro-batches: as many nonces as fit, and few enough that a chat does not wait long for them.
+
+    Full size while chat is idle; within a time budget, by measured speed, once chat was seen in the last seconds.
+    While chat is idle a second batch is computed behind the first, and the first chat waits for both: batches that
+    take longer than half of the budget have half of the full size. A batch that did not fit into memory halves the
+    size for good, for its length of sequence.
+    """
+
+    def __init__(self, max_step_sec: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._max_step_sec = max_step_sec
+        self._clock = clock
+        self._chat_seen: float | None = None
+        self._sec_per_nonce: dict[int, deque[float]] = {}
+        self._max_fitting: dict[int, int] = {}
+
+    def limit(self, seq_len: int, full: int) -> int:
+        """Nonces of `seq_len` tokens for the next micro-batch, at most `full` and at least 1."""
+        size = min(full, self._max_fitting.get(seq_len, full))
+        measured = self._sec_per_nonce.get(seq_len)
+        if self.chat_seen_recently:
+            # without a measurement yet, one nonce makes it
+            slowest = max(measured or [self._max_step_sec])
+            size = min(size, int(SHARE * self._max_step_sec / slowest))
+        elif measured and full * max(measured) > self._max_step_sec / 2:
+            size = min(size, (full + 1) // 2)
+        return max(1, size)
+
+    @property
+    def chat_seen_recently(self) -> bool:
+        """True if chat was seen in the last CHAT_MEMORY_SEC."""
+        return self._chat_seen is not None and self._clock() - self._chat_seen < CHAT_MEMORY_SEC
+
+    def record_chat(self) -> None:
+        """Chat is being served now."""
+        self._chat_seen = self._clock()
+
+    def record_batch(self, seq_len: int, nonces: int, seconds: float) -> None:
+        """A micro-batch took `seconds`."""
+        last = self._sec_per_nonce.get(seq_len, deque(maxlen=MEASUREMENTS))
+        last.append(max(seconds, 1e-6) / nonces)
+        self._sec_per_nonce = {seq_len: last}
+
+    def record_out_of_memory(self, seq_len: int, nonces: int) -> int:
+        """A micro-batch did not fit; returns the size of the next ones."""
+        self._max_fitting[seq_len] = max(1, nonces // 2)
+        return self._max_fitting[seq_len]
 
 
 class PoCManagerV1:
@@ -44,15 +97,19 @@ class PoCManagerV1:
         self._settings = settings or Settings()
         self._view = view
         self._metrics = metrics or Metrics()
-        self._step_size = StepSize(self._settings.max_step_ms / 1000)
+        self._sizer = BatchSizer(self._settings.max_step_ms / 1000)
         self._lock = asyncio.Lock()
-        self._preparing = asyncio.Lock()
-        self._prepared = False
+        self._reached = self._must_warm_up = False
+        self._warming_up: asyncio.Task[None] | None = None
+        # set from each call of the workers until their release; while there is none they keep nothing
+        self._release_timer: asyncio.TimerHandle | None = None
+        self._releasing: asyncio.Task[None] | None = None
 
     async def check(self, params: Params) -> None:
         """Refuse what this server cannot compute.
 
-        Raises ConflictError (another model), RequestError (a limit), and what `prepare` raises.
+        Raises ConflictError (another model), RequestError (a limit), EngineUnavailableError, UnsupportedServerError or
+        ComputeError.
         """
         view = self._view
         names = view.model_names()
@@ -72,25 +129,54 @@ class PoCManagerV1:
                 f"seq_len {seq_len} is over the server's batch of {view.max_num_batched_tokens} tokens; "
                 "start it with a larger --max-num-batched-tokens"
             )
-        await self.prepare()
+        await self._reach_workers()
+        if self._must_warm_up and (self._warming_up is None or self._warming_up.done()):
+            self._warming_up = asyncio.create_task(self._warm_up_behind_chat(), name="poc-warm-up")
 
     async def prepare(self) -> None:
-        """Reach every worker once, let it refuse a server that cannot give correct vectors, and warm it up.
+        """Reach every worker and warm it up, for a server that starts and has no chat yet.
+
+        A server that missed this, because its engine was not ready, is warmed up behind its first request for proof:
+        once no chat was served for CHAT_MEMORY_SEC. Until then proof runs the plain forward.
 
         Raises EngineUnavailableError, UnsupportedServerError or ComputeError.
         """
-        self.refuse_dead()
-        async with self._preparing:
-            if not self._prepared:
+        await self._reach_workers()
+        async with self._lock:
+            await self._warm_up()
+
+    async def _reach_workers(self) -> None:
+        """Let every worker refuse, once, a server that cannot give correct vectors."""
+        self.ensure_engine_alive()
+        if self._reached:
+            return
+        async with self._lock:
+            if not self._reached:
                 answers = await self._call("poc_describe")
                 logger.info("PoC is ready on %d worker(s): %s", len(answers), answers)
-                if self._settings.compiles([answer["device"] for answer in answers if answer is not None]):
-                    await self._warm_up()
-                self._prepared = True
+                devices = [answer["device"] for answer in answers if answer is not None]
+                self._must_warm_up = self._settings.compiles(devices)
+                self._reached = True
+
+    async def _warm_up_behind_chat(self) -> None:
+        quiet_since = time.monotonic()
+        try:
+            while self._must_warm_up:
+                async with self._lock:
+                    self.ensure_engine_alive()
+                    if self._view.has_unfinished_requests():
+                        quiet_since = time.monotonic()
+                    elif time.monotonic() - quiet_since >= CHAT_MEMORY_SEC:
+                        await self._warm_up()
+                await asyncio.sleep(self._settings.chat_backoff_sec)
+        except PoCError as error:
+            logger.warning("PoC could not warm up: %s", printable(str(error)))
 
     async def _warm_up(self) -> None:
         """Have the workers compile what proof runs, with batches of full size, and compare its vectors with those of
-        the plain forward. Without it proof is only slower."""
+        the plain forward, behind any chat. Without it proof is only slower. The caller holds the lock."""
+        if not self._must_warm_up:
+            return
         view = self._view
         seq_len = min(WARM_UP_SEQ_LEN, view.max_model_len, view.max_num_batched_tokens)
         num_nonces = min(view.max_num_batched_tokens // seq_len, view.max_num_seqs)
@@ -98,8 +184,10 @@ class PoCManagerV1:
         checked, compiled = 0, True
         try:
             while checked == 0 or (compiled and checked < WARM_UP_NONCES and time.monotonic() < deadline):
-                async with self._lock:
-                    answers = await self._call("poc_warm_up", seq_len, num_nonces, checked)
+                if checked and view.has_unfinished_requests():
+                    await asyncio.sleep(self._settings.chat_backoff_sec)
+                    continue
+                answers = await self._call("poc_warm_up", seq_len, num_nonces, checked)
                 if checked == 0:  # the time that compiling took is not counted
                     deadline = time.monotonic() + WARM_UP_SEC
                 checked += num_nonces
@@ -107,138 +195,120 @@ class PoCManagerV1:
             logger.info("PoC warmed up with %d nonces of %d tokens: %s", checked, seq_len, answers)
         except WorkerMemoryError as error:
             logger.warning("PoC could not warm up with %d nonces of %d tokens: %a", num_nonces, seq_len, str(error))
+        self._must_warm_up = False
 
     def micro_batch_size(self, seq_len: int) -> int:
         """Nonces of the next micro-batch: at most max_num_batched_tokens tokens and max_num_seqs sequences, and less
         where chat was seen lately (POC_MAX_STEP_MS) or memory was short."""
-        return self._step_size.limit(
-            seq_len, min(self._view.max_num_batched_tokens // seq_len, self._view.max_num_seqs)
-        )
+        return self._sizer.limit(seq_len, min(self._view.max_num_batched_tokens // seq_len, self._view.max_num_seqs))
 
-    async def compute(self, spec: VectorSpec, nonces: list[int], following: Sequence[int] = ()) -> BatchResult | None:
-        """Vectors of at most one micro-batch of nonces.
+    async def compute(self, spec: Spec, nonces: list[int], next_nonces: Sequence[int] = ()) -> BatchResult | None:
+        """The vectors or distances of at most one micro-batch of nonces.
 
-        `following` are the nonces that will be asked for next, as far as is known: while chat is idle the workers
-        compute them behind `nonces`, so that they do not wait between two calls.
+        `next_nonces` are those that will be asked for next, as far as is known: while chat is idle the workers compute
+        them behind `nonces`, so that they do not wait between two calls.
 
         None if nothing was computed: chat is being served, or memory was short and `micro_batch_size` is less now.
         Then the same nonces are to be tried again. Raises ComputeError, WorkerMemoryError (a single nonce does not
         fit), EngineUnavailableError or UnsupportedServerError.
         """
-        computed = await self._compute("poc_compute", spec, nonces, following)
-        if computed is None:
-            return None
-        answer, seconds = computed
-        vectors = np.frombuffer(answer["vectors"], dtype=VECTOR_DTYPE).reshape(len(nonces), spec.k_dim)
-        rows = zip(nonces, vectors, answer["finite"], strict=True)
-        finite_rows = {nonce: row for nonce, row, finite in rows if finite}
-        return BatchResult(finite_rows, self._not_computed(finite_rows, nonces, seconds))
-
-    async def compute_distances(
-        self, spec: DistanceSpec, nonces: list[int], following: Sequence[int] = ()
-    ) -> DistanceResult | None:
-        """Distances of at most one micro-batch of nonces, in all else like `compute`."""
-        computed = await self._compute("poc_compute_distances", spec, nonces, following)
-        if computed is None:
-            return None
-        answer, seconds = computed
-        rows = zip(nonces, answer["distances"], answer["finite"], strict=True)
-        distances = {nonce: float(distance) for nonce, distance, finite in rows if finite}
-        return DistanceResult(distances, self._not_computed(distances, nonces, seconds))
-
-    async def _compute(
-        self, method: str, spec: VectorSpec | DistanceSpec, nonces: list[int], following: Sequence[int]
-    ) -> tuple[dict[str, Any], float] | None:
-        """The answer of the output rank to a call for `nonces`, and its seconds; None as `compute` says."""
         async with self._lock:
-            self.refuse_dead()
+            self.ensure_engine_alive()
             if self._view.has_unfinished_requests():
-                self._step_size.chat_seen()
+                self._sizer.record_chat()
                 self._metrics.skipped()
                 return None
             started = time.monotonic()
+            prefetched = [] if self._sizer.chat_seen_recently else list(next_nonces)
             try:
-                ahead = [] if self._step_size.chat_is_near else list(following)
-                answers = await self._call(method, dataclasses.asdict(spec), nonces, ahead)
+                answers = await self._call("poc_compute", dataclasses.asdict(spec), nonces, prefetched)
             except WorkerMemoryError as error:
                 if len(nonces) == 1:
                     raise
-                size = self._step_size.out_of_memory(spec.seq_len, len(nonces))
+                size = self._sizer.record_out_of_memory(spec.seq_len, len(nonces))
                 self._metrics.skipped("memory")
                 logger.warning(
                     "PoC: %d nonces did not fit into memory, going on with %d: %a", len(nonces), size, str(error)
                 )
                 return None
             seconds = time.monotonic() - started
-            self._step_size.measured(spec.seq_len, len(nonces), seconds)
-            results = [answer for answer in answers if answer is not None]
-            if len(results) != 1:
-                raise ComputeError(f"one worker must answer with the vectors; {len(results)} of {len(answers)} did")
-            if results[0]["nonces"] != nonces:
-                raise ComputeError("a worker answered for other nonces than it was asked for; restart the server")
-            if not all(results[0]["finite"]):
+            self._sizer.record_batch(spec.seq_len, len(nonces), seconds)
+            result = _batch_result(spec, nonces, answers)
+            if result.not_computed_nonces:
                 # a NaN left in a scratch cache could reach other nonces through masked attention (0 * NaN)
                 await self._call("poc_release")
-        return results[0], seconds
-
-    def _not_computed(self, computed: Container[int], nonces: list[int], seconds: float) -> list[int]:
-        """Counts a batch, and says which of its nonces gave a NaN or Inf."""
-        bad = [nonce for nonce in nonces if nonce not in computed]
+        bad = result.not_computed_nonces
         if bad:
             logger.warning("PoC dropped %d nonces with NaN or Inf: %s", len(bad), bad[:MAX_LOGGED])
-        self._metrics.computed(len(nonces) - len(bad), len(bad), seconds)
-        return bad
+        self._metrics.computed(len(result.values), len(bad), seconds)
+        return result
 
     async def release(self) -> None:
-        """Let the workers drop what they keep between the batches of a round; a failure is only logged."""
-        if self._prepared and not self._view.is_dead():
-            try:
-                async with self._lock:
+        """Let the workers drop what they keep between batches; a failure is only logged.
+
+        For the end of a round; otherwise it happens by itself, RELEASE_AFTER_SEC after the last batch.
+        """
+        async with self._lock:
+            if self._reached and self._release_timer is not None and not self._view.is_dead():
+                try:
                     await self._call("poc_release")
-            except PoCError as error:
-                logger.warning("PoC scratch memory was not released: %s", printable(str(error)))
+                except PoCError as error:
+                    logger.warning("PoC scratch memory was not released: %s", printable(str(error)))
+
+    def _release_idle(self) -> None:
+        self._releasing = asyncio.ensure_future(self.release())
 
     async def _call(self, method: str, *args: Any) -> list[Any]:
-        """Answers of all workers. By method name where the worker extension is loaded, else by function."""
-        if self._view.has_worker_method(method):
-            call, args = method, args
-        elif self._view.may_send_functions():
-            call, args = poc_call, (method, *args)  # type: ignore[assignment]
-        else:
-            raise EngineUnavailableError(
-                f"the workers cannot be reached: start the server with --worker-extension-cls {WORKER_EXTENSION}, "
-                f"or with {INSECURE_SERIALIZATION}=1 in its environment"
-            )
+        """The answers of all workers, which keep something until they are released. The caller holds the lock."""
+        if self._release_timer is not None:
+            self._release_timer.cancel()
+            self._release_timer = None
         try:
-            answers = await self._answers(call, args)
+            answers = await self._watched(self._view.call_workers(method, *args))
         except PoCError:
             raise
         except Exception as error:
-            self.refuse_dead()
+            self.ensure_engine_alive()
             raise ComputeError(f"a worker failed: {error}; the server's log has its traceback") from error
+        finally:
+            if method != "poc_release":
+                loop = asyncio.get_running_loop()
+                self._release_timer = loop.call_later(RELEASE_AFTER_SEC, self._release_idle)
         raise_worker_error(answers)
         return answers
 
-    async def _answers(self, call: Any, args: tuple[Any, ...]) -> list[Any]:
+    async def _watched(self, call: Coroutine[Any, Any, list[Any]]) -> list[Any]:
         """An engine that dies leaves its calls without an answer, so it is watched while one is awaited."""
-        rpc = asyncio.ensure_future(self._view.call_workers(call, args))
+        rpc = asyncio.ensure_future(call)
         deadline = time.monotonic() + self._settings.batch_timeout_sec
         try:
             while not (await asyncio.wait([rpc], timeout=DEAD_POLL_SEC))[0]:
-                self.refuse_dead()
+                self.ensure_engine_alive()
                 if time.monotonic() > deadline:
                     raise ComputeError(
                         f"the workers gave no answer within {self._settings.batch_timeout_sec:g} s "
                         "(POC_BATCH_TIMEOUT_SEC)"
                     )
-            if rpc.cancelled():  # not by us; as a CancelledError it would end the task that waits, and tell nobody
-                self.refuse_dead()
+            if rpc.cancelled():  # not by us; as a CancelledError it would silently end the task that waits
+                self.ensure_engine_alive()
                 raise ComputeError("the call to the workers was cancelled; the server's log may say why")
             return rpc.result()
         finally:
             rpc.cancel()
 
-    def refuse_dead(self) -> None:
+    def ensure_engine_alive(self) -> None:
         """Raise EngineUnavailableError where the engine is gone for good."""
         if self._view.is_dead():
             raise EngineUnavailableError("the engine is dead; restart the server (its log says why it died)")
+
+
+def _batch_result(spec: Spec, nonces: list[int], answers: list[Any]) -> BatchResult:
+    """The answer of the one worker that has values, decoded. Raises ComputeError where it is not for `nonces`."""
+    results = [answer for answer in answers if answer is not None]
+    if len(results) != 1:
+        raise ComputeError(f"one worker must answer with the values; {len(results)} of {len(answers)} did")
+    if results[0]["nonces"] != nonces:
+        raise ComputeError("a worker answered for other nonces than it was asked for; restart the server")
+    values = np.frombuffer(results[0]["values"], dtype=spec.value_dtype).reshape(len(nonces), *spec.value_shape)
+    rows = list(zip(nonces, values, results[0]["finite"], strict=True))
+    return BatchResult({n: row for n, row, finite in rows if finite}, [n for n, _, finite in rows if not finite])

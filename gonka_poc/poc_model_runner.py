@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from gonka_poc.compiled_layers import CompiledReflections, LastPositions, LayerCompiler, NormSearch
-from gonka_poc.data import VECTOR_DTYPE, DistanceSpec, Randomization, Spec, VectorSpec
+from gonka_poc.data import DistanceSpec, Randomization, Spec, VectorSpec
 from gonka_poc.errors import PoCError, RequestError, UnsupportedServerError
 from gonka_poc.gpu_random import NonceKeys, nonce_inputs
 from gonka_poc.layer_hooks import LayerReflections
@@ -109,36 +109,25 @@ class PoCModelRunner:
         }
 
     @torch.inference_mode()
-    def compute(
-        self, spec: VectorSpec, nonces: Sequence[int], next_nonces: Sequence[int] = ()
-    ) -> dict[str, Any] | None:
-        """Artifact vectors of `nonces`, on the output rank; None on every other rank.
+    def compute(self, spec: Spec, nonces: Sequence[int], next_nonces: Sequence[int] = ()) -> dict[str, Any] | None:
+        """The artifact vectors or distances of `nonces`, on the output rank; None on every other rank.
 
-        Returns {"nonces": the same again, "vectors": bytes, little-endian float16 [len(nonces), k_dim], "finite":
-        list[bool]}; a row that is not finite must not be sent. Every rank makes the same inputs and runs its part of
-        the same forward. `next_nonces` are the nonces of the call that is expected next: they are computed while this
-        answer is on its way, and taken from there if that call comes.
+        Returns {"nonces": the same again, "values": bytes, `spec.value_dtype` [len(nonces), *spec.value_shape],
+        "finite": list[bool]}; a value that is not finite must not be sent. Every rank makes the same inputs and runs
+        its part of the same forward. `next_nonces` are those of the call that is expected next: they are computed while
+        this answer is on its way, and taken from there if that call comes.
         """
-        if spec.k_dim > self._view.hidden_size:
+        if isinstance(spec, VectorSpec) and spec.k_dim > self._view.hidden_size:
             raise RequestError(f"k_dim {spec.k_dim} is larger than the model's hidden size {self._view.hidden_size}")
         values = self._values(spec, nonces, next_nonces)
         if values is None:
             return None
-        vectors = values.astype(VECTOR_DTYPE)
-        return {"nonces": list(nonces), "vectors": vectors.tobytes(), "finite": np.isfinite(values).all(-1).tolist()}
-
-    @torch.inference_mode()
-    def compute_distances(
-        self, spec: DistanceSpec, nonces: Sequence[int], next_nonces: Sequence[int] = ()
-    ) -> dict[str, Any] | None:
-        """Threshold distances of `nonces` on the output rank; None on every other rank. Else like `compute`.
-
-        Returns {"nonces": the same again, "distances": list[float], "finite": list[bool]}.
-        """
-        values = self._values(spec, nonces, next_nonces)
-        if values is None:
-            return None
-        return {"nonces": list(nonces), "distances": values.tolist(), "finite": np.isfinite(values).tolist()}
+        finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
+        return {
+            "nonces": list(nonces),
+            "values": values.astype(spec.value_dtype).tobytes(),
+            "finite": finite.tolist(),
+        }
 
     @torch.inference_mode()
     def warm_up(self, seq_len: int, num_nonces: int, first: int = 0) -> dict[str, Any]:

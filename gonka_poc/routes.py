@@ -116,8 +116,8 @@ async def generate(body: GenerateRequest, request: Request, service: Service) ->
     if not body.wait:
         return QueuedAnswer(request_id=job.request_id, queued_count=len(body.nonces))
     await _outcome_while_connected(job.outcome, partial(service.queue.drop, job), request)
-    assert job.text is not None  # an outcome that is no error
-    return _as_it_is(job.text)
+    assert job.body is not None  # an outcome that is no error
+    return _as_it_is(job.body)
 
 
 @router.get("/generate/{request_id}", response_model=PendingAnswer | Completed | FailedAnswer, responses=_errors(404))

@@ -1,4 +1,4 @@
-"""What is said over HTTP in threshold rounds: request and answer models (docs/protocol.md, sections 4, 6).
+"""Request and response models of threshold rounds (docs/protocol.md, sections 4 and 6).
 
 As strict as `data`; imports neither torch nor vLLM.
 """
@@ -6,7 +6,6 @@ As strict as `data`; imports neither torch nor vLLM.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
@@ -35,14 +34,6 @@ Target = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False, description="a 
 Distance = Annotated[float, Field(allow_inf_nan=False)]
 
 
-@dataclass(frozen=True)
-class DistanceResult:
-    """Distances by nonce, and the nonces whose computation gave a NaN or Inf."""
-
-    distances: dict[int, float]
-    not_computed_nonces: list[int]
-
-
 # --- requests ---------------------------------------------------------------------------------------------------
 
 
@@ -56,8 +47,8 @@ class ThresholdRequest(StrictModel):
     fraud_threshold: float = Field(default=0.01, ge=0, le=1, description="p-value below which a host is a fraud")
     node_id: int = Field(default=-1, ge=-1, le=MAX_STEP, description="-1: this round does not generate")
     node_count: int = Field(default=-1, ge=-1, le=MAX_STEP, description="-1: this round does not generate")
-    batch_size: int = Field(default=32, ge=1, le=1_000_000, description="nonces a batch; one larger than fits is cut")
-    seq_len: int = Field(default=256, ge=1, description="tokens a nonce")
+    batch_size: int = Field(default=32, ge=1, le=1_000_000, description="nonces per batch; one larger than fits is cut")
+    seq_len: int = Field(default=256, ge=1, description="tokens per nonce")
     callback_url: CallbackUrl = Field(
         default=None, description="callbacks are POSTed to {callback_url}/generated or {callback_url}/validated"
     )
@@ -84,7 +75,7 @@ class ThresholdRequest(StrictModel):
 
     @property
     def can_generate(self) -> bool:
-        """Whether the round knows its nonces."""
+        """True if the round knows its nonces."""
         return self.node_id >= 0 and self.node_count >= 1
 
     @property
@@ -99,11 +90,11 @@ class ThresholdRequest(StrictModel):
 
     @property
     def spec(self) -> DistanceSpec:
-        """What the distances of this round's own public key depend on."""
+        """The spec of distances under the round's own public key."""
         return self.spec_of(self.public_key)
 
     def spec_of(self, public_key: str) -> DistanceSpec:
-        """What the distances of a prover depend on."""
+        """The spec of a prover's distances."""
         return DistanceSpec(self.block_hash, public_key, self.seq_len, self.randomization.value)
 
 
@@ -111,7 +102,7 @@ def _protocol_of(body: Any) -> str:
     return "threshold" if isinstance(body, dict) and "r_target" in body and "params" not in body else "artifact"
 
 
-# what decides is a field: the round that is not meant adds nothing to what is said of a wrong body
+# chosen by a field, so that the errors of a wrong body are those of one protocol only
 InitGenerateBody = Annotated[
     Annotated[InitGenerateRequest, Tag("artifact")] | Annotated[ThresholdRequest, Tag("threshold")],
     Discriminator(_protocol_of),
@@ -119,7 +110,7 @@ InitGenerateBody = Annotated[
 
 
 class ProofBatch(StrictModel):
-    """Body of POST /validate, and what /generated carries: nonces of a prover and their distances."""
+    """Body of POST /validate: nonces of a prover and their distances."""
 
     public_key: Text
     block_hash: Text
@@ -129,16 +120,11 @@ class ProofBatch(StrictModel):
     node_id: int = Field(default=-1, ge=-1, le=MAX_NONCE)
 
     @model_validator(mode="after")
-    def _one_distance_a_nonce(self) -> ProofBatch:
+    def _one_distance_per_nonce(self) -> ProofBatch:
         refuse_duplicates("nonces", self.nonces)
         if len(self.nonces) != len(self.dist):
             raise ValueError(f"{len(self.nonces)} nonces but {len(self.dist)} distances")
         return self
-
-    def sub_batch(self, r_target: float) -> ProofBatch:
-        """The part of this batch that is valid: distances below `r_target`."""
-        valid = [(nonce, dist) for nonce, dist in zip(self.nonces, self.dist, strict=True) if dist < r_target]
-        return self.model_copy(update={"nonces": [nonce for nonce, _ in valid], "dist": [dist for _, dist in valid]})
 
 
 # --- answers ----------------------------------------------------------------------------------------------------
@@ -156,7 +142,7 @@ class ProofVerdict(BaseModel):
 
 
 class ValidatedBatch(ProofVerdict):
-    """What is POSTed to {callback_url}/validated: the verdict, with the batch that it is about."""
+    """Body of POST {callback_url}/validated: the verdict, and the batch that it is about."""
 
     public_key: str
     block_hash: str
@@ -192,5 +178,5 @@ class ThresholdStatusAnswer(StatusAnswer):
     total_checked: int = Field(description="nonces whose distance was computed")
     total_valid: int
     elapsed_seconds: float = Field(description="time spent generating")
-    rate_per_second: float = Field(description="nonces checked a second of that time")
+    rate_per_second: float = Field(description="nonces checked per second of that time")
     r_target: float

@@ -37,10 +37,8 @@ def binomial_p_value(n_mismatch: int, n_total: int, p_mismatch: float) -> float:
 
 
 def is_mismatch(received_b64: str, computed: np.ndarray, dist_threshold: float) -> bool:
-    """Whether a received vector differs from the recomputed one (float16 [k_dim]).
-
-    True if it is not base64, has another length, holds a non-finite value, or is further than `dist_threshold`
-    (L2 distance).
+    """True if a received vector is not base64 of the recomputed one's length (float16 [k_dim]), holds a value that is
+    not finite, or is further from it than `dist_threshold` (L2 distance).
     """
     received = decode_vector(received_b64, len(computed))
     if received is None or not np.isfinite(received).all():

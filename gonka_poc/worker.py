@@ -1,4 +1,4 @@
-"""What runs in vLLM's worker processes. Other software names `gonka_poc.worker.PoCWorkerExtension` by this path."""
+"""The methods that vLLM's workers get. Other software names `gonka_poc.worker.PoCWorkerExtension` by this path."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gonka_poc.data import DistanceSpec, VectorSpec
+from gonka_poc.data import VectorSpec, spec_from
 from gonka_poc.errors import ComputeError, PoCError, WorkerMemoryError
 
 logger = logging.getLogger("vllm.gonka_poc.worker")
@@ -16,6 +16,8 @@ MAX_MESSAGE = 2000
 
 class PoCWorkerExtension:
     """Worker extension (`--worker-extension-cls`): vLLM adds these methods to each of its workers.
+
+    A server that was started without it is sent the functions themselves; `self` is then vLLM's wrapper of a worker.
 
     Answers and arguments are plain values that vLLM carries without pickle. Every attribute starts with `poc_`:
     an extension may share no name with the worker. A failure is answered as {"error": {"type", "message"}}, so that
@@ -33,14 +35,8 @@ class PoCWorkerExtension:
     def poc_compute(
         self, spec: dict[str, Any], nonces: list[int], next_nonces: Sequence[int] = ()
     ) -> dict[str, Any] | None:
-        """PoCModelRunner.compute with `spec` holding the fields of VectorSpec."""
-        return poc_answer(lambda: poc_runner_of(self).compute(VectorSpec(**spec), nonces, next_nonces))
-
-    def poc_compute_distances(
-        self, spec: dict[str, Any], nonces: list[int], next_nonces: Sequence[int] = ()
-    ) -> dict[str, Any] | None:
-        """PoCModelRunner.compute_distances with `spec` holding the fields of DistanceSpec."""
-        return poc_answer(lambda: poc_runner_of(self).compute_distances(DistanceSpec(**spec), nonces, next_nonces))
+        """PoCModelRunner.compute with `spec` holding the fields of VectorSpec or DistanceSpec."""
+        return poc_answer(lambda: poc_runner_of(self).compute(spec_from(spec), nonces, next_nonces))
 
     def poc_bench_describe(self, spec: dict[str, Any]) -> dict[str, Any]:
         """bench_worker.describe: the device, and what the model asks of it."""
@@ -60,15 +56,6 @@ class PoCWorkerExtension:
         return None if runner is None else poc_answer(runner.release)
 
 
-def poc_call(worker: Any, method: str, *args: Any) -> Any:
-    """Call a method of PoCWorkerExtension on a worker that was started without it.
-
-    This is what `collective_rpc` carries where VLLM_ALLOW_INSECURE_SERIALIZATION=1 lets it carry a function.
-    """
-    worker = vars(worker).get("worker", worker)
-    return getattr(PoCWorkerExtension, method)(worker, *args)
-
-
 def poc_runner_of(worker: Any) -> Any:
     """The worker's PoCModelRunner, made at the first call."""
     runner = getattr(worker, "poc_runner", None)
@@ -81,7 +68,7 @@ def poc_runner_of(worker: Any) -> Any:
 
 
 def poc_bench() -> Any:
-    """The module that measures, imported by workers that are asked to."""
+    """bench_worker, imported only by workers that are asked to measure."""
     from gonka_poc import bench_worker
 
     return bench_worker

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from gonka_poc.data import VECTOR_DTYPE, BatchResult, DistanceSpec, Params, VectorSpec
+from gonka_poc.data import VECTOR_DTYPE, BatchResult, DistanceSpec, Params, Spec, VectorSpec, spec_from
 from gonka_poc.errors import EngineUnavailableError, PoCError
-from gonka_poc.threshold_data import DistanceResult
 
 MODEL = "tiny"
 BUSY = "chat is being served"
@@ -44,9 +43,16 @@ def made_up_vector(spec: VectorSpec, nonce: int) -> np.ndarray:
 
 
 def made_up_distance(spec: DistanceSpec, nonce: int) -> float:
-    """A distance near sqrt(2) that depends on all of `spec` and the nonce; one in about eight is below 1.405."""
+    """A float32 near sqrt(2) that depends on all of `spec` and the nonce; one in about eight is below 1.405."""
     digest = hashlib.sha256(f"{spec}_{nonce}".encode()).digest()
-    return float(np.sqrt(2) + 0.0078 * np.random.default_rng(list(digest)).normal())
+    return float(np.float32(np.sqrt(2) + 0.0078 * np.random.default_rng(list(digest)).normal()))
+
+
+def made_up_value(spec: Spec, nonce: int) -> np.ndarray:
+    """The made-up vector, or the distance as workers send it."""
+    if isinstance(spec, VectorSpec):
+        return made_up_vector(spec, nonce)
+    return np.asarray(made_up_distance(spec, nonce), spec.value_dtype)
 
 
 async def until(condition: Callable[[], Any]) -> None:
@@ -102,41 +108,25 @@ class FakeManager:
 
     async def prepare(self) -> None: ...
 
-    def refuse_dead(self) -> None:
+    def ensure_engine_alive(self) -> None:
         if self.dead:
             raise EngineUnavailableError("the engine is dead")
 
     def micro_batch_size(self, seq_len: int) -> int:
         return self.micro_batch
 
-    async def compute(self, spec: VectorSpec, nonces: list[int], following: Any = ()) -> BatchResult | None:
-        if not await self._computed(nonces):
-            return None
-        good, bad = self._by_nan(nonces)
-        return BatchResult({n: made_up_vector(spec, n) for n in good}, bad)
-
-    async def compute_distances(
-        self, spec: DistanceSpec, nonces: list[int], following: Any = ()
-    ) -> DistanceResult | None:
-        if not await self._computed(nonces):
-            return None
-        good, bad = self._by_nan(nonces)
-        return DistanceResult({n: made_up_distance(spec, n) for n in good}, bad)
-
-    async def _computed(self, nonces: list[int]) -> bool:
+    async def compute(self, spec: Spec, nonces: list[int], next_nonces: Any = ()) -> BatchResult | None:
         self.asked.append(list(nonces))
         await asyncio.sleep(0)
         step = self.script.popleft() if self.script else "ok"
         if step == BUSY:
-            return False
+            return None
         if isinstance(step, Exception):
             raise step
         if self._permits is not None:
             await self._permits.acquire()
-        return True
-
-    def _by_nan(self, nonces: list[int]) -> tuple[list[int], list[int]]:
-        return [n for n in nonces if n not in self.nan_nonces], [n for n in nonces if n in self.nan_nonces]
+        good, bad = ([n for n in nonces if (n in self.nan_nonces) is nan] for nan in (False, True))
+        return BatchResult({n: made_up_value(spec, n) for n in good}, bad)
 
     async def release(self) -> None:
         self.num_released += 1
@@ -145,24 +135,22 @@ class FakeManager:
 class FakeView:
     """ApiView of a server with two workers, the second of which answers with vectors.
 
-    `by_name` and `by_function` say how its workers can be called; `failure` is raised by every call, which takes
-    `call_sec` seconds.
+    `failure` is raised by every call, which takes `call_sec` seconds. Its workers compile if their `device` is "cuda".
     """
 
-    def __init__(self, by_name: bool = True, by_function: bool = False, call_sec: float = 0.001) -> None:
+    def __init__(self, call_sec: float = 0.001) -> None:
         self.call_sec = call_sec
         self.max_model_len = 64
         self.max_num_batched_tokens = 48
         self.max_num_seqs = 5
         self.hidden_size = 16
-        self.by_name = by_name
-        self.by_function = by_function
+        self.device = "cpu"
         self.chat_is_served = False
         self.dead = False
         self.hangs = False
         self.failure: Exception | None = None
         self.answers: list[Any] | None = None
-        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.num_running = 0
         self.max_running = 0
 
@@ -175,13 +163,7 @@ class FakeView:
     def is_dead(self) -> bool:
         return self.dead
 
-    def has_worker_method(self, name: str) -> bool:
-        return self.by_name
-
-    def may_send_functions(self) -> bool:
-        return self.by_function
-
-    async def call_workers(self, method: Any, args: tuple[Any, ...]) -> list[Any]:
+    async def call_workers(self, method: str, *args: Any) -> list[Any]:
         self.calls.append((method, args))
         self.num_running += 1
         self.max_running = max(self.max_running, self.num_running)
@@ -195,16 +177,14 @@ class FakeView:
             raise self.failure
         if self.answers is not None:
             return self.answers
-        name, *rest = (method, *args) if isinstance(method, str) else args
-        return [None, self._answer(name, *rest)]
+        answer = self._answer(method, *args)
+        return [answer if method == "poc_warm_up" else None, answer]
 
-    @staticmethod
-    def _answer(name: str, *args: Any) -> dict[str, Any] | None:
-        if name == "poc_compute":
-            spec, nonces = VectorSpec(**args[0]), args[1]
-            rows = b"".join(made_up_vector(spec, n).tobytes() for n in nonces)
-            return {"nonces": nonces, "vectors": rows, "finite": [True] * len(nonces)}
-        if name == "poc_compute_distances":
-            distances = [made_up_distance(DistanceSpec(**args[0]), n) for n in args[1]]
-            return {"nonces": args[1], "distances": distances, "finite": [True] * len(args[1])}
-        return {"rank": 1, "device": "cpu", "layers": [0], "is_output_rank": True} if name == "poc_describe" else None
+    def _answer(self, method: str, *args: Any) -> dict[str, Any] | None:
+        if method == "poc_compute":
+            spec, nonces = spec_from(args[0]), args[1]
+            values = b"".join(made_up_value(spec, n).tobytes() for n in nonces)
+            return {"nonces": nonces, "values": values, "finite": [True] * len(nonces)}
+        if method == "poc_describe":
+            return {"rank": 1, "device": self.device, "layers": [0], "is_output_rank": True}
+        return {"compiled": True} if method == "poc_warm_up" else None

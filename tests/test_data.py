@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import math
 import time
@@ -21,15 +22,18 @@ from gonka_poc.data import (
     MAX_NONCE,
     MAX_TEXT,
     ArtifactsAnswer,
+    DistanceSpec,
     Encoding,
     GenerateRequest,
     InitGenerateRequest,
     NonceSequence,
+    Randomization,
     StatTest,
     VectorSpec,
     chunks,
     decode_vector,
     encode_vector,
+    spec_from,
 )
 from gonka_poc.threshold_data import ProofBatch, ThresholdRequest
 
@@ -398,3 +402,18 @@ def test_a_body_with_very_many_errors_is_refused_for_little(model, body, where, 
     assert len(errors) <= MAX_FIELDS
     assert seconds < 1
     assert peak < 2**24
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype", "shape"),
+    [
+        (VectorSpec("block", "key", 4, 3, True), "<f2", (3,)),
+        *[(DistanceSpec("block", "key", 4, mode.value), "<f4", ()) for mode in Randomization],
+    ],
+)
+def test_a_spec_comes_back_from_its_fields(spec, dtype, shape):
+    fields = json.loads(json.dumps(dataclasses.asdict(spec)))
+    assert spec_from(fields) == spec
+    assert (spec.value_dtype, spec.value_shape) == (np.dtype(dtype), shape)
+    with pytest.raises(TypeError):
+        spec_from({**fields, "surprise": 1})

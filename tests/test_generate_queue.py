@@ -153,7 +153,22 @@ async def test_jobs_wait_while_a_round_generates(make):
     for _ in range(20):
         await asyncio.sleep(0)
     assert manager.asked == []
+    assert made.queue.poll(job.request_id) == PendingAnswer(status="queued", request_id=job.request_id)
     made.no_round.set()
+    await job.outcome
+
+
+async def test_a_job_that_waits_for_chat_is_queued_until_its_first_batch_is_computed(make):
+    manager = FakeManager(batches=1)
+    manager.script.extend([BUSY] * 1_000_000)
+    made = make(manager)
+    job = made.queue.submit(request(range(6)))
+    await until(lambda: len(manager.asked) > 2)
+    assert made.queue.poll(job.request_id).status == "queued"
+    manager.script.clear()
+    await until(lambda: [4, 5] in manager.asked)
+    assert made.queue.poll(job.request_id).status == "running"
+    manager.allow(1)
     await job.outcome
 
 
@@ -217,7 +232,7 @@ async def test_the_queue_takes_so_many_requests_and_no_more(make, monkeypatch):
     monkeypatch.setattr(job_queue, "MAX_JOBS", 3)
     queue = make(FakeManager(batches=0)).queue
     jobs = [queue.submit(request([nonce])) for nonce in range(3)]
-    with pytest.raises(QueueFullError, match="3 requests have not ended, .*send more nonces a request"):
+    with pytest.raises(QueueFullError, match="3 requests have not ended, .*send more nonces per request"):
         queue.submit(request([3]))
     queue.drop(jobs[1], "for room")
     queue.submit(request([3]))
@@ -265,7 +280,7 @@ def test_results_take_so_much_room_and_no_more(caplog):
     """The oldest go first, and a flood of them is one line of the log a minute."""
     now = 1000.0
     results = Results(max_nonces=4000, ttl=300.0, timer=lambda: now)
-    longest = b"x" * (500 * generate_queue.CHARS_A_COUNT)
+    longest = b"x" * (500 * generate_queue.CHARS_PER_COUNT)
     for number in range(100):
         results[str(number)] = longest
     kept = list(results)
@@ -286,7 +301,7 @@ async def test_the_longest_answers_fit(make):
         params = {**generate_body([])["params"], "k_dim": k_dim}
         job = queue.submit(request(nonces, params=params))
         assert len((await job.outcome).artifacts) == len(nonces)
-        assert len(queue.poll(job.request_id)) <= 200 * generate_queue.CHARS_A_COUNT + generate_queue.BYTES_A_RESULT
+        assert len(queue.poll(job.request_id)) <= 200 * generate_queue.CHARS_PER_COUNT + generate_queue.BYTES_PER_RESULT
 
 
 async def test_an_unknown_request(make):
@@ -426,7 +441,7 @@ async def test_a_job_dropped_behind_a_round_is_never_computed(make):
     made = make(manager)
     made.no_round.clear()
     dropped, following = made.queue.submit(request([1])), made.queue.submit(request([2]))
-    await until(lambda: dropped.state == "running")
+    await asyncio.sleep(0.01)
     made.queue.drop(dropped, "the client hung up")
     made.no_round.set()
     await following.outcome

@@ -66,7 +66,7 @@ class Runner(PoCModelRunner):
         answer = self.compute(spec, nonces, next_nonces)
         assert answer is not None
         assert answer["nonces"] == nonces
-        return np.frombuffer(answer["vectors"], dtype=VECTOR_DTYPE).reshape(len(nonces), spec.k_dim).tolist()
+        return np.frombuffer(answer["values"], dtype=VECTOR_DTYPE).reshape(len(nonces), spec.k_dim).tolist()
 
 
 def expected(nonces: list[int], spec: VectorSpec = SPEC) -> list[list[float]]:

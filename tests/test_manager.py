@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fakes import MODEL, FakeManager, FakeView, made_up_vector
+from fakes import MODEL, FakeManager, FakeView, generate_body, made_up_value, until
 
 from gonka_poc.config import Settings
-from gonka_poc.data import Params, VectorSpec
+from gonka_poc.data import DistanceSpec, GenerateRequest, Params, VectorSpec
 from gonka_poc.errors import (
     ComputeError,
     ConflictError,
@@ -21,8 +22,9 @@ from gonka_poc.errors import (
     WorkerMemoryError,
 )
 from gonka_poc.manager import PoCManagerV1
-from gonka_poc.vllm_compat import ApiView
-from gonka_poc.worker import poc_call
+from gonka_poc.server.generate_queue import GenerateQueue
+from gonka_poc.vllm_compat import WORKER_EXTENSION, ApiView
+from gonka_poc.worker import PoCWorkerExtension
 
 SPEC = VectorSpec("block", "key", seq_len=4, k_dim=3, poc_stronger_rng=True)
 SPEC_FIELDS = {"block_hash": "block", "public_key": "key", "seq_len": 4, "k_dim": 3, "poc_stronger_rng": True}
@@ -48,27 +50,54 @@ def test_the_fakes_are_called_like_what_they_stand_for(fake, real):
 # --- how workers are called -------------------------------------------------------------------------------------
 
 
-async def test_by_name_where_the_extension_is_loaded():
-    view = FakeView(by_name=True, by_function=True)
+class EngineClient:
+    """vLLM's client of an engine, as far as its workers are concerned."""
+
+    def __init__(self) -> None:
+        self.calls: list = []
+
+    async def collective_rpc(self, method, args) -> list:
+        self.calls.append((method, args))
+        return [{"nonces": args[1], "values": ROW * len(args[1]), "finite": [True] * len(args[1])}]
+
+    errored = False
+    output_processor = SimpleNamespace(has_unfinished_requests=lambda: False)
+
+
+def api_view(extension: str, may_send: bool, monkeypatch) -> ApiView:
+    """The real view, over `EngineClient` as its `client`."""
+    monkeypatch.setattr("vllm.envs.VLLM_ALLOW_INSECURE_SERIALIZATION", may_send)
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(worker_extension_cls=extension),
+        model_config=SimpleNamespace(max_model_len=64, model=MODEL, get_hidden_size=lambda: 16),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=48, max_num_seqs=5),
+    )
+    return ApiView(SimpleNamespace(state=SimpleNamespace(engine_client=EngineClient(), vllm_config=config)))
+
+
+@pytest.mark.parametrize("may_send", [True, False])
+async def test_by_name_where_the_extension_is_loaded(monkeypatch, may_send):
+    view = api_view(WORKER_EXTENSION, may_send, monkeypatch)
     await PoCManagerV1(view).compute(SPEC, [5, 3], [7])
-    assert view.calls == [("poc_compute", (SPEC_FIELDS, [5, 3], [7]))]
+    assert view.client.calls == [("poc_compute", (SPEC_FIELDS, [5, 3], [7]))]
 
 
-async def test_by_function_where_it_is_not():
-    view = FakeView(by_name=False, by_function=True)
+@pytest.mark.parametrize("extension", ["", "gonka_poc.config.Settings"])
+async def test_by_function_where_it_is_not(monkeypatch, extension):
+    view = api_view(extension, True, monkeypatch)
     result = await PoCManagerV1(view).compute(SPEC, [5, 3])
-    assert view.calls == [(poc_call, ("poc_compute", SPEC_FIELDS, [5, 3], []))]
-    assert list(result.vectors) == [5, 3]
+    assert view.client.calls == [(PoCWorkerExtension.poc_compute, (SPEC_FIELDS, [5, 3], []))]
+    assert list(result.values) == [5, 3]
 
 
 @pytest.mark.parametrize("call", [lambda m: m.prepare(), lambda m: m.check(params()), lambda m: m.compute(SPEC, [1])])
-async def test_without_either_both_settings_are_named(call):
-    view = FakeView(by_name=False, by_function=False)
+async def test_without_either_both_settings_are_named(monkeypatch, call):
+    view = api_view("", False, monkeypatch)
     with pytest.raises(EngineUnavailableError) as error:
         await call(PoCManagerV1(view))
     assert "--worker-extension-cls gonka_poc.worker.PoCWorkerExtension" in str(error.value)
     assert "VLLM_ALLOW_INSECURE_SERIALIZATION=1" in str(error.value)
-    assert view.calls == []
+    assert view.client.calls == []
 
 
 async def test_calls_never_overlap():
@@ -107,26 +136,28 @@ async def test_chat_that_began_while_a_batch_waited_goes_first():
     while not view.num_running:
         await asyncio.sleep(0)
     view.chat_is_served = True
-    assert list((await first).vectors) == [0]
+    assert list((await first).values) == [0]
     assert await second is None
 
 
 # --- answers ----------------------------------------------------------------------------------------------------
 
 
-async def test_vectors_by_nonce():
-    result = await PoCManagerV1(FakeView()).compute(SPEC, [5, 3])
-    assert list(result.vectors) == [5, 3]
-    for nonce, vector in result.vectors.items():
-        assert vector.tolist() == made_up_vector(SPEC, nonce).tolist()
+@pytest.mark.parametrize("spec", [SPEC, DistanceSpec("block", "key", 4, "sign_flips")])
+async def test_values_by_nonce(spec):
+    result = await PoCManagerV1(FakeView()).compute(spec, [5, 3])
+    assert list(result.values) == [5, 3]
+    for nonce, value in result.values.items():
+        assert value.tolist() == made_up_value(spec, nonce).tolist()
+        assert (value.dtype, value.shape) == (spec.value_dtype, spec.value_shape)
     assert result.not_computed_nonces == []
 
 
 async def test_rows_with_nan_are_dropped_and_logged(caplog):
     view = FakeView()
-    view.answers = [{"nonces": [5, 3, 9], "vectors": ROW + NAN_ROW + ROW, "finite": [True, False, True]}]
+    view.answers = [{"nonces": [5, 3, 9], "values": ROW + NAN_ROW + ROW, "finite": [True, False, True]}]
     result = await PoCManagerV1(view).compute(SPEC, [5, 3, 9])
-    assert list(result.vectors) == [5, 9]
+    assert list(result.values) == [5, 9]
     assert result.not_computed_nonces == [3]
     assert "dropped 1 nonces with NaN or Inf: [3]" in caplog.text
     assert view.calls[-1] == ("poc_release", ())  # on all ranks, before any other batch
@@ -134,7 +165,7 @@ async def test_rows_with_nan_are_dropped_and_logged(caplog):
 
 @pytest.mark.parametrize(
     "answer",
-    [{"vectors": ROW, "finite": [True, True]}, {"vectors": ROW * 2, "finite": [True]}, {"vectors": b"", "finite": []}],
+    [{"values": ROW, "finite": [True, True]}, {"values": ROW * 2, "finite": [True]}, {"values": b"", "finite": []}],
 )
 async def test_an_answer_of_another_size_is_never_taken(answer):
     view = FakeView()
@@ -146,7 +177,7 @@ async def test_an_answer_of_another_size_is_never_taken(answer):
 @pytest.mark.parametrize("answering", [0, 2])
 async def test_exactly_one_worker_must_answer(answering):
     view = FakeView()
-    view.answers = [None, *[{"nonces": [5], "vectors": ROW, "finite": [True]}] * answering]
+    view.answers = [None, *[{"nonces": [5], "values": ROW, "finite": [True]}] * answering]
     with pytest.raises(ComputeError, match=f"{answering} of {answering + 1} did"):
         await PoCManagerV1(view).compute(SPEC, [5])
 
@@ -234,7 +265,7 @@ async def test_workers_that_do_not_answer_in_time(monkeypatch):
 async def test_an_answer_for_other_nonces_is_never_taken():
     """One that an earlier call left unread would give each nonce the vector of another."""
     view = FakeView()
-    view.answers = [{"nonces": [3, 5], "vectors": ROW * 2, "finite": [True, True]}]
+    view.answers = [{"nonces": [3, 5], "values": ROW * 2, "finite": [True, True]}]
     with pytest.raises(ComputeError, match="other nonces"):
         await PoCManagerV1(view).compute(SPEC, [5, 3])
 
@@ -339,10 +370,10 @@ async def test_the_time_of_compiling_is_not_that_of_comparing(monkeypatch):
     view.answers = [{"device": "cuda", "compiled": True}]
     call = view.call_workers
 
-    async def call_workers(method, args):
+    async def call_workers(method, *args):
         if args[-1:] == (0,):
             await asyncio.sleep(0.5)
-        return await call(method, args)
+        return await call(method, *args)
 
     view.call_workers = call_workers
     await PoCManagerV1(view).prepare()
@@ -363,8 +394,8 @@ async def test_a_warm_up_without_memory_is_only_logged(caplog):
     manager = PoCManagerV1(view)
     call = view.call_workers
 
-    async def call_workers(method, args):
-        answers = await call(method, args)
+    async def call_workers(method, *args):
+        answers = await call(method, *args)
         return [refused("WorkerMemoryError", "4 GiB")] if method == "poc_warm_up" else answers
 
     view.call_workers = call_workers
@@ -372,8 +403,58 @@ async def test_a_warm_up_without_memory_is_only_logged(caplog):
     assert "could not warm up with 1 nonces of 48 tokens" in caplog.text
 
 
-@pytest.mark.parametrize(("chat", "ahead"), [(False, [7, 8]), (True, [])])
-async def test_nonces_are_computed_ahead_while_chat_is_idle(chat, ahead):
+async def test_a_server_that_missed_its_warm_up_is_warmed_up_behind_chat(monkeypatch):
+    """Its first requests for proof run the plain forward."""
+    monkeypatch.setattr("gonka_poc.manager.CHAT_MEMORY_SEC", 1e9)
+    view = FakeView()
+    view.device, view.dead = "cuda", True
+    manager = PoCManagerV1(view, Settings(chat_backoff_sec=0.001))
+    with pytest.raises(EngineUnavailableError):
+        await manager.prepare()
+    view.dead, view.chat_is_served = False, True
+    for _ in range(2):
+        await manager.check(params())
+    await asyncio.sleep(0.02)
+    view.chat_is_served = False  # a pause that may be short
+    await asyncio.sleep(0.02)
+    assert await manager.compute(SPEC, [1])
+    assert [method for method, _ in view.calls] == ["poc_describe", "poc_compute"]
+    view.chat_is_served = True
+    monkeypatch.setattr("gonka_poc.manager.CHAT_MEMORY_SEC", 0.0)
+    await asyncio.sleep(0.02)
+    assert len(view.calls) == 2
+    view.chat_is_served = False
+    await until(lambda: [args for method, args in view.calls if method == "poc_warm_up"])
+    view.chat_is_served = True  # compiled: the comparisons too are behind chat
+    await asyncio.sleep(0.05)
+    assert len(view.calls) == 3
+    view.chat_is_served = False
+    await until(lambda: len(view.calls) == 258)
+    assert await manager.compute(SPEC, [1])
+    await manager.check(params())
+    assert [args for method, args in view.calls if method == "poc_warm_up"] == [(48, 1, first) for first in range(256)]
+    assert view.max_running == 1
+
+
+async def test_a_warm_up_that_failed_is_tried_again_behind_chat(monkeypatch, caplog):
+    monkeypatch.setattr("gonka_poc.manager.CHAT_MEMORY_SEC", 0.0)
+    monkeypatch.setattr("gonka_poc.manager.WARM_UP_NONCES", 1)
+    view = FakeView()
+    view.device = "cuda"
+    manager = PoCManagerV1(view, Settings(chat_backoff_sec=0.001))
+    await manager._reach_workers()
+    view.failure = RuntimeError("later")
+    await manager.check(params())
+    await until(lambda: "PoC could not warm up: a worker failed: later" in caplog.text)
+    view.failure = None
+    for _ in range(3):
+        await manager.check(params())
+        await asyncio.sleep(0.02)
+    assert [method for method, _ in view.calls] == ["poc_describe", "poc_warm_up", "poc_warm_up"]
+
+
+@pytest.mark.parametrize(("chat", "prefetched"), [(False, [7, 8]), (True, [])])
+async def test_the_next_nonces_are_prefetched_while_chat_is_idle(chat, prefetched):
     view = FakeView()
     manager = PoCManagerV1(view)
     if chat:
@@ -381,7 +462,7 @@ async def test_nonces_are_computed_ahead_while_chat_is_idle(chat, ahead):
         assert await manager.compute(SPEC, [5, 6], [7, 8]) is None
         view.chat_is_served = False
     await manager.compute(SPEC, [5, 6], [7, 8])
-    assert [args[2] for _, args in view.calls] == [ahead]
+    assert [args[2] for _, args in view.calls] == [prefetched]
 
 
 async def test_a_worker_that_refuses_to_be_described():
@@ -402,12 +483,41 @@ def test_micro_batch_size(seq_len, size):
 # --- release ----------------------------------------------------------------------------------------------------
 
 
-async def test_release_reaches_the_workers():
+def num_released(view: FakeView) -> int:
+    return view.calls.count(("poc_release", ()))
+
+
+async def test_release_reaches_the_workers_once():
     view = FakeView()
     manager = PoCManagerV1(view)
     await manager.prepare()
-    await manager.release()
+    for _ in range(2):
+        await manager.compute(SPEC, [1])
+        for _ in range(2):
+            await manager.release()
     assert view.calls[-1] == ("poc_release", ())
+    assert num_released(view) == 2
+
+
+async def test_workers_keep_what_they_have_from_one_request_to_the_next(monkeypatch):
+    """And drop it, once, when none came for some time."""
+    monkeypatch.setattr("gonka_poc.manager.RELEASE_AFTER_SEC", 0.3)
+    view, no_round = FakeView(), asyncio.Event()
+    manager = PoCManagerV1(view)
+    no_round.set()
+    queue = GenerateQueue(manager, Settings(), no_round, on_completed=lambda *_: asyncio.sleep(0))
+    for nonce in range(20):
+        request = GenerateRequest.model_validate(generate_body([nonce]))
+        await manager.check(request.params)
+        await queue.submit(request).outcome
+        await asyncio.sleep(0.02)  # 0.4 s of requests: each puts the release off
+    assert len(view.calls) == 21
+    assert num_released(view) == 0
+    await asyncio.sleep(0.8)
+    assert num_released(view) == 1
+    await manager.compute(SPEC, [1])
+    await until(lambda: num_released(view) == 2)
+    await queue.close()
 
 
 @pytest.mark.parametrize(("prepared", "dead"), [(False, False), (True, True)])

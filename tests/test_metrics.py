@@ -137,7 +137,7 @@ async def test_the_manager_reports_its_batches():
     manager = PoCManagerV1(view, metrics=metrics)
     await manager.compute(SPEC, [1, 2, 3])
     rows = b"".join(bytes(6) for _ in range(3))
-    view.answers = [None, {"nonces": [4, 5, 6], "vectors": rows, "finite": [True, False, False]}]
+    view.answers = [None, {"nonces": [4, 5, 6], "values": rows, "finite": [True, False, False]}]
     await manager.compute(SPEC, [4, 5, 6])
     view.chat_is_served = True
     assert await manager.compute(SPEC, [7]) is None

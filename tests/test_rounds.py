@@ -28,11 +28,14 @@ class Delivered(list[BatchResult]):
 
     @property
     def nonces(self) -> list[int]:
-        return [nonce for result in self for nonce in result.vectors]
+        return [nonce for result in self for nonce in result.values]
 
 
 def start(manager: FakeManager, delivered: Delivered, **changes) -> GenerateRound:
-    return GenerateRound(manager, InitGenerateRequest.model_validate(round_body(**changes)), delivered.take, SETTINGS)
+    request = InitGenerateRequest.model_validate(round_body(**changes))
+    current = GenerateRound(manager, request, delivered.take, SETTINGS)
+    current.start()
+    return current
 
 
 async def finish(current: GenerateRound, manager: FakeManager) -> None:
@@ -60,7 +63,7 @@ async def test_vectors_are_those_of_the_request():
     current = start(manager, delivered)
     await until(lambda: delivered)
     await finish(current, manager)
-    for nonce, vector in delivered[0].vectors.items():
+    for nonce, vector in delivered[0].values.items():
         assert vector.tolist() == made_up_vector(current.request.spec, nonce).tolist()
 
 
@@ -208,6 +211,17 @@ async def test_stop_before_the_first_batch():
     current.stop()
     await current.task
     assert manager.asked == []
+
+
+async def test_a_round_computes_nothing_before_its_start():
+    manager = FakeManager(batches=0)
+    current = GenerateRound(manager, InitGenerateRequest.model_validate(round_body()), Delivered().take, SETTINGS)
+    await asyncio.sleep(0.01)
+    assert (current.active, current.stopped, manager.asked) == (True, False, [])
+    current.start()
+    await until(lambda: manager.asked)
+    await finish(current, manager)
+    assert current.stopped
 
 
 async def test_config_as_status_shows_it():

@@ -434,7 +434,7 @@ async def test_a_round_can_start_while_the_last_batch_of_another_ends(api):
     assert (status["status"], status["config"]["block_hash"]) == ("GENERATING", "other")
     # the end of the first round does not let the queue pass the second
     assert [99] not in api.manager.asked
-    assert (await api.client.get(f"/generate/{queued.json()['request_id']}")).json()["status"] == "running"
+    assert (await api.client.get(f"/generate/{queued.json()['request_id']}")).json()["status"] == "queued"
 
 
 async def test_a_round_that_failed_says_why_and_another_can_start(api):

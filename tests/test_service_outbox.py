@@ -422,12 +422,12 @@ async def test_a_large_request_does_not_hold_the_event_loop(server):
             await asyncio.sleep(0.001)
             longest = max(longest, time.perf_counter() - before)
 
-    results = [BatchResult({n: np.zeros(12, dtype=VECTOR_DTYPE) for n in range(100_000)}, [])]
+    result = BatchResult({n: np.zeros(12, dtype=VECTOR_DTYPE) for n in range(100_000)}, [])
     job = GenerateJob(GenerateRequest.model_validate(generate_body([], url=URL)))
     started = time.thread_time()
     watching = asyncio.create_task(watch())
     await asyncio.sleep(0)
-    await api.service.queue._finish(job, results)
+    await api.service.queue._build_outcome(job, result)
     done.set()
     await watching
     on_the_loop = time.thread_time() - started

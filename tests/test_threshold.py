@@ -19,14 +19,14 @@ from pydantic import ValidationError
 
 from gonka_poc import routes
 from gonka_poc.config import Settings
-from gonka_poc.data import DistanceSpec, Randomization
+from gonka_poc.data import BatchResult, DistanceSpec, Randomization
 from gonka_poc.errors import ComputeError
 from gonka_poc.manager import PoCManagerV1
 from gonka_poc.routes import PREFIX, make_app
 from gonka_poc.server import threshold
 from gonka_poc.server.service import PoCService
 from gonka_poc.server.threshold import PoCStats
-from gonka_poc.threshold_data import DistanceResult, ProofBatch, ThresholdRequest
+from gonka_poc.threshold_data import ProofBatch, ThresholdRequest
 from gonka_poc.validation import validate_proof
 
 R_TARGET = 1.405
@@ -158,9 +158,9 @@ def test_a_wrong_proof(changes, says):
 
 
 def test_the_valid_part_of_a_batch():
-    batch = ProofBatch.model_validate(proof_body([1, 2, 3], [1.404, 1.405, 1.3]))
-    assert batch.sub_batch(R_TARGET) == ProofBatch.model_validate(proof_body([1, 3], [1.404, 1.3]))
-    assert batch.sub_batch(0.0).nonces == []
+    batch = BatchResult({n: np.array(dist, "<f4") for n, dist in {1: 1.404, 2: 1.405, 3: 1.3}.items()}, [4])
+    assert list(threshold.valid_distances(batch, float(np.float32(1.405)))) == [1, 3]
+    assert threshold.valid_distances(batch, 0.0) == {}
 
 
 def test_progress():
@@ -170,7 +170,7 @@ def test_progress():
     stats.resume()
     stats.pause()
     stats.pause()
-    stats.add(DistanceResult({nonce: 1.4 + nonce / 100 for nonce in range(40)}, [40]), 1.415)
+    stats.add(BatchResult({nonce: np.array(1.4 + nonce / 100) for nonce in range(40)}, [40]), 1.415)
     stats.resume()
     stats.resume()
     assert str(stats) == "Generated: 2 / 40 (1 in 20.0) Time: 2.0 min (1.0 valid/min, 20.0 raw/min)"

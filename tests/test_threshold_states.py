@@ -32,10 +32,10 @@ class SlowView(FakeView):
 
     laps = 0
 
-    async def call_workers(self, method: Any, args: tuple[Any, ...]) -> list[Any]:
+    async def call_workers(self, method: str, *args: Any) -> list[Any]:
         for _ in range(self.laps):
             await asyncio.sleep(0)
-        return await super().call_workers(method, args)
+        return await super().call_workers(method, *args)
 
 
 class Server(RuleBasedStateMachine):

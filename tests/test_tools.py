@@ -34,7 +34,7 @@ from gonka_poc.cli.prover import Sizes, is_gapless
 from gonka_poc.cli.receive import Delivery, Receiver
 from gonka_poc.cli.report import as_html, row_of
 from gonka_poc.cli.smoke import smoke
-from gonka_poc.data import VECTOR_DTYPE, Artifact, DistanceSpec, StatTest, encode_vector
+from gonka_poc.data import VECTOR_DTYPE, Artifact, DistanceSpec, StatTest, VectorSpec, encode_vector
 from gonka_poc.errors import ArtifactFileError, ComputeError, ServerAnswerError, ToolError
 
 
@@ -445,14 +445,10 @@ class Broken(FakeManager):
 
     async def compute(self, spec: Any, nonces: list[int], following: Any = ()) -> Any:
         result = await super().compute(await self._spec(spec), nonces)
-        if self.fault == "too long":
-            result = replace(result, vectors={n: (v * 1.1).astype(VECTOR_DTYPE) for n, v in result.vectors.items()})
-        return result
-
-    async def compute_distances(self, spec: Any, nonces: list[int], following: Any = ()) -> Any:
-        result = await super().compute_distances(await self._spec(spec), nonces)
-        if self.fault == "off":
-            result = replace(result, distances={n: d + 0.01 for n, d in result.distances.items()})
+        if self.fault == "too long" and isinstance(spec, VectorSpec):
+            result = replace(result, values={n: (v * 1.1).astype(VECTOR_DTYPE) for n, v in result.values.items()})
+        if self.fault == "off" and isinstance(spec, DistanceSpec):
+            result = replace(result, values={n: d + 0.01 for n, d in result.values.items()})
         return result
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
-from gonka_poc.data import VectorSpec
+from gonka_poc.data import DistanceSpec, VectorSpec
 from gonka_poc.errors import RequestError
-from gonka_poc.worker import MAX_MESSAGE, PoCWorkerExtension, poc_call
+from gonka_poc.worker import MAX_MESSAGE, PoCWorkerExtension
 
 SPEC = {"block_hash": "b", "public_key": "k", "seq_len": 4, "k_dim": 3, "poc_stronger_rng": False}
 
@@ -19,7 +21,7 @@ class Runner:
     def __init__(self, failure=None):
         self.failure, self.asked = failure, []
 
-    def compute(self, spec, nonces, following=()):
+    def compute(self, spec, nonces, next_nonces=()):
         self.asked.append((spec, nonces))
         if self.failure is not None:
             raise self.failure
@@ -36,7 +38,22 @@ class Worker(PoCWorkerExtension):
 def test_an_answer_is_that_of_the_runner():
     worker = Worker(Runner())
     assert worker.poc_compute(SPEC, [1, 2]) == {"nonces": [1, 2]}
-    assert worker.poc_runner.asked == [(VectorSpec(**SPEC), [1, 2])]
+    distances = {"block_hash": "b", "public_key": "k", "seq_len": 4, "randomization": "permutation"}
+    assert worker.poc_compute(distances, [3]) == {"nonces": [3]}
+    assert worker.poc_runner.asked == [(VectorSpec(**SPEC), [1, 2]), (DistanceSpec(**distances), [3])]
+
+
+def test_a_method_is_a_function_of_any_worker():
+    """A server that was started without the extension is sent it, and calls it on what wraps its worker."""
+
+    class Wrapper:
+        worker = SimpleNamespace(poc_runner=Runner())
+
+        def __getattr__(self, name):
+            return getattr(self.worker, name)
+
+    assert PoCWorkerExtension.poc_compute(Wrapper(), SPEC, [1, 2]) == {"nonces": [1, 2]}
+    assert PoCWorkerExtension.poc_release(SimpleNamespace()) is None
 
 
 @pytest.mark.parametrize(
@@ -63,10 +80,6 @@ def test_arguments_that_are_none_of_ours_are_an_answer():
 def test_a_message_is_bounded():
     message = Worker(Runner(ValueError("x" * 10**6))).poc_compute(SPEC, [1])["error"]["message"]
     assert len(message) == MAX_MESSAGE
-
-
-def test_a_worker_without_a_runner_has_nothing_to_release():
-    assert poc_call(type("Bare", (), {})(), "poc_release") is None
 
 
 def test_every_attribute_is_ours():

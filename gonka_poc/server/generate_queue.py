@@ -1,12 +1,14 @@
-"""Requests for given nonces (POST /generate): first in, first out, behind a round that generates."""
+"""The queue of requests for given nonces (POST /generate), and the results that can be polled."""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import math
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from cachetools import TTLCache
 from pydantic import TypeAdapter
@@ -23,57 +25,55 @@ from gonka_poc.data import (
     PendingAnswer,
     Validation,
     ValidationAnswer,
-    VectorSpec,
     encode_vector,
     vector_chars,
 )
-from gonka_poc.errors import NotFoundError
+from gonka_poc.errors import NotFoundError, PoCError
 from gonka_poc.manager import PoCManagerV1
 from gonka_poc.server.job_queue import MAX_JOBS, Job, JobQueue
 from gonka_poc.validation import validate_artifacts
 
 logger = logging.getLogger("vllm.gonka_poc.queue")
 
-# a nonce counts once for each so many values of its vector
-K_DIM_A_COUNT = 32
-# most characters that a nonce takes in an answer, for each time that it counts
-CHARS_A_COUNT = 160
-# what holds a finished answer, and an answer of no nonces
-BYTES_A_RESULT = 1024
+# a nonce counts once per this many values of its vector
+K_DIM_PER_COUNT = 32
+# most characters that a nonce takes in an answer, per count
+CHARS_PER_COUNT = 160
+# overhead of a finished answer
+BYTES_PER_RESULT = 1024
 DROP_WARNING_SEC = 60.0
 COMPLETED: TypeAdapter[Completed] = TypeAdapter(Completed)
 
 
-class GenerateJob(Job[VectorSpec, Completed]):
-    """One accepted request; its outcome is its answer.
+class GenerateJob(Job):
+    """One accepted request; its outcome is its answer, and `body` the same as JSON.
 
     `received` are the vectors to validate (base64 by nonce), instead of `request.validation`; None if there are none.
     """
 
+    outcome: asyncio.Future[Completed]
+
     def __init__(self, request: GenerateRequest) -> None:
-        weight = -(-request.params.k_dim // K_DIM_A_COUNT)
+        weight = -(-request.params.k_dim // K_DIM_PER_COUNT)
         super().__init__(request.spec, request.nonces, request.batch_size, weight)
         # without the objects of the received vectors, which take several times as much as their texts
         self.request = request.model_copy(update={"validation": None})
         self.received = None if request.validation is None else _received(request, request.validation)
-        self.text: bytes | None = None
-        """The answer as JSON, once it is known that the job completed."""
+        self.body: bytes | None = None
 
-    @property
-    def name(self) -> str:
-        """What the log calls it."""
+    def __str__(self) -> str:
         return f"PoC request {self.request_id}"
 
 
 class Results(TTLCache[str, bytes]):
-    """Answers by request id, each for `ttl` seconds; the oldest are dropped before that where they are too many.
+    """Answers by request id, each for `ttl` seconds; the oldest are dropped sooner where they take too much room.
 
     There is room for the longest answers of `max_nonces` nonces.
     """
 
     def __init__(self, max_nonces: int, ttl: float, timer: Callable[[], float] = time.monotonic) -> None:
-        size = max_nonces * CHARS_A_COUNT + MAX_JOBS * BYTES_A_RESULT
-        super().__init__(size, ttl, timer, getsizeof=lambda text: len(text) + BYTES_A_RESULT)
+        size = max_nonces * CHARS_PER_COUNT + MAX_JOBS * BYTES_PER_RESULT
+        super().__init__(size, ttl, timer, getsizeof=lambda body: len(body) + BYTES_PER_RESULT)
         self._num_dropped = 0
         self._next_warning = -math.inf
 
@@ -90,7 +90,7 @@ class Results(TTLCache[str, bytes]):
         return item
 
 
-class GenerateQueue(JobQueue[GenerateJob, BatchResult]):
+class GenerateQueue(JobQueue):
     """Computes behind a round that generates; finished jobs can be polled for POC_RESULT_TTL_SEC seconds.
 
     `no_round` is set while no round generates; jobs wait for it before each micro-batch. `on_completed` is awaited
@@ -113,7 +113,9 @@ class GenerateQueue(JobQueue[GenerateJob, BatchResult]):
 
     def submit(self, request: GenerateRequest) -> GenerateJob:
         """Accept a request. Raises QueueFullError where it would take the queue over its limit."""
-        return self._add(GenerateJob(request))
+        job = GenerateJob(request)
+        self._add(job)
+        return job
 
     def poll(self, request_id: str) -> PendingAnswer | bytes:
         """The state of a request, or its answer (Completed or FailedAnswer) as JSON.
@@ -131,31 +133,26 @@ class GenerateQueue(JobQueue[GenerateJob, BatchResult]):
             )
         return finished
 
-    async def _turn(self) -> None:
+    async def _wait_for_turn(self) -> None:
         await self._no_round.wait()
 
-    async def _compute(self, spec: VectorSpec, nonces: list[int], following: list[int]) -> BatchResult | None:
-        return await self._manager.compute(spec, nonces, following)
-
-    async def _finish(self, job: GenerateJob, results: list[BatchResult]) -> Completed:
+    async def _build_outcome(self, job: Any, result: BatchResult) -> Completed:
         # in a thread: of 100,000 nonces it takes seconds, in which no other request would be served
-        answer, text = await asyncio.to_thread(_answer_and_text, job, results)
+        answer = await asyncio.to_thread(_answer, job, result)
+        # kept as JSON: the objects of 100,000 artifacts would take ten times as much
+        body = await asyncio.to_thread(COMPLETED.dump_json, answer)
         if not job.outcome.done():
             await self._on_completed(job, answer)
-            job.text = text
+            job.body = body
             # a job that was dropped while its callback was stored has been delivered, so it has not failed
-            self._finished[job.request_id] = text
+            self._finished[job.request_id] = body
         return answer
 
-    async def _idle(self) -> None:
-        if self._no_round.is_set():
-            await self._manager.release()
-
-    def _ended(self, job: GenerateJob) -> None:
-        error = job.outcome.exception()
-        if error is not None:
-            failed = FailedAnswer(request_id=job.request_id, error=str(error))
+    def _settle(self, job: Job, outcome: Any) -> None:
+        if isinstance(outcome, PoCError) and not job.outcome.done():
+            failed = FailedAnswer(request_id=job.request_id, error=str(outcome))
             self._finished[job.request_id] = failed.model_dump_json().encode()
+        super()._settle(job, outcome)
 
 
 def _received(request: GenerateRequest, validation: Validation) -> dict[int, str]:
@@ -168,16 +165,8 @@ def _received(request: GenerateRequest, validation: Validation) -> dict[int, str
     return received
 
 
-def _answer_and_text(job: GenerateJob, results: list[BatchResult]) -> tuple[Completed, bytes]:
-    # as text: the objects of 100,000 artifacts would take ten times as much
-    answer = _answer(job, results)
-    return answer, COMPLETED.dump_json(answer)
-
-
-def _answer(job: GenerateJob, results: list[BatchResult]) -> Completed:
-    request = job.request
-    vectors = {nonce: vector for result in results for nonce, vector in result.vectors.items()}
-    not_computed = [nonce for result in results for nonce in result.not_computed_nonces]
+def _answer(job: GenerateJob, result: BatchResult) -> Completed:
+    request, vectors, not_computed = job.request, result.values, result.not_computed_nonces
     if job.received is None:
         return ArtifactsAnswer(
             request_id=job.request_id,
@@ -186,12 +175,5 @@ def _answer(job: GenerateJob, results: list[BatchResult]) -> Completed:
             not_computed_nonces=not_computed or None,
         )
     verdict = validate_artifacts(job.received, vectors, not_computed, request.stat_test)
-    return ValidationAnswer(
-        request_id=job.request_id,
-        n_total=verdict.n_total,
-        n_mismatch=verdict.n_mismatch,
-        mismatch_nonces=verdict.mismatch_nonces,
-        p_value=verdict.p_value,
-        fraud_detected=verdict.fraud_detected,
-        not_computed_nonces=verdict.not_computed_nonces or None,
-    )
+    fields = {**dataclasses.asdict(verdict), "not_computed_nonces": not_computed or None}
+    return ValidationAnswer(request_id=job.request_id, **fields)

@@ -1,4 +1,4 @@
-"""A round: continuous generation for one node; of artifacts here (POST /init/generate), of distances in `threshold`."""
+"""A round: continuous generation for one node. Here of artifacts (POST /init/generate), in `threshold` of distances."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
-from typing import Generic, TypeVar
 
 from gonka_poc.config import Settings
 from gonka_poc.data import MAX_NONCE, BatchResult, InitGenerateRequest, RoundConfig, RoundStats
 from gonka_poc.errors import ComputeError, PoCError, WorkerMemoryError, printable
 from gonka_poc.manager import PoCManagerV1
-from gonka_poc.threshold_data import DistanceResult, ThresholdRequest
+from gonka_poc.threshold_data import ThresholdRequest
 
 logger = logging.getLogger("vllm.gonka_poc.rounds")
 
@@ -23,22 +22,18 @@ MAX_FAILURES, RETRY_SEC = 3, 1.0
 MAX_EMPTY_BATCHES = 3
 
 
-Request = TypeVar("Request", bound=InitGenerateRequest | ThresholdRequest)
-Result = TypeVar("Result", bound=BatchResult | DistanceResult)
-
-
-class Round(ABC, Generic[Request, Result]):
-    """Goes through a node's nonces in order; `deliver` takes each batch before its nonces count as done.
+class Round(ABC):
+    """Goes through a node's nonces in order, from `start()` on; `deliver` takes each batch.
 
     A nonce is done when `deliver` has returned; a batch that chat displaced is tried again with the same nonces.
-    `start` of them were done before: by a round that lost its server.
+    The first `start` of them were done before: by a round that lost its server.
     """
 
     def __init__(
         self,
         manager: PoCManagerV1,
-        request: Request,
-        deliver: Callable[[Result], Awaitable[None]],
+        request: InitGenerateRequest | ThresholdRequest,
+        deliver: Callable[[BatchResult], Awaitable[None]],
         settings: Settings,
         start: int = 0,
     ) -> None:
@@ -47,40 +42,39 @@ class Round(ABC, Generic[Request, Result]):
         self._manager = manager
         self._deliver = deliver
         self._settings = settings
-        self._first = self._done = start
+        # nonces that are done, counted from the node's first
+        self._first = self.done = start
         self._started = time.monotonic()
-        self._stopping = False
+        self.task: asyncio.Task[None] | None = None
         self._stopped_at: float | None = None
         self._running = asyncio.Event()
         self._running.set()
         self._failures = 0
         self._empty_batches = 0
+
+    def start(self) -> asyncio.Task[None]:
+        """Begin to generate; the task ends with the round."""
         self.task = asyncio.create_task(self._run(), name="poc-round")
+        return self.task
 
     @property
     def active(self) -> bool:
-        """Whether the round generates; False from the moment it is told to stop or pause."""
+        """True while the round generates; False as soon as it is to stop or pause."""
         return self._running.is_set() and not self.stopped
 
     @property
     def stopped(self) -> bool:
-        """Whether the round has ended, or will with the batch that a worker is computing."""
-        return self._stopping or self.task.done()
+        """True once the round has ended, or will with the batch that a worker is computing."""
+        return self._stopped_at is not None or (self.task is not None and self.task.done())
 
     def stop(self) -> None:
         """Start no further batch. One that a worker is computing is finished and delivered by `task`."""
-        self._stopping = True
         self._stopped_at = self._stopped_at or time.monotonic()
         self._running.set()
 
     @property
-    def done(self) -> int:
-        """How many of the node's nonces are done, from its first on."""
-        return self._done
-
-    @property
     def seconds_stopped(self) -> float:
-        """Since it was told to stop; 0 before."""
+        """Seconds since `stop`; 0 before."""
         return 0.0 if self._stopped_at is None else time.monotonic() - self._stopped_at
 
     @property
@@ -88,18 +82,19 @@ class Round(ABC, Generic[Request, Result]):
     def config(self) -> RoundConfig:
         """The round as /status shows it."""
 
-    @abstractmethod
-    async def _compute(self, nonces: list[int], following: list[int]) -> Result | None:
-        """What the manager answers for one batch; None if the same nonces are to be tried again."""
-
-    def _count(self, result: Result) -> None:
-        """A batch was delivered."""
+    def _count(self, result: BatchResult) -> None:
+        """Count a batch that was delivered."""
+        self.done += len(result.values) + len(result.not_computed_nonces)
 
     @property
     def stats(self) -> RoundStats:
-        """Counts since the round began."""
-        elapsed, count = time.monotonic() - self._started, self._done - self._first
-        return RoundStats(total_processed=count, nonces_per_second=count / elapsed if elapsed > 0 else 0.0)
+        """Counts since the round began, over the time in which it generated."""
+        seconds, count = self._seconds, self.done - self._first
+        return RoundStats(total_processed=count, nonces_per_second=count / seconds if seconds > 0 else 0.0)
+
+    @property
+    def _seconds(self) -> float:
+        return time.monotonic() - self._started
 
     async def _run(self) -> None:
         request = self.request
@@ -113,7 +108,7 @@ class Round(ABC, Generic[Request, Result]):
             logger.info("PoC round goes on after %d nonces that an earlier server computed", self._first)
         next_report = self._started + REPORT_INTERVAL_SEC
         try:
-            while not self._stopping:
+            while self._stopped_at is None:
                 if not self._running.is_set():
                     await self._running.wait()
                     continue
@@ -121,27 +116,30 @@ class Round(ABC, Generic[Request, Result]):
                 if time.monotonic() >= next_report:
                     self._report()
                     next_report = time.monotonic() + REPORT_INTERVAL_SEC
-            logger.info("PoC round stopped after %d nonces", self._done)
+            logger.info("PoC round stopped after %d nonces", self.done)
         except PoCError as error:
             self.error = str(error)
-            # the engine of a server that is told to end can be gone before a batch is
+            # a server that shuts down can lose its engine before a batch ends
             level, end = (
-                (logging.WARNING, "stopped, its last batch failed,") if self._stopping else (logging.ERROR, "failed")
+                (logging.ERROR, "failed")
+                if self._stopped_at is None
+                else (logging.WARNING, "stopped, its last batch failed,")
             )
-            logger.log(level, "PoC round %s after %d nonces: %s", end, self._done, printable(self.error))
+            logger.log(level, "PoC round %s after %d nonces: %s", end, self.done, printable(self.error))
         except Exception as error:
             self.error = f"{type(error).__name__}: {error}"
-            logger.exception("PoC round failed after %d nonces", self._done)
+            logger.exception("PoC round failed after %d nonces", self.done)
 
     async def _step(self) -> None:
         """The next nonces, computed and delivered; or a pause, after which they are the same."""
         request = self.request
         size = min(request.batch_size, self._manager.micro_batch_size(request.spec.seq_len))
-        nonces = request.nonces.slice(self._done, size)
+        nonces = request.nonces.slice(self.done, size)
         if not nonces:
             raise ComputeError(f"there are no nonces left: the next would be over {MAX_NONCE}")
+        next_nonces = request.nonces.slice(self.done + len(nonces), size)
         try:
-            result = await self._compute(nonces, request.nonces.slice(self._done + len(nonces), size))
+            result = await self._manager.compute(request.spec, nonces, next_nonces)
         except (ComputeError, WorkerMemoryError) as error:  # other work on the GPU may have had the memory
             self._failures += 1
             if self._failures == MAX_FAILURES:
@@ -154,7 +152,6 @@ class Round(ABC, Generic[Request, Result]):
             return
         self._failures = 0
         await self._deliver(result)
-        self._done += len(nonces)
         self._count(result)
         self._empty_batches = 0 if len(result.not_computed_nonces) < len(nonces) else self._empty_batches + 1
         if self._empty_batches == MAX_EMPTY_BATCHES:
@@ -164,11 +161,13 @@ class Round(ABC, Generic[Request, Result]):
             )
 
     def _report(self) -> None:
-        logger.info("Generated: %d nonces (%.0f/min)", self._done, 60 * self.stats.nonces_per_second)
+        logger.info("Generated: %d nonces (%.0f/min)", self.done, 60 * self.stats.nonces_per_second)
 
 
-class GenerateRound(Round[InitGenerateRequest, BatchResult]):
+class GenerateRound(Round):
     """A round of artifacts."""
+
+    request: InitGenerateRequest
 
     @property
     def config(self) -> RoundConfig:
@@ -176,6 +175,3 @@ class GenerateRound(Round[InitGenerateRequest, BatchResult]):
         request, params = self.request, self.request.params
         fields = request.model_dump(include=set(RoundConfig.model_fields))
         return RoundConfig(**fields, seq_len=params.seq_len, k_dim=params.k_dim)
-
-    async def _compute(self, nonces: list[int], following: list[int]) -> BatchResult | None:
-        return await self._manager.compute(self.request.spec, nonces, following)

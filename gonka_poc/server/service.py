@@ -33,7 +33,6 @@ from gonka_poc.server.generate_queue import GenerateJob, GenerateQueue
 from gonka_poc.server.rounds import GenerateRound
 from gonka_poc.server.threshold import ProofJob, ProofQueue, ThresholdRound, valid_distances
 from gonka_poc.threshold_data import (
-    DistanceResult,
     ProofBatch,
     ThresholdRequest,
     ThresholdStatusAnswer,
@@ -183,7 +182,7 @@ class PoCService:
             self._forget(self._round_id)
         self.proofs.clear(REPLACED)
         self._round, self._round_id = new, mark.round_id if mark else None
-        self._keep(new.task).add_done_callback(lambda task: self._round_ended(task))
+        self._keep(new.start()).add_done_callback(lambda task: self._round_ended(task))
 
     def _enter(self, current: ThresholdRound, phase: Literal["IDLE", "GENERATING", "VALIDATING"]) -> None:
         current.enter(phase)
@@ -240,7 +239,7 @@ class PoCService:
 
     def refuse_dead(self) -> None:
         """Raise EngineUnavailableError where the engine is gone for good."""
-        self._manager.refuse_dead()
+        self._manager.ensure_engine_alive()
 
     @property
     def generating(self) -> bool:
@@ -320,17 +319,17 @@ class PoCService:
 
     async def _send_generated(self, current: GenerateRound, mark: RoundMark | None, result: BatchResult) -> None:
         """Returns when the artifacts are durable; while there is no room for them, their round waits here."""
-        artifacts = [{"nonce": n, "vector_b64": encode_vector(vector)} for n, vector in result.vectors.items()]
+        artifacts = [{"nonce": n, "vector_b64": encode_vector(vector)} for n, vector in result.values.items()]
         num_done = len(artifacts) + len(result.not_computed_nonces)
         await self._store(current, mark, _generated_envelope(current.request), artifacts, num_done)
 
-    async def _send_distances(self, current: ThresholdRound, mark: RoundMark | None, result: DistanceResult) -> None:
+    async def _send_distances(self, current: ThresholdRound, mark: RoundMark | None, result: BatchResult) -> None:
         """Like `_send_generated`; of valid nonces only."""
         request = current.request
         envelope = {**_identity(request), "r_target": request.r_target}
         valid = valid_distances(result, request.r_target)
         artifacts = [{"nonce": nonce, "dist": distance} for nonce, distance in valid.items()]
-        num_done = len(result.distances) + len(result.not_computed_nonces)
+        num_done = len(result.values) + len(result.not_computed_nonces)
         await self._store(current, mark, envelope, artifacts, num_done)
 
     async def _store(

@@ -7,15 +7,14 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Literal
+from typing import Any, Literal
 
 from gonka_poc.config import Settings
-from gonka_poc.data import DistanceSpec, RoundStats, State
+from gonka_poc.data import BatchResult, State
 from gonka_poc.manager import PoCManagerV1
 from gonka_poc.server.job_queue import Job, JobQueue
 from gonka_poc.server.rounds import Round
 from gonka_poc.threshold_data import (
-    DistanceResult,
     ProofBatch,
     ProofVerdict,
     ThresholdConfig,
@@ -31,7 +30,7 @@ MAX_SHOWN = 10_000
 
 
 class PoCStats:
-    """How far a threshold round came; its time is the time in which it generates."""
+    """The progress of a threshold round; its time is the time in which it generates."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.total_checked = 0
@@ -51,10 +50,10 @@ class PoCStats:
         """The round does not generate any more."""
         self._elapsed, self._since = self.elapsed, None
 
-    def add(self, result: DistanceResult, r_target: float) -> None:
+    def add(self, result: BatchResult, r_target: float) -> None:
         """A batch was computed and delivered."""
         valid = valid_distances(result, r_target)
-        self.total_checked += len(result.distances)
+        self.total_checked += len(result.values)
         self.total_valid += len(valid)
         self.valid_nonces.extend(valid)
         self.valid_distances.extend(valid.values())
@@ -66,7 +65,7 @@ class PoCStats:
 
     @property
     def rate(self) -> float:
-        """Nonces checked a second."""
+        """Nonces checked per second."""
         return self.total_checked / self.elapsed if self.elapsed > 0 else 0.0
 
     def __str__(self) -> str:
@@ -79,22 +78,25 @@ class PoCStats:
         )
 
 
-def valid_distances(result: DistanceResult, r_target: float) -> dict[int, float]:
+def valid_distances(result: BatchResult, r_target: float) -> dict[int, float]:
     """The valid nonces of a batch, with their distances."""
-    return {nonce: distance for nonce, distance in result.distances.items() if distance < r_target}
+    distances = {nonce: float(value) for nonce, value in result.values.items()}
+    return {nonce: distance for nonce, distance in distances.items() if distance < r_target}
 
 
-class ThresholdRound(Round[ThresholdRequest, DistanceResult]):
+class ThresholdRound(Round):
     """Begins IDLE. `enter` moves it between IDLE, GENERATING and VALIDATING; `stop`, or a failure, ends it: STOPPED.
 
     It goes through its nonces while it is GENERATING; where it left off, it goes on.
     """
 
+    request: ThresholdRequest
+
     def __init__(
         self,
         manager: PoCManagerV1,
         request: ThresholdRequest,
-        deliver: Callable[[DistanceResult], Awaitable[None]],
+        deliver: Callable[[BatchResult], Awaitable[None]],
         settings: Settings,
         start: int = 0,
     ) -> None:
@@ -102,7 +104,12 @@ class ThresholdRound(Round[ThresholdRequest, DistanceResult]):
         self.progress = PoCStats()
         self._phase: State = "IDLE"
         self._running.clear()
-        self.task.add_done_callback(lambda _: self.progress.pause())
+
+    def start(self) -> asyncio.Task[None]:
+        """Begin in the present phase; the task ends with the round."""
+        task = super().start()
+        task.add_done_callback(lambda _: self.progress.pause())
+        return task
 
     @property
     def state(self) -> State:
@@ -126,10 +133,8 @@ class ThresholdRound(Round[ThresholdRequest, DistanceResult]):
         return ThresholdConfig(**fields, group_id=0, n_groups=1, k_dim=None)
 
     @property
-    def stats(self) -> RoundStats:
-        """Counts since the round began, over the time in which it generated."""
-        elapsed, count = self.progress.elapsed, self._done - self._first
-        return RoundStats(total_processed=count, nonces_per_second=count / elapsed if elapsed > 0 else 0.0)
+    def _seconds(self) -> float:
+        return self.progress.elapsed
 
     def status(self, problem: str | None) -> ThresholdStatusAnswer:
         """GET /status; `problem` is what keeps the server from storing what it computes."""
@@ -149,32 +154,30 @@ class ThresholdRound(Round[ThresholdRequest, DistanceResult]):
             r_target=self.request.r_target,
         )
 
-    async def _compute(self, nonces: list[int], following: list[int]) -> DistanceResult | None:
-        return await self._manager.compute_distances(self.request.spec, nonces, following)
-
-    def _count(self, result: DistanceResult) -> None:
+    def _count(self, result: BatchResult) -> None:
+        super()._count(result)
         self.progress.add(result, self.request.r_target)
 
     def _report(self) -> None:
         logger.info("%s", self.progress)
 
 
-class ProofJob(Job[DistanceSpec, ProofVerdict]):
+class ProofJob(Job):
     """A proof that waits for its verdict."""
+
+    outcome: asyncio.Future[ProofVerdict]
 
     def __init__(self, current: ThresholdRound, proof: ProofBatch) -> None:
         super().__init__(current.request.spec_of(proof.public_key), proof.nonces, current.request.batch_size)
         self.round = current
         self.proof = proof
 
-    @property
-    def name(self) -> str:
-        """What the log calls it."""
+    def __str__(self) -> str:
         return "PoC validation"
 
 
-class ProofQueue(JobQueue[ProofJob, DistanceResult]):
-    """Validates proofs, so that of two micro-batches one is left to a round that generates.
+class ProofQueue(JobQueue):
+    """Validates proofs; a round that generates takes turns with it, a micro-batch each.
 
     `on_validated` is awaited with each job that was computed, before its outcome is known.
     """
@@ -192,14 +195,13 @@ class ProofQueue(JobQueue[ProofJob, DistanceResult]):
 
     def submit(self, current: ThresholdRound, proof: ProofBatch) -> ProofJob:
         """Accept a proof. Raises QueueFullError where it would take the proofs that wait over their limit."""
-        return self._add(ProofJob(current, proof))
+        job = ProofJob(current, proof)
+        self._add(job)
+        return job
 
-    async def _compute(self, spec: DistanceSpec, nonces: list[int], following: list[int]) -> DistanceResult | None:
-        return await self._manager.compute_distances(spec, nonces, following)
-
-    async def _finish(self, job: ProofJob, results: list[DistanceResult]) -> ProofVerdict:
+    async def _build_outcome(self, job: Any, result: BatchResult) -> ProofVerdict:
         request = job.round.request
-        distances = {nonce: distance for result in results for nonce, distance in result.distances.items()}
+        distances = {nonce: float(value) for nonce, value in result.values.items()}
         batch = await asyncio.to_thread(validate_proof, job.proof, distances, request.r_target, request.fraud_threshold)
         if not job.outcome.done():
             await self._on_validated(job, batch)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from gonka_poc.errors import EngineUnavailableError, ServerStartError, UnsupportedServerError
-from gonka_poc.vllm_compat.release import WORKER_EXTENSION, installed_version
+from gonka_poc.vllm_compat.release import INSECURE_SERIALIZATION, WORKER_EXTENSION, installed_version
 
 
 class ApiView:
-    """What the API process knows of its server: `app` is vLLM's FastAPI application.
+    """The server as its API process sees it: `app` is vLLM's FastAPI application.
 
     Raises EngineUnavailableError before the engine is there, UnsupportedServerError if there are several API
     processes.
@@ -38,30 +38,32 @@ class ApiView:
         return list(dict.fromkeys([*names, self._config.model_config.model]))
 
     def has_unfinished_requests(self) -> bool:
-        """Whether chat is being served: requests that the engine client has not finished."""
+        """True while chat is served: the engine client has requests that it has not finished."""
         return bool(self.client.output_processor.has_unfinished_requests())
 
     def is_dead(self) -> bool:
-        """Whether the engine process is gone for good."""
+        """True if the engine process is gone for good."""
         return bool(getattr(self.client, "errored", False))
 
-    def has_worker_method(self, name: str) -> bool:
-        """Whether the workers were started with a worker extension that has `name`."""
+    async def call_workers(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of our worker extension: one answer per worker.
+
+        By its name where the workers were started with the extension, else by sending the function. Raises
+        EngineUnavailableError where this server allows neither.
+        """
+        import vllm.envs as envs
         from vllm.utils.import_utils import resolve_obj_by_qualname
 
-        qualname = self._config.parallel_config.worker_extension_cls
-        return bool(qualname) and hasattr(resolve_obj_by_qualname(qualname), name)
-
-    @staticmethod
-    def may_send_functions() -> bool:
-        """Whether this server lets `collective_rpc` carry a function."""
-        import vllm.envs as envs
-
-        return bool(envs.VLLM_ALLOW_INSECURE_SERIALIZATION)
-
-    async def call_workers(self, method: Any, args: tuple[Any, ...]) -> list[Any]:
-        """`collective_rpc` of a method name or a function: one answer a worker."""
-        return await self.client.collective_rpc(method, args=args)
+        loaded = self._config.parallel_config.worker_extension_cls
+        call: Any = method
+        if not (loaded and hasattr(resolve_obj_by_qualname(loaded), method)):
+            if not envs.VLLM_ALLOW_INSECURE_SERIALIZATION:
+                raise EngineUnavailableError(
+                    f"the workers cannot be reached: start the server with --worker-extension-cls {WORKER_EXTENSION}, "
+                    f"or with {INSECURE_SERIALIZATION}=1 in its environment"
+                )
+            call = getattr(resolve_obj_by_qualname(WORKER_EXTENSION), method)
+        return await self.client.collective_rpc(call, args=args)
 
 
 def _refuse_several_api_processes(parallel_config: Any) -> None:

@@ -46,7 +46,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     try:
         before = tokens()
         (answer,) = llm.collective_rpc("poc_compute", args=(job["spec"], job["nonces"]))
-        vectors = np.frombuffer(answer["vectors"], dtype=VECTOR_DTYPE).reshape(len(job["nonces"]), -1)
+        vectors = np.frombuffer(answer["values"], dtype=VECTOR_DTYPE).reshape(len(job["nonces"]), -1)
         return {"vectors": vectors.astype(float).tolist(), "tokens_before": before, "tokens_after": tokens()}
     finally:
         llm.llm_engine.engine_core.shutdown()
