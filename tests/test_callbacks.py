@@ -26,7 +26,7 @@ from gonka_poc.callbacks import outbox
 from gonka_poc.callbacks import sender as callbacks
 from gonka_poc.callbacks.admin import retry_parked, summary
 from gonka_poc.callbacks.client import MAX_CONNECTIONS, MAX_CONNECTIONS_A_HOST, seconds_to_wait
-from gonka_poc.callbacks.outbox import Outbox, RoundMark
+from gonka_poc.callbacks.outbox import Outbox, RoundCheckpoint
 from gonka_poc.callbacks.sender import CallbackSender
 from gonka_poc.config import Settings
 from gonka_poc.errors import OutboxError, OutboxFullError
@@ -172,7 +172,7 @@ async def test_artifacts_of_one_envelope_travel_together(make, receivers):
 
 
 async def test_a_batch_has_a_largest_size(make, receivers, monkeypatch):
-    monkeypatch.setattr(outbox, "MAX_ARTIFACTS_A_BATCH", 3)
+    monkeypatch.setattr(outbox, "MAX_ARTIFACTS_PER_BATCH", 3)
     sender = make(NEVER)
     for nonce in range(7):
         await sender.add_artifacts(URL, {}, artifacts(nonce))
@@ -381,14 +381,14 @@ async def test_what_is_added_while_the_rest_is_kept_is_sent(make, receivers, mon
     now = 0.0
     sender = make(Settings(callback_interval_sec=0.001), tmp_path / "outbox", clock=lambda: now)
     failing, added = threading.Event(), threading.Event()
-    real = sender._outbox.failed
+    real = sender._outbox.mark_failed
 
     def failed(*args) -> None:
         real(*args)
         failing.set()
         added.wait(5)
 
-    monkeypatch.setattr(sender._outbox, "failed", failed)
+    monkeypatch.setattr(sender._outbox, "mark_failed", failed)
     receivers.answers["receiver"].append(500)
     await sender.add_artifacts(URL, {"block_height": 1}, artifacts(1))
     await until(failing.is_set)
@@ -405,7 +405,7 @@ async def test_a_round_does_not_go_on_from_one_whose_end_is_not_written_yet(make
     monkeypatch.setattr(callbacks, "ROOM_POLL_SEC", 0.05)
     sender = make(NEVER)
     stopped = await sender.begin_round(URL, "f", None)
-    await sender.add_artifacts(URL, {}, artifacts(1), RoundMark(stopped.round_id, 1))
+    await sender.add_artifacts(URL, {}, artifacts(1), RoundCheckpoint(stopped.round_id, 1))
     real, failures = sender._outbox.end_round, iter([True])
 
     def end_round(round_id: int) -> None:
@@ -420,8 +420,8 @@ async def test_a_round_does_not_go_on_from_one_whose_end_is_not_written_yet(make
     assert (again.done, again.round_id != stopped.round_id) == (0, True)
     await ending
     assert not sender._ending
-    await sender.add_artifacts(URL, {}, artifacts(1), RoundMark(again.round_id, 1))
-    assert await sender.begin_round(URL, "f", None) == RoundMark(again.round_id, 1)
+    await sender.add_artifacts(URL, {}, artifacts(1), RoundCheckpoint(again.round_id, 1))
+    assert await sender.begin_round(URL, "f", None) == RoundCheckpoint(again.round_id, 1)
 
 
 # --- how long, and how often ------------------------------------------------------------------------------------
@@ -800,14 +800,14 @@ async def refusal(call: Awaitable[None]) -> str:
 async def test_what_was_taken_is_not_sent_again_because_the_disk_is_full(make, receivers, monkeypatch):
     monkeypatch.setattr(callbacks, "ROOM_POLL_SEC", 0.001)
     sender = make(QUICK)
-    real, failures = sender._outbox.delivered, iter([True] * 20)
+    real, failures = sender._outbox.mark_delivered, iter([True] * 20)
 
     def delivered(batch_id: int) -> None:
         if next(failures, False):
             raise OutboxFullError("database or disk is full")
         real(batch_id)
 
-    monkeypatch.setattr(sender._outbox, "delivered", delivered)
+    monkeypatch.setattr(sender._outbox, "mark_delivered", delivered)
     await sender.add_artifacts(URL, {}, artifacts(1))
     await all_delivered(sender)
     assert next(failures, None) is None

@@ -19,7 +19,7 @@ import pytest
 from gonka_poc.callbacks import outbox as outbox_module
 from gonka_poc.callbacks.admin import purge, retry_parked, summary
 from gonka_poc.callbacks.file import APPLICATION_ID, FORMAT_VERSION, outbox_path
-from gonka_poc.callbacks.outbox import Batch, Counts, Outbox, RoundMark
+from gonka_poc.callbacks.outbox import Batch, Counts, Outbox, RoundCheckpoint
 from gonka_poc.errors import OutboxError, OutboxFullError
 
 URL = "http://receiver"
@@ -46,7 +46,7 @@ def drain(box: Outbox, url: str = URL) -> list[Batch]:
     batches = []
     while (batch := take(box, url)) is not None:
         batches.append(batch)
-        box.delivered(batch.id)
+        box.mark_delivered(batch.id)
     return batches
 
 
@@ -91,13 +91,13 @@ def test_a_batch_is_the_same_at_each_try(open_outbox):
     box.add_artifacts(URL, {}, artifacts(1, 2))
     first = take(box)
     box.add_artifacts(URL, {}, artifacts(3))
-    box.failed(first.id, "answered 500")
+    box.mark_failed(first.id, "answered 500")
     assert take(box) == first
     box.close()
     box = open_outbox()
     box.add_artifacts(URL, {}, artifacts(4))
     assert take(box) == first
-    box.delivered(first.id)
+    box.mark_delivered(first.id)
     second = take(box)
     assert nonces_of(second) == [3, 4]
     assert second.key != first.key
@@ -115,7 +115,7 @@ def test_newer_batches_wait_for_the_next_interval(open_outbox):
     box = open_outbox()
     box.add_artifacts(URL, {}, artifacts(1))
     newest = box.newest(URL)
-    box.delivered(box.next_batch(URL, newest).id)
+    box.mark_delivered(box.next_batch(URL, newest).id)
     box.add_artifacts(URL, {}, artifacts(2))
     assert box.next_batch(URL, newest) is None
 
@@ -125,13 +125,13 @@ def test_each_change_is_guarded_by_the_present_state(open_outbox, path):
     box = open_outbox()
     box.add_validated(URL, {})
     batch = take(box)
-    box.park(batch.id, "answered 400")
-    for change in (box.delivered, lambda i: box.failed(i, "late"), lambda i: box.park(i, "late")):
+    box.mark_parked(batch.id, "answered 400")
+    for change in (box.mark_delivered, lambda i: box.mark_failed(i, "late"), lambda i: box.mark_parked(i, "late")):
         change(batch.id)
         (info,) = summary(path)
         assert (info.status, info.reason, info.attempts) == ("parked", "answered 400", 1)
     assert purge(path) == 1
-    box.delivered(batch.id)
+    box.mark_delivered(batch.id)
     assert summary(path) == []
 
 
@@ -219,7 +219,7 @@ def counted(batches: list[ModelBatch]) -> Counts:
 @pytest.mark.parametrize("seed", range(6))
 def test_random_operations_against_a_model(open_outbox, path, monkeypatch, seed):
     rng, model = random.Random(seed), Model()
-    monkeypatch.setattr(outbox_module, "MAX_ARTIFACTS_A_BATCH", model.limit)
+    monkeypatch.setattr(outbox_module, "MAX_ARTIFACTS_PER_BATCH", model.limit)
     box, nonce = open_outbox(), 0
     urls = ["http://a", "http://b"]
     keys: dict[int, str] = {}
@@ -245,16 +245,16 @@ def test_random_operations_against_a_model(open_outbox, path, monkeypatch, seed)
                 assert json.loads(batch.body) == body
                 assert keys.setdefault(batch.id, batch.key) == batch.key
                 expected.status = "pending"
-                outcome = rng.choice(["delivered", "failed", "park", "lost"])
-                if outcome == "delivered":
-                    box.delivered(batch.id)
+                outcome = rng.choice(["mark_delivered", "mark_failed", "mark_parked", "lost"])
+                if outcome == "mark_delivered":
+                    box.mark_delivered(batch.id)
                     model.batches.remove(expected)
                 elif outcome != "lost":
                     getattr(box, outcome)(batch.id, "reason")
                     expected.attempts += 1
-                    expected.status = "parked" if outcome == "park" else "pending"
+                    expected.status = "parked" if outcome == "mark_parked" else "pending"
         elif operation == "keep":
-            box.keep(url)
+            box.mark_kept(url)
             model.change(url, ("open", "pending"), "kept")
         elif operation == "retry":
             assert retry_parked(path, url=url) == model.change(url, ("parked", "kept"), "pending")
@@ -265,7 +265,7 @@ def test_random_operations_against_a_model(open_outbox, path, monkeypatch, seed)
             box.close()
             box = open_outbox()
             if rng.random() < 0.5:
-                box.take_up()
+                box.requeue_kept()
                 model.change(None, ("kept",), "pending")
         held = [(info.url, info.status, info.num_artifacts, info.attempts) for info in summary(path)]
         assert held == [(b.url, b.status, len(b.nonces or []), b.attempts) for b in model.batches]
@@ -278,7 +278,7 @@ def test_random_operations_against_a_model(open_outbox, path, monkeypatch, seed)
 # --- rounds -----------------------------------------------------------------------------------------------------
 
 
-def begin(box: Outbox, fingerprint: str = "f", **options) -> RoundMark:
+def begin(box: Outbox, fingerprint: str = "f", **options) -> RoundCheckpoint:
     return box.begin_round(URL, fingerprint, **options)
 
 
@@ -287,21 +287,21 @@ def test_a_round_that_lost_its_server_goes_on_where_it_was(open_outbox):
     box = open_outbox()
     first = begin(box)
     assert first.done == 0
-    box.add_artifacts(URL, {}, artifacts(0, 1), RoundMark(first.round_id, 2))
-    box.add_artifacts(URL, {}, [], RoundMark(first.round_id, 5))
+    box.add_artifacts(URL, {}, artifacts(0, 1), RoundCheckpoint(first.round_id, 2))
+    box.add_artifacts(URL, {}, [], RoundCheckpoint(first.round_id, 5))
     assert box.counts() == Counts(1, 2, 0, 0)
     box.close()
     box = open_outbox()
     assert begin(box, "another").done == 0
     mark = begin(box)
     assert mark.done == 5
-    box.add_artifacts(URL, {}, artifacts(5), RoundMark(mark.round_id, 6))
+    box.add_artifacts(URL, {}, artifacts(5), RoundCheckpoint(mark.round_id, 6))
     assert [nonces_of(batch) for batch in drain(box)] == [[0, 1, 5]]
 
 
 def test_a_round_that_failed_goes_on_where_it_was(open_outbox):
     box = open_outbox()
-    box.add_artifacts(URL, {}, artifacts(0), RoundMark(begin(box).round_id, 1))
+    box.add_artifacts(URL, {}, artifacts(0), RoundCheckpoint(begin(box).round_id, 1))
     assert begin(box).done == 1
 
 
@@ -310,15 +310,15 @@ def test_a_round_that_its_client_ended_is_begun_anew(open_outbox, replaced):
     """Its last batch, stored after its end, does not bring it back, and gets into no batch of the new round."""
     box = open_outbox()
     old = begin(box)
-    box.add_artifacts(URL, {}, artifacts(0), RoundMark(old.round_id, 1))
+    box.add_artifacts(URL, {}, artifacts(0), RoundCheckpoint(old.round_id, 1))
     if not replaced:
         box.end_round(old.round_id)
     new = begin(box, ended=[old.round_id] if replaced else [])
     assert new.done == 0
     assert new.round_id != old.round_id
-    box.add_artifacts(URL, {}, artifacts(0), RoundMark(new.round_id, 1))
-    box.add_artifacts(URL, {}, artifacts(1), RoundMark(old.round_id, 2))
-    box.add_artifacts(URL, {}, artifacts(1), RoundMark(new.round_id, 2))
+    box.add_artifacts(URL, {}, artifacts(0), RoundCheckpoint(new.round_id, 1))
+    box.add_artifacts(URL, {}, artifacts(1), RoundCheckpoint(old.round_id, 2))
+    box.add_artifacts(URL, {}, artifacts(1), RoundCheckpoint(new.round_id, 2))
     assert [nonces_of(batch) for batch in drain(box)] == [[0], [0], [1], [1]]
     box.end_round(new.round_id)
     assert begin(box).done == 0
@@ -330,7 +330,7 @@ def test_equal_rounds_of_two_servers_that_live_are_two(open_outbox):
     for box, done in ((one, 1), (two, 2)):
         mark = begin(box)
         assert mark.done == 0
-        box.add_artifacts(URL, {}, artifacts(done), RoundMark(mark.round_id, done))
+        box.add_artifacts(URL, {}, artifacts(done), RoundCheckpoint(mark.round_id, done))
     two.close()
     assert begin(one, "other").done == 0
     one.close()
@@ -341,7 +341,7 @@ def test_equal_rounds_of_two_servers_that_live_are_two(open_outbox):
 
 def test_a_round_of_a_server_that_ended_is_taken_over_once(open_outbox):
     one, two, three = open_outbox(), open_outbox(), open_outbox()
-    two.add_artifacts(URL, {}, artifacts(0), RoundMark(begin(two).round_id, 1))
+    two.add_artifacts(URL, {}, artifacts(0), RoundCheckpoint(begin(two).round_id, 1))
     two.close()
     assert [begin(box).done for box in (three, one)] == [1, 0]
 
@@ -350,7 +350,7 @@ def test_the_newest_rounds_are_remembered(open_outbox, monkeypatch):
     monkeypatch.setattr(outbox_module, "MAX_ROUNDS", 3)
     box = open_outbox()
     for name in "abcd":
-        box.add_artifacts(URL, {}, artifacts(0), RoundMark(begin(box, name).round_id, 1))
+        box.add_artifacts(URL, {}, artifacts(0), RoundCheckpoint(begin(box, name).round_id, 1))
     assert [begin(box, name).done for name in "abcd"[::-1]] == [1, 1, 1, 0]
 
 
@@ -519,10 +519,10 @@ def test_servers_that_share_a_file_send_only_their_own(open_outbox):
 def test_batches_of_a_server_that_ended_are_taken_over_once(open_outbox, path):
     one, two, three = open_outbox(), open_outbox(), open_outbox()
     two.add_artifacts(URL, {}, artifacts(1))
-    two.park(take(two).id, "answered 400")
+    two.mark_parked(take(two).id, "answered 400")
     two.add_artifacts(URL, {}, artifacts(2))
     key = take(two).key
-    two.keep(URL)
+    two.mark_kept(URL)
     two.close()
     three.adopt()
     one.adopt()
@@ -623,7 +623,7 @@ got = []
 while (newest := box.newest("http://receiver")) is not None:
     batch = box.next_batch("http://receiver", newest)
     got += [artifact["nonce"] for artifact in json.loads(batch.body)["artifacts"]]
-    box.delivered(batch.id)
+    box.mark_delivered(batch.id)
 print(json.dumps({"stored": stored, "said": said, "refused": refused, "whole": got == list(range(stored + 1))}))
 """
 
@@ -683,7 +683,7 @@ def drain(highest):
         for artifact in json.loads(batch.body)["artifacts"]:
             assert artifact["nonce"] == nonce
             nonce += 1
-        box.delivered(batch.id)
+        box.mark_delivered(batch.id)
         highest = max(highest, resident())
     return nonce, highest
 

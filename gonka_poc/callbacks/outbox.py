@@ -29,12 +29,12 @@ from gonka_poc.callbacks.file import FORMAT_VERSION, IN_MEMORY, Slot, connect, o
 from gonka_poc.data import chunks
 from gonka_poc.errors import OutboxFullError
 
-MAX_ARTIFACTS_A_BATCH = 10_000
+MAX_ARTIFACTS_PER_BATCH = 10_000
 # free pages that an empty outbox keeps: room to write even if something else fills the disk
 MAX_FREE_PAGES = 16_384
 MAX_ROUNDS = 100
 TO_SEND = "status IN ('open', 'pending')"
-TAKE_UP = "UPDATE batch SET status = 'pending' WHERE slot = ? AND status = 'kept'"
+REQUEUE_KEPT = "UPDATE batch SET status = 'pending' WHERE slot = ? AND status = 'kept'"
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class RoundMark:
+class RoundCheckpoint:
     """How far a round came: so many of its nonces, in their order, are done."""
 
     round_id: int
@@ -99,7 +99,7 @@ class Outbox:
 
     # --- rounds -------------------------------------------------------------------------------------------------
 
-    def begin_round(self, url: str, fingerprint: str, ended: Collection[int] = ()) -> RoundMark:
+    def begin_round(self, url: str, fingerprint: str, ended: Collection[int] = ()) -> RoundCheckpoint:
         """Where a round for `url` begins: after the nonces of an equal one that no client ended, whatever else did.
 
         `ended` are the ids of rounds that end before: the one that this takes the place of, and those that clients
@@ -108,34 +108,34 @@ class Outbox:
         self.check_room(url)
         with self._transaction():
             for round_id in ended:
-                self._forget(round_id)
-            mark = self._left_round(fingerprint)
-            if mark is None:
+                self._delete_round(round_id)
+            checkpoint = self._claim_unfinished_round(fingerprint)
+            if checkpoint is None:
                 cursor = self._db.execute(
                     "INSERT INTO round (fingerprint, slot, done, updated_at) VALUES (?, ?, 0, ?)",
                     (fingerprint, self._slot.number, time.time()),
                 )
                 assert cursor.lastrowid is not None
-                mark = RoundMark(cursor.lastrowid, 0)
+                checkpoint = RoundCheckpoint(cursor.lastrowid, 0)
             self._db.execute(
                 "DELETE FROM round WHERE id NOT IN (SELECT id FROM round ORDER BY updated_at DESC LIMIT ?)",
                 (MAX_ROUNDS,),
             )
-        return mark
+        return checkpoint
 
-    def _left_round(self, fingerprint: str) -> RoundMark | None:
+    def _claim_unfinished_round(self, fingerprint: str) -> RoundCheckpoint | None:
         rows = self._db.execute(
             "SELECT id, slot, done FROM round WHERE fingerprint = ? ORDER BY done DESC", (fingerprint,)
         ).fetchall()
         for round_id, slot, done in rows:
-            if self._may_take(slot):
+            if self._is_claimable(slot):
                 self._db.execute(
                     "UPDATE round SET slot = ?, updated_at = ? WHERE id = ?", (self._slot.number, time.time(), round_id)
                 )
-                return RoundMark(round_id, done)
+                return RoundCheckpoint(round_id, done)
         return None
 
-    def _may_take(self, slot: int | None) -> bool:
+    def _is_claimable(self, slot: int | None) -> bool:
         """Whether no other living server is at work in `slot`; on this one an equal round has failed."""
         if slot is None or slot == self._slot.number:
             return True
@@ -145,30 +145,35 @@ class Outbox:
     def end_round(self, round_id: int) -> None:
         """A client ended the round: an equal one begins with its first nonce."""
         with self._transaction():
-            self._forget(round_id)
+            self._delete_round(round_id)
 
-    def _forget(self, round_id: int) -> None:
+    def _delete_round(self, round_id: int) -> None:
         self._db.execute("DELETE FROM round WHERE id = ?", (round_id,))
 
     # --- what goes in -------------------------------------------------------------------------------------------
 
     def add_artifacts(
-        self, url: str, envelope: dict[str, Any], artifacts: Sequence[dict[str, Any]], mark: RoundMark | None = None
+        self,
+        url: str,
+        envelope: dict[str, Any],
+        artifacts: Sequence[dict[str, Any]],
+        checkpoint: RoundCheckpoint | None = None,
     ) -> None:
         """Store artifacts for `{url}/generated`, and how far their round is with them; on disk when this returns.
 
         Each is {"nonce", "vector_b64"}, or all are {"nonce", "dist"}: those of a threshold round.
         """
-        payload, round_id = _json(envelope), mark.round_id if mark else None
-        self.take_up(url)
+        payload, round_id = _json(envelope), checkpoint.round_id if checkpoint else None
+        self.requeue_kept(url)
         with self._transaction():
-            for part in chunks(list(artifacts), MAX_ARTIFACTS_A_BATCH):
+            for part in chunks(list(artifacts), MAX_ARTIFACTS_PER_BATCH):
                 self._add_part(url, payload, round_id, part)
-            if mark is not None:  # a round that was ended meanwhile stays forgotten
+            if checkpoint is not None:  # a round that was ended meanwhile stays forgotten
                 self._db.execute(
-                    "UPDATE round SET done = ?, updated_at = ? WHERE id = ?", (mark.done, time.time(), mark.round_id)
+                    "UPDATE round SET done = ?, updated_at = ? WHERE id = ?",
+                    (checkpoint.done, time.time(), checkpoint.round_id),
                 )
-            self._refuse_above(self._max_bytes)
+            self._ensure_size_below(self._max_bytes)
 
     def _add_part(self, url: str, payload: str, round_id: int | None, artifacts: Sequence[dict[str, Any]]) -> None:
         last = self._db.execute(
@@ -177,29 +182,29 @@ class Outbox:
             (self._slot.number, url),
         ).fetchone()
         batch_id, size = (last[0], last[5]) if last else (0, 0)
-        fits = size + len(artifacts) <= MAX_ARTIFACTS_A_BATCH
+        fits = size + len(artifacts) <= MAX_ARTIFACTS_PER_BATCH
         if last is None or last[1:5] != ("open", "generated", round_id, payload) or not fits:
-            batch_id, size = self._insert(url, "generated", payload, "open", round_id), 0
+            batch_id, size = self._insert_batch(url, "generated", payload, "open", round_id), 0
         rows = ((batch_id, size + i, item["nonce"], _value(item)) for i, item in enumerate(artifacts))
         self._db.executemany("INSERT INTO artifact (batch_id, position, nonce, value) VALUES (?, ?, ?, ?)", rows)
         self._db.execute("UPDATE batch SET num_artifacts = ? WHERE id = ?", (size + len(artifacts), batch_id))
 
     def add_validated(self, url: str, payload: dict[str, Any]) -> None:
         """Store the outcome of a validation for `{url}/validated`."""
-        self.take_up(url)
+        self.requeue_kept(url)
         with self._transaction():
-            self._insert(url, "validated", _json(payload), "pending")
-            self._refuse_above(self._max_bytes)
+            self._insert_batch(url, "validated", _json(payload), "pending")
+            self._ensure_size_below(self._max_bytes)
 
     def check_room(self, url: str | None = None) -> None:
         """Raise OutboxFullError where new work for `url` could not be stored: under a hundredth of the cap is free."""
         if url is not None:
-            self.take_up(url)
+            self.requeue_kept(url)
         with self._transaction():
             self._db.execute(f"PRAGMA user_version = {FORMAT_VERSION}")  # a write, to see whether there can be one
-            self._refuse_above(self._max_bytes - self._max_bytes // 100)
+            self._ensure_size_below(self._max_bytes - self._max_bytes // 100)
 
-    def _insert(self, url: str, path: str, payload: str, status: str, round_id: int | None = None) -> int:
+    def _insert_batch(self, url: str, path: str, payload: str, status: str, round_id: int | None = None) -> int:
         cursor = self._db.execute(
             "INSERT INTO batch (slot, round_id, url, path, payload, key, status, created_at) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -208,7 +213,7 @@ class Outbox:
         assert cursor.lastrowid is not None
         return cursor.lastrowid
 
-    def _refuse_above(self, limit: int) -> None:
+    def _ensure_size_below(self, limit: int) -> None:
         """Inside a transaction, so that servers that share the file cannot pass the cap together."""
         pages, free, page_size = (
             self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
@@ -248,7 +253,7 @@ class Outbox:
             body |= _artifacts_body(artifacts)
         return Batch(batch_id, url, path, key, _json(body).encode())
 
-    def delivered(self, batch_id: int) -> None:
+    def mark_delivered(self, batch_id: int) -> None:
         """The receiver took the batch: it is gone."""
         with self._transaction():
             self._db.execute("DELETE FROM batch WHERE id = ? AND status = 'pending'", (batch_id,))
@@ -257,15 +262,15 @@ class Outbox:
             with suppress(sqlite3.OperationalError):
                 self._db.executescript("PRAGMA incremental_vacuum")  # `execute` would free a single page
 
-    def failed(self, batch_id: int, reason: str) -> None:
+    def mark_failed(self, batch_id: int, reason: str) -> None:
         """A try failed; there will be another."""
-        self._tried(batch_id, "pending", reason)
+        self._record_try(batch_id, "pending", reason)
 
-    def park(self, batch_id: int, reason: str) -> None:
+    def mark_parked(self, batch_id: int, reason: str) -> None:
         """The receiver refused the batch: it is not tried again before `retry_parked`."""
-        self._tried(batch_id, "parked", reason)
+        self._record_try(batch_id, "parked", reason)
 
-    def _tried(self, batch_id: int, status: str, reason: str) -> None:
+    def _record_try(self, batch_id: int, status: str, reason: str) -> None:
         with self._transaction():
             self._db.execute(
                 "UPDATE batch SET status = ?, attempts = attempts + 1, reason = ?, tried_at = ? "
@@ -273,7 +278,7 @@ class Outbox:
                 (status, reason, time.time(), batch_id),
             )
 
-    def keep(self, url: str) -> None:
+    def mark_kept(self, url: str) -> None:
         """The grace time of a receiver is over: leave its batches where they are."""
         with self._transaction():
             self._db.execute(
@@ -282,7 +287,7 @@ class Outbox:
 
     # --- whose it is --------------------------------------------------------------------------------------------
 
-    def take_up(self, url: str | None = None) -> None:
+    def requeue_kept(self, url: str | None = None) -> None:
         """What was kept is to be sent again: all of it, or what is for `url`.
 
         New work for a receiver begins with this, in a transaction of its own: where there is no room for the new, what
@@ -290,7 +295,7 @@ class Outbox:
         """
         mine = self._slot.number
         # two statements: with the address in it, SQLite finds the rows by an index
-        query, values = (TAKE_UP, (mine,)) if url is None else (f"{TAKE_UP} AND url = ?", (mine, url))
+        query, values = (REQUEUE_KEPT, (mine,)) if url is None else (f"{REQUEUE_KEPT} AND url = ?", (mine, url))
         with self._transaction():
             self._db.execute(query, values)
 
@@ -304,7 +309,7 @@ class Outbox:
                 if orphaned:
                     with self._transaction():
                         self._db.execute("UPDATE batch SET slot = ? WHERE slot = ?", (mine, slot))
-                        self._db.execute(TAKE_UP, (mine,))
+                        self._db.execute(REQUEUE_KEPT, (mine,))
 
     def receivers(self) -> list[str]:
         """The URLs that there is something to send to, the one that waits longest first."""

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from gonka_poc.access import shown_url
 from gonka_poc.callbacks.client import CallbackClient
-from gonka_poc.callbacks.outbox import Batch, Outbox, RoundMark
+from gonka_poc.callbacks.outbox import Batch, Outbox, RoundCheckpoint
 from gonka_poc.config import Settings
 from gonka_poc.errors import OutboxError, OutboxFullError, PoCError, printable
 from gonka_poc.metrics import Metrics
@@ -82,14 +82,14 @@ class CallbackSender:
         await self._write(self._outbox.check_room, url, give_up=lambda: True)
         self._has_room()
 
-    async def begin_round(self, url: str, fingerprint: str, replaced: int | None) -> RoundMark:
+    async def begin_round(self, url: str, fingerprint: str, replaced: int | None) -> RoundCheckpoint:
         """Where a round for `url` is to begin (`Outbox.begin_round`). Raises what `check_room` raises."""
         self._refuse_damaged()
         # rounds whose end could not be written yet have ended all the same: this one does not go on from them
         ended = self._ending | ({replaced} if replaced is not None else set())
-        mark = await self._write(self._outbox.begin_round, url, fingerprint, ended, give_up=lambda: True)
+        checkpoint = await self._write(self._outbox.begin_round, url, fingerprint, ended, give_up=lambda: True)
         self._has_room()
-        return mark
+        return checkpoint
 
     async def end_round(self, round_id: int) -> None:
         """A client ended the round: an equal one will begin anew."""
@@ -104,7 +104,7 @@ class CallbackSender:
         url: str,
         envelope: dict[str, Any],
         artifacts: list[dict[str, Any]],
-        mark: RoundMark | None = None,
+        checkpoint: RoundCheckpoint | None = None,
         give_up: Callable[[], bool] = _never,
     ) -> None:
         """Store artifacts for `{url}/generated`, and how far their round is with them. Returns when that is durable.
@@ -112,8 +112,8 @@ class CallbackSender:
         Those of one round travel together. Waits for room where there is none; raises OutboxFullError once `give_up`
         says so, or what that raises.
         """
-        if artifacts or mark is not None:
-            await self._write(self._outbox.add_artifacts, url, envelope, artifacts, mark, give_up=give_up)
+        if artifacts or checkpoint is not None:
+            await self._write(self._outbox.add_artifacts, url, envelope, artifacts, checkpoint, give_up=give_up)
             self._has_room()
         if artifacts:
             self._ensure_task(url)
@@ -213,7 +213,7 @@ class CallbackSender:
         while True:
             try:
                 if not taken_up:
-                    await self._write(self._outbox.take_up)
+                    await self._write(self._outbox.requeue_kept)
                     taken_up = True
                 if self.problem is not None:
                     with suppress(OutboxFullError):  # what there is to send is what makes room
@@ -257,9 +257,9 @@ class CallbackSender:
             if self._is_live(url):
                 self._deadlines[url] = self._clock() + self._settings.outbox_grace_sec
             elif self._clock() >= self._deadlines[url]:
-                await self._write(self._outbox.keep, url)
+                await self._write(self._outbox.mark_kept, url)
                 if self._clock() < self._deadlines[url]:  # something was added while it was written, and kept as well
-                    await self._write(self._outbox.take_up, url)
+                    await self._write(self._outbox.requeue_kept, url)
                     failures, retry_after = 0, 0.0
                     continue
                 logger.warning(
@@ -283,15 +283,15 @@ class CallbackSender:
         answer = await self._client.post(batch)
         self._metrics.called_back(time.monotonic() - started)
         if answer.taken:
-            await self._write(self._outbox.delivered, batch.id)
+            await self._write(self._outbox.mark_delivered, batch.id)
             return None
         if answer.refused:
             logger.error("PoC callback %d to %a is parked: %a", batch.id, shown_url(batch.url), answer.reason)
-            await self._write(self._outbox.park, batch.id, answer.reason)
+            await self._write(self._outbox.mark_parked, batch.id, answer.reason)
             return None
         logger.warning("PoC callback %d to %a failed: %a", batch.id, shown_url(batch.url), answer.reason)
         with suppress(OutboxFullError):  # the count of tries is for people; the batch stays as it is
-            await self._run(self._outbox.failed, batch.id, answer.reason)
+            await self._run(self._outbox.mark_failed, batch.id, answer.reason)
         return answer.retry_after_sec
 
     def _pause(self, failures: int) -> float:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
-from gonka_poc.callbacks.outbox import Outbox, RoundMark, most_bytes
+from gonka_poc.callbacks.outbox import Outbox, RoundCheckpoint, most_bytes
 from gonka_poc.callbacks.sender import CallbackSender
 from gonka_poc.config import Settings
 from gonka_poc.data import (
@@ -155,7 +155,7 @@ class PoCService:
 
     async def _check_start(
         self, request: InitGenerateRequest | ThresholdRequest, check: Callable[[], Awaitable[None]]
-    ) -> RoundMark | None:
+    ) -> RoundCheckpoint | None:
         """Where the round begins; None for one without callbacks, which begins with its first nonce.
 
         Refuses a round that cannot start now. Nothing is awaited after its last check.
@@ -176,7 +176,7 @@ class PoCService:
             raise ConflictError(f"{STOPPED} before it began")
         return mark
 
-    def _set_round(self, new: GenerateRound | ThresholdRound, mark: RoundMark | None) -> None:
+    def _set_round(self, new: GenerateRound | ThresholdRound, mark: RoundCheckpoint | None) -> None:
         """The one round of this server; a threshold round that does not generate is replaced."""
         if self._round is not None and not self._round.stopped:
             self._round.stop()
@@ -318,13 +318,15 @@ class PoCService:
     def _generates_for(self, url: str) -> bool:
         return self._round is not None and self._round.active and self._round.request.url == url
 
-    async def _send_generated(self, current: GenerateRound, mark: RoundMark | None, result: BatchResult) -> None:
+    async def _send_generated(self, current: GenerateRound, mark: RoundCheckpoint | None, result: BatchResult) -> None:
         """Returns when the artifacts are durable; while there is no room for them, their round waits here."""
         artifacts = [{"nonce": n, "vector_b64": encode_vector(vector)} for n, vector in result.vectors.items()]
         num_done = len(artifacts) + len(result.not_computed_nonces)
         await self._store(current, mark, _generated_envelope(current.request), artifacts, num_done)
 
-    async def _send_distances(self, current: ThresholdRound, mark: RoundMark | None, result: DistanceResult) -> None:
+    async def _send_distances(
+        self, current: ThresholdRound, mark: RoundCheckpoint | None, result: DistanceResult
+    ) -> None:
         """Like `_send_generated`; of valid nonces only."""
         request = current.request
         envelope = {**_identity(request), "r_target": request.r_target}
@@ -336,7 +338,7 @@ class PoCService:
     async def _store(
         self,
         current: GenerateRound | ThresholdRound,
-        mark: RoundMark | None,
+        mark: RoundCheckpoint | None,
         envelope: dict[str, Any],
         artifacts: list[dict[str, Any]],
         num_done: int,
@@ -348,7 +350,7 @@ class PoCService:
             url,
             envelope,
             artifacts,
-            RoundMark(mark.round_id, current.done + num_done),
+            RoundCheckpoint(mark.round_id, current.done + num_done),
             # the last batch of a round that was stopped may wait as long as its receiver may
             give_up=self._gives_up_once(lambda: current.seconds_stopped >= self._settings.outbox_grace_sec),
         )
