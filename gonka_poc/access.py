@@ -100,7 +100,7 @@ class CallbackRules:
                         raise ValueError("neither a host nor a range")
                     # httpx leaves out the port that is http's own
                     port = 80 if entry.endswith(":80") else url.port
-                    names.append((name_of(url), port))
+                    names.append((host_name(url), port))
             except (httpx.InvalidURL, ValueError) as error:
                 raise ValueError(
                     f"{entry!a} is no host, host:port, *.suffix, address or CIDR range ({error})"
@@ -116,7 +116,7 @@ class CallbackRules:
         """Refuse a callback URL by its host as it is written. Raises RequestError with the reason."""
         try:
             parsed = httpx.URL(url)
-            name = name_of(parsed)
+            name = host_name(parsed)
         except (httpx.InvalidURL, ValueError) as error:
             shown = shown_url(url)
             raise RequestError(f"the callback URL {shown!a} cannot be used: {printable(str(error))}") from error
@@ -232,7 +232,7 @@ def _port_of(url: httpx.URL) -> int:
     return url.port or (443 if url.scheme == "https" else 80)
 
 
-def name_of(url: httpx.URL) -> str:
+def host_name(url: httpx.URL) -> str:
     """The host of `url` as names are compared: in lower case, IDNA-encoded, without the dot of the DNS root."""
     return _plain_name(url.raw_host.decode("ascii"))
 
@@ -257,8 +257,8 @@ def _as_address(name: str) -> Address | None:
 
 def _is_number(url: httpx.URL) -> bool:
     """Whether the host would be read as a number: its last label is digits, or 0x and hexadecimal digits."""
-    last_label = name_of(url).rpartition(".")[2]
-    return _as_address(name_of(url)) is None and re.fullmatch(r"\d+|0x[0-9a-f]*", last_label) is not None
+    last_label = host_name(url).rpartition(".")[2]
+    return _as_address(host_name(url)) is None and re.fullmatch(r"\d+|0x[0-9a-f]*", last_label) is not None
 
 
 def _reached(address: Address) -> Address:

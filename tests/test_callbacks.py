@@ -25,7 +25,7 @@ from gonka_poc.callbacks import client as callback_client
 from gonka_poc.callbacks import outbox
 from gonka_poc.callbacks import sender as callbacks
 from gonka_poc.callbacks.admin import retry_parked, summary
-from gonka_poc.callbacks.client import MAX_CONNECTIONS, MAX_CONNECTIONS_A_HOST, seconds_to_wait
+from gonka_poc.callbacks.client import MAX_CONNECTIONS, MAX_CONNECTIONS_PER_HOST, parse_retry_after
 from gonka_poc.callbacks.outbox import Outbox, RoundCheckpoint
 from gonka_poc.callbacks.sender import CallbackSender
 from gonka_poc.config import Settings
@@ -326,7 +326,7 @@ async def test_a_url_that_cannot_be_called_stops_nothing_else(make, receivers, b
 
 @pytest.mark.parametrize(
     ("hosts", "urls_a_host", "most"),
-    [(["dead"], 20, MAX_CONNECTIONS_A_HOST), ([f"dead{i}" for i in range(12)], 7, MAX_CONNECTIONS)],
+    [(["dead"], 20, MAX_CONNECTIONS_PER_HOST), ([f"dead{i}" for i in range(12)], 7, MAX_CONNECTIONS)],
 )
 async def test_so_many_connections_are_open_and_no_more(make, receivers, hosts, urls_a_host, most):
     """What waits for one is not read yet, and is sent when it is its turn."""
@@ -343,7 +343,7 @@ async def test_so_many_connections_are_open_and_no_more(make, receivers, hosts, 
     await all_delivered(sender)
     assert sorted(receivers.nonces(hosts[-1])) == list(range(urls_a_host))
     await until(lambda: not sender._receivers)
-    assert not sender._client._by_host
+    assert not sender._client._host_limits
 
 
 async def test_a_dead_receiver_starves_no_other(make, receivers):
@@ -353,7 +353,7 @@ async def test_a_dead_receiver_starves_no_other(make, receivers):
         await sender.add_artifacts(f"http://dead/{number}", {}, artifacts(number))
     await sender.add_artifacts(URL, {}, artifacts(7))
     await until(lambda: receivers.nonces() == [7])
-    assert len(receivers.got["dead"]) == MAX_CONNECTIONS_A_HOST
+    assert len(receivers.got["dead"]) == MAX_CONNECTIONS_PER_HOST
     receivers.gates["dead"].set()
 
 
@@ -546,12 +546,12 @@ async def test_retry_after_is_honoured(make, receivers, simulated, status):
     ],
 )
 def test_retry_after_has_a_bound(header, seconds):
-    assert seconds_to_wait(header) == seconds
+    assert parse_retry_after(header) == seconds
 
 
 def test_retry_after_can_be_a_date():
     when = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=60), usegmt=True)
-    assert 58 <= seconds_to_wait(when) <= 60
+    assert 58 <= parse_retry_after(when) <= 60
 
 
 # --- the end, and the next start --------------------------------------------------------------------------------

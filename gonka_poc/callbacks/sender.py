@@ -271,7 +271,8 @@ class CallbackSender:
         """Send what there is now; None if the receiver dealt with all of it, else for how long it is to be left."""
         newest = await self._run(self._outbox.newest, url)
         while newest is not None:
-            async with self._client.turn(url):  # before the batch is read, so that no more than may be sent are held
+            # before the batch is read, so that no more batches are in memory than may be sent
+            async with self._client.limit_connections(url):
                 batch = await self._write(self._outbox.next_batch, url, newest)
                 wanted = None if batch is None else await self._send(batch)
             if batch is None or wanted is not None:
@@ -280,19 +281,19 @@ class CallbackSender:
 
     async def _send(self, batch: Batch) -> float | None:
         started = time.monotonic()
-        answer = await self._client.post(batch)
+        result = await self._client.post(batch)
         self._metrics.called_back(time.monotonic() - started)
-        if answer.taken:
+        if result.accepted:
             await self._write(self._outbox.mark_delivered, batch.id)
             return None
-        if answer.refused:
-            logger.error("PoC callback %d to %a is parked: %a", batch.id, shown_url(batch.url), answer.reason)
-            await self._write(self._outbox.mark_parked, batch.id, answer.reason)
+        if result.rejected:
+            logger.error("PoC callback %d to %a is parked: %a", batch.id, shown_url(batch.url), result.reason)
+            await self._write(self._outbox.mark_parked, batch.id, result.reason)
             return None
-        logger.warning("PoC callback %d to %a failed: %a", batch.id, shown_url(batch.url), answer.reason)
+        logger.warning("PoC callback %d to %a failed: %a", batch.id, shown_url(batch.url), result.reason)
         with suppress(OutboxFullError):  # the count of tries is for people; the batch stays as it is
-            await self._run(self._outbox.mark_failed, batch.id, answer.reason)
-        return answer.retry_after_sec
+            await self._run(self._outbox.mark_failed, batch.id, result.reason)
+        return result.retry_after_sec
 
     def _pause(self, failures: int) -> float:
         interval = self._settings.callback_interval_sec
