@@ -279,7 +279,7 @@ async def crash(api: SimpleNamespace) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    await api.service.callbacks._run(api.service.callbacks._outbox.close, count=False)
+    await api.service.callbacks._attempt(api.service.callbacks._outbox.close, count=False)
     api.service.callbacks._closed = True
 
 

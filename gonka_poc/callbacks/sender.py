@@ -78,24 +78,24 @@ class CallbackSender:
 
     async def check_room(self, url: str | None = None) -> None:
         """Raise OutboxFullError where new work for `url` could not be stored, OutboxError for a damaged file."""
-        self._refuse_damaged()
-        await self._write(self._outbox.check_room, url, give_up=lambda: True)
-        self._has_room()
+        self._ensure_undamaged()
+        await self._run(self._outbox.check_room, url, give_up=lambda: True)
+        self._clear_problem()
 
     async def begin_round(self, url: str, fingerprint: str, replaced: int | None) -> RoundCheckpoint:
         """Where a round for `url` is to begin (`Outbox.begin_round`). Raises what `check_room` raises."""
-        self._refuse_damaged()
+        self._ensure_undamaged()
         # rounds whose end could not be written yet have ended all the same: this one does not go on from them
         ended = self._ending | ({replaced} if replaced is not None else set())
-        checkpoint = await self._write(self._outbox.begin_round, url, fingerprint, ended, give_up=lambda: True)
-        self._has_room()
+        checkpoint = await self._run(self._outbox.begin_round, url, fingerprint, ended, give_up=lambda: True)
+        self._clear_problem()
         return checkpoint
 
     async def end_round(self, round_id: int) -> None:
         """A client ended the round: an equal one will begin anew."""
         self._ending.add(round_id)
         try:
-            await self._write(self._outbox.end_round, round_id)
+            await self._run(self._outbox.end_round, round_id)
         finally:
             self._ending.discard(round_id)
 
@@ -113,15 +113,15 @@ class CallbackSender:
         says so, or what that raises.
         """
         if artifacts or checkpoint is not None:
-            await self._write(self._outbox.add_artifacts, url, envelope, artifacts, checkpoint, give_up=give_up)
-            self._has_room()
+            await self._run(self._outbox.add_artifacts, url, envelope, artifacts, checkpoint, give_up=give_up)
+            self._clear_problem()
         if artifacts:
             self._ensure_task(url)
 
     async def add_validated(self, url: str, payload: dict[str, Any], give_up: Callable[[], bool] = _never) -> None:
         """Store the outcome of a validation for `{url}/validated`, like `add_artifacts`."""
-        await self._write(self._outbox.add_validated, url, payload, give_up=give_up)
-        self._has_room()
+        await self._run(self._outbox.add_validated, url, payload, give_up=give_up)
+        self._clear_problem()
         self._ensure_task(url)
 
     async def close(self) -> None:
@@ -129,32 +129,32 @@ class CallbackSender:
         if self._closed:
             return
         self._closed = True
-        await _cancelled([task for task in (self._watcher, *self._receivers.values()) if task is not None])
+        await _cancel_all([task for task in (self._watcher, *self._receivers.values()) if task is not None])
         with suppress(OutboxError):  # said already
-            await self._try_once_more()
+            await self._send_remaining()
         if self.counts.pending_batches and self._outbox.is_durable:
             logger.warning("PoC: %d callbacks stay in %a for the next start", *self._left())
         elif self.counts.pending_batches:
             logger.error("PoC: %d callbacks were not delivered and are lost with %a", *self._left())
         await self._client.close()
         try:
-            await self._run(self._outbox.close, count=False)
+            await self._attempt(self._outbox.close, count=False)
         except sqlite3.Error as error:
             logger.error("PoC: the outbox was not closed in order: %s", error)
         self._thread.shutdown(wait=False)
 
-    async def _try_once_more(self) -> None:
-        tries = [asyncio.create_task(self._send_all(url)) for url in await self._run(self._outbox.receivers)]
+    async def _send_remaining(self) -> None:
+        tries = [asyncio.create_task(self._send_all(url)) for url in await self._attempt(self._outbox.receivers)]
         if tries:
             await asyncio.wait(tries, timeout=self._settings.callback_timeout_sec)
-            await _cancelled(tries)
+            await _cancel_all(tries)
 
     def _left(self) -> tuple[int, str]:
         return self.counts.pending_batches, self._outbox.path
 
     # --- the outbox, in its thread ------------------------------------------------------------------------------
 
-    async def _run(self, operation: Callable[..., T], *args: Any, count: bool = True) -> T:
+    async def _attempt(self, operation: Callable[..., T], *args: Any, count: bool = True) -> T:
         def work() -> T:
             result = operation(*args)
             if count:
@@ -165,20 +165,20 @@ class CallbackSender:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work)
         except OutboxError as error:
-            self._has_problem(error)
+            self._record_problem(error)
             self._damage = error
             raise
 
-    def _refuse_damaged(self) -> None:
+    def _ensure_undamaged(self) -> None:
         if self._damage is not None:  # which does not heal, though not every use of the file meets it
             raise self._damage.with_traceback(None)
 
-    async def _write(self, operation: Callable[..., T], *args: Any, give_up: Callable[[], bool] = _never) -> T:
+    async def _run(self, operation: Callable[..., T], *args: Any, give_up: Callable[[], bool] = _never) -> T:
         """Write, as soon as there is room."""
         try:
-            return await self._run(operation, *args)
+            return await self._attempt(operation, *args)
         except OutboxFullError as error:
-            self._has_problem(error)
+            self._record_problem(error)
             if give_up():
                 raise
         self._num_waiting += 1
@@ -186,20 +186,20 @@ class CallbackSender:
             while True:
                 await self._sleep(ROOM_POLL_SEC)
                 try:
-                    return await self._run(operation, *args)
+                    return await self._attempt(operation, *args)
                 except OutboxFullError as error:
-                    self._has_problem(error)
+                    self._record_problem(error)
                     if give_up():
                         raise
         finally:
             self._num_waiting -= 1
 
-    def _has_problem(self, error: PoCError) -> None:
+    def _record_problem(self, error: PoCError) -> None:
         if self.problem is None:
             logger.error("PoC: %s", printable(str(error)))
         self.problem = str(error)
 
-    def _has_room(self) -> None:
+    def _clear_problem(self) -> None:
         if self._num_waiting or self._damage is not None:  # who waits, waits for more room than there is
             return
         if self.problem is not None:
@@ -209,21 +209,21 @@ class CallbackSender:
     async def _watch(self) -> None:
         """What was put into the outbox beside the tasks: a server that ended leaves batches, `gonka-poc outbox retry`
         revives some, and so does new work that there is no room for."""
-        taken_up = False
+        requeued = False
         while True:
             try:
-                if not taken_up:
-                    await self._write(self._outbox.requeue_kept)
-                    taken_up = True
+                if not requeued:
+                    await self._run(self._outbox.requeue_kept)
+                    requeued = True
                 if self.problem is not None:
                     with suppress(OutboxFullError):  # what there is to send is what makes room
                         await self.check_room()
-                await self._write(self._outbox.adopt)
-                for url in await self._run(self._outbox.receivers):
+                await self._run(self._outbox.adopt)
+                for url in await self._attempt(self._outbox.receivers):
                     if url not in self._receivers:
                         self._ensure_task(url)
             except OutboxFullError as error:
-                self._has_problem(error)
+                self._record_problem(error)
             except OutboxError:
                 pass  # said once, and shown as the problem
             except Exception:
@@ -247,7 +247,7 @@ class CallbackSender:
 
     async def _deliver(self, url: str) -> None:
         failures, retry_after = 0, 0.0
-        while await self._run(self._outbox.newest, url) is not None:
+        while await self._attempt(self._outbox.newest, url) is not None:
             await self._sleep(max(self._pause(failures), retry_after))
             wanted = await self._send_all(url)
             if wanted is None:
@@ -257,9 +257,9 @@ class CallbackSender:
             if self._is_live(url):
                 self._deadlines[url] = self._clock() + self._settings.outbox_grace_sec
             elif self._clock() >= self._deadlines[url]:
-                await self._write(self._outbox.mark_kept, url)
+                await self._run(self._outbox.mark_kept, url)
                 if self._clock() < self._deadlines[url]:  # something was added while it was written, and kept as well
-                    await self._write(self._outbox.requeue_kept, url)
+                    await self._run(self._outbox.requeue_kept, url)
                     failures, retry_after = 0, 0.0
                     continue
                 logger.warning(
@@ -269,14 +269,14 @@ class CallbackSender:
 
     async def _send_all(self, url: str) -> float | None:
         """Send what there is now; None if the receiver dealt with all of it, else for how long it is to be left."""
-        newest = await self._run(self._outbox.newest, url)
+        newest = await self._attempt(self._outbox.newest, url)
         while newest is not None:
             # before the batch is read, so that no more batches are in memory than may be sent
             async with self._client.limit_connections(url):
-                batch = await self._write(self._outbox.next_batch, url, newest)
-                wanted = None if batch is None else await self._send(batch)
-            if batch is None or wanted is not None:
-                return wanted
+                batch = await self._run(self._outbox.next_batch, url, newest)
+                retry_after = None if batch is None else await self._send(batch)
+            if batch is None or retry_after is not None:
+                return retry_after
         return None
 
     async def _send(self, batch: Batch) -> float | None:
@@ -284,15 +284,15 @@ class CallbackSender:
         result = await self._client.post(batch)
         self._metrics.called_back(time.monotonic() - started)
         if result.accepted:
-            await self._write(self._outbox.mark_delivered, batch.id)
+            await self._run(self._outbox.mark_delivered, batch.id)
             return None
         if result.rejected:
             logger.error("PoC callback %d to %a is parked: %a", batch.id, shown_url(batch.url), result.reason)
-            await self._write(self._outbox.mark_parked, batch.id, result.reason)
+            await self._run(self._outbox.mark_parked, batch.id, result.reason)
             return None
         logger.warning("PoC callback %d to %a failed: %a", batch.id, shown_url(batch.url), result.reason)
         with suppress(OutboxFullError):  # the count of tries is for people; the batch stays as it is
-            await self._run(self._outbox.mark_failed, batch.id, result.reason)
+            await self._attempt(self._outbox.mark_failed, batch.id, result.reason)
         return result.retry_after_sec
 
     def _pause(self, failures: int) -> float:
@@ -302,7 +302,7 @@ class CallbackSender:
         return min(max(MAX_BACKOFF_SEC, interval), interval * 2 ** min(failures, 16)) * random.uniform(0.5, 1.0)
 
 
-async def _cancelled(tasks: Sequence[asyncio.Task[Any]]) -> None:
+async def _cancel_all(tasks: Sequence[asyncio.Task[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
