@@ -240,6 +240,29 @@ async def test_the_next_server_delivers_what_the_last_one_computed(server):
     await until(lambda: summary(server.path) == [])
 
 
+async def test_a_receiver_is_held_while_a_round_for_it_generates(server):
+    """Whatever ends that: a stop, another phase, another round, a failure."""
+    api = server.start(FakeManager())
+    held = api.service.callbacks._holds
+    other = {**THRESHOLD, "callback_url": "http://other"}
+    for path, body, expected in [
+        ("/init/generate", round_body(url=URL), {URL: 1}),
+        ("/stop", None, {}),
+        ("/init", THRESHOLD, {}),
+        ("/phase/generate", None, {URL: 1}),
+        ("/phase/validate", None, {}),
+        ("/init/generate", other, {"http://other": 1}),
+        ("/stop", None, {}),
+        ("/init/generate", round_body(), {}),
+        ("/stop", None, {}),
+        ("/init/generate", round_body(url=URL), {URL: 1}),
+    ]:
+        assert (await api.client.post(path, json=body)).status_code == 200
+        assert dict(held) == expected, path
+    api.manager.script.append(EngineUnavailableError("the engine is dead"))
+    await until(lambda: not held)
+
+
 # --- a round begun again ----------------------------------------------------------------------------------------
 
 THRESHOLD = {

@@ -12,6 +12,7 @@ import logging
 import random
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -38,16 +39,12 @@ def _never() -> bool:
 
 
 class CallbackSender:
-    """One task a receiver, so that a slow receiver delays no other. The outbox is used in one thread of its own.
-
-    `is_live` says whether a round for a receiver generates.
-    """
+    """One task per receiver, so that a slow receiver delays no other. The outbox is used in one thread of its own."""
 
     def __init__(
         self,
         settings: Settings,
         outbox: Outbox,
-        is_live: Callable[[str], bool] = lambda url: False,
         metrics: Metrics | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -58,7 +55,6 @@ class CallbackSender:
         """What is in the outbox, as of the last time that it was used."""
         self._settings = settings
         self._outbox = outbox
-        self._is_live = is_live
         self._metrics = metrics or Metrics()
         self._clock = clock
         self._sleep = sleep
@@ -67,6 +63,7 @@ class CallbackSender:
         self._watcher: asyncio.Task[None] | None = None
         self._receivers: dict[str, asyncio.Task[None]] = {}
         self._deadlines: dict[str, float] = {}
+        self._holds: Counter[str] = Counter()
         self._closed = False
         self._num_waiting = 0
         self._ending: set[int] = set()
@@ -123,6 +120,18 @@ class CallbackSender:
         await self._run(self._outbox.add_validated, url, payload, give_up=give_up)
         self._clear_problem()
         self._ensure_task(url)
+
+    def hold(self, url: str) -> None:
+        """Begin to try `url` without end, because a round for it generates; each call needs an `unhold` of its own."""
+        self._holds[url] += 1
+
+    def unhold(self, url: str) -> None:
+        """Undo one `hold`. After the last one the grace time of the receiver starts."""
+        self._holds[url] -= 1
+        if self._holds[url] <= 0:
+            del self._holds[url]
+            if url in self._deadlines:
+                self._extend_grace(url)
 
     async def close(self) -> None:
         """Try once more to deliver what is left, for as long as one receiver may take, then end."""
@@ -232,8 +241,14 @@ class CallbackSender:
 
     # --- the receivers ------------------------------------------------------------------------------------------
 
-    def _ensure_task(self, url: str) -> None:
+    def _extend_grace(self, url: str) -> None:
         self._deadlines[url] = self._clock() + self._settings.outbox_grace_sec
+
+    def _grace_is_over(self, url: str) -> bool:
+        return url not in self._holds and self._clock() >= self._deadlines[url]
+
+    def _ensure_task(self, url: str) -> None:
+        self._extend_grace(url)
         task = self._receivers.get(url)
         if task is None or task.done():
             task = self._receivers[url] = asyncio.create_task(self._deliver(url), name="poc-callbacks")
@@ -254,11 +269,9 @@ class CallbackSender:
                 failures, retry_after = 0, 0.0
                 continue
             failures, retry_after = failures + 1, wanted
-            if self._is_live(url):
-                self._deadlines[url] = self._clock() + self._settings.outbox_grace_sec
-            elif self._clock() >= self._deadlines[url]:
+            if self._grace_is_over(url):
                 await self._run(self._outbox.mark_kept, url)
-                if self._clock() < self._deadlines[url]:  # something was added while it was written, and kept as well
+                if not self._grace_is_over(url):  # something was added while it was written, and kept as well
                     await self._run(self._outbox.requeue_kept, url)
                     failures, retry_after = 0, 0.0
                     continue

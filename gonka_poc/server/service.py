@@ -66,9 +66,8 @@ class PoCService:
         self._no_round = asyncio.Event()
         self._no_round.set()
         self._background: set[asyncio.Task[Any]] = set()
-        self.callbacks = CallbackSender(
-            settings, Outbox(settings.outbox_path, settings.outbox_max_bytes), self._generates_for, self.metrics
-        )
+        self._held_url: str | None = None
+        self.callbacks = CallbackSender(settings, Outbox(settings.outbox_path, settings.outbox_max_bytes), self.metrics)
         self.queue = GenerateQueue(manager, settings, self._no_round, self._send_completed)
         self.proofs = ProofQueue(manager, settings, self._send_validated)
         self.metrics.queue_nonces = lambda: self.queue.queued_nonces + self.proofs.queued_nonces
@@ -183,10 +182,23 @@ class PoCService:
             self._forget(self._round_id)
         self.proofs.clear(REPLACED)
         self._round, self._round_id = new, mark.round_id if mark else None
+        self._hold_receiver()
         self._keep(new.task).add_done_callback(lambda task: self._round_ended(task))
+
+    def _hold_receiver(self) -> None:
+        """Hold the receiver of the round that generates, and no other."""
+        current = self._round
+        url = current.request.url if current is not None and current.active else None
+        if url != self._held_url:
+            if self._held_url is not None:
+                self.callbacks.unhold(self._held_url)
+            if url is not None:
+                self.callbacks.hold(url)
+            self._held_url = url
 
     def _enter(self, current: ThresholdRound, phase: Literal["IDLE", "GENERATING", "VALIDATING"]) -> None:
         current.enter(phase)
+        self._hold_receiver()
         if phase == "GENERATING":
             self._no_round.clear()
         else:
@@ -285,6 +297,7 @@ class PoCService:
         self._stops += 1
         if self._round is not None:
             self._round.stop()
+            self._hold_receiver()
         self._no_round.set()
         self.queue.clear(STOPPED)
         self.proofs.clear(STOPPED)
@@ -311,12 +324,10 @@ class PoCService:
         return task
 
     def _round_ended(self, task: asyncio.Task[Any]) -> None:
+        self._hold_receiver()
         if self._round is None or self._round.task is task:
             self._no_round.set()
             self._keep(asyncio.ensure_future(self._manager.release()))
-
-    def _generates_for(self, url: str) -> bool:
-        return self._round is not None and self._round.active and self._round.request.url == url
 
     async def _send_generated(self, current: GenerateRound, mark: RoundCheckpoint | None, result: BatchResult) -> None:
         """Returns when the artifacts are durable; while there is no room for them, their round waits here."""
