@@ -22,6 +22,15 @@ APPLICATION_ID = 0x506F4378  # "PoCx": no other program's file
 FORMAT_VERSION = 2
 BUSY_TIMEOUT_SEC = 30.0
 MAX_SLOTS = 1024
+# What passes by itself, or once somebody makes room: codes of SQLite, and what it says. A quota that is used up, and a
+# full disk under the WAL's index, are I/O errors.
+PASSING_ERRORS = {
+    5: "database is locked",
+    6: "database table is locked",
+    8: "attempt to write a readonly database",
+    10: "disk I/O error",
+    13: "database or disk is full",
+}
 
 SCHEMA = """
 CREATE TABLE round ( -- how far the rounds came that no client ended
@@ -161,29 +170,29 @@ def damaged(path: str, error: Exception) -> OutboxError:
 
 
 @contextmanager
-def reading(path: str) -> Iterator[None]:
-    """Raises OutboxError where what is read inside shows that the file is damaged."""
+def translate_errors(path: str) -> Iterator[None]:
+    """Raise OutboxError where SQLite finds damage, OutboxFullError where waiting can help, and others as they are."""
     try:
         yield
     except sqlite3.DatabaseError as error:
         if is_damage(error):
             raise damaged(path, error) from error
+        if _can_pass(error):
+            raise OutboxFullError(
+                f"the outbox {path!r} cannot be written: {error}; free disk space, or set POC_OUTBOX_PATH"
+            ) from error
         raise
+
+
+def _can_pass(error: sqlite3.DatabaseError) -> bool:
+    code = getattr(error, "sqlite_errorcode", None)  # since Python 3.11
+    return code & 0xFF in PASSING_ERRORS if code is not None else str(error).startswith(tuple(PASSING_ERRORS.values()))
 
 
 @contextmanager
 def transaction(db: sqlite3.Connection, path: str) -> Iterator[None]:
-    """All that is written inside, or nothing of it.
-
-    Raises OutboxFullError where it cannot be written, OutboxError where the file is damaged.
-    """
-    with reading(path), _written(db, path):
-        yield
-
-
-@contextmanager
-def _written(db: sqlite3.Connection, path: str) -> Iterator[None]:
-    try:
+    """All that is written inside, or nothing of it. Raises what `translate_errors` does."""
+    with translate_errors(path):
         # the write lock first, so that what is read inside is still so when it is changed
         db.execute("BEGIN IMMEDIATE")
         try:
@@ -193,10 +202,6 @@ def _written(db: sqlite3.Connection, path: str) -> Iterator[None]:
             if db.in_transaction:
                 db.execute("ROLLBACK")
             raise
-    except sqlite3.OperationalError as error:
-        raise OutboxFullError(
-            f"the outbox {path!r} cannot be written: {error}; free disk space, or set POC_OUTBOX_PATH"
-        ) from error
 
 
 @contextmanager

@@ -17,7 +17,6 @@ and one thread at a time may call them.
 from __future__ import annotations
 
 import json
-import sqlite3
 import time
 import uuid
 from collections.abc import Collection, Sequence
@@ -25,7 +24,15 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from gonka_poc.callbacks.file import FORMAT_VERSION, IN_MEMORY, Slot, connect, outbox_path, reading, transaction
+from gonka_poc.callbacks.file import (
+    FORMAT_VERSION,
+    IN_MEMORY,
+    Slot,
+    connect,
+    outbox_path,
+    transaction,
+    translate_errors,
+)
 from gonka_poc.data import chunks
 from gonka_poc.errors import OutboxFullError
 
@@ -229,7 +236,7 @@ class Outbox:
     def newest(self, url: str) -> int | None:
         """The id of the last batch to send to `url`; None if there is none."""
         query = f"SELECT max(id) FROM batch WHERE slot = ? AND url = ? AND {TO_SEND}"
-        with reading(self.path):
+        with translate_errors(self.path):
             return self._db.execute(query, (self._slot.number, url)).fetchone()[0]
 
     def next_batch(self, url: str, newest: int) -> Batch | None:
@@ -259,7 +266,7 @@ class Outbox:
             self._db.execute("DELETE FROM batch WHERE id = ? AND status = 'pending'", (batch_id,))
             empty = self._db.execute("SELECT NOT EXISTS (SELECT 1 FROM batch)").fetchone()[0]
         if empty and self._db.execute("PRAGMA freelist_count").fetchone()[0] > MAX_FREE_PAGES:
-            with suppress(sqlite3.OperationalError):
+            with suppress(OutboxFullError), translate_errors(self.path):
                 self._db.executescript("PRAGMA incremental_vacuum")  # `execute` would free a single page
 
     def mark_failed(self, batch_id: int, reason: str) -> None:
@@ -302,7 +309,7 @@ class Outbox:
     def adopt(self) -> None:
         """Take over the batches of servers that ended."""
         mine = self._slot.number
-        with reading(self.path):
+        with translate_errors(self.path):
             slots = self._db.execute("SELECT DISTINCT slot FROM batch WHERE slot <> ?", (mine,)).fetchall()
         for (slot,) in slots:
             with self._slot.orphaned(slot) as orphaned:
@@ -314,12 +321,12 @@ class Outbox:
     def receivers(self) -> list[str]:
         """The URLs that there is something to send to, the one that waits longest first."""
         query = f"SELECT url FROM batch WHERE slot = ? AND {TO_SEND} GROUP BY url ORDER BY min(id)"
-        with reading(self.path):
+        with translate_errors(self.path):
             return [url for (url,) in self._db.execute(query, (self._slot.number,))]
 
     def counts(self) -> Counts:
         """What is in the outbox."""
-        with reading(self.path):
+        with translate_errors(self.path):
             still, parked = self._db.execute("SELECT batches, artifacts FROM total ORDER BY parked").fetchall()
         return Counts(*still, *parked)
 
