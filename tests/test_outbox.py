@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import os
@@ -12,7 +13,8 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,6 +167,42 @@ def test_the_next_batch_is_found_by_an_index(open_outbox, query):
         f"EXPLAIN QUERY PLAN {query} slot = ? AND url = ? AND {outbox_module.TO_SEND} ORDER BY id", (0, URL)
     )
     assert "USING INDEX batch_to_send (slot=? AND url=?" in str(list(rows))
+
+
+def test_a_body_has_a_largest_size(open_outbox, monkeypatch):
+    """Its envelope counts too; a single artifact may be longer. All come in order, and once."""
+    monkeypatch.setattr(outbox_module, "MAX_BODY_BYTES", 1000)
+    box = open_outbox()
+    for envelope, start, count in [({}, 0, 25), ({}, 25, 1), ({}, 26, 8), ({"block_hash": "b" * 500}, 34, 10)]:
+        box.add_artifacts(URL, envelope, artifacts(*range(start, start + count)))
+    box.add_artifacts(URL, {"encoding": "long"}, [{"nonce": n, "vector_b64": "A" * 2000} for n in (44, 45)])
+    batches = drain(box)
+    assert [len(batch.body) <= 1000 for batch in batches] == [True] * (len(batches) - 2) + [False, False]
+    assert [len(nonces_of(batch)) for batch in batches] == [10, 10, 6, 8, 5, 5, 1, 1]
+    assert [nonce for batch in batches for nonce in nonces_of(batch)] == list(range(46))
+
+
+async def longest_pause(work: Callable[[], object]) -> float:
+    """The longest time that the event loop stood still while `work` ran in a thread."""
+    longest, running = 0.0, asyncio.create_task(asyncio.to_thread(work))
+    while not running.done():
+        before = time.perf_counter()
+        await asyncio.sleep(0.001)
+        longest = max(longest, time.perf_counter() - before)
+    await running
+    return longest
+
+
+async def test_long_vectors_do_not_hold_up_the_event_loop(open_outbox):
+    """Compared with all of them in one piece of JSON; the best of a few tries, as other work holds the loop up too."""
+    box = open_outbox(":memory:")
+    long_vectors = [{"nonce": n, "vector_b64": "A" * 10_924} for n in range(2000)]  # k_dim 4096
+    box.add_artifacts(URL, {}, long_vectors)
+    newest = box.newest(URL)
+    assert 7 * 2**20 < len(box.next_batch(URL, newest).body) <= outbox_module.MAX_BODY_BYTES
+    at_once = min([await longest_pause(lambda: json.dumps(long_vectors).encode()) for _ in range(3)])
+    in_pieces = min([await longest_pause(lambda: box.next_batch(URL, newest)) for _ in range(5)])
+    assert in_pieces < at_once / 4
 
 
 # --- random operations against a model --------------------------------------------------------------------------

@@ -33,10 +33,13 @@ from gonka_poc.callbacks.file import (
     transaction,
     translate_errors,
 )
-from gonka_poc.data import chunks
 from gonka_poc.errors import OutboxFullError
 
 MAX_ARTIFACTS_PER_BATCH = 10_000
+# a body is at most so long, unless a single artifact is longer
+MAX_BODY_BYTES = 8 * 2**20
+# of an artifact in a body, its value apart; at most, and with a share of what stands around all of them
+BYTES_AROUND_VALUE = 64
 # free pages that an empty outbox keeps: room to write even if something else fills the disk
 MAX_FREE_PAGES = 16_384
 MAX_ROUNDS = 100
@@ -171,10 +174,11 @@ class Outbox:
         Each is {"nonce", "vector_b64"}, or all are {"nonce", "dist"}: those of a threshold round.
         """
         payload, round_id = _json(envelope), checkpoint.round_id if checkpoint else None
+        limit = _max_artifacts(payload, artifacts)
         self.requeue_kept(url)
         with self._transaction():
-            for part in chunks(list(artifacts), MAX_ARTIFACTS_PER_BATCH):
-                self._add_part(url, payload, round_id, part)
+            for start in range(0, len(artifacts), limit):
+                self._add_part(url, payload, round_id, artifacts[start : start + limit], limit)
             if checkpoint is not None:  # a round that was ended meanwhile stays forgotten
                 self._db.execute(
                     "UPDATE round SET done = ?, updated_at = ? WHERE id = ?",
@@ -182,14 +186,16 @@ class Outbox:
                 )
             self._ensure_size_below(self._max_bytes)
 
-    def _add_part(self, url: str, payload: str, round_id: int | None, artifacts: Sequence[dict[str, Any]]) -> None:
+    def _add_part(
+        self, url: str, payload: str, round_id: int | None, artifacts: Sequence[dict[str, Any]], limit: int
+    ) -> None:
         last = self._db.execute(
             f"SELECT id, status, path, round_id, payload, num_artifacts FROM batch WHERE slot = ? AND url = ? "
             f"AND {TO_SEND} ORDER BY id DESC LIMIT 1",
             (self._slot.number, url),
         ).fetchone()
         batch_id, size = (last[0], last[5]) if last else (0, 0)
-        fits = size + len(artifacts) <= MAX_ARTIFACTS_PER_BATCH
+        fits = size + len(artifacts) <= limit
         if last is None or last[1:5] != ("open", "generated", round_id, payload) or not fits:
             batch_id, size = self._insert_batch(url, "generated", payload, "open", round_id), 0
         rows = ((batch_id, size + i, item["nonce"], _value(item)) for i, item in enumerate(artifacts))
@@ -255,10 +261,8 @@ class Outbox:
             # here, where `gonka-poc outbox purge` cannot come between
             query = "SELECT nonce, value FROM artifact WHERE batch_id = ? ORDER BY position"
             artifacts = self._db.execute(query, (batch_id,)).fetchall()
-        body = json.loads(payload)
-        if path == "generated":
-            body |= _artifacts_body(artifacts)
-        return Batch(batch_id, url, path, key, _json(body).encode())
+        body = _generated_body(payload, artifacts) if path == "generated" else payload.encode()
+        return Batch(batch_id, url, path, key, body)
 
     def mark_delivered(self, batch_id: int) -> None:
         """The receiver took the batch: it is gone."""
@@ -342,8 +346,23 @@ def _value(artifact: dict[str, Any]) -> str | float:
     return artifact["vector_b64"] if "vector_b64" in artifact else float(artifact["dist"])
 
 
-def _artifacts_body(rows: list[tuple[int, Any]]) -> dict[str, Any]:
-    """Rows as they are POSTed: vectors beside their nonces, distances in a list of their own."""
+def _max_artifacts(payload: str, artifacts: Sequence[dict[str, Any]]) -> int:
+    """The number of artifacts that one body holds; those of one envelope are equally long."""
+    longest = max((len(str(_value(artifact))) for artifact in artifacts), default=0)
+    by_bytes = (MAX_BODY_BYTES - len(payload)) // (longest + BYTES_AROUND_VALUE)
+    return min(MAX_ARTIFACTS_PER_BATCH, max(1, by_bytes))
+
+
+def _generated_body(payload: str, rows: list[tuple[int, Any]]) -> bytes:
+    """The envelope with its artifacts: vectors beside their nonces, distances in a list of their own.
+
+    Joined from small pieces: a single call of `json` would hold the GIL, and with it the event loop, to its end.
+    """
+    envelope = payload[:-1] + ("," if len(payload) > 2 else "")
     if isinstance(rows[0][1], float):
-        return {"nonces": [nonce for nonce, _ in rows], "dist": [value for _, value in rows]}
-    return {"artifacts": [{"nonce": nonce, "vector_b64": value} for nonce, value in rows]}
+        nonces, distances = zip(*rows, strict=True)
+        return f'{envelope}"nonces":{_json(nonces)},"dist":{_json(distances)}}}'.encode()
+    pieces = [f'{{"nonce":{nonce},"vector_b64":{json.dumps(value)}}}'.encode() for nonce, value in rows]
+    pieces[0] = f'{envelope}"artifacts":['.encode() + pieces[0]
+    pieces[-1] += b"]}"
+    return b",".join(pieces)
