@@ -10,11 +10,12 @@ import sqlite3
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -22,7 +23,7 @@ from fakes import until
 
 from gonka_poc.access import CheckedTransport
 from gonka_poc.callbacks import client as callback_client
-from gonka_poc.callbacks import outbox
+from gonka_poc.callbacks import outbox, outbox_thread
 from gonka_poc.callbacks import sender as callbacks
 from gonka_poc.callbacks.admin import retry_parked, summary
 from gonka_poc.callbacks.client import MAX_CONNECTIONS, MAX_CONNECTIONS_PER_HOST, parse_retry_after
@@ -122,7 +123,9 @@ async def make(receivers):
     senders: list[CallbackSender] = []
 
     def make_sender(settings: Settings, path: str = ":memory:", **options) -> CallbackSender:
-        senders.append(CallbackSender(settings, Outbox(str(path), settings.outbox_max_bytes), **options))
+        box = Outbox(str(path), settings.outbox_max_bytes)
+        box._db.execute("PRAGMA synchronous = OFF")  # no test here is about what a disk keeps
+        senders.append(CallbackSender(settings, box, **options))
         return senders[-1]
 
     yield make_sender
@@ -402,7 +405,7 @@ async def test_what_is_added_while_the_rest_is_kept_is_sent(make, receivers, mon
 
 
 async def test_a_round_does_not_go_on_from_one_whose_end_is_not_written_yet(make, monkeypatch):
-    monkeypatch.setattr(callbacks, "ROOM_POLL_SEC", 0.05)
+    monkeypatch.setattr(outbox_thread, "ROOM_POLL_SEC", 0.05)
     sender = make(NEVER)
     stopped = await sender.begin_round(URL, "f", None)
     await sender.add_artifacts(URL, {}, artifacts(1), RoundCheckpoint(stopped.round_id, 1))
@@ -531,6 +534,28 @@ async def test_what_was_kept_is_sent_at_the_next_start_or_retry(make, receivers,
     receivers.answers.clear()
 
 
+async def test_a_try_that_ends_in_an_exception_is_a_failed_try(make, receivers, simulated, tmp_path, caplog):
+    """It counts, with its reason, and the next one comes later; its traceback is logged once."""
+    path, tries = tmp_path / "outbox", 5
+    sender = make(Settings(), path, clock=lambda: simulated.now, sleep=simulated.sleep)
+    receivers.answers["receiver"].extend([KeyError("no such header")] * tries)
+    await sender.add_artifacts(URL, {}, artifacts(1))
+    times: list[float] = []
+    for second in range(240):
+        await simulated.run(1, sender)
+        times += [second] * (len(receivers.got["receiver"]) - len(times))
+        if len(times) == tries:
+            break
+    (batch,) = summary(str(path))
+    assert (batch.status, batch.attempts, batch.reason) == ("pending", tries, "KeyError: 'no such header'")
+    assert times[-1] - times[-2] >= 20
+    assert caplog.text.count("Traceback") == 1
+    assert caplog.text.count("callback 1 to") == tries
+    await simulated.run(61, sender)
+    assert summary(str(path)) == []
+    assert len(set(receivers.keys["receiver"])) == 1
+
+
 @pytest.mark.parametrize("status", [429, 503])
 async def test_retry_after_is_honoured(make, receivers, simulated, status):
     receivers.answers["receiver"].append(httpx.Response(status, headers={"retry-after": "120"}))
@@ -623,6 +648,45 @@ async def test_a_server_takes_over_from_one_that_ended(make, receivers, tmp_path
     await until(lambda: summary(path) == [])
 
 
+@pytest.mark.parametrize("failing", ["database", "client", "outbox"])
+async def test_close_raises_nothing_and_closes_the_rest(make, monkeypatch, tmp_path, caplog, failing):
+    """Into the shutdown of vLLM, that is; what failed is logged."""
+    sender = make(NEVER, tmp_path / "outbox")
+    await sender.add_artifacts(URL, {}, artifacts(1))
+    box, client = sender._outbox, sender._client
+    closed: list[str] = []
+    for name, part in (("client", client), ("outbox", box)):
+        monkeypatch.setattr(part, "close", closing_of(part, closed, name, name == failing))
+    if failing == "database":
+        box._db.execute("DROP TABLE batch")
+    await asyncio.wait_for(sender.close(), 5)
+    assert closed == ["client", "outbox"]
+    assert client._client.is_closed
+    assert sender._thread._executor._shutdown
+    with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
+        box._db.execute("SELECT 1")
+    assert {"database": "no such table: batch"}.get(failing, f"{failing} failed") in caplog.text
+
+
+def closing_of(part: Any, closed: list[str], name: str, fails: bool) -> Callable[[], Any]:
+    """The `close` of a part, which says that it was called, and may fail at its end."""
+    real = part.close
+
+    def close() -> None:
+        closed.append(name)
+        real()
+        if fails:
+            raise sqlite3.OperationalError(f"{name} failed")
+
+    async def close_async() -> None:
+        closed.append(name)
+        await real()
+        if fails:
+            raise RuntimeError(f"{name} failed")
+
+    return close_async if asyncio.iscoroutinefunction(real) else close
+
+
 async def test_nothing_is_left_running_after_close(make, receivers):
     before = asyncio.all_tasks()
     sender = make(NEVER)
@@ -639,7 +703,7 @@ async def test_nothing_is_left_running_after_close(make, receivers):
 @pytest.fixture
 def disk(monkeypatch):
     """SQLite's own refusal: `disk(sender, True)` lets no page be added to the file, False lets it grow again."""
-    monkeypatch.setattr(callbacks, "ROOM_POLL_SEC", 0.005)
+    monkeypatch.setattr(outbox_thread, "ROOM_POLL_SEC", 0.005)
 
     def fill(sender: CallbackSender, full: bool) -> None:
         sender._outbox._db.execute(f"PRAGMA max_page_count = {1 if full else 10**6}").fetchall()
@@ -741,7 +805,7 @@ async def test_an_addition_can_be_given_up(make, receivers, disk):
 
 async def test_a_problem_that_nobody_waits_for_goes_away(make, disk):
     sender = make(QUICK)
-    sender.problem = "the outbox is full"
+    sender._thread.problem = "the outbox is full"
     sender.start()
     await until(lambda: sender.problem is None)
 
@@ -803,7 +867,7 @@ async def refusal(call: Awaitable[None]) -> str:
 
 
 async def test_what_was_taken_is_not_sent_again_because_the_disk_is_full(make, receivers, monkeypatch):
-    monkeypatch.setattr(callbacks, "ROOM_POLL_SEC", 0.001)
+    monkeypatch.setattr(outbox_thread, "ROOM_POLL_SEC", 0.001)
     sender = make(QUICK)
     real, failures = sender._outbox.mark_delivered, iter([True] * 20)
 
@@ -834,6 +898,22 @@ async def test_a_slow_disk_does_not_hold_up_the_event_loop(make, monkeypatch):
         await asyncio.sleep(0.001)
         turns += 1
     assert turns > 20
+
+
+async def test_a_fault_of_this_program_ends_an_addition_and_is_shown(make, receivers, caplog):
+    """It is not taken for a full disk, for which one waits; the log has it once, however often the outbox is asked."""
+    sender = make(QUICK)
+    sender._outbox._db.execute("DROP TABLE batch")
+    with pytest.raises(sqlite3.OperationalError, match="no such table: batch"):
+        await asyncio.wait_for(sender.add_artifacts(URL, {}, artifacts(1)), 5)
+    sender.start()
+    await until(lambda: sender.problem)
+    polls = iter(range(5))
+    real = sender._outbox.requeue_kept
+    sender._outbox.requeue_kept = lambda: (next(polls, None), real())[1]
+    await until(lambda: next(polls, None) is None)
+    assert sender.problem == "OperationalError: no such table: batch"
+    assert caplog.text.count("Traceback") == 1
 
 
 async def test_an_outbox_that_cannot_be_read_is_logged_and_read_again(make, receivers, monkeypatch, caplog):
