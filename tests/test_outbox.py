@@ -155,7 +155,7 @@ def test_what_is_kept_is_found_by_an_index(open_outbox):
     outbox._db.set_trace_callback(statements.append)
     outbox.check_room(URL)
     outbox._db.set_trace_callback(None)
-    (statement,) = [text for text in statements if text.startswith("UPDATE")]
+    (statement,) = [text for text in statements if text.startswith("UPDATE batch")]
     rows = outbox._db.execute(f"EXPLAIN QUERY PLAN {statement}")
     assert "INDEX batch_kept (slot=? AND url=?)" in str(list(rows))
 

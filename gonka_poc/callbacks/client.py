@@ -1,4 +1,4 @@
-"""One POST of a callback: where it may go, how long it may take, and what of the answer matters."""
+"""The HTTP client of callbacks: one POST within the rules for addresses, a time limit, and limits on connections."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from gonka_poc.errors import RequestError
 
 MAX_RETRY_AFTER_SEC = 300.0
 MAX_REASON_BYTES = 200
-# open at once; so many less than files that a process may open, and so few a host that a dead one starves no other
+# open at once; far fewer than the files that a process may open, and so few per host that a dead one starves no other
 MAX_CONNECTIONS, MAX_CONNECTIONS_PER_HOST = 64, 8
 
 
 class DeliveryResult(NamedTuple):
-    """What a receiver made of a batch."""
+    """The receiver's answer to a batch."""
 
     accepted: bool
     rejected: bool
-    """A 4xx, or a URL that is not allowed: so it would be the next time. Not 408 and 429, which ask for another try."""
+    """A 4xx, or a URL that is not allowed: another try would end the same. Not 408 and 429, which ask for one."""
     retry_after_sec: float = 0.0
     reason: str | None = None
-    """Why it was not taken; text of the receiver, so never to be printed unescaped."""
+    """Why it was not accepted; text of the receiver, so never to be printed unescaped."""
 
 
 class CallbackClient:
-    """Goes where it was told, if the rules allow the address: no redirects, and no proxies of the environment."""
+    """Sends to the URL of a batch, if the rules allow its address: no redirects, no proxies of the environment."""
 
     def __init__(self, timeout_sec: float, rules: CallbackRules) -> None:
         self._timeout_sec = timeout_sec
@@ -47,7 +47,7 @@ class CallbackClient:
 
     @asynccontextmanager
     async def limit_connections(self, url: str) -> AsyncIterator[None]:
-        """Context in which `post` may be used for `url`: waits while too many others are, of its host or in all."""
+        """Context for a `post` to `url`: waits while too many connections are open, to its host or in all."""
         host = _host(url)
         host_limit = self._host_limits.get(host)
         if host_limit is None:  # it is forgotten when nobody holds it or waits for it
@@ -56,7 +56,7 @@ class CallbackClient:
             yield
 
     async def post(self, batch: Batch) -> DeliveryResult:
-        """Send a batch; a receiver that cannot be reached, or has not answered in time, is one that did not take it.
+        """Send a batch; it is not accepted by a receiver that cannot be reached, or has not answered in time.
 
         A URL that the rules do not allow (an earlier server, with others, accepted it) is refused without asking it.
         """
@@ -103,7 +103,7 @@ def _host(url: str) -> str:
 
 
 async def _read_prefix(response: httpx.Response) -> str:
-    """The first bytes of the body; the rest, which could be any amount, is not read."""
+    """Read the first bytes of the body, and not the rest, which can be of any size."""
     if "content-encoding" in response.headers:  # not asked for: a few compressed bytes can be very many
         return ""
     with suppress(httpx.HTTPError):  # the status has come, and decides
@@ -113,7 +113,7 @@ async def _read_prefix(response: httpx.Response) -> str:
 
 
 def parse_retry_after(retry_after: str | None) -> float:
-    """A Retry-After header, seconds or a date, as seconds from now within our bound; 0 for none or nonsense."""
+    """The seconds that a Retry-After header (seconds or a date) asks for, within our bound; 0 for none or nonsense."""
     if not retry_after:
         return 0.0
     try:

@@ -1,6 +1,6 @@
 """The outbox file: where it lies, what makes a SQLite file ours, and which server a batch in it belongs to.
 
-Several servers of one host (one a GPU, say) share one file. Each holds a slot, a small number, by a lock on a file
+Several servers of one host (one per GPU, say) share one file. Each holds a slot, a small number, by a lock on a file
 beside it; its batches carry that number. The kernel drops the lock with the process, however that ends, so a batch
 whose slot nobody holds has lost its server, and any other server may take it over. No lease to renew, no clock to
 trust, no port in a file name that a restart on another port would not find again.
@@ -12,7 +12,7 @@ import fcntl
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from gonka_poc.errors import OutboxError, OutboxFullError
@@ -105,15 +105,13 @@ def connect(path: str, create: bool) -> sqlite3.Connection:
         elif not Path(path).exists():
             raise OutboxError(f"there is no outbox {path!r} (POC_OUTBOX_PATH)")
         # servers that start at once: one makes the file, and SQLite does not wait for a lock while it changes to WAL
-        with _locked(f"{path}.lock-open", wait=True):
+        with _locked(f"{path}.lock-open", wait=True), translate_errors(path):
             _refuse_foreign(path)
             return _prepared(path)
-    except (OSError, sqlite3.Error) as error:
-        if is_damage(error):
-            raise damaged(path, error) from error
+    except (OSError, sqlite3.Error, OutboxFullError) as error:
         raise OutboxError(
-            f"the outbox {path!r} cannot be opened: {error}; set POC_OUTBOX_PATH to a file on a local disk that this "
-            f"user may write, or to {IN_MEMORY} to do without"
+            f"the outbox {path!r} cannot be opened: {error.__cause__ or error}; set POC_OUTBOX_PATH to a file on a "
+            f"local disk that this user may write, or to {IN_MEMORY} to do without"
         ) from error
 
 
@@ -146,7 +144,7 @@ def _prepared(path: str) -> sqlite3.Connection:
         mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
         if path != IN_MEMORY and mode != "wal":
             raise sqlite3.OperationalError(f"the file system takes no write-ahead log (journal mode {mode})")
-        # FULL, one fsync a commit: what was committed survives a power cut too. NORMAL would lose the last commits.
+        # FULL, one fsync per commit: what was committed survives a power cut too. NORMAL would lose the last commits.
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA foreign_keys = ON")
     except BaseException:
@@ -155,28 +153,18 @@ def _prepared(path: str) -> sqlite3.Connection:
     return db
 
 
-def is_damage(error: Exception) -> bool:
-    """Whether SQLite says that the content of a file is not what it wrote; its other errors are of subclasses."""
-    return type(error) is sqlite3.DatabaseError
-
-
-def damaged(path: str, error: Exception) -> OutboxError:
-    """What to do where `is_damage`."""
-    return OutboxError(
-        f"the outbox {path!r} is damaged ({error}); stop the server and move the file away together with those whose "
-        "names begin with its name, or set POC_OUTBOX_PATH to another file; `sqlite3 FILE .recover` shows what can "
-        "still be read of it"
-    )
-
-
 @contextmanager
 def translate_errors(path: str) -> Iterator[None]:
     """Raise OutboxError where SQLite finds damage, OutboxFullError where waiting can help, and others as they are."""
     try:
         yield
     except sqlite3.DatabaseError as error:
-        if is_damage(error):
-            raise damaged(path, error) from error
+        if type(error) is sqlite3.DatabaseError:  # damage; all other errors are of subclasses
+            raise OutboxError(
+                f"the outbox {path!r} is damaged ({error}); stop the server and move the file away together with those "
+                "whose names begin with its name, or set POC_OUTBOX_PATH to another file; `sqlite3 FILE .recover` "
+                "shows what can still be read of it"
+            ) from error
         if _can_pass(error):
             raise OutboxFullError(
                 f"the outbox {path!r} cannot be written: {error}; free disk space, or set POC_OUTBOX_PATH"
@@ -206,7 +194,7 @@ def transaction(db: sqlite3.Connection, path: str) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: str, wait: bool) -> Iterator[bool]:
-    """Holds the lock file `path`; yields whether it was to be had."""
+    """Context: True if the lock file `path` was free and is held inside."""
     fd = _lock(path, wait)
     try:
         yield fd is not None
@@ -245,9 +233,9 @@ class Slot:
             raise OutboxError(f"the outbox {path!r} cannot be locked: {error}") from error
         raise OutboxError(f"{MAX_SLOTS} servers use the outbox {path!r}; set POC_OUTBOX_PATH to another file")
 
-    def orphaned(self, number: int) -> AbstractContextManager[bool]:
-        """Context: whether slot `number` has no server; none can take it before the context ends."""
-        return _locked(self._lock_path(number), wait=False)
+    def orphaned(self, number: int | None) -> AbstractContextManager[bool]:
+        """Context: True if no other living server has slot `number`; none can take it before the context ends."""
+        return nullcontext(True) if number in (None, self.number) else _locked(self._lock_path(number), wait=False)
 
     def close(self) -> None:
         """Give the place up."""
@@ -255,5 +243,5 @@ class Slot:
             os.close(self._fd)
             self._fd = None
 
-    def _lock_path(self, number: int) -> str:
+    def _lock_path(self, number: int | None) -> str:
         return f"{self._path}.lock-{number}"

@@ -24,32 +24,25 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from gonka_poc.callbacks.file import (
-    FORMAT_VERSION,
-    IN_MEMORY,
-    Slot,
-    connect,
-    outbox_path,
-    transaction,
-    translate_errors,
-)
+from gonka_poc.callbacks.file import IN_MEMORY, Slot, connect, outbox_path, transaction, translate_errors
 from gonka_poc.errors import OutboxFullError
 
 MAX_ARTIFACTS_PER_BATCH = 10_000
-# a body is at most so long, unless a single artifact is longer
+# unless a single artifact is longer
 MAX_BODY_BYTES = 8 * 2**20
-# of an artifact in a body, its value apart; at most, and with a share of what stands around all of them
+# upper bound of an artifact's JSON without its value, with room for the brackets around all artifacts
 BYTES_AROUND_VALUE = 64
 # free pages that an empty outbox keeps: room to write even if something else fills the disk
 MAX_FREE_PAGES = 16_384
 MAX_ROUNDS = 100
 TO_SEND = "status IN ('open', 'pending')"
+DELETE_ROUND = "DELETE FROM round WHERE id = ?"
 REQUEUE_KEPT = "UPDATE batch SET status = 'pending' WHERE slot = ? AND status = 'kept'"
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What is POSTed: `body` to `{url}/{path}`, with `key` as Idempotency-Key."""
+    """One POST: `body` to `{url}/{path}`, with `key` as Idempotency-Key."""
 
     id: int
     url: str
@@ -60,7 +53,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class RoundCheckpoint:
-    """How far a round came: so many of its nonces, in their order, are done."""
+    """The progress of a round: its first `done` nonces are done."""
 
     round_id: int
     done: int
@@ -68,7 +61,7 @@ class RoundCheckpoint:
 
 @dataclass(frozen=True)
 class Counts:
-    """What is in the outbox; of all servers that share it."""
+    """Batches and artifacts in the outbox, of all servers that share it."""
 
     pending_batches: int
     pending_artifacts: int
@@ -77,7 +70,7 @@ class Counts:
 
 
 def most_bytes(num_artifacts: int, value_chars: int) -> int:
-    """At most so much an outbox grows by artifacts whose values are so long: rows, and pages that are not full."""
+    """The most bytes that artifacts with values of that length add to an outbox: rows, and pages not full."""
     # a value of about 900 characters or more goes to pages of its own
     row = 3 * (value_chars + 24) // 2 if value_chars < 900 else (value_chars // 4096 + 2) * 4096
     return num_artifacts * row
@@ -97,7 +90,7 @@ class Outbox:
 
     @property
     def is_durable(self) -> bool:
-        """Whether what is in it outlives the server."""
+        """True if what is in it outlives the server."""
         return self.path != IN_MEMORY
 
     def close(self) -> None:
@@ -110,15 +103,14 @@ class Outbox:
     # --- rounds -------------------------------------------------------------------------------------------------
 
     def begin_round(self, url: str, fingerprint: str, ended: Collection[int] = ()) -> RoundCheckpoint:
-        """Where a round for `url` begins: after the nonces of an equal one that no client ended, whatever else did.
+        """Begin a round for `url`, after the nonces of an equal one that no client ended, whatever else did.
 
         `ended` are the ids of rounds that end before: the one that this takes the place of, and those that clients
         ended. Raises OutboxFullError as `check_room`.
         """
         self.check_room(url)
         with self._transaction():
-            for round_id in ended:
-                self._delete_round(round_id)
+            self._db.executemany(DELETE_ROUND, [(round_id,) for round_id in ended])
             checkpoint = self._claim_unfinished_round(fingerprint)
             if checkpoint is None:
                 cursor = self._db.execute(
@@ -138,27 +130,17 @@ class Outbox:
             "SELECT id, slot, done FROM round WHERE fingerprint = ? ORDER BY done DESC", (fingerprint,)
         ).fetchall()
         for round_id, slot, done in rows:
-            if self._is_claimable(slot):
-                self._db.execute(
-                    "UPDATE round SET slot = ?, updated_at = ? WHERE id = ?", (self._slot.number, time.time(), round_id)
-                )
-                return RoundCheckpoint(round_id, done)
+            with self._slot.orphaned(slot) as is_free:  # one of this server has failed, or it would not begin again
+                if is_free:
+                    update, values = "slot = ?, updated_at = ?", (self._slot.number, time.time(), round_id)
+                    self._db.execute(f"UPDATE round SET {update} WHERE id = ?", values)
+                    return RoundCheckpoint(round_id, done)
         return None
 
-    def _is_claimable(self, slot: int | None) -> bool:
-        """Whether no other living server is at work in `slot`; on this one an equal round has failed."""
-        if slot is None or slot == self._slot.number:
-            return True
-        with self._slot.orphaned(slot) as orphaned:
-            return orphaned
-
     def end_round(self, round_id: int) -> None:
-        """A client ended the round: an equal one begins with its first nonce."""
+        """Forget a round that its client ended: an equal one begins with its first nonce."""
         with self._transaction():
-            self._delete_round(round_id)
-
-    def _delete_round(self, round_id: int) -> None:
-        self._db.execute("DELETE FROM round WHERE id = ?", (round_id,))
+            self._db.execute(DELETE_ROUND, (round_id,))
 
     # --- what goes in -------------------------------------------------------------------------------------------
 
@@ -214,7 +196,7 @@ class Outbox:
         if url is not None:
             self.requeue_kept(url)
         with self._transaction():
-            self._db.execute(f"PRAGMA user_version = {FORMAT_VERSION}")  # a write, to see whether there can be one
+            self._db.execute("UPDATE total SET batches = batches")  # a write, to see whether there can be one
             self._ensure_size_below(self._max_bytes - self._max_bytes // 100)
 
     def _insert_batch(self, url: str, path: str, payload: str, status: str, round_id: int | None = None) -> int:
@@ -265,7 +247,7 @@ class Outbox:
         return Batch(batch_id, url, path, key, body)
 
     def mark_delivered(self, batch_id: int) -> None:
-        """The receiver took the batch: it is gone."""
+        """Delete a batch that its receiver took."""
         with self._transaction():
             self._db.execute("DELETE FROM batch WHERE id = ? AND status = 'pending'", (batch_id,))
             empty = self._db.execute("SELECT NOT EXISTS (SELECT 1 FROM batch)").fetchone()[0]
@@ -273,15 +255,12 @@ class Outbox:
             with suppress(OutboxFullError), translate_errors(self.path):
                 self._db.executescript("PRAGMA incremental_vacuum")  # `execute` would free a single page
 
-    def mark_failed(self, batch_id: int, reason: str) -> None:
-        """A try failed; there will be another."""
-        self._record_try(batch_id, "pending", reason)
-
     def mark_parked(self, batch_id: int, reason: str) -> None:
-        """The receiver refused the batch: it is not tried again before `retry_parked`."""
-        self._record_try(batch_id, "parked", reason)
+        """Park a batch that its receiver refused: it is not tried again before `retry_parked`."""
+        self.mark_failed(batch_id, reason, status="parked")
 
-    def _record_try(self, batch_id: int, status: str, reason: str) -> None:
+    def mark_failed(self, batch_id: int, reason: str, status: str = "pending") -> None:
+        """Record a failed try; there will be another, if the batch stays pending."""
         with self._transaction():
             self._db.execute(
                 "UPDATE batch SET status = ?, attempts = attempts + 1, reason = ?, tried_at = ? "
@@ -290,7 +269,7 @@ class Outbox:
             )
 
     def mark_kept(self, url: str) -> None:
-        """The grace time of a receiver is over: leave its batches where they are."""
+        """Keep a receiver's batches, because its grace time is over: they are not sent before `requeue_kept`."""
         with self._transaction():
             self._db.execute(
                 f"UPDATE batch SET status = 'kept' WHERE slot = ? AND url = ? AND {TO_SEND}", (self._slot.number, url)
@@ -299,7 +278,7 @@ class Outbox:
     # --- whose it is --------------------------------------------------------------------------------------------
 
     def requeue_kept(self, url: str | None = None) -> None:
-        """What was kept is to be sent again: all of it, or what is for `url`.
+        """Make kept batches pending again: all of them, or those for `url`.
 
         New work for a receiver begins with this, in a transaction of its own: where there is no room for the new, what
         was kept has to go out all the same, or there would never be any.
@@ -329,7 +308,7 @@ class Outbox:
             return [url for (url,) in self._db.execute(query, (self._slot.number,))]
 
     def counts(self) -> Counts:
-        """What is in the outbox."""
+        """Count what is in the outbox."""
         with translate_errors(self.path):
             still, parked = self._db.execute("SELECT batches, artifacts FROM total ORDER BY parked").fetchall()
         return Counts(*still, *parked)

@@ -20,10 +20,6 @@ ROOM_POLL_SEC = 1.0
 T = TypeVar("T")
 
 
-def _never() -> bool:
-    return False
-
-
 class OutboxThread:
     """One thread, which runs the methods of one outbox one after another."""
 
@@ -54,7 +50,7 @@ class OutboxThread:
             self._damage = error
             raise
 
-    async def run(self, operation: Callable[..., T], *args: Any, give_up: Callable[[], bool] = _never) -> T:
+    async def run(self, operation: Callable[..., T], *args: Any, give_up: Callable[[], bool] | None = None) -> T:
         """Run a method of the outbox; where there is no room, or the file cannot be used now, again and again.
 
         Raises OutboxFullError once `give_up` says so, or what that raises.
@@ -66,7 +62,7 @@ class OutboxThread:
                     return await self.attempt(operation, *args)
                 except OutboxFullError as error:
                     self.record_problem(error)
-                    if give_up():
+                    if give_up is not None and give_up():
                         raise
                 if not waits:
                     self._num_waiting, waits = self._num_waiting + 1, True
@@ -80,7 +76,7 @@ class OutboxThread:
             raise self._damage.with_traceback(None)
         return await self.add(operation, *args, give_up=lambda: True)
 
-    async def add(self, operation: Callable[..., T], *args: Any, give_up: Callable[[], bool] = _never) -> T:
+    async def add(self, operation: Callable[..., T], *args: Any, give_up: Callable[[], bool] | None = None) -> T:
         """Like `run`, for what needs room: once it is done there is some again, unless others wait for more."""
         result = await self.run(operation, *args, give_up=give_up)
         if not self._num_waiting and self._damage is None:

@@ -1,4 +1,4 @@
-"""Callbacks: what a round or a queued request computed, POSTed from the outbox to the URL that it named.
+"""The sender of callbacks: POSTs what rounds and queued requests computed, from the outbox, to the URL that they name.
 
 Batches of one receiver go out in order, every POC_CALLBACK_INTERVAL_SEC seconds, at least once: until the receiver
 answers 2xx, or refuses with a 4xx, which parks the batch. A receiver that does not answer is tried as long as a round
@@ -30,12 +30,8 @@ logger = logging.getLogger("vllm.gonka_poc.callbacks")
 MAX_BACKOFF_SEC = 60.0
 
 
-def _never() -> bool:
-    return False
-
-
 class CallbackSender:
-    """One task per receiver, so that a slow receiver delays no other. The outbox is used in one thread of its own."""
+    """Delivers callbacks, in one task per receiver, so that a slow receiver delays no other."""
 
     def __init__(
         self,
@@ -78,13 +74,13 @@ class CallbackSender:
         await self._thread.admit(self._outbox.check_room, url)
 
     async def begin_round(self, url: str, fingerprint: str, replaced: int | None) -> RoundCheckpoint:
-        """Where a round for `url` is to begin (`Outbox.begin_round`). Raises what `check_room` raises."""
+        """Begin a round for `url` (`Outbox.begin_round`). Raises what `check_room` raises."""
         # rounds whose end could not be written yet have ended all the same: this one does not go on from them
         ended = self._ending | ({replaced} if replaced is not None else set())
         return await self._thread.admit(self._outbox.begin_round, url, fingerprint, ended)
 
     async def end_round(self, round_id: int) -> None:
-        """A client ended the round: an equal one will begin anew."""
+        """Forget a round that its client ended: an equal one will begin anew."""
         self._ending.add(round_id)
         try:
             await self._thread.run(self._outbox.end_round, round_id)
@@ -97,7 +93,7 @@ class CallbackSender:
         envelope: dict[str, Any],
         artifacts: list[dict[str, Any]],
         checkpoint: RoundCheckpoint | None = None,
-        give_up: Callable[[], bool] = _never,
+        give_up: Callable[[], bool] | None = None,
     ) -> None:
         """Store artifacts for `{url}/generated`, and how far their round is with them. Returns when that is durable.
 
@@ -109,7 +105,7 @@ class CallbackSender:
         if artifacts:
             self._ensure_task(url)
 
-    async def add_validated(self, url: str, payload: dict[str, Any], give_up: Callable[[], bool] = _never) -> None:
+    async def add_validated(self, url: str, payload: dict[str, Any], give_up: Callable[[], bool] | None = None) -> None:
         """Store the outcome of a validation for `{url}/validated`, like `add_artifacts`."""
         await self._thread.add(self._outbox.add_validated, url, payload, give_up=give_up)
         self._ensure_task(url)
