@@ -12,7 +12,7 @@ import fcntl
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 from gonka_poc.errors import OutboxError, OutboxFullError
@@ -195,24 +195,16 @@ def transaction(db: sqlite3.Connection, path: str) -> Iterator[None]:
 @contextmanager
 def _locked(path: str, wait: bool) -> Iterator[bool]:
     """Context: True if the lock file `path` was free and is held inside."""
-    fd = _lock(path, wait)
-    try:
-        yield fd is not None
-    finally:
-        if fd is not None:
-            os.close(fd)
-
-
-def _lock(path: str, wait: bool) -> int | None:
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError as error:
+        free = True
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            free = False
+        yield free
+    finally:
         os.close(fd)
-        if isinstance(error, BlockingIOError):
-            return None
-        raise
-    return fd
 
 
 class Slot:
@@ -220,15 +212,16 @@ class Slot:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._fd: int | None = None
+        self._lock = ExitStack()
         self.number = 0
         if path == IN_MEMORY:
             return
         try:
             for self.number in range(MAX_SLOTS):
-                self._fd = _lock(self._lock_path(self.number), wait=False)
-                if self._fd is not None:
-                    return
+                with ExitStack() as stack:
+                    if stack.enter_context(_locked(self._lock_path(self.number), wait=False)):
+                        self._lock = stack.pop_all()
+                        return
         except OSError as error:
             raise OutboxError(f"the outbox {path!r} cannot be locked: {error}") from error
         raise OutboxError(f"{MAX_SLOTS} servers use the outbox {path!r}; set POC_OUTBOX_PATH to another file")
@@ -239,9 +232,7 @@ class Slot:
 
     def close(self) -> None:
         """Give the place up."""
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        self._lock.close()
 
     def _lock_path(self, number: int | None) -> str:
         return f"{self._path}.lock-{number}"
