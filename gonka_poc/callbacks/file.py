@@ -24,13 +24,13 @@ BUSY_TIMEOUT_SEC = 30.0
 MAX_SLOTS = 1024
 # What passes by itself, or once somebody makes room: codes of SQLite, and what it says. A quota that is used up, and a
 # full disk under the WAL's index, are I/O errors.
-PASSING_ERRORS = {
-    5: "database is locked",
-    6: "database table is locked",
-    8: "attempt to write a readonly database",
-    10: "disk I/O error",
-    13: "database or disk is full",
-}
+PASSING_ERRORS = (
+    (5, "database is locked"),
+    (6, "database table is locked"),
+    (8, "attempt to write a readonly database"),
+    (10, "disk I/O error"),
+    (13, "database or disk is full"),
+)
 
 SCHEMA = """
 CREATE TABLE round ( -- how far the rounds came that no client ended
@@ -173,8 +173,10 @@ def translate_errors(path: str) -> Iterator[None]:
 
 
 def _can_pass(error: sqlite3.DatabaseError) -> bool:
-    code = getattr(error, "sqlite_errorcode", None)  # since Python 3.11
-    return code & 0xFF in PASSING_ERRORS if code is not None else str(error).startswith(tuple(PASSING_ERRORS.values()))
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is None:  # Python 3.10
+        return any(str(error).startswith(text) for _, text in PASSING_ERRORS)
+    return any(code & 0xFF == number for number, _ in PASSING_ERRORS)
 
 
 @contextmanager
