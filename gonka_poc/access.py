@@ -1,4 +1,4 @@
-"""Who may call, and where callbacks may go: the bearer token of /api/v1/pow/*, and the rules for callback URLs.
+"""Access rules: the bearer token of /api/v1/pow/*, and the addresses that callbacks may go to.
 
 A callback URL makes this server send requests, so it must not reach what only this server can reach by accident:
 link-local and cloud metadata addresses are always refused. The host is judged twice: as it was written, when the
@@ -48,18 +48,18 @@ FORBIDDEN_NETWORKS: tuple[tuple[Network, str], ...] = (
 # IPv6 networks whose last 32 bits are the IPv4 address that a gateway goes on to: NAT64, SIIT, the "compatible" form
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 NETWORKS_AROUND_IPV4 = (NAT64, ipaddress.ip_network("::ffff:0:0:0/96"), ipaddress.ip_network("::/96"))
-# names that are looked up at once; a thread each, which a dead resolver holds for long after its callback gave up
+# names that are looked up at once; a thread for each, which a dead resolver holds long after its callback gave up
 MAX_LOOKUPS = 16
 
 
 class BearerToken:
-    """The token that callers must show; only its digest is kept, and compared in constant time."""
+    """The token that callers must send; only its digest is kept, and compared in constant time."""
 
     def __init__(self, token: str) -> None:
         self._digest = _digest(token.encode())
 
     def matches(self, authorization: Sequence[bytes]) -> bool:
-        """Whether `authorization`, all Authorization headers of a request, is exactly one with this token."""
+        """True if `authorization`, all Authorization headers of a request, is exactly one with this token."""
         if len(authorization) != 1:
             return False
         scheme, _, shown = authorization[0].strip().partition(b" ")
@@ -73,7 +73,7 @@ def _digest(token: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class CallbackRules:
-    """Where callbacks may go: POC_CALLBACK_ALLOW, less what is always forbidden.
+    """The addresses that callbacks may go to: POC_CALLBACK_ALLOW, less what is always forbidden.
 
     An entry is a host, host:port, *.suffix, address or CIDR range; no entries allow every host. A range is compared
     with addresses that are written as such; a host that is given by name needs an entry by name.
@@ -85,7 +85,7 @@ class CallbackRules:
 
     @classmethod
     def parse(cls, text: str) -> CallbackRules:
-        """The rules that `text`, comma-separated entries, gives. Raises ValueError naming a wrong entry."""
+        """Parse comma-separated entries. Raises ValueError naming a wrong entry."""
         names: list[tuple[str, int | None]] = []
         suffixes, networks = [], []
         for entry in filter(None, (part.strip() for part in text.split(","))):
@@ -100,7 +100,7 @@ class CallbackRules:
                         raise ValueError("neither a host nor a range")
                     # httpx leaves out the port that is http's own
                     port = 80 if entry.endswith(":80") else url.port
-                    names.append((name_of(url), port))
+                    names.append((host_name(url), port))
             except (httpx.InvalidURL, ValueError) as error:
                 raise ValueError(
                     f"{entry!a} is no host, host:port, *.suffix, address or CIDR range ({error})"
@@ -109,14 +109,14 @@ class CallbackRules:
 
     @property
     def allow_all(self) -> bool:
-        """Whether there is no allow-list."""
+        """True if there is no allow-list."""
         return not (self.names or self.suffixes or self.networks)
 
     def check_url(self, url: str) -> None:
         """Refuse a callback URL by its host as it is written. Raises RequestError with the reason."""
         try:
             parsed = httpx.URL(url)
-            name = name_of(parsed)
+            name = host_name(parsed)
         except (httpx.InvalidURL, ValueError) as error:
             shown = shown_url(url)
             raise RequestError(f"the callback URL {shown!a} cannot be used: {printable(str(error))}") from error
@@ -166,7 +166,7 @@ class CallbackRules:
         if self.allow_all or (name, None) in self.names or (name, port) in self.names:
             return True
         if address is not None:
-            return any(_reached(address) in network for network in self.networks)
+            return any(_final_address(address) in network for network in self.networks)
         return name.endswith(self.suffixes) if self.suffixes else False
 
 
@@ -219,12 +219,12 @@ class CheckedTransport(httpx.AsyncBaseTransport):
 
 
 def shown_url(url: str) -> str:
-    """`url` for people and logs: with *** for a name and password in it."""
+    """`url` for people and logs, with *** for a name and password in it."""
     return re.sub(r"^([^/?#]*//)[^/?#]*@", r"\1***@", url)
 
 
 def has_query(url: str) -> bool:
-    """Whether `url` has a query or a fragment, if only an empty one: a path put behind it would become part of it."""
+    """True if `url` has a query or a fragment, if only an empty one: a path put behind it would become part of it."""
     return "?" in url or "#" in url
 
 
@@ -232,7 +232,7 @@ def _port_of(url: httpx.URL) -> int:
     return url.port or (443 if url.scheme == "https" else 80)
 
 
-def name_of(url: httpx.URL) -> str:
+def host_name(url: httpx.URL) -> str:
     """The host of `url` as names are compared: in lower case, IDNA-encoded, without the dot of the DNS root."""
     return _plain_name(url.raw_host.decode("ascii"))
 
@@ -256,13 +256,13 @@ def _as_address(name: str) -> Address | None:
 
 
 def _is_number(url: httpx.URL) -> bool:
-    """Whether the host would be read as a number: its last label is digits, or 0x and hexadecimal digits."""
-    last_label = name_of(url).rpartition(".")[2]
-    return _as_address(name_of(url)) is None and re.fullmatch(r"\d+|0x[0-9a-f]*", last_label) is not None
+    """True if the host would be read as a number: its last label is digits, or 0x and hexadecimal digits."""
+    last_label = host_name(url).rpartition(".")[2]
+    return _as_address(host_name(url)) is None and re.fullmatch(r"\d+|0x[0-9a-f]*", last_label) is not None
 
 
-def _reached(address: Address) -> Address:
-    """Where a connection to `address` ends. Not the address in a 6to4 or Teredo one, which is what its writer chose."""
+def _final_address(address: Address) -> Address:
+    """The address that a connection to `address` ends at; 6to4 and Teredo addresses are left as they are."""
     if isinstance(address, ipaddress.IPv6Address):
         return address.ipv4_mapped or (_last_32_bits(address) if address in NAT64 else address)
     return address

@@ -147,9 +147,6 @@ def spec_from(fields: Mapping[str, Any]) -> Spec:
     return DistanceSpec(**fields) if "randomization" in fields else VectorSpec(**fields)
 
 
-Spec = VectorSpec | DistanceSpec
-
-
 @dataclass(frozen=True)
 class BatchResult:
     """The values of a batch (vectors or 0-d distances) by nonce, and the nonces that gave a NaN or Inf."""

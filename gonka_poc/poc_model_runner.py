@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from gonka_poc.compiled_layers import CompiledReflections, LastPositions, LayerCompiler, NormSearch
-from gonka_poc.data import DistanceSpec, Randomization, Spec, VectorSpec
+from gonka_poc.data import Randomization, Spec, VectorSpec
 from gonka_poc.errors import PoCError, RequestError, UnsupportedServerError
 from gonka_poc.gpu_random import NonceKeys, nonce_inputs
 from gonka_poc.layer_hooks import LayerReflections

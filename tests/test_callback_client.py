@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from gonka_poc.access import CallbackRules
-from gonka_poc.callbacks.client import Answer, CallbackClient
+from gonka_poc.callbacks.client import CallbackClient, DeliveryResult
 from gonka_poc.callbacks.outbox import Batch
 
 Reply = Callable[[asyncio.StreamWriter], Awaitable[None]]
@@ -39,7 +39,7 @@ async def receiver(reply: Reply) -> AsyncIterator[str]:
         server.close()
 
 
-async def post(url: str, timeout_sec: float = 30.0) -> Answer:
+async def post(url: str, timeout_sec: float = 30.0) -> DeliveryResult:
     client = CallbackClient(timeout_sec, CallbackRules.parse(""))
     try:
         return await client.post(Batch(1, url, "generated", "key", b"{}"))
@@ -65,11 +65,11 @@ async def test_the_time_to_answer_is_one_for_the_whole_answer(reply):
     """However little by little it comes."""
     started = time.monotonic()
     async with receiver(reply) as url:
-        answer = await post(url, timeout_sec=0.3)
+        result = await post(url, timeout_sec=0.3)
     assert time.monotonic() - started < 3
-    assert not answer.taken
-    assert not answer.refused
-    assert answer.reason == "no answer within 0.3 s"
+    assert not result.accepted
+    assert not result.rejected
+    assert result.reason == "no answer within 0.3 s"
 
 
 async def test_a_compressed_answer_is_not_made_large():
@@ -81,8 +81,8 @@ async def test_a_compressed_answer_is_not_made_large():
 
     async with receiver(reply) as url:
         tracemalloc.start()
-        answer = await post(url)
+        result = await post(url)
         highest = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert answer.reason == "answered 500"
+    assert result.reason == "answered 500"
     assert highest < 10_000_000

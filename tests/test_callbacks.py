@@ -10,11 +10,12 @@ import sqlite3
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -22,11 +23,11 @@ from fakes import until
 
 from gonka_poc.access import CheckedTransport
 from gonka_poc.callbacks import client as callback_client
-from gonka_poc.callbacks import outbox
+from gonka_poc.callbacks import outbox, outbox_thread
 from gonka_poc.callbacks import sender as callbacks
 from gonka_poc.callbacks.admin import retry_parked, summary
-from gonka_poc.callbacks.client import MAX_CONNECTIONS, MAX_CONNECTIONS_A_HOST, seconds_to_wait
-from gonka_poc.callbacks.outbox import Outbox, RoundMark
+from gonka_poc.callbacks.client import MAX_CONNECTIONS, MAX_CONNECTIONS_PER_HOST, parse_retry_after
+from gonka_poc.callbacks.outbox import Outbox, RoundCheckpoint
 from gonka_poc.callbacks.sender import CallbackSender
 from gonka_poc.config import Settings
 from gonka_poc.errors import OutboxError, OutboxFullError
@@ -122,7 +123,9 @@ async def make(receivers):
     senders: list[CallbackSender] = []
 
     def make_sender(settings: Settings, path: str = ":memory:", **options) -> CallbackSender:
-        senders.append(CallbackSender(settings, Outbox(str(path), settings.outbox_max_bytes), **options))
+        box = Outbox(str(path), settings.outbox_max_bytes)
+        box._db.execute("PRAGMA synchronous = OFF")  # no test here is about what a disk keeps
+        senders.append(CallbackSender(settings, box, **options))
         return senders[-1]
 
     yield make_sender
@@ -172,7 +175,7 @@ async def test_artifacts_of_one_envelope_travel_together(make, receivers):
 
 
 async def test_a_batch_has_a_largest_size(make, receivers, monkeypatch):
-    monkeypatch.setattr(outbox, "MAX_ARTIFACTS_A_BATCH", 3)
+    monkeypatch.setattr(outbox, "MAX_ARTIFACTS_PER_BATCH", 3)
     sender = make(NEVER)
     for nonce in range(7):
         await sender.add_artifacts(URL, {}, artifacts(nonce))
@@ -326,7 +329,7 @@ async def test_a_url_that_cannot_be_called_stops_nothing_else(make, receivers, b
 
 @pytest.mark.parametrize(
     ("hosts", "urls_a_host", "most"),
-    [(["dead"], 20, MAX_CONNECTIONS_A_HOST), ([f"dead{i}" for i in range(12)], 7, MAX_CONNECTIONS)],
+    [(["dead"], 20, MAX_CONNECTIONS_PER_HOST), ([f"dead{i}" for i in range(12)], 7, MAX_CONNECTIONS)],
 )
 async def test_so_many_connections_are_open_and_no_more(make, receivers, hosts, urls_a_host, most):
     """What waits for one is not read yet, and is sent when it is its turn."""
@@ -343,7 +346,7 @@ async def test_so_many_connections_are_open_and_no_more(make, receivers, hosts, 
     await all_delivered(sender)
     assert sorted(receivers.nonces(hosts[-1])) == list(range(urls_a_host))
     await until(lambda: not sender._receivers)
-    assert not sender._client._by_host
+    assert not sender._client._host_limits
 
 
 async def test_a_dead_receiver_starves_no_other(make, receivers):
@@ -353,7 +356,7 @@ async def test_a_dead_receiver_starves_no_other(make, receivers):
         await sender.add_artifacts(f"http://dead/{number}", {}, artifacts(number))
     await sender.add_artifacts(URL, {}, artifacts(7))
     await until(lambda: receivers.nonces() == [7])
-    assert len(receivers.got["dead"]) == MAX_CONNECTIONS_A_HOST
+    assert len(receivers.got["dead"]) == MAX_CONNECTIONS_PER_HOST
     receivers.gates["dead"].set()
 
 
@@ -381,14 +384,14 @@ async def test_what_is_added_while_the_rest_is_kept_is_sent(make, receivers, mon
     now = 0.0
     sender = make(Settings(callback_interval_sec=0.001), tmp_path / "outbox", clock=lambda: now)
     failing, added = threading.Event(), threading.Event()
-    real = sender._outbox.failed
+    real = sender._outbox.mark_failed
 
     def failed(*args) -> None:
         real(*args)
         failing.set()
         added.wait(5)
 
-    monkeypatch.setattr(sender._outbox, "failed", failed)
+    monkeypatch.setattr(sender._outbox, "mark_failed", failed)
     receivers.answers["receiver"].append(500)
     await sender.add_artifacts(URL, {"block_height": 1}, artifacts(1))
     await until(failing.is_set)
@@ -402,10 +405,10 @@ async def test_what_is_added_while_the_rest_is_kept_is_sent(make, receivers, mon
 
 
 async def test_a_round_does_not_go_on_from_one_whose_end_is_not_written_yet(make, monkeypatch):
-    monkeypatch.setattr(callbacks, "ROOM_POLL_SEC", 0.05)
+    monkeypatch.setattr(outbox_thread, "ROOM_POLL_SEC", 0.05)
     sender = make(NEVER)
     stopped = await sender.begin_round(URL, "f", None)
-    await sender.add_artifacts(URL, {}, artifacts(1), RoundMark(stopped.round_id, 1))
+    await sender.add_artifacts(URL, {}, artifacts(1), RoundCheckpoint(stopped.round_id, 1))
     real, failures = sender._outbox.end_round, iter([True])
 
     def end_round(round_id: int) -> None:
@@ -420,8 +423,8 @@ async def test_a_round_does_not_go_on_from_one_whose_end_is_not_written_yet(make
     assert (again.done, again.round_id != stopped.round_id) == (0, True)
     await ending
     assert not sender._ending
-    await sender.add_artifacts(URL, {}, artifacts(1), RoundMark(again.round_id, 1))
-    assert await sender.begin_round(URL, "f", None) == RoundMark(again.round_id, 1)
+    await sender.add_artifacts(URL, {}, artifacts(1), RoundCheckpoint(again.round_id, 1))
+    assert await sender.begin_round(URL, "f", None) == RoundCheckpoint(again.round_id, 1)
 
 
 # --- how long, and how often ------------------------------------------------------------------------------------
@@ -463,7 +466,8 @@ async def test_a_receiver_that_is_down_while_its_round_generates(make, receivers
     """Nothing is lost, nothing comes twice, in order; it is tried for ever, at most a minute apart."""
     down = Down(receivers, simulated, 60 * minutes)
     clock = {"clock": lambda: simulated.now, "sleep": simulated.sleep}
-    sender = make(Settings(outbox_grace_sec=30.0), tmp_path / "outbox", is_live=lambda url: True, **clock)
+    sender = make(Settings(outbox_grace_sec=30.0), tmp_path / "outbox", **clock)
+    sender.hold(URL)
     sender.start()
     step = 6 * minutes / 10  # 100 additions in all
     for nonce in range(100):
@@ -479,15 +483,19 @@ async def test_a_receiver_that_is_down_while_its_round_generates(make, receivers
 
 
 async def test_a_stopped_round_is_delivered_for_the_grace_time_and_then_kept(make, receivers, simulated, tmp_path):
+    """Holds are counted: two rounds for one receiver may overlap. The grace time starts at the last one's end."""
     down = Down(receivers, simulated, 10_000)
-    live = [URL]
-    clock = {"clock": lambda: simulated.now, "sleep": simulated.sleep, "is_live": lambda url: url in live}
+    clock = {"clock": lambda: simulated.now, "sleep": simulated.sleep}
     sender = make(Settings(outbox_grace_sec=300.0), tmp_path / "outbox", **clock)
+    sender.hold(URL)
+    sender.hold(URL)
     sender.start()
     await sender.add_artifacts(URL, {"block_height": 1}, artifacts(1, 2))
     await sender.add_artifacts(URL, {"block_height": 2}, artifacts(3))
-    await simulated.run(1000, sender)
-    live.clear()
+    await simulated.run(500, sender)
+    sender.unhold(URL)
+    await simulated.run(500, sender)
+    sender.unhold(URL)
     await simulated.run(1000, sender)
     assert 1200 <= down.tries[-1] <= 1000 + 300 + 60
     assert [batch.status for batch in summary(str(tmp_path / "outbox"))] == ["kept", "kept"]
@@ -526,6 +534,28 @@ async def test_what_was_kept_is_sent_at_the_next_start_or_retry(make, receivers,
     receivers.answers.clear()
 
 
+async def test_a_try_that_ends_in_an_exception_is_a_failed_try(make, receivers, simulated, tmp_path, caplog):
+    """It counts, with its reason, and the next one comes later; its traceback is logged once."""
+    path, tries = tmp_path / "outbox", 5
+    sender = make(Settings(), path, clock=lambda: simulated.now, sleep=simulated.sleep)
+    receivers.answers["receiver"].extend([KeyError("no such header")] * tries)
+    await sender.add_artifacts(URL, {}, artifacts(1))
+    times: list[float] = []
+    for second in range(240):
+        await simulated.run(1, sender)
+        times += [second] * (len(receivers.got["receiver"]) - len(times))
+        if len(times) == tries:
+            break
+    (batch,) = summary(str(path))
+    assert (batch.status, batch.attempts, batch.reason) == ("pending", tries, "KeyError: 'no such header'")
+    assert times[-1] - times[-2] >= 20
+    assert caplog.text.count("Traceback") == 1
+    assert caplog.text.count("callback 1 to") == tries
+    await simulated.run(61, sender)
+    assert summary(str(path)) == []
+    assert len(set(receivers.keys["receiver"])) == 1
+
+
 @pytest.mark.parametrize("status", [429, 503])
 async def test_retry_after_is_honoured(make, receivers, simulated, status):
     receivers.answers["receiver"].append(httpx.Response(status, headers={"retry-after": "120"}))
@@ -546,12 +576,12 @@ async def test_retry_after_is_honoured(make, receivers, simulated, status):
     ],
 )
 def test_retry_after_has_a_bound(header, seconds):
-    assert seconds_to_wait(header) == seconds
+    assert parse_retry_after(header) == seconds
 
 
 def test_retry_after_can_be_a_date():
     when = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=60), usegmt=True)
-    assert 58 <= seconds_to_wait(when) <= 60
+    assert 58 <= parse_retry_after(when) <= 60
 
 
 # --- the end, and the next start --------------------------------------------------------------------------------
@@ -618,6 +648,45 @@ async def test_a_server_takes_over_from_one_that_ended(make, receivers, tmp_path
     await until(lambda: summary(path) == [])
 
 
+@pytest.mark.parametrize("failing", ["database", "client", "outbox"])
+async def test_close_raises_nothing_and_closes_the_rest(make, monkeypatch, tmp_path, caplog, failing):
+    """Into the shutdown of vLLM, that is; what failed is logged."""
+    sender = make(NEVER, tmp_path / "outbox")
+    await sender.add_artifacts(URL, {}, artifacts(1))
+    box, client = sender._outbox, sender._client
+    closed: list[str] = []
+    for name, part in (("client", client), ("outbox", box)):
+        monkeypatch.setattr(part, "close", closing_of(part, closed, name, name == failing))
+    if failing == "database":
+        box._db.execute("DROP TABLE batch")
+    await asyncio.wait_for(sender.close(), 5)
+    assert closed == ["client", "outbox"]
+    assert client._client.is_closed
+    assert sender._thread._executor._shutdown
+    with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
+        box._db.execute("SELECT 1")
+    assert {"database": "no such table: batch"}.get(failing, f"{failing} failed") in caplog.text
+
+
+def closing_of(part: Any, closed: list[str], name: str, fails: bool) -> Callable[[], Any]:
+    """The `close` of a part, which says that it was called, and may fail at its end."""
+    real = part.close
+
+    def close() -> None:
+        closed.append(name)
+        real()
+        if fails:
+            raise sqlite3.OperationalError(f"{name} failed")
+
+    async def close_async() -> None:
+        closed.append(name)
+        await real()
+        if fails:
+            raise RuntimeError(f"{name} failed")
+
+    return close_async if asyncio.iscoroutinefunction(real) else close
+
+
 async def test_nothing_is_left_running_after_close(make, receivers):
     before = asyncio.all_tasks()
     sender = make(NEVER)
@@ -634,7 +703,7 @@ async def test_nothing_is_left_running_after_close(make, receivers):
 @pytest.fixture
 def disk(monkeypatch):
     """SQLite's own refusal: `disk(sender, True)` lets no page be added to the file, False lets it grow again."""
-    monkeypatch.setattr(callbacks, "ROOM_POLL_SEC", 0.005)
+    monkeypatch.setattr(outbox_thread, "ROOM_POLL_SEC", 0.005)
 
     def fill(sender: CallbackSender, full: bool) -> None:
         sender._outbox._db.execute(f"PRAGMA max_page_count = {1 if full else 10**6}").fetchall()
@@ -736,7 +805,7 @@ async def test_an_addition_can_be_given_up(make, receivers, disk):
 
 async def test_a_problem_that_nobody_waits_for_goes_away(make, disk):
     sender = make(QUICK)
-    sender.problem = "the outbox is full"
+    sender._thread.problem = "the outbox is full"
     sender.start()
     await until(lambda: sender.problem is None)
 
@@ -798,16 +867,16 @@ async def refusal(call: Awaitable[None]) -> str:
 
 
 async def test_what_was_taken_is_not_sent_again_because_the_disk_is_full(make, receivers, monkeypatch):
-    monkeypatch.setattr(callbacks, "ROOM_POLL_SEC", 0.001)
+    monkeypatch.setattr(outbox_thread, "ROOM_POLL_SEC", 0.001)
     sender = make(QUICK)
-    real, failures = sender._outbox.delivered, iter([True] * 20)
+    real, failures = sender._outbox.mark_delivered, iter([True] * 20)
 
     def delivered(batch_id: int) -> None:
         if next(failures, False):
             raise OutboxFullError("database or disk is full")
         real(batch_id)
 
-    monkeypatch.setattr(sender._outbox, "delivered", delivered)
+    monkeypatch.setattr(sender._outbox, "mark_delivered", delivered)
     await sender.add_artifacts(URL, {}, artifacts(1))
     await all_delivered(sender)
     assert next(failures, None) is None
@@ -829,6 +898,22 @@ async def test_a_slow_disk_does_not_hold_up_the_event_loop(make, monkeypatch):
         await asyncio.sleep(0.001)
         turns += 1
     assert turns > 20
+
+
+async def test_a_fault_of_this_program_ends_an_addition_and_is_shown(make, receivers, caplog):
+    """It is not taken for a full disk, for which one waits; the log has it once, however often the outbox is asked."""
+    sender = make(QUICK)
+    sender._outbox._db.execute("DROP TABLE batch")
+    with pytest.raises(sqlite3.OperationalError, match="no such table: batch"):
+        await asyncio.wait_for(sender.add_artifacts(URL, {}, artifacts(1)), 5)
+    sender.start()
+    await until(lambda: sender.problem)
+    polls = iter(range(5))
+    real = sender._outbox.requeue_kept
+    sender._outbox.requeue_kept = lambda: (next(polls, None), real())[1]
+    await until(lambda: next(polls, None) is None)
+    assert sender.problem == "OperationalError: no such table: batch"
+    assert caplog.text.count("Traceback") == 1
 
 
 async def test_an_outbox_that_cannot_be_read_is_logged_and_read_again(make, receivers, monkeypatch, caplog):

@@ -21,7 +21,7 @@ from vllm.config import ParallelConfig
 
 from gonka_poc import middleware
 from gonka_poc.callbacks import client as callback_client
-from gonka_poc.callbacks import sender as callbacks
+from gonka_poc.callbacks import outbox_thread
 from gonka_poc.callbacks.admin import summary
 from gonka_poc.callbacks.outbox import Outbox
 from gonka_poc.cli.server_process import free_port
@@ -369,7 +369,7 @@ async def test_chat_while_a_round_generates(client, view, monkeypatch, priority)
 async def test_chat_is_served_while_a_round_waits_for_room(monkeypatch):
     """Nothing is computed then, so nothing has to go first."""
     monkeypatch.setenv("POC_PRIORITY", "poc")
-    monkeypatch.setattr(callbacks, "ROOM_POLL_SEC", 0.01)
+    monkeypatch.setattr(outbox_thread, "ROOM_POLL_SEC", 0.01)
     served = PoCMiddleware(make_host())
     scope_app = SimpleNamespace(state=SimpleNamespace())
 

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import os
 import random
 import re
+import resource
 import sqlite3
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from gonka_poc.callbacks import file as file_module
 from gonka_poc.callbacks import outbox as outbox_module
 from gonka_poc.callbacks.admin import purge, retry_parked, summary
 from gonka_poc.callbacks.file import APPLICATION_ID, FORMAT_VERSION, outbox_path
-from gonka_poc.callbacks.outbox import Batch, Counts, Outbox, RoundMark
+from gonka_poc.callbacks.outbox import Batch, Counts, Outbox, RoundCheckpoint
 from gonka_poc.errors import OutboxError, OutboxFullError
 
 URL = "http://receiver"
@@ -46,7 +52,7 @@ def drain(box: Outbox, url: str = URL) -> list[Batch]:
     batches = []
     while (batch := take(box, url)) is not None:
         batches.append(batch)
-        box.delivered(batch.id)
+        box.mark_delivered(batch.id)
     return batches
 
 
@@ -57,11 +63,12 @@ def path(tmp_path) -> str:
 
 @pytest.fixture
 def open_outbox(path):
-    """Opens the outbox at `path`; everything opened is closed after the test."""
+    """Opens the outbox at `path`, without waiting for the disk; everything opened is closed after the test."""
     boxes: list[Outbox] = []
 
     def opened(setting: str = path, max_bytes: int = CAP) -> Outbox:
         boxes.append(Outbox(setting, max_bytes))
+        boxes[-1]._db.execute("PRAGMA synchronous = OFF")
         return boxes[-1]
 
     yield opened
@@ -91,13 +98,13 @@ def test_a_batch_is_the_same_at_each_try(open_outbox):
     box.add_artifacts(URL, {}, artifacts(1, 2))
     first = take(box)
     box.add_artifacts(URL, {}, artifacts(3))
-    box.failed(first.id, "answered 500")
+    box.mark_failed(first.id, "answered 500")
     assert take(box) == first
     box.close()
     box = open_outbox()
     box.add_artifacts(URL, {}, artifacts(4))
     assert take(box) == first
-    box.delivered(first.id)
+    box.mark_delivered(first.id)
     second = take(box)
     assert nonces_of(second) == [3, 4]
     assert second.key != first.key
@@ -115,7 +122,7 @@ def test_newer_batches_wait_for_the_next_interval(open_outbox):
     box = open_outbox()
     box.add_artifacts(URL, {}, artifacts(1))
     newest = box.newest(URL)
-    box.delivered(box.next_batch(URL, newest).id)
+    box.mark_delivered(box.next_batch(URL, newest).id)
     box.add_artifacts(URL, {}, artifacts(2))
     assert box.next_batch(URL, newest) is None
 
@@ -125,13 +132,13 @@ def test_each_change_is_guarded_by_the_present_state(open_outbox, path):
     box = open_outbox()
     box.add_validated(URL, {})
     batch = take(box)
-    box.park(batch.id, "answered 400")
-    for change in (box.delivered, lambda i: box.failed(i, "late"), lambda i: box.park(i, "late")):
+    box.mark_parked(batch.id, "answered 400")
+    for change in (box.mark_delivered, lambda i: box.mark_failed(i, "late"), lambda i: box.mark_parked(i, "late")):
         change(batch.id)
         (info,) = summary(path)
         assert (info.status, info.reason, info.attempts) == ("parked", "answered 400", 1)
     assert purge(path) == 1
-    box.delivered(batch.id)
+    box.mark_delivered(batch.id)
     assert summary(path) == []
 
 
@@ -148,7 +155,7 @@ def test_what_is_kept_is_found_by_an_index(open_outbox):
     outbox._db.set_trace_callback(statements.append)
     outbox.check_room(URL)
     outbox._db.set_trace_callback(None)
-    (statement,) = [text for text in statements if text.startswith("UPDATE")]
+    (statement,) = [text for text in statements if text.startswith("UPDATE batch")]
     rows = outbox._db.execute(f"EXPLAIN QUERY PLAN {statement}")
     assert "INDEX batch_kept (slot=? AND url=?)" in str(list(rows))
 
@@ -160,6 +167,42 @@ def test_the_next_batch_is_found_by_an_index(open_outbox, query):
         f"EXPLAIN QUERY PLAN {query} slot = ? AND url = ? AND {outbox_module.TO_SEND} ORDER BY id", (0, URL)
     )
     assert "USING INDEX batch_to_send (slot=? AND url=?" in str(list(rows))
+
+
+def test_a_body_has_a_largest_size(open_outbox, monkeypatch):
+    """Its envelope counts too; a single artifact may be longer. All come in order, and once."""
+    monkeypatch.setattr(outbox_module, "MAX_BODY_BYTES", 1000)
+    box = open_outbox()
+    for envelope, start, count in [({}, 0, 25), ({}, 25, 1), ({}, 26, 8), ({"block_hash": "b" * 500}, 34, 10)]:
+        box.add_artifacts(URL, envelope, artifacts(*range(start, start + count)))
+    box.add_artifacts(URL, {"encoding": "long"}, [{"nonce": n, "vector_b64": "A" * 2000} for n in (44, 45)])
+    batches = drain(box)
+    assert [len(batch.body) <= 1000 for batch in batches] == [True] * (len(batches) - 2) + [False, False]
+    assert [len(nonces_of(batch)) for batch in batches] == [10, 10, 6, 8, 5, 5, 1, 1]
+    assert [nonce for batch in batches for nonce in nonces_of(batch)] == list(range(46))
+
+
+async def longest_pause(work: Callable[[], object]) -> float:
+    """The longest time that the event loop stood still while `work` ran in a thread."""
+    longest, running = 0.0, asyncio.create_task(asyncio.to_thread(work))
+    while not running.done():
+        before = time.perf_counter()
+        await asyncio.sleep(0.001)
+        longest = max(longest, time.perf_counter() - before)
+    await running
+    return longest
+
+
+async def test_long_vectors_do_not_hold_up_the_event_loop(open_outbox):
+    """Compared with all of them in one piece of JSON; the best of a few tries, as other work holds the loop up too."""
+    box = open_outbox(":memory:")
+    long_vectors = [{"nonce": n, "vector_b64": "A" * 10_924} for n in range(2000)]  # k_dim 4096
+    box.add_artifacts(URL, {}, long_vectors)
+    newest = box.newest(URL)
+    assert 7 * 2**20 < len(box.next_batch(URL, newest).body) <= outbox_module.MAX_BODY_BYTES
+    at_once = min([await longest_pause(lambda: json.dumps(long_vectors).encode()) for _ in range(3)])
+    in_pieces = min([await longest_pause(lambda: box.next_batch(URL, newest)) for _ in range(5)])
+    assert in_pieces < at_once / 4
 
 
 # --- random operations against a model --------------------------------------------------------------------------
@@ -219,7 +262,7 @@ def counted(batches: list[ModelBatch]) -> Counts:
 @pytest.mark.parametrize("seed", range(6))
 def test_random_operations_against_a_model(open_outbox, path, monkeypatch, seed):
     rng, model = random.Random(seed), Model()
-    monkeypatch.setattr(outbox_module, "MAX_ARTIFACTS_A_BATCH", model.limit)
+    monkeypatch.setattr(outbox_module, "MAX_ARTIFACTS_PER_BATCH", model.limit)
     box, nonce = open_outbox(), 0
     urls = ["http://a", "http://b"]
     keys: dict[int, str] = {}
@@ -245,16 +288,16 @@ def test_random_operations_against_a_model(open_outbox, path, monkeypatch, seed)
                 assert json.loads(batch.body) == body
                 assert keys.setdefault(batch.id, batch.key) == batch.key
                 expected.status = "pending"
-                outcome = rng.choice(["delivered", "failed", "park", "lost"])
-                if outcome == "delivered":
-                    box.delivered(batch.id)
+                outcome = rng.choice(["mark_delivered", "mark_failed", "mark_parked", "lost"])
+                if outcome == "mark_delivered":
+                    box.mark_delivered(batch.id)
                     model.batches.remove(expected)
                 elif outcome != "lost":
                     getattr(box, outcome)(batch.id, "reason")
                     expected.attempts += 1
-                    expected.status = "parked" if outcome == "park" else "pending"
+                    expected.status = "parked" if outcome == "mark_parked" else "pending"
         elif operation == "keep":
-            box.keep(url)
+            box.mark_kept(url)
             model.change(url, ("open", "pending"), "kept")
         elif operation == "retry":
             assert retry_parked(path, url=url) == model.change(url, ("parked", "kept"), "pending")
@@ -265,7 +308,7 @@ def test_random_operations_against_a_model(open_outbox, path, monkeypatch, seed)
             box.close()
             box = open_outbox()
             if rng.random() < 0.5:
-                box.take_up()
+                box.requeue_kept()
                 model.change(None, ("kept",), "pending")
         held = [(info.url, info.status, info.num_artifacts, info.attempts) for info in summary(path)]
         assert held == [(b.url, b.status, len(b.nonces or []), b.attempts) for b in model.batches]
@@ -278,7 +321,7 @@ def test_random_operations_against_a_model(open_outbox, path, monkeypatch, seed)
 # --- rounds -----------------------------------------------------------------------------------------------------
 
 
-def begin(box: Outbox, fingerprint: str = "f", **options) -> RoundMark:
+def begin(box: Outbox, fingerprint: str = "f", **options) -> RoundCheckpoint:
     return box.begin_round(URL, fingerprint, **options)
 
 
@@ -287,21 +330,21 @@ def test_a_round_that_lost_its_server_goes_on_where_it_was(open_outbox):
     box = open_outbox()
     first = begin(box)
     assert first.done == 0
-    box.add_artifacts(URL, {}, artifacts(0, 1), RoundMark(first.round_id, 2))
-    box.add_artifacts(URL, {}, [], RoundMark(first.round_id, 5))
+    box.add_artifacts(URL, {}, artifacts(0, 1), RoundCheckpoint(first.round_id, 2))
+    box.add_artifacts(URL, {}, [], RoundCheckpoint(first.round_id, 5))
     assert box.counts() == Counts(1, 2, 0, 0)
     box.close()
     box = open_outbox()
     assert begin(box, "another").done == 0
     mark = begin(box)
     assert mark.done == 5
-    box.add_artifacts(URL, {}, artifacts(5), RoundMark(mark.round_id, 6))
+    box.add_artifacts(URL, {}, artifacts(5), RoundCheckpoint(mark.round_id, 6))
     assert [nonces_of(batch) for batch in drain(box)] == [[0, 1, 5]]
 
 
 def test_a_round_that_failed_goes_on_where_it_was(open_outbox):
     box = open_outbox()
-    box.add_artifacts(URL, {}, artifacts(0), RoundMark(begin(box).round_id, 1))
+    box.add_artifacts(URL, {}, artifacts(0), RoundCheckpoint(begin(box).round_id, 1))
     assert begin(box).done == 1
 
 
@@ -310,15 +353,15 @@ def test_a_round_that_its_client_ended_is_begun_anew(open_outbox, replaced):
     """Its last batch, stored after its end, does not bring it back, and gets into no batch of the new round."""
     box = open_outbox()
     old = begin(box)
-    box.add_artifacts(URL, {}, artifacts(0), RoundMark(old.round_id, 1))
+    box.add_artifacts(URL, {}, artifacts(0), RoundCheckpoint(old.round_id, 1))
     if not replaced:
         box.end_round(old.round_id)
     new = begin(box, ended=[old.round_id] if replaced else [])
     assert new.done == 0
     assert new.round_id != old.round_id
-    box.add_artifacts(URL, {}, artifacts(0), RoundMark(new.round_id, 1))
-    box.add_artifacts(URL, {}, artifacts(1), RoundMark(old.round_id, 2))
-    box.add_artifacts(URL, {}, artifacts(1), RoundMark(new.round_id, 2))
+    box.add_artifacts(URL, {}, artifacts(0), RoundCheckpoint(new.round_id, 1))
+    box.add_artifacts(URL, {}, artifacts(1), RoundCheckpoint(old.round_id, 2))
+    box.add_artifacts(URL, {}, artifacts(1), RoundCheckpoint(new.round_id, 2))
     assert [nonces_of(batch) for batch in drain(box)] == [[0], [0], [1], [1]]
     box.end_round(new.round_id)
     assert begin(box).done == 0
@@ -330,7 +373,7 @@ def test_equal_rounds_of_two_servers_that_live_are_two(open_outbox):
     for box, done in ((one, 1), (two, 2)):
         mark = begin(box)
         assert mark.done == 0
-        box.add_artifacts(URL, {}, artifacts(done), RoundMark(mark.round_id, done))
+        box.add_artifacts(URL, {}, artifacts(done), RoundCheckpoint(mark.round_id, done))
     two.close()
     assert begin(one, "other").done == 0
     one.close()
@@ -341,7 +384,7 @@ def test_equal_rounds_of_two_servers_that_live_are_two(open_outbox):
 
 def test_a_round_of_a_server_that_ended_is_taken_over_once(open_outbox):
     one, two, three = open_outbox(), open_outbox(), open_outbox()
-    two.add_artifacts(URL, {}, artifacts(0), RoundMark(begin(two).round_id, 1))
+    two.add_artifacts(URL, {}, artifacts(0), RoundCheckpoint(begin(two).round_id, 1))
     two.close()
     assert [begin(box).done for box in (three, one)] == [1, 0]
 
@@ -350,7 +393,7 @@ def test_the_newest_rounds_are_remembered(open_outbox, monkeypatch):
     monkeypatch.setattr(outbox_module, "MAX_ROUNDS", 3)
     box = open_outbox()
     for name in "abcd":
-        box.add_artifacts(URL, {}, artifacts(0), RoundMark(begin(box, name).round_id, 1))
+        box.add_artifacts(URL, {}, artifacts(0), RoundCheckpoint(begin(box, name).round_id, 1))
     assert [begin(box, name).done for name in "abcd"[::-1]] == [1, 1, 1, 0]
 
 
@@ -443,10 +486,10 @@ def test_in_memory_leaves_no_file(open_outbox, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_committed_is_on_disk(open_outbox):
-    pragma = open_outbox()._db.execute
-    assert pragma("PRAGMA journal_mode").fetchone() == ("wal",)
-    assert pragma("PRAGMA synchronous").fetchone() == (2,)  # FULL
+def test_what_is_committed_is_on_disk(path):
+    with closing(Outbox(path, CAP)) as box:
+        assert box._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert box._db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
 
 
 def foreign_database(path: str) -> None:
@@ -519,10 +562,10 @@ def test_servers_that_share_a_file_send_only_their_own(open_outbox):
 def test_batches_of_a_server_that_ended_are_taken_over_once(open_outbox, path):
     one, two, three = open_outbox(), open_outbox(), open_outbox()
     two.add_artifacts(URL, {}, artifacts(1))
-    two.park(take(two).id, "answered 400")
+    two.mark_parked(take(two).id, "answered 400")
     two.add_artifacts(URL, {}, artifacts(2))
     key = take(two).key
-    two.keep(URL)
+    two.mark_kept(URL)
     two.close()
     three.adopt()
     one.adopt()
@@ -597,6 +640,61 @@ def test_new_work_is_refused_before_running_work(open_outbox):
     box.add_artifacts(URL, {}, artifacts(*range(50)))
 
 
+def read_only(box: Outbox) -> None:
+    box._db.close()
+    box._db = sqlite3.connect(f"file:{box.path}?mode=ro", uri=True, isolation_level=None, check_same_thread=False)
+
+
+@contextmanager
+def locked(box: Outbox) -> Iterator[None]:
+    box._db.execute("PRAGMA busy_timeout = 1")
+    with closing(sqlite3.connect(box.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+
+
+@contextmanager
+def file_size_limit(box: Outbox) -> Iterator[None]:
+    """SQLite takes a write beyond it for an I/O error, as one beyond a quota."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(f"{box.path}-wal"), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("refuse", "said"),
+    [
+        (read_only, "attempt to write a readonly database"),
+        (locked, "database is locked"),
+        (file_size_limit, "disk I/O error"),
+        (lambda box: box._db.execute("PRAGMA max_page_count = 1").fetchall(), "database or disk is full"),
+    ],
+    ids=["read-only", "locked", "I/O error", "full"],
+)
+def test_what_can_pass_is_no_room(open_outbox, refuse, said):
+    """Told by SQLite's code, or by its text before Python 3.11; nothing was changed, and what is there is safe."""
+    box = open_outbox()
+    box.add_artifacts(URL, {}, artifacts(1))
+    refusing = refuse(box)
+    with refusing if isinstance(refusing, AbstractContextManager) else nullcontext():
+        with pytest.raises(OutboxFullError, match=f"cannot be written: {said}") as refusal:
+            box.add_artifacts(URL, {}, artifacts(*range(2, 2000)))
+    assert file_module._can_pass(sqlite3.OperationalError(str(refusal.value.__cause__)))
+    assert box.counts().pending_artifacts == 1
+
+
+@pytest.mark.parametrize("use", [Outbox.receivers, Outbox.requeue_kept, lambda box: box.add_validated(URL, {})])
+def test_a_fault_of_this_program_is_raised_as_it_is(open_outbox, use):
+    box = open_outbox()
+    box._db.execute("DROP TABLE batch")
+    with pytest.raises(sqlite3.OperationalError, match="no such table: batch") as raised:
+        use(box)
+    assert not file_module._can_pass(sqlite3.OperationalError(str(raised.value)))
+
+
 FULL_DISK = """
 import json, os, sys
 from gonka_poc.errors import OutboxFullError
@@ -623,7 +721,7 @@ got = []
 while (newest := box.newest("http://receiver")) is not None:
     batch = box.next_batch("http://receiver", newest)
     got += [artifact["nonce"] for artifact in json.loads(batch.body)["artifacts"]]
-    box.delivered(batch.id)
+    box.mark_delivered(batch.id)
 print(json.dumps({"stored": stored, "said": said, "refused": refused, "whole": got == list(range(stored + 1))}))
 """
 
@@ -672,8 +770,8 @@ def resident():
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 def write(count):
-    for start in range(0, count, 32):
-        batch = [{"nonce": n, "vector_b64": "A" * 32} for n in range(start, start + 32)]
+    for start in range(0, count, 128):
+        batch = [{"nonce": n, "vector_b64": "A" * 32} for n in range(start, start + 128)]
         box.add_artifacts("http://receiver", {"block_hash": "b"}, batch)
 
 def drain(highest):
@@ -683,7 +781,7 @@ def drain(highest):
         for artifact in json.loads(batch.body)["artifacts"]:
             assert artifact["nonce"] == nonce
             nonce += 1
-        box.delivered(batch.id)
+        box.mark_delivered(batch.id)
         highest = max(highest, resident())
     return nonce, highest
 
@@ -757,10 +855,10 @@ class Receiver:
 async def write_and_drain(sender, receiver, count):
     # what is written while the receiver hangs, and what is written while it takes that
     receiver.taken = 0
-    for start in range(0, count, 32):
+    for start in range(0, count, 128):
         if start >= count // 2:
             receiver.up.set()
-        batch = [{"nonce": n, "vector_b64": "A" * 32} for n in range(start, start + 32)]
+        batch = [{"nonce": n, "vector_b64": "A" * 32} for n in range(start, start + 128)]
         await sender.add_artifacts(URL, {"block_hash": "b"}, batch)
     while sender.counts.pending_batches:
         await asyncio.sleep(0.01)

@@ -41,9 +41,9 @@ while True:
         if batch:
             os.write(log, b"\\n" + json.dumps([batch.key, json.loads(batch.body)]).encode() + b"\\n")
             if rng.random() < 0.5:
-                box.delivered(batch.id)
+                box.mark_delivered(batch.id)
             else:
-                box.failed(batch.id, "answered 500")
+                box.mark_failed(batch.id, "answered 500")
 """
 
 
@@ -119,5 +119,5 @@ def log_left(path: str, log: Path) -> None:
         while (newest := box.newest("http://receiver")) is not None:
             batch = box.next_batch("http://receiver", newest)
             received.write(json.dumps([batch.key, json.loads(batch.body)]) + "\n")
-            box.delivered(batch.id)
+            box.mark_delivered(batch.id)
     box.close()

@@ -15,7 +15,7 @@ import pytest
 from fakes import FakeManager, generate_body, made_up_distance, round_body, until
 
 from gonka_poc.callbacks import client as callback_client
-from gonka_poc.callbacks import sender as callbacks
+from gonka_poc.callbacks import outbox_thread
 from gonka_poc.callbacks.admin import retry_parked, summary
 from gonka_poc.callbacks.outbox import Outbox
 from gonka_poc.config import Settings
@@ -47,6 +47,7 @@ async def server(monkeypatch, tmp_path):
     def start(manager: FakeManager, **settings) -> SimpleNamespace:
         settings = {"callback_interval_sec": 0.001, "chat_backoff_sec": 0.001, "outbox_path": server.path, **settings}
         service = PoCService(manager, Settings(**settings))
+        service.callbacks._outbox._db.execute("PRAGMA synchronous = OFF")  # no test here is about what a disk keeps
         service.start()
         transport = httpx.ASGITransport(app=make_app(service))
         client = real(transport=transport, base_url=f"http://test{PREFIX}")
@@ -58,7 +59,7 @@ async def server(monkeypatch, tmp_path):
         return real(**{**options, "transport": httpx.MockTransport(receive)})
 
     monkeypatch.setattr(callback_client.httpx, "AsyncClient", mocked)
-    monkeypatch.setattr(callbacks, "ROOM_POLL_SEC", 0.005)
+    monkeypatch.setattr(outbox_thread, "ROOM_POLL_SEC", 0.005)
     server.start = start
     yield server
     for service, client in zip(server.services, server.clients, strict=True):
@@ -168,6 +169,7 @@ CAP = 256 * 1024
 def fill(server: SimpleNamespace, limit: int) -> None:
     """An earlier server left callbacks until there was no room."""
     earlier = Outbox(server.path, limit)
+    earlier._db.execute("PRAGMA synchronous = OFF")
     with suppress(OutboxFullError):
         while True:
             earlier.add_artifacts(URL, {}, [{"nonce": n, "vector_b64": "AAAAAAAA"} for n in range(20)])
@@ -240,6 +242,29 @@ async def test_the_next_server_delivers_what_the_last_one_computed(server):
     await until(lambda: summary(server.path) == [])
 
 
+async def test_a_receiver_is_held_while_a_round_for_it_generates(server):
+    """Whatever ends that: a stop, another phase, another round, a failure."""
+    api = server.start(FakeManager())
+    held = api.service.callbacks._holds
+    other = {**THRESHOLD, "callback_url": "http://other"}
+    for path, body, expected in [
+        ("/init/generate", round_body(url=URL), {URL: 1}),
+        ("/stop", None, {}),
+        ("/init", THRESHOLD, {}),
+        ("/phase/generate", None, {URL: 1}),
+        ("/phase/validate", None, {}),
+        ("/init/generate", other, {"http://other": 1}),
+        ("/stop", None, {}),
+        ("/init/generate", round_body(), {}),
+        ("/stop", None, {}),
+        ("/init/generate", round_body(url=URL), {URL: 1}),
+    ]:
+        assert (await api.client.post(path, json=body)).status_code == 200
+        assert dict(held) == expected, path
+    api.manager.script.append(EngineUnavailableError("the engine is dead"))
+    await until(lambda: not held)
+
+
 # --- a round begun again ----------------------------------------------------------------------------------------
 
 THRESHOLD = {
@@ -279,7 +304,7 @@ async def crash(api: SimpleNamespace) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    await api.service.callbacks._run(api.service.callbacks._outbox.close, count=False)
+    await api.service.callbacks._thread.close()
     api.service.callbacks._closed = True
 
 

@@ -1,1 +1,1 @@
-"""Callbacks: from a computed batch to the receiver that has taken it."""
+"""Callbacks: from a computed batch to the receiver that has accepted it."""

@@ -1,4 +1,4 @@
-"""What `gonka-poc outbox list|retry|purge` do; also while servers use the file, which see it within seconds."""
+"""The work of `gonka-poc outbox list|retry|purge`; servers that use the file see the changes within seconds."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ class BatchInfo:
 
 
 def summary(path: str) -> list[BatchInfo]:
-    """What the outbox at `path` (as POC_OUTBOX_PATH) holds, oldest first. Raises OutboxError where there is none."""
+    """List the outbox at `path` (as POC_OUTBOX_PATH), oldest first. Raises OutboxError where there is none."""
     with closing(connect(outbox_path(path), create=False)) as db:
         return [BatchInfo(*row) for row in db.execute(f"SELECT {', '.join(BatchInfo.__annotations__)} FROM batch")]
 
 
 def retry_parked(path: str, url: str | None = None, ids: Sequence[int] | None = None) -> int:
-    """Send parked and kept batches again: all, or those of a receiver or with these ids; how many they are."""
+    """Send parked and kept batches again, all or those of a receiver or with these ids; returns their number."""
     with _changing(path) as db:
         where, values = _chosen(("parked", "kept"), url, ids)
         return db.execute(f"UPDATE batch SET status = 'pending' WHERE {where}", values).rowcount
 
 
 def purge(path: str, url: str | None = None, ids: Sequence[int] | None = None, undelivered: bool = False) -> int:
-    """Delete parked batches, and with `undelivered` those that are still to be sent as well; how many they are."""
+    """Delete parked batches, and with `undelivered` those still to be sent as well; returns their number."""
     with _changing(path) as db:
         statuses = ("parked", "kept", "pending", "open") if undelivered else ("parked",)
         where, values = _chosen(statuses, url, ids)

@@ -1,4 +1,4 @@
-"""One POST of a callback: where it may go, how long it may take, and what of the answer matters."""
+"""The HTTP client of callbacks: one POST within the rules for addresses, a time limit, and limits on connections."""
 
 from __future__ import annotations
 
@@ -12,98 +12,98 @@ from weakref import WeakValueDictionary
 
 import httpx
 
-from gonka_poc.access import CallbackRules, CheckedTransport, name_of
+from gonka_poc.access import CallbackRules, CheckedTransport, host_name
 from gonka_poc.callbacks.outbox import Batch
 from gonka_poc.errors import RequestError
 
 MAX_RETRY_AFTER_SEC = 300.0
 MAX_REASON_BYTES = 200
-# open at once; so many less than files that a process may open, and so few a host that a dead one starves no other
-MAX_CONNECTIONS, MAX_CONNECTIONS_A_HOST = 64, 8
+# open at once; far fewer than the files that a process may open, and so few per host that a dead one starves no other
+MAX_CONNECTIONS, MAX_CONNECTIONS_PER_HOST = 64, 8
 
 
-class Answer(NamedTuple):
-    """What a receiver made of a batch."""
+class DeliveryResult(NamedTuple):
+    """The receiver's answer to a batch."""
 
-    taken: bool
-    refused: bool
-    """A 4xx, or a URL that is not allowed: so it would be the next time. Not 408 and 429, which ask for another try."""
+    accepted: bool
+    rejected: bool
+    """A 4xx, or a URL that is not allowed: another try would end the same. Not 408 and 429, which ask for one."""
     retry_after_sec: float = 0.0
     reason: str | None = None
-    """Why it was not taken; text of the receiver, so never to be printed unescaped."""
+    """Why it was not accepted; text of the receiver, so never to be printed unescaped."""
 
 
 class CallbackClient:
-    """Goes where it was told, if the rules allow the address: no redirects, and no proxies of the environment."""
+    """Sends to the URL of a batch, if the rules allow its address: no redirects, no proxies of the environment."""
 
     def __init__(self, timeout_sec: float, rules: CallbackRules) -> None:
         self._timeout_sec = timeout_sec
         self._rules = rules
-        self._all = asyncio.Semaphore(MAX_CONNECTIONS)
-        self._by_host: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        self._total_limit = asyncio.Semaphore(MAX_CONNECTIONS)
+        self._host_limits: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._client = httpx.AsyncClient(
             transport=CheckedTransport(rules), timeout=timeout_sec, follow_redirects=False, trust_env=False
         )
 
     @asynccontextmanager
-    async def turn(self, url: str) -> AsyncIterator[None]:
-        """Context in which `post` may be used for `url`: waits while too many others are, of its host or in all."""
-        host = _host_of(url)
-        of_host = self._by_host.get(host)
-        if of_host is None:  # it is forgotten when nobody holds it or waits for it
-            of_host = self._by_host[host] = asyncio.Semaphore(MAX_CONNECTIONS_A_HOST)
-        async with of_host, self._all:
+    async def limit_connections(self, url: str) -> AsyncIterator[None]:
+        """Context for a `post` to `url`: waits while too many connections are open, to its host or in all."""
+        host = _host(url)
+        host_limit = self._host_limits.get(host)
+        if host_limit is None:  # it is forgotten when nobody holds it or waits for it
+            host_limit = self._host_limits[host] = asyncio.Semaphore(MAX_CONNECTIONS_PER_HOST)
+        async with host_limit, self._total_limit:
             yield
 
-    async def post(self, batch: Batch) -> Answer:
-        """Send a batch; a receiver that cannot be reached, or has not answered in time, is one that did not take it.
+    async def post(self, batch: Batch) -> DeliveryResult:
+        """Send a batch; it is not accepted by a receiver that cannot be reached, or has not answered in time.
 
         A URL that the rules do not allow (an earlier server, with others, accepted it) is refused without asking it.
         """
         try:
             self._rules.check_url(batch.url)
         except RequestError as error:
-            return Answer(taken=False, refused=True, reason=str(error))
+            return DeliveryResult(accepted=False, rejected=True, reason=str(error))
         post = asyncio.ensure_future(self._post(batch))
         try:
             # httpx's own timeout begins again with every byte; asyncio.wait_for loses a cancellation until Python 3.12
             await asyncio.wait([post], timeout=self._timeout_sec)
             if post.done():
                 return post.result()
-            return Answer(taken=False, refused=False, reason=f"no answer within {self._timeout_sec:g} s")
+            return DeliveryResult(accepted=False, rejected=False, reason=f"no answer within {self._timeout_sec:g} s")
         finally:
             post.cancel()
 
-    async def _post(self, batch: Batch) -> Answer:
+    async def _post(self, batch: Batch) -> DeliveryResult:
         headers = {"Content-Type": "application/json", "Idempotency-Key": batch.key, "Accept-Encoding": "identity"}
         request = self._client.stream("POST", f"{batch.url}/{batch.path}", content=batch.body, headers=headers)
         try:
             async with request as response:
                 if response.is_success:
-                    return Answer(taken=True, refused=False)
+                    return DeliveryResult(accepted=True, rejected=False)
                 status = response.status_code
                 retry_after = response.headers.get("retry-after") if status in (429, 503) else None
-                beginning = await _beginning(response)
-                reason = f"answered {status}: {beginning}" if beginning else f"answered {status}"
-                refused = 400 <= status < 500 and status not in (408, 429)
-                return Answer(False, refused, seconds_to_wait(retry_after), reason)
+                prefix = await _read_prefix(response)
+                reason = f"answered {status}: {prefix}" if prefix else f"answered {status}"
+                rejected = 400 <= status < 500 and status not in (408, 429)
+                return DeliveryResult(False, rejected, parse_retry_after(retry_after), reason)
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # ValueError: a host that cannot be encoded
-            return Answer(taken=False, refused=False, reason=f"{type(error).__name__}: {error}")
+            return DeliveryResult(accepted=False, rejected=False, reason=f"{type(error).__name__}: {error}")
 
     async def close(self) -> None:
         """Close the connections."""
         await self._client.aclose()
 
 
-def _host_of(url: str) -> str:
+def _host(url: str) -> str:
     try:
-        return name_of(httpx.URL(url))
+        return host_name(httpx.URL(url))
     except (httpx.InvalidURL, ValueError):  # `post` says what is wrong
         return url
 
 
-async def _beginning(response: httpx.Response) -> str:
-    """The first bytes of the body; the rest, which could be any amount, is not read."""
+async def _read_prefix(response: httpx.Response) -> str:
+    """Read the first bytes of the body, and not the rest, which can be of any size."""
     if "content-encoding" in response.headers:  # not asked for: a few compressed bytes can be very many
         return ""
     with suppress(httpx.HTTPError):  # the status has come, and decides
@@ -112,8 +112,8 @@ async def _beginning(response: httpx.Response) -> str:
     return ""
 
 
-def seconds_to_wait(retry_after: str | None) -> float:
-    """A Retry-After header, seconds or a date, as seconds from now within our bound; 0 for none or nonsense."""
+def parse_retry_after(retry_after: str | None) -> float:
+    """The seconds that a Retry-After header (seconds or a date) asks for, within our bound; 0 for none or nonsense."""
     if not retry_after:
         return 0.0
     try:

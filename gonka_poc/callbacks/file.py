@@ -1,6 +1,6 @@
 """The outbox file: where it lies, what makes a SQLite file ours, and which server a batch in it belongs to.
 
-Several servers of one host (one a GPU, say) share one file. Each holds a slot, a small number, by a lock on a file
+Several servers of one host (one per GPU, say) share one file. Each holds a slot, a small number, by a lock on a file
 beside it; its batches carry that number. The kernel drops the lock with the process, however that ends, so a batch
 whose slot nobody holds has lost its server, and any other server may take it over. No lease to renew, no clock to
 trust, no port in a file name that a restart on another port would not find again.
@@ -12,7 +12,7 @@ import fcntl
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 from gonka_poc.errors import OutboxError, OutboxFullError
@@ -22,6 +22,15 @@ APPLICATION_ID = 0x506F4378  # "PoCx": no other program's file
 FORMAT_VERSION = 2
 BUSY_TIMEOUT_SEC = 30.0
 MAX_SLOTS = 1024
+# What passes by itself, or once somebody makes room: codes of SQLite, and what it says. A quota that is used up, and a
+# full disk under the WAL's index, are I/O errors.
+PASSING_ERRORS = (
+    (5, "database is locked"),
+    (6, "database table is locked"),
+    (8, "attempt to write a readonly database"),
+    (10, "disk I/O error"),
+    (13, "database or disk is full"),
+)
 
 SCHEMA = """
 CREATE TABLE round ( -- how far the rounds came that no client ended
@@ -96,15 +105,13 @@ def connect(path: str, create: bool) -> sqlite3.Connection:
         elif not Path(path).exists():
             raise OutboxError(f"there is no outbox {path!r} (POC_OUTBOX_PATH)")
         # servers that start at once: one makes the file, and SQLite does not wait for a lock while it changes to WAL
-        with _locked(f"{path}.lock-open", wait=True):
+        with _locked(f"{path}.lock-open", wait=True), translate_errors(path):
             _refuse_foreign(path)
             return _prepared(path)
-    except (OSError, sqlite3.Error) as error:
-        if is_damage(error):
-            raise damaged(path, error) from error
+    except (OSError, sqlite3.Error, OutboxFullError) as error:
         raise OutboxError(
-            f"the outbox {path!r} cannot be opened: {error}; set POC_OUTBOX_PATH to a file on a local disk that this "
-            f"user may write, or to {IN_MEMORY} to do without"
+            f"the outbox {path!r} cannot be opened: {error.__cause__ or error}; set POC_OUTBOX_PATH to a file on a "
+            f"local disk that this user may write, or to {IN_MEMORY} to do without"
         ) from error
 
 
@@ -137,7 +144,7 @@ def _prepared(path: str) -> sqlite3.Connection:
         mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
         if path != IN_MEMORY and mode != "wal":
             raise sqlite3.OperationalError(f"the file system takes no write-ahead log (journal mode {mode})")
-        # FULL, one fsync a commit: what was committed survives a power cut too. NORMAL would lose the last commits.
+        # FULL, one fsync per commit: what was committed survives a power cut too. NORMAL would lose the last commits.
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA foreign_keys = ON")
     except BaseException:
@@ -146,44 +153,36 @@ def _prepared(path: str) -> sqlite3.Connection:
     return db
 
 
-def is_damage(error: Exception) -> bool:
-    """Whether SQLite says that the content of a file is not what it wrote; its other errors are of subclasses."""
-    return type(error) is sqlite3.DatabaseError
-
-
-def damaged(path: str, error: Exception) -> OutboxError:
-    """What to do where `is_damage`."""
-    return OutboxError(
-        f"the outbox {path!r} is damaged ({error}); stop the server and move the file away together with those whose "
-        "names begin with its name, or set POC_OUTBOX_PATH to another file; `sqlite3 FILE .recover` shows what can "
-        "still be read of it"
-    )
-
-
 @contextmanager
-def reading(path: str) -> Iterator[None]:
-    """Raises OutboxError where what is read inside shows that the file is damaged."""
+def translate_errors(path: str) -> Iterator[None]:
+    """Raise OutboxError where SQLite finds damage, OutboxFullError where waiting can help, and others as they are."""
     try:
         yield
     except sqlite3.DatabaseError as error:
-        if is_damage(error):
-            raise damaged(path, error) from error
+        if type(error) is sqlite3.DatabaseError:  # damage; all other errors are of subclasses
+            raise OutboxError(
+                f"the outbox {path!r} is damaged ({error}); stop the server and move the file away together with those "
+                "whose names begin with its name, or set POC_OUTBOX_PATH to another file; `sqlite3 FILE .recover` "
+                "shows what can still be read of it"
+            ) from error
+        if _can_pass(error):
+            raise OutboxFullError(
+                f"the outbox {path!r} cannot be written: {error}; free disk space, or set POC_OUTBOX_PATH"
+            ) from error
         raise
+
+
+def _can_pass(error: sqlite3.DatabaseError) -> bool:
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is None:  # Python 3.10
+        return any(str(error).startswith(text) for _, text in PASSING_ERRORS)
+    return any(code & 0xFF == number for number, _ in PASSING_ERRORS)
 
 
 @contextmanager
 def transaction(db: sqlite3.Connection, path: str) -> Iterator[None]:
-    """All that is written inside, or nothing of it.
-
-    Raises OutboxFullError where it cannot be written, OutboxError where the file is damaged.
-    """
-    with reading(path), _written(db, path):
-        yield
-
-
-@contextmanager
-def _written(db: sqlite3.Connection, path: str) -> Iterator[None]:
-    try:
+    """All that is written inside, or nothing of it. Raises what `translate_errors` does."""
+    with translate_errors(path):
         # the write lock first, so that what is read inside is still so when it is changed
         db.execute("BEGIN IMMEDIATE")
         try:
@@ -193,33 +192,21 @@ def _written(db: sqlite3.Connection, path: str) -> Iterator[None]:
             if db.in_transaction:
                 db.execute("ROLLBACK")
             raise
-    except sqlite3.OperationalError as error:
-        raise OutboxFullError(
-            f"the outbox {path!r} cannot be written: {error}; free disk space, or set POC_OUTBOX_PATH"
-        ) from error
 
 
 @contextmanager
 def _locked(path: str, wait: bool) -> Iterator[bool]:
-    """Holds the lock file `path`; yields whether it was to be had."""
-    fd = _lock(path, wait)
-    try:
-        yield fd is not None
-    finally:
-        if fd is not None:
-            os.close(fd)
-
-
-def _lock(path: str, wait: bool) -> int | None:
+    """Context: True if the lock file `path` was free and is held inside."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError as error:
+        free = True
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            free = False
+        yield free
+    finally:
         os.close(fd)
-        if isinstance(error, BlockingIOError):
-            return None
-        raise
-    return fd
 
 
 class Slot:
@@ -227,28 +214,27 @@ class Slot:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._fd: int | None = None
+        self._lock = ExitStack()
         self.number = 0
         if path == IN_MEMORY:
             return
         try:
             for self.number in range(MAX_SLOTS):
-                self._fd = _lock(self._lock_path(self.number), wait=False)
-                if self._fd is not None:
-                    return
+                with ExitStack() as stack:
+                    if stack.enter_context(_locked(self._lock_path(self.number), wait=False)):
+                        self._lock = stack.pop_all()
+                        return
         except OSError as error:
             raise OutboxError(f"the outbox {path!r} cannot be locked: {error}") from error
         raise OutboxError(f"{MAX_SLOTS} servers use the outbox {path!r}; set POC_OUTBOX_PATH to another file")
 
-    def orphaned(self, number: int) -> AbstractContextManager[bool]:
-        """Context: whether slot `number` has no server; none can take it before the context ends."""
-        return _locked(self._lock_path(number), wait=False)
+    def orphaned(self, number: int | None) -> AbstractContextManager[bool]:
+        """Context: True if no other living server has slot `number`; none can take it before the context ends."""
+        return nullcontext(True) if number in (None, self.number) else _locked(self._lock_path(number), wait=False)
 
     def close(self) -> None:
         """Give the place up."""
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        self._lock.close()
 
-    def _lock_path(self, number: int) -> str:
+    def _lock_path(self, number: int | None) -> str:
         return f"{self._path}.lock-{number}"

@@ -17,7 +17,6 @@ and one thread at a time may call them.
 from __future__ import annotations
 
 import json
-import sqlite3
 import time
 import uuid
 from collections.abc import Collection, Sequence
@@ -25,21 +24,25 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from gonka_poc.callbacks.file import FORMAT_VERSION, IN_MEMORY, Slot, connect, outbox_path, reading, transaction
-from gonka_poc.data import chunks
+from gonka_poc.callbacks.file import IN_MEMORY, Slot, connect, outbox_path, transaction, translate_errors
 from gonka_poc.errors import OutboxFullError
 
-MAX_ARTIFACTS_A_BATCH = 10_000
+MAX_ARTIFACTS_PER_BATCH = 10_000
+# unless a single artifact is longer
+MAX_BODY_BYTES = 8 * 2**20
+# upper bound of an artifact's JSON without its value, with room for the brackets around all artifacts
+BYTES_AROUND_VALUE = 64
 # free pages that an empty outbox keeps: room to write even if something else fills the disk
 MAX_FREE_PAGES = 16_384
 MAX_ROUNDS = 100
 TO_SEND = "status IN ('open', 'pending')"
-TAKE_UP = "UPDATE batch SET status = 'pending' WHERE slot = ? AND status = 'kept'"
+DELETE_ROUND = "DELETE FROM round WHERE id = ?"
+REQUEUE_KEPT = "UPDATE batch SET status = 'pending' WHERE slot = ? AND status = 'kept'"
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What is POSTed: `body` to `{url}/{path}`, with `key` as Idempotency-Key."""
+    """One POST: `body` to `{url}/{path}`, with `key` as Idempotency-Key."""
 
     id: int
     url: str
@@ -49,8 +52,8 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class RoundMark:
-    """How far a round came: so many of its nonces, in their order, are done."""
+class RoundCheckpoint:
+    """The progress of a round: its first `done` nonces are done."""
 
     round_id: int
     done: int
@@ -58,7 +61,7 @@ class RoundMark:
 
 @dataclass(frozen=True)
 class Counts:
-    """What is in the outbox; of all servers that share it."""
+    """Batches and artifacts in the outbox, of all servers that share it."""
 
     pending_batches: int
     pending_artifacts: int
@@ -67,7 +70,7 @@ class Counts:
 
 
 def most_bytes(num_artifacts: int, value_chars: int) -> int:
-    """At most so much an outbox grows by artifacts whose values are so long: rows, and pages that are not full."""
+    """The most bytes that artifacts with values of that length add to an outbox: rows, and pages not full."""
     # a value of about 900 characters or more goes to pages of its own
     row = 3 * (value_chars + 24) // 2 if value_chars < 900 else (value_chars // 4096 + 2) * 4096
     return num_artifacts * row
@@ -87,7 +90,7 @@ class Outbox:
 
     @property
     def is_durable(self) -> bool:
-        """Whether what is in it outlives the server."""
+        """True if what is in it outlives the server."""
         return self.path != IN_MEMORY
 
     def close(self) -> None:
@@ -99,107 +102,104 @@ class Outbox:
 
     # --- rounds -------------------------------------------------------------------------------------------------
 
-    def begin_round(self, url: str, fingerprint: str, ended: Collection[int] = ()) -> RoundMark:
-        """Where a round for `url` begins: after the nonces of an equal one that no client ended, whatever else did.
+    def begin_round(self, url: str, fingerprint: str, ended: Collection[int] = ()) -> RoundCheckpoint:
+        """Begin a round for `url`, after the nonces of an equal one that no client ended, whatever else did.
 
         `ended` are the ids of rounds that end before: the one that this takes the place of, and those that clients
         ended. Raises OutboxFullError as `check_room`.
         """
         self.check_room(url)
         with self._transaction():
-            for round_id in ended:
-                self._forget(round_id)
-            mark = self._left_round(fingerprint)
-            if mark is None:
+            self._db.executemany(DELETE_ROUND, [(round_id,) for round_id in ended])
+            checkpoint = self._claim_unfinished_round(fingerprint)
+            if checkpoint is None:
                 cursor = self._db.execute(
                     "INSERT INTO round (fingerprint, slot, done, updated_at) VALUES (?, ?, 0, ?)",
                     (fingerprint, self._slot.number, time.time()),
                 )
                 assert cursor.lastrowid is not None
-                mark = RoundMark(cursor.lastrowid, 0)
+                checkpoint = RoundCheckpoint(cursor.lastrowid, 0)
             self._db.execute(
                 "DELETE FROM round WHERE id NOT IN (SELECT id FROM round ORDER BY updated_at DESC LIMIT ?)",
                 (MAX_ROUNDS,),
             )
-        return mark
+        return checkpoint
 
-    def _left_round(self, fingerprint: str) -> RoundMark | None:
+    def _claim_unfinished_round(self, fingerprint: str) -> RoundCheckpoint | None:
         rows = self._db.execute(
             "SELECT id, slot, done FROM round WHERE fingerprint = ? ORDER BY done DESC", (fingerprint,)
         ).fetchall()
         for round_id, slot, done in rows:
-            if self._may_take(slot):
-                self._db.execute(
-                    "UPDATE round SET slot = ?, updated_at = ? WHERE id = ?", (self._slot.number, time.time(), round_id)
-                )
-                return RoundMark(round_id, done)
+            with self._slot.orphaned(slot) as is_free:  # one of this server has failed, or it would not begin again
+                if is_free:
+                    update, values = "slot = ?, updated_at = ?", (self._slot.number, time.time(), round_id)
+                    self._db.execute(f"UPDATE round SET {update} WHERE id = ?", values)
+                    return RoundCheckpoint(round_id, done)
         return None
 
-    def _may_take(self, slot: int | None) -> bool:
-        """Whether no other living server is at work in `slot`; on this one an equal round has failed."""
-        if slot is None or slot == self._slot.number:
-            return True
-        with self._slot.orphaned(slot) as orphaned:
-            return orphaned
-
     def end_round(self, round_id: int) -> None:
-        """A client ended the round: an equal one begins with its first nonce."""
+        """Forget a round that its client ended: an equal one begins with its first nonce."""
         with self._transaction():
-            self._forget(round_id)
-
-    def _forget(self, round_id: int) -> None:
-        self._db.execute("DELETE FROM round WHERE id = ?", (round_id,))
+            self._db.execute(DELETE_ROUND, (round_id,))
 
     # --- what goes in -------------------------------------------------------------------------------------------
 
     def add_artifacts(
-        self, url: str, envelope: dict[str, Any], artifacts: Sequence[dict[str, Any]], mark: RoundMark | None = None
+        self,
+        url: str,
+        envelope: dict[str, Any],
+        artifacts: Sequence[dict[str, Any]],
+        checkpoint: RoundCheckpoint | None = None,
     ) -> None:
         """Store artifacts for `{url}/generated`, and how far their round is with them; on disk when this returns.
 
         Each is {"nonce", "vector_b64"}, or all are {"nonce", "dist"}: those of a threshold round.
         """
-        payload, round_id = _json(envelope), mark.round_id if mark else None
-        self.take_up(url)
+        payload, round_id = _json(envelope), checkpoint.round_id if checkpoint else None
+        limit = _max_artifacts(payload, artifacts)
+        self.requeue_kept(url)
         with self._transaction():
-            for part in chunks(list(artifacts), MAX_ARTIFACTS_A_BATCH):
-                self._add_part(url, payload, round_id, part)
-            if mark is not None:  # a round that was ended meanwhile stays forgotten
+            for start in range(0, len(artifacts), limit):
+                self._add_part(url, payload, round_id, artifacts[start : start + limit], limit)
+            if checkpoint is not None:  # a round that was ended meanwhile stays forgotten
                 self._db.execute(
-                    "UPDATE round SET done = ?, updated_at = ? WHERE id = ?", (mark.done, time.time(), mark.round_id)
+                    "UPDATE round SET done = ?, updated_at = ? WHERE id = ?",
+                    (checkpoint.done, time.time(), checkpoint.round_id),
                 )
-            self._refuse_above(self._max_bytes)
+            self._ensure_size_below(self._max_bytes)
 
-    def _add_part(self, url: str, payload: str, round_id: int | None, artifacts: Sequence[dict[str, Any]]) -> None:
+    def _add_part(
+        self, url: str, payload: str, round_id: int | None, artifacts: Sequence[dict[str, Any]], limit: int
+    ) -> None:
         last = self._db.execute(
             f"SELECT id, status, path, round_id, payload, num_artifacts FROM batch WHERE slot = ? AND url = ? "
             f"AND {TO_SEND} ORDER BY id DESC LIMIT 1",
             (self._slot.number, url),
         ).fetchone()
         batch_id, size = (last[0], last[5]) if last else (0, 0)
-        fits = size + len(artifacts) <= MAX_ARTIFACTS_A_BATCH
+        fits = size + len(artifacts) <= limit
         if last is None or last[1:5] != ("open", "generated", round_id, payload) or not fits:
-            batch_id, size = self._insert(url, "generated", payload, "open", round_id), 0
+            batch_id, size = self._insert_batch(url, "generated", payload, "open", round_id), 0
         rows = ((batch_id, size + i, item["nonce"], _value(item)) for i, item in enumerate(artifacts))
         self._db.executemany("INSERT INTO artifact (batch_id, position, nonce, value) VALUES (?, ?, ?, ?)", rows)
         self._db.execute("UPDATE batch SET num_artifacts = ? WHERE id = ?", (size + len(artifacts), batch_id))
 
     def add_validated(self, url: str, payload: dict[str, Any]) -> None:
         """Store the outcome of a validation for `{url}/validated`."""
-        self.take_up(url)
+        self.requeue_kept(url)
         with self._transaction():
-            self._insert(url, "validated", _json(payload), "pending")
-            self._refuse_above(self._max_bytes)
+            self._insert_batch(url, "validated", _json(payload), "pending")
+            self._ensure_size_below(self._max_bytes)
 
     def check_room(self, url: str | None = None) -> None:
         """Raise OutboxFullError where new work for `url` could not be stored: under a hundredth of the cap is free."""
         if url is not None:
-            self.take_up(url)
+            self.requeue_kept(url)
         with self._transaction():
-            self._db.execute(f"PRAGMA user_version = {FORMAT_VERSION}")  # a write, to see whether there can be one
-            self._refuse_above(self._max_bytes - self._max_bytes // 100)
+            self._db.execute("UPDATE total SET batches = batches")  # a write, to see whether there can be one
+            self._ensure_size_below(self._max_bytes - self._max_bytes // 100)
 
-    def _insert(self, url: str, path: str, payload: str, status: str, round_id: int | None = None) -> int:
+    def _insert_batch(self, url: str, path: str, payload: str, status: str, round_id: int | None = None) -> int:
         cursor = self._db.execute(
             "INSERT INTO batch (slot, round_id, url, path, payload, key, status, created_at) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -208,7 +208,7 @@ class Outbox:
         assert cursor.lastrowid is not None
         return cursor.lastrowid
 
-    def _refuse_above(self, limit: int) -> None:
+    def _ensure_size_below(self, limit: int) -> None:
         """Inside a transaction, so that servers that share the file cannot pass the cap together."""
         pages, free, page_size = (
             self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
@@ -224,7 +224,7 @@ class Outbox:
     def newest(self, url: str) -> int | None:
         """The id of the last batch to send to `url`; None if there is none."""
         query = f"SELECT max(id) FROM batch WHERE slot = ? AND url = ? AND {TO_SEND}"
-        with reading(self.path):
+        with translate_errors(self.path):
             return self._db.execute(query, (self._slot.number, url)).fetchone()[0]
 
     def next_batch(self, url: str, newest: int) -> Batch | None:
@@ -243,29 +243,24 @@ class Outbox:
             # here, where `gonka-poc outbox purge` cannot come between
             query = "SELECT nonce, value FROM artifact WHERE batch_id = ? ORDER BY position"
             artifacts = self._db.execute(query, (batch_id,)).fetchall()
-        body = json.loads(payload)
-        if path == "generated":
-            body |= _artifacts_body(artifacts)
-        return Batch(batch_id, url, path, key, _json(body).encode())
+        body = _generated_body(payload, artifacts) if path == "generated" else payload.encode()
+        return Batch(batch_id, url, path, key, body)
 
-    def delivered(self, batch_id: int) -> None:
-        """The receiver took the batch: it is gone."""
+    def mark_delivered(self, batch_id: int) -> None:
+        """Delete a batch that its receiver took."""
         with self._transaction():
             self._db.execute("DELETE FROM batch WHERE id = ? AND status = 'pending'", (batch_id,))
             empty = self._db.execute("SELECT NOT EXISTS (SELECT 1 FROM batch)").fetchone()[0]
         if empty and self._db.execute("PRAGMA freelist_count").fetchone()[0] > MAX_FREE_PAGES:
-            with suppress(sqlite3.OperationalError):
+            with suppress(OutboxFullError), translate_errors(self.path):
                 self._db.executescript("PRAGMA incremental_vacuum")  # `execute` would free a single page
 
-    def failed(self, batch_id: int, reason: str) -> None:
-        """A try failed; there will be another."""
-        self._tried(batch_id, "pending", reason)
+    def mark_parked(self, batch_id: int, reason: str) -> None:
+        """Park a batch that its receiver refused: it is not tried again before `retry_parked`."""
+        self.mark_failed(batch_id, reason, status="parked")
 
-    def park(self, batch_id: int, reason: str) -> None:
-        """The receiver refused the batch: it is not tried again before `retry_parked`."""
-        self._tried(batch_id, "parked", reason)
-
-    def _tried(self, batch_id: int, status: str, reason: str) -> None:
+    def mark_failed(self, batch_id: int, reason: str, status: str = "pending") -> None:
+        """Record a failed try; there will be another, if the batch stays pending."""
         with self._transaction():
             self._db.execute(
                 "UPDATE batch SET status = ?, attempts = attempts + 1, reason = ?, tried_at = ? "
@@ -273,8 +268,8 @@ class Outbox:
                 (status, reason, time.time(), batch_id),
             )
 
-    def keep(self, url: str) -> None:
-        """The grace time of a receiver is over: leave its batches where they are."""
+    def mark_kept(self, url: str) -> None:
+        """Keep a receiver's batches, because its grace time is over: they are not sent before `requeue_kept`."""
         with self._transaction():
             self._db.execute(
                 f"UPDATE batch SET status = 'kept' WHERE slot = ? AND url = ? AND {TO_SEND}", (self._slot.number, url)
@@ -282,39 +277,39 @@ class Outbox:
 
     # --- whose it is --------------------------------------------------------------------------------------------
 
-    def take_up(self, url: str | None = None) -> None:
-        """What was kept is to be sent again: all of it, or what is for `url`.
+    def requeue_kept(self, url: str | None = None) -> None:
+        """Make kept batches pending again: all of them, or those for `url`.
 
         New work for a receiver begins with this, in a transaction of its own: where there is no room for the new, what
         was kept has to go out all the same, or there would never be any.
         """
         mine = self._slot.number
         # two statements: with the address in it, SQLite finds the rows by an index
-        query, values = (TAKE_UP, (mine,)) if url is None else (f"{TAKE_UP} AND url = ?", (mine, url))
+        query, values = (REQUEUE_KEPT, (mine,)) if url is None else (f"{REQUEUE_KEPT} AND url = ?", (mine, url))
         with self._transaction():
             self._db.execute(query, values)
 
     def adopt(self) -> None:
         """Take over the batches of servers that ended."""
         mine = self._slot.number
-        with reading(self.path):
+        with translate_errors(self.path):
             slots = self._db.execute("SELECT DISTINCT slot FROM batch WHERE slot <> ?", (mine,)).fetchall()
         for (slot,) in slots:
             with self._slot.orphaned(slot) as orphaned:
                 if orphaned:
                     with self._transaction():
                         self._db.execute("UPDATE batch SET slot = ? WHERE slot = ?", (mine, slot))
-                        self._db.execute(TAKE_UP, (mine,))
+                        self._db.execute(REQUEUE_KEPT, (mine,))
 
     def receivers(self) -> list[str]:
         """The URLs that there is something to send to, the one that waits longest first."""
         query = f"SELECT url FROM batch WHERE slot = ? AND {TO_SEND} GROUP BY url ORDER BY min(id)"
-        with reading(self.path):
+        with translate_errors(self.path):
             return [url for (url,) in self._db.execute(query, (self._slot.number,))]
 
     def counts(self) -> Counts:
-        """What is in the outbox."""
-        with reading(self.path):
+        """Count what is in the outbox."""
+        with translate_errors(self.path):
             still, parked = self._db.execute("SELECT batches, artifacts FROM total ORDER BY parked").fetchall()
         return Counts(*still, *parked)
 
@@ -330,8 +325,23 @@ def _value(artifact: dict[str, Any]) -> str | float:
     return artifact["vector_b64"] if "vector_b64" in artifact else float(artifact["dist"])
 
 
-def _artifacts_body(rows: list[tuple[int, Any]]) -> dict[str, Any]:
-    """Rows as they are POSTed: vectors beside their nonces, distances in a list of their own."""
+def _max_artifacts(payload: str, artifacts: Sequence[dict[str, Any]]) -> int:
+    """The number of artifacts that one body holds; those of one envelope are equally long."""
+    longest = max((len(str(_value(artifact))) for artifact in artifacts), default=0)
+    by_bytes = (MAX_BODY_BYTES - len(payload)) // (longest + BYTES_AROUND_VALUE)
+    return min(MAX_ARTIFACTS_PER_BATCH, max(1, by_bytes))
+
+
+def _generated_body(payload: str, rows: list[tuple[int, Any]]) -> bytes:
+    """The envelope with its artifacts: vectors beside their nonces, distances in a list of their own.
+
+    Joined from small pieces: a single call of `json` would hold the GIL, and with it the event loop, to its end.
+    """
+    envelope = payload[:-1] + ("," if len(payload) > 2 else "")
     if isinstance(rows[0][1], float):
-        return {"nonces": [nonce for nonce, _ in rows], "dist": [value for _, value in rows]}
-    return {"artifacts": [{"nonce": nonce, "vector_b64": value} for nonce, value in rows]}
+        nonces, distances = zip(*rows, strict=True)
+        return f'{envelope}"nonces":{_json(nonces)},"dist":{_json(distances)}}}'.encode()
+    pieces = [f'{{"nonce":{nonce},"vector_b64":{json.dumps(value)}}}'.encode() for nonce, value in rows]
+    pieces[0] = f'{envelope}"artifacts":['.encode() + pieces[0]
+    pieces[-1] += b"]}"
+    return b",".join(pieces)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
-from gonka_poc.callbacks.outbox import Outbox, RoundMark, most_bytes
+from gonka_poc.callbacks.outbox import Outbox, RoundCheckpoint, most_bytes
 from gonka_poc.callbacks.sender import CallbackSender
 from gonka_poc.config import Settings
 from gonka_poc.data import (
@@ -65,9 +65,8 @@ class PoCService:
         self._no_round = asyncio.Event()
         self._no_round.set()
         self._background: set[asyncio.Task[Any]] = set()
-        self.callbacks = CallbackSender(
-            settings, Outbox(settings.outbox_path, settings.outbox_max_bytes), self._generates_for, self.metrics
-        )
+        self._held_url: str | None = None
+        self.callbacks = CallbackSender(settings, Outbox(settings.outbox_path, settings.outbox_max_bytes), self.metrics)
         self.queue = GenerateQueue(manager, settings, self._no_round, self._send_completed)
         self.proofs = ProofQueue(manager, settings, self._send_validated)
         self.metrics.queue_nonces = lambda: self.queue.queued_nonces + self.proofs.queued_nonces
@@ -154,7 +153,7 @@ class PoCService:
 
     async def _check_start(
         self, request: InitGenerateRequest | ThresholdRequest, check: Callable[[], Awaitable[None]]
-    ) -> RoundMark | None:
+    ) -> RoundCheckpoint | None:
         """Where the round begins; None for one without callbacks, which begins with its first nonce.
 
         Refuses a round that cannot start now. Nothing is awaited after its last check.
@@ -175,17 +174,31 @@ class PoCService:
             raise ConflictError(f"{STOPPED} before it began")
         return mark
 
-    def _set_round(self, new: GenerateRound | ThresholdRound, mark: RoundMark | None) -> None:
+    def _set_round(self, new: GenerateRound | ThresholdRound, mark: RoundCheckpoint | None) -> None:
         """The one round of this server; a threshold round that does not generate is replaced."""
         if self._round is not None and not self._round.stopped:
             self._round.stop()
             self._forget(self._round_id)
         self.proofs.clear(REPLACED)
         self._round, self._round_id = new, mark.round_id if mark else None
-        self._keep(new.start()).add_done_callback(lambda task: self._round_ended(task))
+        task = new.start()
+        self._hold_receiver()
+        self._keep(task).add_done_callback(lambda task: self._round_ended(task))
+
+    def _hold_receiver(self) -> None:
+        """Hold the receiver of the round that generates, and no other."""
+        current = self._round
+        url = current.request.url if current is not None and current.active else None
+        if url != self._held_url:
+            if self._held_url is not None:
+                self.callbacks.unhold(self._held_url)
+            if url is not None:
+                self.callbacks.hold(url)
+            self._held_url = url
 
     def _enter(self, current: ThresholdRound, phase: Literal["IDLE", "GENERATING", "VALIDATING"]) -> None:
         current.enter(phase)
+        self._hold_receiver()
         if phase == "GENERATING":
             self._no_round.clear()
         else:
@@ -284,6 +297,7 @@ class PoCService:
         self._stops += 1
         if self._round is not None:
             self._round.stop()
+            self._hold_receiver()
         self._no_round.set()
         self.queue.clear(STOPPED)
         self.proofs.clear(STOPPED)
@@ -310,20 +324,18 @@ class PoCService:
         return task
 
     def _round_ended(self, task: asyncio.Task[Any]) -> None:
+        self._hold_receiver()
         if self._round is None or self._round.task is task:
             self._no_round.set()
             self._keep(asyncio.ensure_future(self._manager.release()))
 
-    def _generates_for(self, url: str) -> bool:
-        return self._round is not None and self._round.active and self._round.request.url == url
-
-    async def _send_generated(self, current: GenerateRound, mark: RoundMark | None, result: BatchResult) -> None:
+    async def _send_generated(self, current: GenerateRound, mark: RoundCheckpoint | None, result: BatchResult) -> None:
         """Returns when the artifacts are durable; while there is no room for them, their round waits here."""
         artifacts = [{"nonce": n, "vector_b64": encode_vector(vector)} for n, vector in result.values.items()]
         num_done = len(artifacts) + len(result.not_computed_nonces)
         await self._store(current, mark, _generated_envelope(current.request), artifacts, num_done)
 
-    async def _send_distances(self, current: ThresholdRound, mark: RoundMark | None, result: BatchResult) -> None:
+    async def _send_distances(self, current: ThresholdRound, mark: RoundCheckpoint | None, result: BatchResult) -> None:
         """Like `_send_generated`; of valid nonces only."""
         request = current.request
         envelope = {**_identity(request), "r_target": request.r_target}
@@ -335,7 +347,7 @@ class PoCService:
     async def _store(
         self,
         current: GenerateRound | ThresholdRound,
-        mark: RoundMark | None,
+        mark: RoundCheckpoint | None,
         envelope: dict[str, Any],
         artifacts: list[dict[str, Any]],
         num_done: int,
@@ -347,7 +359,7 @@ class PoCService:
             url,
             envelope,
             artifacts,
-            RoundMark(mark.round_id, current.done + num_done),
+            RoundCheckpoint(mark.round_id, current.done + num_done),
             # the last batch of a round that was stopped may wait as long as its receiver may
             give_up=self._gives_up_once(lambda: current.seconds_stopped >= self._settings.outbox_grace_sec),
         )

@@ -1,0 +1,101 @@
+"""Runs an outbox, whose methods block, beside the event loop, and knows why it takes nothing now."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from gonka_poc.callbacks.outbox import Outbox
+from gonka_poc.errors import OutboxError, OutboxFullError, PoCError, printable
+
+logger = logging.getLogger("vllm.gonka_poc.callbacks")
+
+ROOM_POLL_SEC = 1.0
+
+T = TypeVar("T")
+
+
+class OutboxThread:
+    """One thread, which runs the methods of one outbox one after another."""
+
+    def __init__(self, outbox: Outbox, sleep: Callable[[float], Awaitable[None]]) -> None:
+        self.problem: str | None = None
+        """Why the outbox takes nothing now; None if it does."""
+        self.counts = outbox.counts()
+        """What is in the outbox, as of the last time that it was used."""
+        self._outbox = outbox
+        self._sleep = sleep
+        self._executor = ThreadPoolExecutor(1, "poc-outbox")
+        self._num_waiting = 0
+        self._damage: OutboxError | None = None
+
+    async def attempt(self, operation: Callable[..., T], *args: Any) -> T:
+        """Run a method of the outbox once."""
+
+        def work() -> T:
+            result = operation(*args)
+            with suppress(sqlite3.Error, PoCError):  # what was done is done, counted or not
+                self.counts = self._outbox.counts()
+            return result
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+        except OutboxError as error:
+            self.record_problem(error)
+            self._damage = error
+            raise
+
+    async def run(self, operation: Callable[..., T], *args: Any, give_up: Callable[[], bool] | None = None) -> T:
+        """Run a method of the outbox; where there is no room, or the file cannot be used now, again and again.
+
+        Raises OutboxFullError once `give_up` says so, or what that raises.
+        """
+        waits = False
+        try:
+            while True:
+                try:
+                    return await self.attempt(operation, *args)
+                except OutboxFullError as error:
+                    self.record_problem(error)
+                    if give_up is not None and give_up():
+                        raise
+                if not waits:
+                    self._num_waiting, waits = self._num_waiting + 1, True
+                await self._sleep(ROOM_POLL_SEC)
+        finally:
+            self._num_waiting -= waits
+
+    async def admit(self, operation: Callable[..., T], *args: Any) -> T:
+        """Run what begins new work, once. Raises OutboxFullError, and OutboxError for a file that is damaged."""
+        if self._damage is not None:  # which does not heal, though not every use of the file meets it
+            raise self._damage.with_traceback(None)
+        return await self.add(operation, *args, give_up=lambda: True)
+
+    async def add(self, operation: Callable[..., T], *args: Any, give_up: Callable[[], bool] | None = None) -> T:
+        """Like `run`, for what needs room: once it is done there is some again, unless others wait for more."""
+        result = await self.run(operation, *args, give_up=give_up)
+        if not self._num_waiting and self._damage is None:
+            if self.problem is not None:
+                logger.warning("PoC: the outbox takes callbacks again")
+            self.problem = None
+        return result
+
+    def record_problem(self, error: Exception) -> None:
+        """Show `error` as the problem; the first of a row is logged, with its traceback where nobody expected it."""
+        expected = isinstance(error, PoCError)
+        text = str(error) if expected else f"{type(error).__name__}: {error}"
+        if self.problem is None:
+            logger.error("PoC: %s", printable(text), exc_info=None if expected else error)
+        self.problem = text
+
+    async def close(self) -> None:
+        """Close the outbox, then end the thread, also where the outbox cannot be closed in order."""
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._executor, self._outbox.close)
+        finally:
+            self._executor.shutdown(wait=False)
