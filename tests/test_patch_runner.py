@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
@@ -19,18 +18,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hosts import patch_runner
 
 PATCHES = Path(__file__).parent.parent / "patches"
 SCRIPT = PATCHES / "patch_runner.py"
 RUNNERS = Path(__file__).parent / "data" / "runners"
 ALL = sorted(path.stem for path in RUNNERS.glob("*.py"))
-
-spec = importlib.util.spec_from_file_location("patch_runner", SCRIPT)
-assert spec
-assert spec.loader
-patch_runner = importlib.util.module_from_spec(spec)
-sys.modules["patch_runner"] = patch_runner
-spec.loader.exec_module(patch_runner)
 
 EAGER = ["--enforce-eager"]
 MIDDLEWARE = ["--middleware", "gonka_poc.middleware.PoCMiddleware"]
