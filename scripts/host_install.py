@@ -20,9 +20,10 @@ from typing import Any
 
 from host_common import ROOT, InstallError, InterruptionError, RefusalError, complain, say, version_of
 from host_gpus import Generation, find_gpus
-from host_journal import Journal, change_file, install_packages, patch_runner, sha256, undo_file, undo_packages
+from host_journal import Journal, change_file, install_packages, sha256, undo_file, undo_packages
 from host_options import HELP, Options, parse_options
 from host_target import SUPPORTED_TEXT, Host, Target, existing, find_host, is_supported, locked
+from patch_runner import PatchError, UnknownShapeError, Variant, make_patched, read_file, remove_patch
 
 FIRST_VLLM_WITH_SKIP_COMPILED = (0, 15)
 # The wheel of vLLM that package indexes call by its bare version: CUDA 13 since 0.20 (torch 2.11), CUDA 12 before.
@@ -217,17 +218,23 @@ class PackageStep(Step):
         return f"{found.version} is installed, not the same as in this checkout"
 
     def act(self, journal: Journal) -> None:
-        # pip builds inside the folder it is given, so it gets a copy: the checkout stays as it is
         with tempfile.TemporaryDirectory(prefix="gonka-poc-") as folder:
-            for name in ("pyproject.toml", "README.md", "LICENSE"):
-                shutil.copyfile(ROOT / name, Path(folder, name))
-            shutil.copytree(ROOT / "gonka_poc", Path(folder, "gonka_poc"), ignore=shutil.ignore_patterns("__pycache__"))
-            setuptools = self.host.target.distributions.get("setuptools")
-            usable = setuptools is not None and version_of(setuptools.version) >= SETUPTOOLS_MIN
-            options = ["--no-build-isolation"] if usable else []
-            self.host.pip("wheel", "--no-deps", "--wheel-dir", folder, *options, folder)
-            (wheel,) = Path(folder).glob("*.whl")
+            wheel = os.environ.get("GONKA_POC_WHEEL") or build_wheel(self.host, Path(folder))
             install_packages(self.host, journal, [str(wheel)])
+
+
+def build_wheel(host: Host, folder: Path) -> Path:
+    """A wheel of this checkout."""
+    # pip builds inside the folder it is given, so it gets a copy: the checkout stays as it is
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copyfile(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "gonka_poc", folder / "gonka_poc", ignore=shutil.ignore_patterns("__pycache__"))
+    setuptools = host.target.distributions.get("setuptools")
+    usable = setuptools is not None and version_of(setuptools.version) >= SETUPTOOLS_MIN
+    options = ["--no-build-isolation"] if usable else []
+    host.pip("wheel", "--no-deps", "--wheel-dir", str(folder), *options, str(folder))
+    (wheel,) = folder.glob("*.whl")
+    return wheel
 
 
 def package_files(folder: Path) -> dict[str, str]:
@@ -245,13 +252,13 @@ class RunnerStep(Step):
         path = self.host.runner
         assert path is not None
         hardened = self.host.options.profile == "hardened"
-        variant = patch_runner.Variant(self.host.options.profile, not (hardened and can_skip_compiled(self)))
+        variant = Variant(self.host.options.profile, not (hardened and can_skip_compiled(self)))
         try:
-            current = patch_runner.read_file(str(path))
-            return current, patch_runner.make_patched(patch_runner.remove_patch(current)[0], variant)
-        except patch_runner.UnknownShapeError as error:
+            current = read_file(str(path))
+            return current, make_patched(remove_patch(current)[0], variant)
+        except UnknownShapeError as error:
             raise RefusalError(f"{path}: its shape is not known: {error}\n{error.advice}") from error
-        except patch_runner.PatchError as error:
+        except PatchError as error:
             raise RefusalError(f"{path}: {error}") from error
 
     def check(self) -> str:

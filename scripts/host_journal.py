@@ -12,17 +12,14 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from host_common import ROOT, InstallError, say
+from host_common import InstallError, say
 from host_target import Distribution, Host
-
-sys.path.append(str(ROOT / "patches"))
-import patch_runner
+from patch_runner import PatchError, remove_patch, write_file
 
 JOURNAL_FORMAT = 1
 
@@ -76,7 +73,7 @@ class Journal:
 
     def save(self) -> None:
         content = {"format": JOURNAL_FORMAT, "made_folders": self.made_folders, "changes": self.changes}
-        patch_runner.write_file(str(self.path), (json.dumps(content, indent=1) + "\n").encode("ascii"))
+        write_file(str(self.path), (json.dumps(content, indent=1) + "\n").encode("ascii"))
 
     def _make_folder(self) -> None:
         if self.folder.is_dir():
@@ -117,7 +114,7 @@ def install_packages(host: Host, journal: Journal, spec: Sequence[str]) -> None:
         "keeping",  # until what is replaced is kept in full, there is nothing to undo
     )
     for name in replaced:
-        keep_files(before[name], Path(host.target.prefix), kept)
+        keep_files(before[name], Path(host.target.prefix), Path(change["kept"]))
     journal.set_state(change, "begun")
     host.pip("install", *spec)
     now = host.target.look().own()
@@ -141,10 +138,8 @@ def normal_name(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def keep_files(found: Distribution, prefix: Path, kept: Path | None) -> None:
+def keep_files(found: Distribution, prefix: Path, kept: Path) -> None:
     """Second names (or copies, across file systems) for the files; pip writes new files and leaves these alone."""
-    if kept is None:
-        return
     for name in found.files or []:
         source = Path(os.path.normpath(name))
         if not source.is_file() or not source.is_relative_to(prefix):
@@ -263,7 +258,7 @@ def change_file(journal: Journal, path: Path, old: bytes, new: bytes) -> None:
         "original_base64": base64.b64encode(old).decode("ascii"),
     }
     journal.begin(change)
-    patch_runner.write_file(str(path), new)
+    write_file(str(path), new)
     journal.set_state(change, "done")
 
 
@@ -278,16 +273,16 @@ def undo_file(change: Mapping[str, Any], force: bool) -> None:
         return
     current = path.read_bytes()
     if sha256(current) == change["new_sha256"]:
-        patch_runner.write_file(str(path), original)
+        write_file(str(path), original)
     elif sha256(current) != change["old_sha256"]:
         try:
-            unpatched, marks = patch_runner.remove_patch(current)
-        except patch_runner.PatchError as error:
+            unpatched, marks = remove_patch(current)
+        except PatchError as error:
             raise InstallError(f"{path}: the patch in it is damaged: {error}; put it right by hand") from error
         if not marks:
             say(f"    {path} was replaced by a file without the patch; it is left as it is")
         elif force:
-            patch_runner.write_file(str(path), unpatched)
+            write_file(str(path), unpatched)
         else:
             raise InstallError(
                 f"{path} was edited since it was patched; it is left as it is\n"

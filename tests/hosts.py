@@ -19,14 +19,14 @@ RUNNER = "packages/api/src/api/inference/vllm/runner.py"
 def import_scripts() -> Iterator[ModuleType]:
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
-        for name in ("host_gpus", "host_options", "host_target", "host_journal", "host_install"):
+        names = ("host_gpus", "host_options", "host_target", "host_journal", "host_install", "patch_runner")
+        for name in names:
             yield importlib.import_module(name)
     finally:
         sys.path.remove(str(ROOT / "scripts"))
 
 
-host_gpus, host_options, host_target, host_journal, host_install = import_scripts()
-patch_runner: ModuleType = host_journal.patch_runner
+host_gpus, host_options, host_target, host_journal, host_install, patch_runner = import_scripts()
 
 
 def tree(folder: Path) -> dict[str, tuple[int, str]]:
