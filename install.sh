@@ -9,6 +9,8 @@
 # Variables:
 #   TORCH_CPU_INDEX   where torch's CPU build is looked for if pip as configured does not find it
 #                     (default: PyTorch's own CPU wheel index; for a mirror)
+#   GONKA_POC_WHEEL   on a GPU host: a wheel of this very checkout, for a host that cannot build one (it needs
+#                     setuptools 77 or newer, or an index to take it from)
 set -euo pipefail
 
 usage() {
