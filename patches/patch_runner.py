@@ -166,7 +166,9 @@ def find_blocks(tree: ast.Module, lines: Sequence[bytes], variant: Variant) -> d
     command = _only([a for a in assignments if _is_vllm_command(a)], "vLLM command list + self.additional_args")
     derived = _derived(assignments, command)
     names = {command.name, *(a.name for a in derived)}
-    launches = [call for call in _popens(start) if _mentions(_argument(call, "args"), names)]
+    calls = [node for node in _walk(start) if isinstance(node, ast.Call)]
+    popens = [call for call in calls if ast.unparse(call.func) in ("subprocess.Popen", "Popen")]
+    launches = [call for call in popens if _mentions(_argument(call, "args"), names)]
     launch = _only(launches, "subprocess.Popen of that command")
     env = _environment_name(assignments, launch)
     first_use = _first_use(start, command, [*(a.node for a in derived), launch])
@@ -225,11 +227,6 @@ def _sum_terms(node: ast.expr) -> list[ast.expr]:
     return [node]
 
 
-def _popens(start: ast.FunctionDef) -> list[ast.Call]:
-    calls = [node for node in _walk(start) if isinstance(node, ast.Call)]
-    return [call for call in calls if ast.unparse(call.func) in ("subprocess.Popen", "Popen")]
-
-
 def _argument(launch: ast.Call, name: str) -> ast.expr | None:
     """An argument of Popen; only `args` may be positional."""
     if name == "args" and launch.args:
@@ -265,8 +262,8 @@ def _environment_name(assignments: Sequence[Assignment], launch: ast.Call) -> st
 
 def _first_use(start: ast.FunctionDef, command: Assignment, uses: Sequence[ast.AST]) -> ast.stmt:
     """The first statement behind the command, in the same block, that uses it; nothing may change it later."""
-    lists = [value for node in _walk(start) for _, value in ast.iter_fields(node) if isinstance(value, list)]
-    (block,) = [statements for statements in lists if command.node in statements]
+    fields = [value for node in _walk(start) for _, value in ast.iter_fields(node)]
+    block: list[ast.stmt] = next(value for value in fields if isinstance(value, list) and command.node in value)
     behind = block[block.index(command.node) + 1 :]
     first = next((s for s in behind if any(use in _walk(s) for use in uses)), None)
     if first is None:
@@ -372,12 +369,7 @@ def _definitions(variant: Variant, indent_unit: str) -> list[str]:
     for name, values in (("OPTIONS", variant.options()), ("ENV", variant.environment())):
         lines += [f"_GONKA_POC_{name} = {{", *(f'    "{key}": "{value}",' for key, value in values.items()), "}"]
     lines += ["", "", *COMMAND_FUNCTION.split("\n"), ""]
-    return [_reindented(line, indent_unit) for line in lines]
-
-
-def _reindented(line: str, unit: str) -> str:
-    text = line.lstrip(" ")
-    return unit * ((len(line) - len(text)) // 4) + text
+    return [re.sub(r"^(?:    )+", lambda spaces: indent_unit * (len(spaces[0]) // 4), line) for line in lines]
 
 
 def _digest(block: Sequence[bytes]) -> str:

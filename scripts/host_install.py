@@ -111,6 +111,7 @@ class Step:
     def verify(self) -> None:
         """Look again; InstallError if there is still something to do."""
         if self.todo:
+            self.todo = ""
             self.host.target.look()
             self.check()
         if self.todo:

@@ -560,6 +560,24 @@ def test_python_that_cannot_be_used(host: FakeHost, change: dict[str, object], t
         host_install.PythonStep(made, None).check()
 
 
+@pytest.mark.parametrize("installed", [None, "0.25.0", "0.25.1"])
+def test_a_step_looks_again(host: FakeHost, monkeypatch: pytest.MonkeyPatch, installed: str | None) -> None:
+    found = [None]
+    monkeypatch.setattr(host_target.Target, "look", lambda self: self)
+    monkeypatch.setattr(host_target.Target, "installed_vllm", lambda self: found[0])
+    made = host_target.Host(host_options.Options(), host_target.Target("/python"), host.folder, host.runner, GPUS)
+    step = host_install.VllmStep(made, host_install.Choice("0.25.1", "0.25.1", 13, ""))
+    step.check()
+    assert step.todo
+    found[0] = installed and ("vllm", installed)
+    if installed == "0.25.1":
+        step.verify()
+        assert not step.todo
+    else:
+        with pytest.raises(host_target.InstallError, match="vLLM is still not as it should be"):
+            step.verify()
+
+
 def test_pins_and_ranges_agree() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (extra,) = project["optional-dependencies"]["gpu"]
