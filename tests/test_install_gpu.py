@@ -31,6 +31,7 @@ from hosts import (
     host_install,
     host_journal,
     host_options,
+    host_steps,
     host_target,
     make_wheel,
     patch_runner,
@@ -493,7 +494,7 @@ def target_with(found: tuple[str, str] | None, own: bool = True) -> object:
     ],
 )
 def test_choice_of_vllm(found: object, asked: dict[str, object], version: str, installs: str | None) -> None:
-    choice = host_install.choose_vllm(target_with(found), host_options.Options(**asked), host_gpus.UNIVERSAL)
+    choice = host_steps.choose_vllm(target_with(found), host_options.Options(**asked), host_gpus.UNIVERSAL)
     assert (choice.version, choice.installs) == (version, installs)
 
 
@@ -509,7 +510,7 @@ def test_choice_of_vllm(found: object, asked: dict[str, object], version: str, i
 )
 def test_choices_that_are_refused(found: object, asked: dict[str, object], told: str) -> None:
     with pytest.raises(host_target.RefusalError, match=told):
-        host_install.choose_vllm(target_with(found), host_options.Options(**asked), host_gpus.B300)
+        host_steps.choose_vllm(target_with(found), host_options.Options(**asked), host_gpus.B300)
 
 
 @pytest.mark.parametrize(
@@ -526,7 +527,7 @@ def test_choices_that_are_refused(found: object, asked: dict[str, object], told:
 )
 def test_driver(cuda: int | None, driver: str, fits: bool) -> None:
     host = argparse.Namespace(gpus=dataclasses.replace(GPUS, driver=driver))
-    step = host_install.DriverStep(host, host_install.Choice("0.25.1", None, cuda, ""))
+    step = host_steps.DriverStep(host, host_steps.Choice("0.25.1", None, cuda, ""))
     if fits:
         assert driver in step.check()
         return
@@ -538,7 +539,7 @@ def test_driver(cuda: int | None, driver: str, fits: bool) -> None:
 @pytest.mark.parametrize(("installs", "free", "fits"), [(None, 1, True), (None, 0, False), ("0.25.1", 9, False)])
 def test_disk(host: FakeHost, monkeypatch: pytest.MonkeyPatch, installs: str | None, free: int, fits: bool) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=free * 1024**3))
-    step = host_install.DiskStep(make_host(host), host_install.Choice("0.25.1", installs, 13, ""))
+    step = host_steps.DiskStep(make_host(host), host_steps.Choice("0.25.1", installs, 13, ""))
     if fits:
         assert "1024 MiB free" in step.check()
     else:
@@ -557,7 +558,7 @@ def test_python_that_cannot_be_used(host: FakeHost, change: dict[str, object], t
     made = make_host(host)
     made.target.__dict__.update(change)
     with pytest.raises(host_target.RefusalError, match=told):
-        host_install.PythonStep(made, None).check()
+        host_steps.PythonStep(made, None).check()
 
 
 @pytest.mark.parametrize("installed", [None, "0.25.0", "0.25.1"])
@@ -566,7 +567,7 @@ def test_a_step_looks_again(host: FakeHost, monkeypatch: pytest.MonkeyPatch, ins
     monkeypatch.setattr(host_target.Target, "look", lambda self: self)
     monkeypatch.setattr(host_target.Target, "installed_vllm", lambda self: found[0])
     made = host_target.Host(host_options.Options(), host_target.Target("/python"), host.folder, host.runner, GPUS)
-    step = host_install.VllmStep(made, host_install.Choice("0.25.1", "0.25.1", 13, ""))
+    step = host_steps.VllmStep(made, host_steps.Choice("0.25.1", "0.25.1", 13, ""))
     step.check()
     assert step.todo
     found[0] = installed and ("vllm", installed)
@@ -585,10 +586,10 @@ def test_pins_and_ranges_agree() -> None:
     for version in ("0.13.9", "0.14.0", "0.25.1", "0.33.9", "0.33.0+cu129", "0.34.0", "1.0"):
         assert host_target.is_supported(version) == (version in SUPPORTED), version
     assert project["requires-python"] == f">={'.'.join(map(str, host_target.PYTHON_MIN))}"
-    assert dict(doctor.MIN_DRIVER) == host_install.MIN_DRIVER
+    assert dict(doctor.MIN_DRIVER) == host_steps.MIN_DRIVER
     assert doctor.PYTHON_MIN == host_target.PYTHON_MIN
     (skip_compiled,) = [name.first for name in CONTRACT if "skip_compiled" in name.parameters]
-    assert Version(skip_compiled).release == host_install.FIRST_VLLM_WITH_SKIP_COMPILED
+    assert Version(skip_compiled).release == host_steps.FIRST_VLLM_WITH_SKIP_COMPILED
     assert {g.script for g in host_gpus.GENERATIONS.values()} == set(SCRIPTS[1:])
     pins = [(g.pin, g.oldest, g.older_driver_pin) for g in host_gpus.GENERATIONS.values()]
     assert all(version in SUPPORTED for versions in pins for version in versions if version)

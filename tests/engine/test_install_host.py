@@ -17,7 +17,18 @@ from pathlib import Path
 
 import httpx
 import pytest
-from hosts import ROOT, RUNNER, RUNNERS, host_install, host_journal, host_options, host_target, make_wheel, tree
+from hosts import (
+    ROOT,
+    RUNNER,
+    RUNNERS,
+    host_install,
+    host_journal,
+    host_options,
+    host_steps,
+    host_target,
+    make_wheel,
+    tree,
+)
 
 from gonka_poc.cli.server_process import free_port
 from gonka_poc.vllm_contract import CONTRACT
@@ -45,7 +56,7 @@ def make_python(folder: Path, without: tuple[str, ...]) -> Path:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel of this checkout, as the installer builds it."""
     host = host_target.Host(host_options.Options(), host_target.Target(sys.executable).look(), Path(), None)
-    return host_install.build_wheel(host, tmp_path_factory.mktemp("wheel"))
+    return host_steps.build_wheel(host, tmp_path_factory.mktemp("wheel"))
 
 
 class HostTree:
@@ -193,15 +204,15 @@ def test_install_status_again_uninstall(fixture: str, request: pytest.FixtureReq
 def steps() -> list[object]:
     """Every step; by default the first, one in the middle, and the last, after which everything is to be taken back."""
     default = ("PythonStep", "VllmStep", "DoctorStep")
-    names = [cls.__name__ for cls in host_install.STEPS]
+    names = [cls.__name__ for cls in host_steps.STEPS]
     return [pytest.param(name, marks=() if name in default else pytest.mark.nightly) for name in names]
 
 
 @pytest.fixture
 def small_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """The wheels here are small, whatever the real ones need."""
-    monkeypatch.setattr(host_install, "VLLM_NEEDS_MIB", 10)
-    monkeypatch.setattr(host_install, "VLLM_NEEDS_TEMPORARY_MIB", 10)
+    monkeypatch.setattr(host_steps, "VLLM_NEEDS_MIB", 10)
+    monkeypatch.setattr(host_steps, "VLLM_NEEDS_TEMPORARY_MIB", 10)
 
 
 @pytest.mark.usefixtures("small_disk")
@@ -215,7 +226,7 @@ def test_a_failure_after_each_step_leaves_no_trace(
             monkeypatch.delenv(variable)
     for variable, value in without_engine.environment.items():
         monkeypatch.setenv(variable, value)
-    cls = getattr(host_install, name)
+    cls = getattr(host_steps, name)
     real = cls.verify
 
     def failing(self: object) -> None:
