@@ -22,15 +22,12 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 PATCH_VERSION = 1
-
 EAGER_OPTION = "--enforce-eager"
 MIDDLEWARE = "gonka_poc.middleware.PoCMiddleware"
 WORKER_EXTENSION = "gonka_poc.worker.PoCWorkerExtension"
-
 OK, IO_ERROR, USAGE_ERROR, NOT_PATCHED, UNKNOWN_SHAPE, OTHER_PATCH = range(6)
 
 EXIT_CODES = """\
@@ -110,8 +107,7 @@ class DamagedPatchError(PatchError):
     advice = "undo that edit, or delete by hand what is between the markers '>>> gonka-poc' and '<<< gonka-poc'\n"
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """A profile, and whether vLLM must run without compilation."""
 
     profile: str = "standard"
@@ -123,27 +119,21 @@ class Variant:
 
     def options(self) -> dict[str, str]:
         """Option and value, "" for a flag."""
-        options = {"--middleware": MIDDLEWARE, "--worker-extension-cls": WORKER_EXTENSION}
-        return {EAGER_OPTION: "", **options} if self.enforce_eager else options
+        eager = {EAGER_OPTION: ""} if self.enforce_eager else {}
+        return {**eager, "--middleware": MIDDLEWARE, "--worker-extension-cls": WORKER_EXTENSION}
 
     def environment(self) -> dict[str, str]:
-        environment = {"VLLM_USE_V1": "1"}
-        if self.enforce_eager:
-            environment["VLLM_USE_CUDA_GRAPHS"] = "0"
-        if self.profile == "standard":
-            environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-        return environment
+        eager = {"VLLM_USE_CUDA_GRAPHS": "0"} if self.enforce_eager else {}
+        by_function = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if self.profile == "standard" else {}
+        return {"VLLM_USE_V1": "1", **eager, **by_function}
 
-
-# --- places in the syntax tree
 
 SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 LIST_MUTATORS = {"append", "clear", "extend", "insert", "pop", "remove", "reverse", "sort"}
 Found = TypeVar("Found")
 
 
-@dataclass(frozen=True)
-class Assignment:
+class Assignment(NamedTuple):
     """`name = value`, with or without an annotation."""
 
     node: ast.stmt
@@ -153,10 +143,7 @@ class Assignment:
 
 
 def find_blocks(tree: ast.Module, lines: Sequence[bytes], variant: Variant) -> dict[int, list[str]]:
-    """The lines to insert, by the 0-based line they go before.
-
-    UnknownShapeError unless every anchor is there exactly once and fits the others.
-    """
+    """The lines to insert, by the 0-based line they go before; each anchor must be there once, or UnknownShapeError."""
     runners = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "VLLMRunner"]
     runner = _only(runners, "class VLLMRunner at the top level")
     starts = [node for node in runner.body if isinstance(node, ast.FunctionDef) and node.name == "start"]
@@ -170,13 +157,13 @@ def find_blocks(tree: ast.Module, lines: Sequence[bytes], variant: Variant) -> d
     popens = [call for call in calls if ast.unparse(call.func) in ("subprocess.Popen", "Popen")]
     launches = [call for call in popens if _mentions(_argument(call, "args"), names)]
     launch = _only(launches, "subprocess.Popen of that command")
-    env = _environment_name(assignments, launch)
+    use_env = f"{_environment_name(assignments, launch)}.update(_GONKA_POC_ENV)"
     first_use = _first_use(start, command, [*(a.node for a in derived), launch])
     innermost = [node for node in _walk(start) if isinstance(node, ast.stmt) and launch in _walk(node)][-1]
 
     blocks = {_own_line(runner, lines): _definitions(variant, _leading_space(lines[start.lineno - 1]))}
     blocks[_own_line(first_use, lines)] = [f"{command.name} = _gonka_poc_command({command.name})"]
-    blocks.setdefault(_own_line(innermost, lines), []).append(f"{env}.update(_GONKA_POC_ENV)")
+    blocks.setdefault(_own_line(innermost, lines), []).append(use_env)
     return blocks
 
 
@@ -299,8 +286,6 @@ def _leading_space(line: bytes) -> str:
     return line[: len(line) - len(line.lstrip())].decode("ascii")
 
 
-# --- blocks of lines between markers
-
 BEGIN = re.compile(rb"[ \t]*# >>> gonka-poc patch v(\d+) (\S+) ([0-9a-f]{12}) ")
 END = re.compile(rb"[ \t]*# <<< gonka-poc patch\s*")
 LINE = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
@@ -323,10 +308,7 @@ def make_patched(original: bytes, variant: Variant) -> bytes:
 
 
 def remove_patch(data: bytes) -> tuple[bytes, set[str]]:
-    """The file without the inserted blocks, and the versions and variants in their markers, such as "v1 standard".
-
-    DamagedPatchError if a block is not as it was inserted.
-    """
+    """The file without the inserted blocks, and what their markers name ("v1 standard"); or DamagedPatchError."""
     kept: list[bytes] = []
     marks: set[str] = set()
     block: list[bytes] | None = None
@@ -360,8 +342,7 @@ def _parse(data: bytes) -> ast.Module:
             compile(data, "runner.py", "exec", dont_inherit=True)
             return ast.parse(data)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        version = ".".join(map(str, sys.version_info[:2]))
-        raise UnknownShapeError(f"Python {version} cannot compile it: {error}") from error
+        raise UnknownShapeError(f"Python {sys.version.split()[0]} cannot compile it: {error}") from error
 
 
 def _definitions(variant: Variant, indent_unit: str) -> list[str]:
@@ -378,10 +359,7 @@ def _digest(block: Sequence[bytes]) -> str:
 
 
 def _marked(block: Sequence[str], variant: Variant, lines: Sequence[bytes], number: int) -> list[bytes]:
-    """The block between its markers, with the indentation of the line it goes before and the line end of the one above.
-
-    The digest shows later whether somebody edited it.
-    """
+    """The block between markers, indented as the line it goes before, with the line end of the one above."""
     digest = _digest([line.encode() for line in block])
     begin = f"# >>> gonka-poc patch v{PATCH_VERSION} {variant.name} {digest} (take it back: patch_runner.py revert)"
     indent = _leading_space(lines[number])
@@ -390,16 +368,12 @@ def _marked(block: Sequence[str], variant: Variant, lines: Sequence[bytes], numb
     return [(indent + line if line else "").encode() + end for line in (begin, *block, "# <<< gonka-poc patch")]
 
 
-# --- files
-
-
 def read_file(path: str) -> bytes:
     """The bytes of a plain file; PatchError where `path` is something else."""
     mode = os.stat(path).st_mode
-    if stat.S_ISDIR(mode):
-        raise PatchError(f"{path} is a folder: give the path of the file runner.py")
     if not stat.S_ISREG(mode):
-        raise PatchError(f"{path} is not a plain file")
+        folder = stat.S_ISDIR(mode)
+        raise PatchError(f"{path} is {'a folder: name the file runner.py' if folder else 'not a plain file'}")
     with open(path, "rb") as file:
         return file.read()
 
@@ -424,13 +398,8 @@ def write_file(path: str, data: bytes) -> None:
         os.unlink(temporary)
         raise
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-# --- commands: each takes the parsed arguments, prints one line and returns the exit code
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def run_apply(args: argparse.Namespace) -> int:
@@ -449,22 +418,18 @@ def run_apply(args: argparse.Namespace) -> int:
 def run_check(args: argparse.Namespace) -> int:
     data = read_file(args.target)
     original, marks = remove_patch(data)
-    found = ", ".join(sorted(marks))
+    text, code = "not patched", NOT_PATCHED
+    if marks:
+        text, code = f"patched by another version or profile ({', '.join(sorted(marks))})", OTHER_PATCH
     try:
-        patched = make_patched(original, args.variant)
+        if make_patched(original, args.variant) == data:
+            text, code = f"patched ({args.variant.name})", OK
     except UnknownShapeError as error:
         if not marks:
             raise
-        print(f"patched ({found}), but the code around it changed: {args.target}: {error}")
-        return OTHER_PATCH
-    if patched == data:
-        print(f"patched ({args.variant.name}): {args.target}")
-        return OK
-    if marks:
-        print(f"patched by another version or profile ({found}): {args.target}")
-        return OTHER_PATCH
-    print(f"not patched: {args.target}")
-    return NOT_PATCHED
+        text = f"patched ({', '.join(sorted(marks))}), but the code around it changed ({error})"
+    print(f"{text}: {args.target}")
+    return code
 
 
 def run_diff(args: argparse.Namespace) -> int:
@@ -472,10 +437,8 @@ def run_diff(args: argparse.Namespace) -> int:
     patched = make_patched(remove_patch(data)[0], args.variant)
     name = os.fsencode(args.target)
     before, after = (re.findall(rb"[^\n]*\n|[^\n]+", text) for text in (data, patched))
-    sys.stdout.flush()
     for line in difflib.diff_bytes(difflib.unified_diff, before, after, name, name):
         sys.stdout.buffer.write(line if line.endswith(b"\n") else line + b"\n\\ No newline at end of file\n")
-    sys.stdout.buffer.flush()
     return OK
 
 
@@ -491,22 +454,15 @@ COMMANDS = {"apply": run_apply, "check": run_check, "revert": run_revert, "diff"
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="patch_runner.py",
-        description=(__doc__ or "").split("\n")[0],
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("patch_runner.py", epilog=EXIT_CODES, formatter_class=raw, allow_abbrev=False)
+    parser.description = (__doc__ or "").split("\n")[0]
     commands = "apply: put the patch in; check: only look; revert: take it out; diff: print what apply would change"
     parser.add_argument("command", choices=COMMANDS, help=commands)
     parser.add_argument("file", metavar="FILE", help="MLNode's runner.py; where it is a link, its target is patched")
     hardened = "hardened: do not set VLLM_ALLOW_INSECURE_SERIALIZATION (default: standard)"
     parser.add_argument("--profile", choices=["standard", "hardened"], default="standard", help=hardened)
-    graphs = (
-        f"with hardened, for a vLLM that can skip the compiled forward: leave out {EAGER_OPTION} and "
-        "VLLM_USE_CUDA_GRAPHS=0, so that chat keeps its CUDA graphs"
-    )
+    graphs = "with hardened, where vLLM can skip the compiled forward: no --enforce-eager, chat keeps CUDA graphs"
     parser.add_argument("--no-enforce-eager", dest="enforce_eager", action="store_false", help=graphs)
     args = parser.parse_args(argv)
     if not args.enforce_eager and args.profile != "hardened":
