@@ -3,12 +3,14 @@
 # `--dry-run`, are good habits.
 #
 # With --cpu it asks no questions, needs no root and writes nothing outside this checkout (all of it is in .venv; `rm -rf
-# .venv` takes it back). On a GPU host it finds out which GPUs there are and hands over to install_b300.sh or
+# .venv` takes it back). On a GPU host it finds out which GPUs there are and goes on as install_b300.sh or
 # install_universal.sh; `--uninstall` takes that back.
 #
 # Variables:
 #   TORCH_CPU_INDEX   where torch's CPU build is looked for if pip as configured does not find it
 #                     (default: PyTorch's own CPU wheel index; for a mirror)
+#   GONKA_POC_WHEEL   on a GPU host: a wheel of this very checkout, for a host that cannot build one (it needs
+#                     setuptools 77 or newer, or an index to take it from)
 set -euo pipefail
 
 usage() {
@@ -27,7 +29,7 @@ Without a GPU:
 Exit status: 0 done, 1 failed, 2 wrong usage; after the set-up, the demo's.
 
 TEXT
-    gpu_usage
+    run_host_install install.sh --help
 }
 
 wrong_usage() {
@@ -45,21 +47,17 @@ main() {
     fi
     # shellcheck source=scripts/gpu_host.sh
     source "$here/scripts/gpu_host.sh"
-    ensure_stdin
 
     for option in "$@"; do
         case $option in
-        --cpu) read_cpu_options_and_install "$@" ;;
-        --help | -h)
-            usage
-            exit 0
-            ;;
+        --cpu) install_cpu "$@" ;;
+        --help | -h) usage ;;
         esac
     done
-    install_detected "$@"
+    run_host_install install.sh "$@"
 }
 
-read_cpu_options_and_install() {
+install_cpu() {
     local setup_only="" python=""
     while (($# > 0)); do
         case $1 in
@@ -71,26 +69,17 @@ read_cpu_options_and_install() {
             shift
             ;;
         --python=?*) python=${1#--python=} ;;
-        --help | -h)
-            usage
-            exit 0
-            ;;
+        --help | -h) usage ;;
         *) wrong_usage "unknown option with --cpu: $1" ;;
         esac
         shift
     done
-    install_cpu
-    exit 0
-}
-
-# Reads its caller's locals setup_only and python.
-install_cpu() {
     # shellcheck source=scripts/cpu_venv.sh
     source "$ROOT/scripts/cpu_venv.sh"
     set_up_venv project "$python"
     if [[ -n $setup_only ]]; then
         say "ready; the demo: bash install.sh --cpu"
-        return
+        exit 0
     fi
     say "demo: $VENV/bin/gonka-poc demo"
     export_engine_environment

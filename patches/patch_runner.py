@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import argparse
 import ast
-import base64
 import difflib
 import errno
 import hashlib
 import io
-import json
 import os
 import re
 import shutil
@@ -24,21 +22,12 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 PATCH_VERSION = 1
-RECORD_FORMAT = 1
-
-RUNNER_CLASS = "VLLMRunner"
-START_METHOD = "start"
-COMMAND_NAMES = ("command", "vllm_command")
-
 EAGER_OPTION = "--enforce-eager"
 MIDDLEWARE = "gonka_poc.middleware.PoCMiddleware"
 WORKER_EXTENSION = "gonka_poc.worker.PoCWorkerExtension"
-
 OK, IO_ERROR, USAGE_ERROR, NOT_PATCHED, UNKNOWN_SHAPE, OTHER_PATCH = range(6)
 
 EXIT_CODES = """\
@@ -50,11 +39,6 @@ exit codes:
   4  the shape of the file is not known; nothing was changed, and the steps to do it by hand were printed
   5  check: patched by another version or profile, or the patch is damaged; apply, revert, diff: the patch is damaged,
      and nothing was changed
-
-examples:
-  patch_runner.py diff runner.py
-  patch_runner.py apply runner.py --profile hardened --state-dir /var/lib/gonka-poc
-  patch_runner.py revert runner.py --state-dir /var/lib/gonka-poc
 """
 
 MANUAL_STEPS = f"""\
@@ -80,7 +64,7 @@ MANUAL_STEPS = f"""\
 5. `python3 -m py_compile runner.py`, then restart MLNode. vLLM's port must answer `GET /api/v1/pow/status`.
 """
 
-# The functions below are put into runner.py as they are here: MLNode's Python need not have gonka_poc installed.
+# Put into runner.py as it is here: MLNode's Python need not have gonka_poc installed.
 COMMAND_FUNCTION = '''\
 def _gonka_poc_command(command):
     """`command` with each of these options once, at its end; what the operator chose otherwise stays."""
@@ -103,35 +87,28 @@ def _gonka_poc_command(command):
 '''
 
 
-# PatchError               any reason not to do what was asked; nothing was changed
-# +- FileProblemError      the path is not a file that can be read
-# +- UnknownShapeError     the file is not a runner.py of a known shape
-# +- DamagedPatchError     the inserted lines are not as they were inserted
 class PatchError(Exception):
-    """Says in one sentence what stands in the way."""
+    """The path is not a file that can be patched."""
 
-    exit_code = IO_ERROR
-
-
-class FileProblemError(PatchError):
-    """The path is not a file that can be read."""
+    exit_code, problem, advice = IO_ERROR, "it cannot be patched", ""
 
 
 class UnknownShapeError(PatchError):
     """The file is not a runner.py of a known shape."""
 
-    exit_code = UNKNOWN_SHAPE
+    exit_code, problem = UNKNOWN_SHAPE, "its shape is not known"
+    advice = f"\nBy hand, with the same result:\n\n{MANUAL_STEPS}"
 
 
 class DamagedPatchError(PatchError):
     """The inserted lines are not as they were inserted."""
 
-    exit_code = OTHER_PATCH
+    exit_code, problem = OTHER_PATCH, "the patch in it is damaged"
+    advice = "undo that edit, or delete by hand what is between the markers '>>> gonka-poc' and '<<< gonka-poc'\n"
 
 
-@dataclass(frozen=True)
-class Variant:
-    """What is asked for: a profile, and whether vLLM must run without compilation."""
+class Variant(NamedTuple):
+    """A profile, and whether vLLM must run without compilation."""
 
     profile: str = "standard"
     enforce_eager: bool = True
@@ -142,61 +119,52 @@ class Variant:
 
     def options(self) -> dict[str, str]:
         """Option and value, "" for a flag."""
-        options = {"--middleware": MIDDLEWARE, "--worker-extension-cls": WORKER_EXTENSION}
-        return {EAGER_OPTION: "", **options} if self.enforce_eager else options
+        eager = {EAGER_OPTION: ""} if self.enforce_eager else {}
+        return {**eager, "--middleware": MIDDLEWARE, "--worker-extension-cls": WORKER_EXTENSION}
 
     def environment(self) -> dict[str, str]:
-        environment = {"VLLM_USE_V1": "1"}
-        if self.enforce_eager:
-            environment["VLLM_USE_CUDA_GRAPHS"] = "0"
-        if self.profile == "standard":
-            environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-        return environment
+        eager = {"VLLM_USE_CUDA_GRAPHS": "0"} if self.enforce_eager else {}
+        by_function = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if self.profile == "standard" else {}
+        return {"VLLM_USE_V1": "1", **eager, **by_function}
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Where: anchors in the syntax tree
 
 SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 LIST_MUTATORS = {"append", "clear", "extend", "insert", "pop", "remove", "reverse", "sort"}
-Assignment = ast.Assign | ast.AnnAssign
 Found = TypeVar("Found")
 
 
-@dataclass(frozen=True)
-class Site:
-    """Where the lines go (0-based line numbers to insert before) and the names that they need."""
+class Assignment(NamedTuple):
+    """`name = value`, with or without an annotation."""
 
-    class_line: int
-    command_line: int
-    command_name: str
-    env_line: int
-    env_name: str
-    indent_unit: str
+    node: ast.stmt
+    name: str
+    value: ast.expr
+    lineno: int
 
 
-def find_site(tree: ast.Module, lines: Sequence[bytes]) -> Site:
-    """The one place to patch; UnknownShapeError unless every anchor is there exactly once and fits the others."""
-    runners = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == RUNNER_CLASS]
-    runner = _only(runners, f"class {RUNNER_CLASS} at the top level")
-    starts = [node for node in runner.body if isinstance(node, ast.FunctionDef) and node.name == START_METHOD]
-    start = _only(starts, f"method {RUNNER_CLASS}.{START_METHOD}")
+def find_blocks(tree: ast.Module, lines: Sequence[bytes], variant: Variant) -> dict[int, list[str]]:
+    """The lines to insert, by the 0-based line they go before; each anchor must be there once, or UnknownShapeError."""
+    runners = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "VLLMRunner"]
+    runner = _only(runners, "class VLLMRunner at the top level")
+    starts = [node for node in runner.body if isinstance(node, ast.FunctionDef) and node.name == "start"]
+    start = _only(starts, "method VLLMRunner.start")
 
-    command = _only([a for a in _assignments(start) if _is_vllm_command(a)], "vLLM command list + self.additional_args")
-    derived = _derived(start, command)
-    names = {_target(node) for node in (command, *derived)}
-    popens = [node for node in _walk(start) if isinstance(node, ast.Call) and _is_popen(node)]
-    launches = [call for call in popens if _mentions(_command_of(call), names)]
+    assignments = _assignments(start)
+    command = _only([a for a in assignments if _is_vllm_command(a)], "vLLM command list + self.additional_args")
+    derived = _derived(assignments, command)
+    names = {command.name, *(a.name for a in derived)}
+    calls = [node for node in _walk(start) if isinstance(node, ast.Call)]
+    popens = [call for call in calls if ast.unparse(call.func) in ("subprocess.Popen", "Popen")]
+    launches = [call for call in popens if _mentions(_argument(call, "args"), names)]
     launch = _only(launches, "subprocess.Popen of that command")
-    first_use = _first_use(start, command, [*derived, launch])
-    return Site(
-        class_line=_own_line(runner, lines),
-        command_line=_own_line(first_use, lines),
-        command_name=_target(command),
-        env_line=_own_line(_innermost_statement(start, launch), lines),
-        env_name=_environment_name(start, launch),
-        indent_unit=_leading_space(lines[start.lineno - 1]),
-    )
+    use_env = f"{_environment_name(assignments, launch)}.update(_GONKA_POC_ENV)"
+    first_use = _first_use(start, command, [*(a.node for a in derived), launch])
+    innermost = [node for node in _walk(start) if isinstance(node, ast.stmt) and launch in _walk(node)][-1]
+
+    blocks = {_own_line(runner, lines): _definitions(variant, _leading_space(lines[start.lineno - 1]))}
+    blocks[_own_line(first_use, lines)] = [f"{command.name} = _gonka_poc_command({command.name})"]
+    blocks.setdefault(_own_line(innermost, lines), []).append(use_env)
+    return blocks
 
 
 def _only(found: Sequence[Found], what: str) -> Found:
@@ -207,54 +175,36 @@ def _only(found: Sequence[Found], what: str) -> Found:
 
 
 def _walk(node: ast.AST) -> Iterator[ast.AST]:
-    """`node` and what is in it, without the insides of nested functions and classes."""
+    """`node` and what is in it, outer before inner, without nested functions and classes."""
     yield node
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, SCOPES):
             yield from _walk(child)
 
 
-def _blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
-    """Every list of statements in `node`, outer before inner, without those of nested functions and classes."""
-    for _, value in ast.iter_fields(node):
-        if isinstance(value, list) and value:
-            if isinstance(value[0], ast.stmt):
-                yield value
-            for child in value:
-                if isinstance(child, (ast.stmt, ast.ExceptHandler, ast.match_case)) and not isinstance(child, SCOPES):
-                    yield from _blocks(child)
-
-
 def _assignments(function: ast.FunctionDef) -> list[Assignment]:
     """The assignments to one plain name, in the order of the file."""
-    found = [node for node in _walk(function) if isinstance(node, (ast.Assign, ast.AnnAssign)) and _target(node)]
-    return sorted(found, key=_at)
+    found = []
+    for node in _walk(function):
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+            target, *more = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if isinstance(target, ast.Name) and not more:
+                found.append(Assignment(node, target.id, node.value, node.lineno))
+    return sorted(found, key=lambda assignment: _position(assignment.node))
 
 
-def _target(node: ast.AST) -> str:
-    """The plain name that a statement assigns to, or an empty string."""
-    if isinstance(node, ast.Assign) and len(node.targets) == 1:
-        target: ast.AST = node.targets[0]
-    elif isinstance(node, ast.AnnAssign) and node.value is not None:
-        target = node.target
-    else:
-        return ""
-    return target.id if isinstance(target, ast.Name) else ""
-
-
-def _at(node: Any) -> tuple[int, int]:
+def _position(node: Any) -> tuple[int, int]:
     return node.lineno, node.col_offset
 
 
-def _is_vllm_command(node: Assignment) -> bool:
+def _is_vllm_command(assignment: Assignment) -> bool:
     """`command = [..., "-m", ..., "--host", ...] + self.additional_args`, perhaps with more lists added."""
-    terms = _sum_terms(node.value) if node.value else []
+    first, *others = _sum_terms(assignment.value)
     return (
-        _target(node) in COMMAND_NAMES
-        and len(terms) > 1
-        and isinstance(terms[0], ast.List)
-        and {"-m", "--host"} <= {word.value for word in terms[0].elts if isinstance(word, ast.Constant)}
-        and any(ast.unparse(term) == "self.additional_args" for term in terms[1:])
+        assignment.name in ("command", "vllm_command")
+        and isinstance(first, ast.List)
+        and {"-m", "--host"} <= {word.value for word in first.elts if isinstance(word, ast.Constant)}
+        and any(ast.unparse(term) == "self.additional_args" for term in others)
     )
 
 
@@ -264,76 +214,64 @@ def _sum_terms(node: ast.expr) -> list[ast.expr]:
     return [node]
 
 
-def _is_popen(call: ast.Call) -> bool:
-    return ast.unparse(call.func) in ("subprocess.Popen", "Popen")
-
-
-def _keyword(call: ast.Call, name: str) -> ast.expr | None:
-    return next((keyword.value for keyword in call.keywords if keyword.arg == name), None)
-
-
-def _command_of(launch: ast.Call) -> ast.expr | None:
-    return launch.args[0] if launch.args else _keyword(launch, "args")
+def _argument(launch: ast.Call, name: str) -> ast.expr | None:
+    """An argument of Popen; only `args` may be positional."""
+    if name == "args" and launch.args:
+        return launch.args[0]
+    return next((keyword.value for keyword in launch.keywords if keyword.arg == name), None)
 
 
 def _mentions(node: ast.AST | None, names: set[str]) -> bool:
     return node is not None and any(isinstance(part, ast.Name) and part.id in names for part in ast.walk(node))
 
 
-def _derived(start: ast.FunctionDef, command: Assignment) -> list[Assignment]:
+def _derived(assignments: Sequence[Assignment], command: Assignment) -> list[Assignment]:
     """The assignments that make something of the command before it is started: `sh -c` and its string."""
-    name = _target(command)
-    names, derived = {name}, []
-    for node in _assignments(start):
-        grows = _target(node) == name and isinstance(node.value, ast.BinOp)
-        if _at(node) > _at(command) and not grows and _mentions(node.value, names):
-            names.add(_target(node))
-            derived.append(node)
+    names, derived = {command.name}, []
+    for a in assignments:
+        grows = a.name == command.name and isinstance(a.value, ast.BinOp)
+        if _position(a.node) > _position(command.node) and not grows and _mentions(a.value, names):
+            names.add(a.name)
+            derived.append(a)
     return derived
 
 
-def _environment_name(start: ast.FunctionDef, launch: ast.Call) -> str:
+def _environment_name(assignments: Sequence[Assignment], launch: ast.Call) -> str:
     """The variable that holds the child's environment: a copy, so changing it changes nothing else."""
-    env = _keyword(launch, "env")
+    env = _argument(launch, "env")
     if not isinstance(env, ast.Name):
         raise UnknownShapeError("subprocess.Popen has no `env=` variable")
-    made = _only([a for a in _assignments(start) if _target(a) == env.id], f"assignment to `{env.id}`")
-    if made.value is None or ast.unparse(made.value) != "os.environ.copy()":
+    made = _only([a for a in assignments if a.name == env.id], f"assignment to `{env.id}`")
+    if ast.unparse(made.value) != "os.environ.copy()":
         raise UnknownShapeError(f"`{env.id}` in line {made.lineno} is not os.environ.copy()")
     return env.id
 
 
 def _first_use(start: ast.FunctionDef, command: Assignment, uses: Sequence[ast.AST]) -> ast.stmt:
     """The first statement behind the command, in the same block, that uses it; nothing may change it later."""
-    block = next(block for block in _blocks(start) if any(statement is command for statement in block))
-    behind = [s for s in block if _at(s) > _at(command) and any(_contains(s, use) for use in uses)]
-    if not behind:
+    fields = [value for node in _walk(start) for _, value in ast.iter_fields(node)]
+    block: list[ast.stmt] = next(value for value in fields if isinstance(value, list) and command.node in value)
+    behind = block[block.index(command.node) + 1 :]
+    first = next((s for s in behind if any(use in _walk(s) for use in uses)), None)
+    if first is None:
         raise UnknownShapeError("the vLLM command is made in one block and used in another")
-    name, first = _target(command), behind[0]
-    replaced = [node for use in uses if isinstance(use, (ast.Assign, ast.AnnAssign)) for node in ast.walk(use)]
+    made_of_it = [node for use in uses if isinstance(use, ast.stmt) for node in ast.walk(use)]
     for node in _walk(start):
-        if _changes(node, name) and _at(node) > _at(first) and not any(node is other for other in replaced):
-            raise UnknownShapeError(f"`{name}` is used in line {first.lineno} and changed after that")
+        if _changes(node, command.name) and _position(node) > _position(first) and node not in made_of_it:
+            raise UnknownShapeError(f"`{command.name}` is used in line {first.lineno} and changed after that")
     return first
 
 
-def _contains(outer: ast.AST, inner: ast.AST) -> bool:
-    return any(node is inner for node in _walk(outer))
-
-
-def _innermost_statement(start: ast.FunctionDef, node: ast.AST) -> ast.stmt:
-    return [statement for block in _blocks(start) for statement in block if _contains(statement, node)][-1]
-
-
 def _changes(node: ast.AST, name: str) -> bool:
-    """Whether `node` gives the list another content or the name another value."""
+    """True if `node` gives the list another content or the name another value."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-        owner = node.func.value
-        return isinstance(owner, ast.Name) and owner.id == name and node.func.attr in LIST_MUTATORS
-    if isinstance(node, (ast.Name, ast.Subscript)):
+        owner, changing = node.func.value, node.func.attr in LIST_MUTATORS
+    elif isinstance(node, (ast.Name, ast.Subscript)):
         owner = node.value if isinstance(node, ast.Subscript) else node
-        return isinstance(owner, ast.Name) and owner.id == name and not isinstance(node.ctx, ast.Load)
-    return False
+        changing = not isinstance(node.ctx, ast.Load)
+    else:
+        return False
+    return changing and isinstance(owner, ast.Name) and owner.id == name
 
 
 def _own_line(node: ast.stmt, lines: Sequence[bytes]) -> int:
@@ -348,39 +286,20 @@ def _leading_space(line: bytes) -> str:
     return line[: len(line) - len(line.lstrip())].decode("ascii")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What: blocks of lines between markers
-
 BEGIN = re.compile(rb"[ \t]*# >>> gonka-poc patch v(\d+) (\S+) ([0-9a-f]{12}) ")
 END = re.compile(rb"[ \t]*# <<< gonka-poc patch\s*")
 LINE = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
-
-
-@dataclass(frozen=True)
-class Mark:
-    """What the first line of a block says."""
-
-    line: int
-    version: int
-    variant: str
 
 
 def make_patched(original: bytes, variant: Variant) -> bytes:
     """The file with the patch in it; UnknownShapeError if it cannot be put there."""
     lines = LINE.findall(original)
     try:
-        site = find_site(_parse(original), lines)
+        blocks = find_blocks(_parse(original), lines, variant)
     except RecursionError as error:
         raise UnknownShapeError("it is nested too deeply") from error
-    use_command = f"{site.command_name} = _gonka_poc_command({site.command_name})"
-    use_env = f"{site.env_name}.update(_GONKA_POC_ENV)"
-    if site.command_line == site.env_line:
-        blocks = {site.command_line: [use_command, use_env]}
-    else:
-        blocks = {site.command_line: [use_command], site.env_line: [use_env]}
-    blocks[site.class_line] = _definitions(variant, site.indent_unit)
     for number in sorted(blocks, reverse=True):
-        lines[number:number] = _as_lines(_sealed(blocks[number], variant), lines, number)
+        lines[number:number] = _marked(blocks[number], variant, lines, number)
     patched = b"".join(lines)
     _parse(patched)
     if remove_patch(patched)[0] != original:
@@ -388,29 +307,30 @@ def make_patched(original: bytes, variant: Variant) -> bytes:
     return patched
 
 
-def remove_patch(data: bytes) -> tuple[bytes, list[Mark]]:
-    """The file without the inserted blocks, and their marks; DamagedPatchError if one is not as it was inserted."""
+def remove_patch(data: bytes) -> tuple[bytes, set[str]]:
+    """The file without the inserted blocks, and what their markers name ("v1 standard"); or DamagedPatchError."""
     kept: list[bytes] = []
-    marks: list[Mark] = []
+    marks: set[str] = set()
     block: list[bytes] | None = None
-    digest = b""
+    digest, begun = "", 0
     for number, line in enumerate(LINE.findall(data), 1):
         begin = BEGIN.match(line)
         if begin and block is None:
-            block, digest = [], begin[3]
-            marks.append(Mark(number, int(begin[1]), begin[2].decode("ascii", "replace")))
+            version, variant, digest = (group.decode("ascii", "replace") for group in begin.groups())
+            marks.add(f"v{version} {variant}")
+            block, begun = [], number
         elif begin or (END.fullmatch(line) and block is None):
             raise DamagedPatchError(f"the marker in line {number} has no partner")
         elif block is None:
             kept.append(line)
         elif END.fullmatch(line):
-            if _digest(block) != digest.decode():
-                raise DamagedPatchError(f"the inserted lines {marks[-1].line} to {number} were changed")
+            if _digest(block) != digest:
+                raise DamagedPatchError(f"the inserted lines {begun} to {number} were changed")
             block = None
         else:
             block.append(line)
     if block is not None:
-        raise DamagedPatchError(f"the marker in line {marks[-1].line} has no partner")
+        raise DamagedPatchError(f"the marker in line {begun} has no partner")
     return b"".join(kept), marks
 
 
@@ -422,38 +342,15 @@ def _parse(data: bytes) -> ast.Module:
             compile(data, "runner.py", "exec", dont_inherit=True)
             return ast.parse(data)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        version = ".".join(map(str, sys.version_info[:2]))
-        raise UnknownShapeError(f"Python {version} cannot compile it: {error}") from error
+        raise UnknownShapeError(f"Python {sys.version.split()[0]} cannot compile it: {error}") from error
 
 
 def _definitions(variant: Variant, indent_unit: str) -> list[str]:
-    text = "\n".join(
-        [
-            *_dict_lines("_GONKA_POC_OPTIONS", variant.options()),
-            *_dict_lines("_GONKA_POC_ENV", variant.environment()),
-            "",
-            "",
-            COMMAND_FUNCTION,
-            "",
-        ]
-    )
-    return [_reindented(line, indent_unit) for line in text.split("\n")]
-
-
-def _dict_lines(name: str, values: dict[str, str]) -> list[str]:
-    return [f"{name} = {{", *(f'    "{key}": "{value}",' for key, value in values.items()), "}"]
-
-
-def _reindented(line: str, unit: str) -> str:
-    text = line.lstrip(" ")
-    return unit * ((len(line) - len(text)) // 4) + text
-
-
-def _sealed(block: Sequence[str], variant: Variant) -> list[str]:
-    """The block between its markers; the digest shows later whether somebody edited it."""
-    digest = _digest([line.encode() for line in block])
-    begin = f"# >>> gonka-poc patch v{PATCH_VERSION} {variant.name} {digest} (take it back: patch_runner.py revert)"
-    return [begin, *block, "# <<< gonka-poc patch"]
+    lines = []
+    for name, values in (("OPTIONS", variant.options()), ("ENV", variant.environment())):
+        lines += [f"_GONKA_POC_{name} = {{", *(f'    "{key}": "{value}",' for key, value in values.items()), "}"]
+    lines += ["", "", *COMMAND_FUNCTION.split("\n"), ""]
+    return [re.sub(r"^(?:    )+", lambda spaces: indent_unit * (len(spaces[0]) // 4), line) for line in lines]
 
 
 def _digest(block: Sequence[bytes]) -> str:
@@ -461,42 +358,28 @@ def _digest(block: Sequence[bytes]) -> str:
     return hashlib.sha256(b"\n".join(line.strip() for line in block)).hexdigest()[:12]
 
 
-def _as_lines(block: Sequence[str], lines: Sequence[bytes], number: int) -> list[bytes]:
-    """The block as bytes, with the indentation of the line it goes before and the line end of the one above."""
+def _marked(block: Sequence[str], variant: Variant, lines: Sequence[bytes], number: int) -> list[bytes]:
+    """The block between markers, indented as the line it goes before, with the line end of the one above."""
+    digest = _digest([line.encode() for line in block])
+    begin = f"# >>> gonka-poc patch v{PATCH_VERSION} {variant.name} {digest} (take it back: patch_runner.py revert)"
     indent = _leading_space(lines[number])
     above = lines[number - 1] if number else b"\n"
     end = above[len(above.rstrip(b"\r\n")) :]
-    return [(indent + line if line else "").encode() + end for line in block]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-@dataclass(frozen=True)
-class Record:
-    """The original, kept beside the file or in the state folder for as long as the patch is in."""
-
-    path: str
-    original: bytes
-    original_sha256: str
-    patched_sha256: str
+    return [(indent + line if line else "").encode() + end for line in (begin, *block, "# <<< gonka-poc patch")]
 
 
 def read_file(path: str) -> bytes:
-    """The bytes of a plain file; FileProblemError where `path` is something else."""
-    status = os.stat(path)
-    if stat.S_ISDIR(status.st_mode):
-        raise FileProblemError(f"{path} is a folder: give the path of the file runner.py")
-    if not stat.S_ISREG(status.st_mode):
-        raise FileProblemError(f"{path} is not a plain file")
+    """The bytes of a plain file; PatchError where `path` is something else."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        folder = stat.S_ISDIR(mode)
+        raise PatchError(f"{path} is {'a folder: name the file runner.py' if folder else 'not a plain file'}")
     with open(path, "rb") as file:
         return file.read()
 
 
-@contextmanager
-def staged(path: str, data: bytes, like: str) -> Iterator[str]:
-    """A complete, synced sibling of `path` with the owner and mode of `like`, to rename; gone if it was not."""
+def write_file(path: str, data: bytes) -> None:
+    """Write a complete sibling and rename it; owner and mode stay those of the file that it replaces, if any."""
     folder, name = os.path.split(path)
     handle, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder)
     try:
@@ -504,59 +387,19 @@ def staged(path: str, data: bytes, like: str) -> Iterator[str]:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        wanted, got = os.stat(like), os.stat(temporary)
-        if (wanted.st_uid, wanted.st_gid) != (got.st_uid, got.st_gid):
-            os.chown(temporary, wanted.st_uid, wanted.st_gid)
-        shutil.copystat(like, temporary)
-        os.utime(temporary)
-        yield temporary
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-
-
-def record_path(target: str, state_dir: str | None) -> str:
-    """Beside the target, or in the state folder under a name of its own for each target."""
-    folder, name = os.path.split(target)
-    if state_dir is None:
-        return os.path.join(folder, f".{name}.gonka-poc.json")
-    return os.path.join(os.path.abspath(state_dir), f"{name}.{_sha256(os.fsencode(target))[:12]}.gonka-poc.json")
-
-
-def make_record(target: str, original: bytes, patched: bytes, variant: Variant) -> bytes:
-    record = {
-        "format": RECORD_FORMAT,
-        "file": target,
-        "patch_version": PATCH_VERSION,
-        "variant": variant.name,
-        "original_sha256": _sha256(original),
-        "patched_sha256": _sha256(patched),
-        "original_base64": base64.b64encode(original).decode("ascii"),
-    }
-    return (json.dumps(record, indent=2) + "\n").encode("ascii")
-
-
-def read_record(path: str) -> Record | None:
-    """The record, or None where there is none; FileProblemError if it contradicts itself."""
-    try:
-        fields = json.loads(read_file(path))
-        original = base64.b64decode(fields["original_base64"], validate=True)
-        record = Record(path, original, fields["original_sha256"], fields["patched_sha256"])
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise FileProblemError(f"{path} is not a record of this tool: {error!r}") from error
-    if _sha256(original) != record.original_sha256:
-        raise FileProblemError(f"{path} holds an original that does not have its own sha256")
-    return record
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Commands: each takes the parsed arguments, prints one line and returns the exit code
+        if os.path.exists(path):
+            old, new = os.stat(path), os.stat(temporary)
+            if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
+                os.chown(temporary, old.st_uid, old.st_gid)
+            shutil.copystat(path, temporary)
+            os.utime(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def run_apply(args: argparse.Namespace) -> int:
@@ -566,41 +409,27 @@ def run_apply(args: argparse.Namespace) -> int:
     if patched == data:
         print(f"already patched ({args.variant.name}), nothing to do: {args.target}")
         return OK
-    if args.state_dir:
-        os.makedirs(args.state_dir, exist_ok=True)
-    record = make_record(args.target, original, patched, args.variant)
-    # both are complete on disk before either is renamed, and the record goes first: a crash in between leaves a
-    # record that nothing needs, never a patched file without one
-    with staged(args.target, patched, args.target) as new, staged(args.record, record, args.target) as new_record:
-        os.replace(new_record, args.record)
-        os.replace(new, args.target)
-    before = f", instead of {_describe(marks)}" if marks else ""
-    print(f"patched ({args.variant.name}{before}): {args.target}; the original is kept in {args.record}")
+    write_file(args.target, patched)
+    before = f", instead of {', '.join(sorted(marks))}" if marks else ""
+    print(f"patched ({args.variant.name}{before}): {args.target}")
     return OK
 
 
 def run_check(args: argparse.Namespace) -> int:
     data = read_file(args.target)
-    marks: list[Mark] = []
+    original, marks = remove_patch(data)
+    text, code = "not patched", NOT_PATCHED
+    if marks:
+        text, code = f"patched by another version or profile ({', '.join(sorted(marks))})", OTHER_PATCH
     try:
-        original, marks = remove_patch(data)
-        patched = make_patched(original, args.variant)
-    except DamagedPatchError as error:
-        print(f"damaged patch: {args.target}: {error}")
-        return OTHER_PATCH
+        if make_patched(original, args.variant) == data:
+            text, code = f"patched ({args.variant.name})", OK
     except UnknownShapeError as error:
         if not marks:
             raise
-        print(f"patched ({_describe(marks)}), but the code around it changed: {args.target}: {error}")
-        return OTHER_PATCH
-    if patched == data:
-        print(f"patched ({args.variant.name}): {args.target}")
-        return OK
-    if marks:
-        print(f"patched by another version or profile ({_describe(marks)}): {args.target}")
-        return OTHER_PATCH
-    print(f"not patched: {args.target}")
-    return NOT_PATCHED
+        text = f"patched ({', '.join(sorted(marks))}), but the code around it changed ({error})"
+    print(f"{text}: {args.target}")
+    return code
 
 
 def run_diff(args: argparse.Namespace) -> int:
@@ -608,125 +437,48 @@ def run_diff(args: argparse.Namespace) -> int:
     patched = make_patched(remove_patch(data)[0], args.variant)
     name = os.fsencode(args.target)
     before, after = (re.findall(rb"[^\n]*\n|[^\n]+", text) for text in (data, patched))
-    sys.stdout.flush()
     for line in difflib.diff_bytes(difflib.unified_diff, before, after, name, name):
         sys.stdout.buffer.write(line if line.endswith(b"\n") else line + b"\n\\ No newline at end of file\n")
-    sys.stdout.buffer.flush()
     return OK
 
 
 def run_revert(args: argparse.Namespace) -> int:
-    data = read_file(args.target)
-    if args.discard_edits:
-        record = read_record(args.record)
-        if record is None:
-            raise FileProblemError(f"there is no record of the original: {args.record}")
-        original, outcome = record.original, "the recorded original is back, later edits are gone"
-    else:
-        original, marks = remove_patch(data)
-        outcome = _outcome(data, original, args.record) if marks else "not patched, nothing to do"
-    if original != data:
-        with staged(args.target, original, args.target) as new:
-            os.replace(new, args.target)
-    with suppress(FileNotFoundError):
-        os.unlink(args.record)
-    print(f"{outcome}: {args.target}")
+    original, marks = remove_patch(read_file(args.target))
+    if marks:
+        write_file(args.target, original)
+    print(f"{'patch taken out' if marks else 'not patched, nothing to do'}: {args.target}")
     return OK
 
 
-def _outcome(data: bytes, original: bytes, path: str) -> str:
-    """What taking out the marked lines amounts to. The markers are enough for it, the record only proves it."""
-    try:
-        record = read_record(path)
-    except PatchError as error:
-        return f"patch taken out; the record could not be compared ({error})"
-    if record is None:
-        return f"patch taken out; there was no record to compare with ({path})"
-    if _sha256(original) == record.original_sha256:
-        return "patch taken out, byte for byte as before"
-    if _sha256(data) == record.patched_sha256:
-        raise FileProblemError(f"{path} names another original for this very file; nothing was changed")
-    return "patch taken out; edits made since it was put in are kept"
-
-
-def _describe(marks: Sequence[Mark]) -> str:
-    return ", ".join(sorted({f"v{mark.version} {mark.variant}" for mark in marks}))
-
-
-COMMANDS = {
-    "apply": run_apply,
-    "check": run_check,
-    "revert": run_revert,
-    "diff": run_diff,
-}
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="patch_runner.py",
-        description=(__doc__ or "").split("\n")[0],
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "command",
-        choices=COMMANDS,
-        help="apply: put the patch in; check: only look; revert: take it out; diff: print what apply would change",
-    )
-    parser.add_argument("file", metavar="FILE", help="MLNode's runner.py; where it is a link, its target is patched")
-    parser.add_argument(
-        "--profile",
-        choices=["standard", "hardened"],
-        default="standard",
-        help="hardened: do not set VLLM_ALLOW_INSECURE_SERIALIZATION (default: standard)",
-    )
-    parser.add_argument(
-        "--no-enforce-eager",
-        dest="enforce_eager",
-        action="store_false",
-        help=f"with hardened, for a vLLM that can skip the compiled forward: leave out {EAGER_OPTION} and "
-        "VLLM_USE_CUDA_GRAPHS=0, so that chat keeps its CUDA graphs",
-    )
-    parser.add_argument(
-        "--state-dir", metavar="DIR", help="folder for the record of the original (default: a dot file beside FILE)"
-    )
-    parser.add_argument(
-        "--discard-edits",
-        action="store_true",
-        help="with revert: write back the recorded original, whatever FILE holds now",
-    )
-    return parser
+COMMANDS = {"apply": run_apply, "check": run_check, "revert": run_revert, "diff": run_diff}
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser()
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("patch_runner.py", epilog=EXIT_CODES, formatter_class=raw, allow_abbrev=False)
+    parser.description = (__doc__ or "").split("\n")[0]
+    commands = "apply: put the patch in; check: only look; revert: take it out; diff: print what apply would change"
+    parser.add_argument("command", choices=COMMANDS, help=commands)
+    parser.add_argument("file", metavar="FILE", help="MLNode's runner.py; where it is a link, its target is patched")
+    hardened = "hardened: do not set VLLM_ALLOW_INSECURE_SERIALIZATION (default: standard)"
+    parser.add_argument("--profile", choices=["standard", "hardened"], default="standard", help=hardened)
+    graphs = "with hardened, where vLLM can skip the compiled forward: no --enforce-eager, chat keeps CUDA graphs"
+    parser.add_argument("--no-enforce-eager", dest="enforce_eager", action="store_false", help=graphs)
     args = parser.parse_args(argv)
     if not args.enforce_eager and args.profile != "hardened":
         parser.error("--no-enforce-eager needs --profile hardened")
-    if args.discard_edits and args.command != "revert":
-        parser.error("--discard-edits belongs to revert")
     args.variant = Variant(args.profile, args.enforce_eager)
     args.target = os.path.realpath(args.file)
-    args.record = record_path(args.target, args.state_dir)
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
-        code: int = COMMANDS[args.command](args)
-        return code
-    except UnknownShapeError as error:
-        _complain(f"{args.target} was not changed, its shape is not known: {error}")
-        print(f"\nBy hand, with the same result:\n\n{MANUAL_STEPS}", file=sys.stderr, end="")
-        return error.exit_code
-    except DamagedPatchError as error:
-        _complain(f"{args.target} was not changed, the patch in it is damaged: {error}")
-        _complain("undo that edit, or take everything since the patch back with: revert --discard-edits")
-        return error.exit_code
+        return COMMANDS[args.command](args)
     except PatchError as error:
-        _complain(str(error))
+        _complain(f"{args.target} was not changed, {error.problem}: {error}")
+        sys.stderr.write(error.advice)
         return error.exit_code
     except OSError as error:
         _complain(f"{error.filename or args.target}: {error.strerror or error}; nothing was changed")

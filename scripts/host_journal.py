@@ -1,6 +1,6 @@
-"""What the installer changes on a host, recorded before it happens, and how each change is taken back.
+"""A journal of the changes to a host, written before each happens, and the way back.
 
-A change is either packages that pip installed, or one file. Standard library only.
+A change is either packages that pip installed, or one file.
 """
 
 from __future__ import annotations
@@ -8,58 +8,28 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
-import importlib.util
 import json
 import os
 import re
 import shutil
-import stat
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from host_target import ROOT, Distribution, Host, InstallError, say
+from host_common import InstallError, say
+from host_target import Distribution, Host
+from patch_runner import PatchError, remove_patch, write_file
 
 JOURNAL_FORMAT = 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files and the journal
 
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def write_file(path: Path, data: bytes, mode_of: Path | None = None) -> None:
-    """Complete beside its place before it takes it; owner and mode are those of `mode_of`."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if mode_of is not None:
-            like = mode_of.stat()
-            if (like.st_uid, like.st_gid) != (os.geteuid(), os.getegid()):
-                os.chown(temporary, like.st_uid, like.st_gid)
-            os.chmod(temporary, stat.S_IMODE(like.st_mode))
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-
-
 class Journal:
-    """What was changed on this host, oldest first, in `folder`/journal.json; the folder goes with the last change."""
+    """The changes to this host, oldest first, in `folder`/journal.json; the folder goes with the last change."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -103,11 +73,7 @@ class Journal:
 
     def save(self) -> None:
         content = {"format": JOURNAL_FORMAT, "made_folders": self.made_folders, "changes": self.changes}
-        write_file(self.path, (json.dumps(content, indent=1) + "\n").encode("ascii"))
-
-    def new_folder(self) -> Path:
-        """The name of a folder of its own in which a change keeps what it replaces."""
-        return self.folder / f"kept-{os.getpid()}-{len(self.changes)}"
+        write_file(str(self.path), (json.dumps(content, indent=1) + "\n").encode("ascii"))
 
     def _make_folder(self) -> None:
         if self.folder.is_dir():
@@ -117,8 +83,7 @@ class Journal:
         self.folder.mkdir(parents=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Changes: pip
+# --- packages
 
 
 def install_packages(host: Host, journal: Journal, spec: Sequence[str]) -> None:
@@ -136,7 +101,7 @@ def install_packages(host: Host, journal: Journal, spec: Sequence[str]) -> None:
         )
     for name in replaced:
         say(f"    replaces {name} {before[name].version} by {planned[name]}; what is replaced is kept")
-    kept = journal.new_folder() if replaced else None
+    kept = journal.folder / f"kept-{os.getpid()}-{len(journal.changes)}" if replaced else None
     change = journal.begin(
         {
             "kind": "packages",
@@ -149,9 +114,9 @@ def install_packages(host: Host, journal: Journal, spec: Sequence[str]) -> None:
         "keeping",  # until what is replaced is kept in full, there is nothing to undo
     )
     for name in replaced:
-        keep_files(before[name], Path(host.target.prefix), kept)
+        keep_files(before[name], Path(host.target.prefix), Path(change["kept"]))
     journal.set_state(change, "begun")
-    host.pip("install", *pip_flags(host), *spec)
+    host.pip("install", *spec)
     now = host.target.look().own()
     missing = [name for name in planned if name not in now or now[name].version != planned[name]]
     if missing:
@@ -160,15 +125,11 @@ def install_packages(host: Host, journal: Journal, spec: Sequence[str]) -> None:
     journal.set_state(change, "done")
 
 
-def pip_flags(host: Host) -> list[str]:
-    return ["--break-system-packages"] if host.target.managed and host.options.force else []
-
-
 def plan_packages(host: Host, spec: Sequence[str]) -> dict[str, str]:
     """Name and version of what pip would install now."""
     with tempfile.TemporaryDirectory() as folder:
         report = os.path.join(folder, "report.json")
-        host.pip("install", "--quiet", "--dry-run", "--report", report, *pip_flags(host), *spec)
+        host.pip("install", "--quiet", "--dry-run", "--report", report, *spec)
         items = json.loads(Path(report).read_text(encoding="utf-8"))["install"]
     return {normal_name(item["metadata"]["name"]): item["metadata"]["version"] for item in items}
 
@@ -177,10 +138,8 @@ def normal_name(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def keep_files(found: Distribution, prefix: Path, kept: Path | None) -> None:
+def keep_files(found: Distribution, prefix: Path, kept: Path) -> None:
     """Second names (or copies, across file systems) for the files; pip writes new files and leaves these alone."""
-    if kept is None:
-        return
     for name in found.files or []:
         source = Path(os.path.normpath(name))
         if not source.is_file() or not source.is_relative_to(prefix):
@@ -210,7 +169,7 @@ def undo_packages(host: Host, change: Mapping[str, Any], force: bool) -> list[st
     going = [name for name in present if name not in stay]
     folders = {str(Path(f).parent) for name in going for f in now[name].files or []}
     if going:
-        host.pip("uninstall", "--yes", *pip_flags(host), *going)
+        host.pip("uninstall", "--yes", *going)
     kept = change["kept"] and Path(change["kept"])
     if kept:
         for path in sorted(kept.rglob("*")):
@@ -287,8 +246,7 @@ def remove_empty(folders: set[str], prefix: Path) -> None:
                 os.rmdir(empty)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Changes: a file
+# --- a file
 
 
 def change_file(journal: Journal, path: Path, old: bytes, new: bytes) -> None:
@@ -300,7 +258,7 @@ def change_file(journal: Journal, path: Path, old: bytes, new: bytes) -> None:
         "original_base64": base64.b64encode(old).decode("ascii"),
     }
     journal.begin(change)
-    write_file(path, new, mode_of=path)
+    write_file(str(path), new)
     journal.set_state(change, "done")
 
 
@@ -314,32 +272,19 @@ def undo_file(change: Mapping[str, Any], force: bool) -> None:
         say(f"    {path} is gone; nothing to put back")
         return
     current = path.read_bytes()
-    patcher = load_patcher()
     if sha256(current) == change["new_sha256"]:
-        write_file(path, original, mode_of=path)
+        write_file(str(path), original)
     elif sha256(current) != change["old_sha256"]:
         try:
-            unpatched, marks = patcher.remove_patch(current)
-        except patcher.PatchError as error:
+            unpatched, marks = remove_patch(current)
+        except PatchError as error:
             raise InstallError(f"{path}: the patch in it is damaged: {error}; put it right by hand") from error
         if not marks:
             say(f"    {path} was replaced by a file without the patch; it is left as it is")
         elif force:
-            write_file(path, unpatched, mode_of=path)
+            write_file(str(path), unpatched)
         else:
             raise InstallError(
                 f"{path} was edited since it was patched; it is left as it is\n"
                 "to take out the patch and keep the edits: --uninstall --force"
             )
-
-
-def load_patcher() -> ModuleType:
-    """patches/patch_runner.py as a module."""
-    path = ROOT / "patches" / "patch_runner.py"
-    spec = importlib.util.spec_from_file_location("gonka_poc_patch_runner", path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise InstallError(f"{path} is missing; run this from a complete checkout")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module

@@ -1,11 +1,7 @@
-"""The Python that gonka_poc goes into, MLNode's file, and what the installer's other files share.
-
-Standard library only, Python 3.10 or newer; the Python that runs this need not be the one that gonka_poc goes into.
-"""
+"""The Python that gonka_poc goes into, which need not be the one that runs this, and MLNode's runner.py."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import json
@@ -13,12 +9,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from host_common import InstallError, RefusalError, version_of
+from host_gpus import Gpus
+from host_options import Options
 
 # Tests compare these with pyproject.toml and gonka_poc.vllm_compat.
 PYTHON_MIN, PYTHON_SEARCHED_MIN = (3, 10), (3, 12)
@@ -33,37 +30,6 @@ RUNNER_PATHS = (
     "api/inference/vllm/runner.py",
 )
 PYTHON_NAMES = ("python3.12", "python3.13", "python3.14", "python3")
-
-
-class InstallError(Exception):
-    """Says what stands in the way, and what to do, one line each."""
-
-    exit_code = 1
-    told = False  # already printed
-
-
-class RefusalError(InstallError):
-    """Found before anything was changed."""
-
-    exit_code = 2
-
-
-class InterruptionError(BaseException):
-    """A signal asks us to stop."""
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
-
-
-def complain(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def version_of(text: str) -> tuple[int, ...]:
-    """The release numbers that a version begins with: "0.19.1+cu129" is (0, 19, 1)."""
-    found = re.match(r"\d+(?:\.\d+)*", text)
-    return tuple(map(int, found[0].split("."))) if found else ()
 
 
 def is_supported(vllm: str) -> bool:
@@ -175,10 +141,6 @@ def child_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in dropped} | ours
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Finding things
-
-
 def find_runner(mlnode_dir: str | None) -> Path:
     """MLNode's runner.py, in the folder given or in one of the usual places."""
     if mlnode_dir is not None:
@@ -238,7 +200,7 @@ def find_python(named: str | None, runner: Path | None) -> Target:
 
 
 def state_folder(target: Target) -> Path:
-    """Where the journal is: under the Python's own folder; for the system's Python where such things belong."""
+    """The journal's folder: under the Python's own folder; for the system's Python where such things belong."""
     if target.prefix in ("/usr", "/usr/local"):
         return Path("/var/lib/gonka-poc")
     return Path(target.prefix) / "var" / "gonka-poc"
@@ -246,20 +208,22 @@ def state_folder(target: Target) -> Path:
 
 @dataclass
 class Host:
-    """What an action works on."""
-
-    options: argparse.Namespace
+    options: Options
     target: Target
     state: Path
     runner: Path | None
+    gpus: Gpus | None = None  # only an installation looks for them
     locks: list[int] = field(default_factory=list)
 
     def pip(self, *words: str) -> str:
-        # a pip that outlives us still holds the locks
-        return self.target.run("-m", "pip", *words, keep_open=self.locks, merged=True)
+        """Run pip. One that outlives us still holds the locks."""
+        flags = ["--break-system-packages"] if self.target.managed and self.options.force else []
+        command, *arguments = words
+        flags = flags if command in ("install", "uninstall") else []
+        return self.target.run("-m", "pip", command, *flags, *arguments, keep_open=self.locks, merged=True)
 
 
-def find_host(options: argparse.Namespace) -> Host:
+def find_host(options: Options, gpus: Gpus | None) -> Host:
     """The Python, the state folder and MLNode's file; only an installation insists on the last."""
     runner = None
     try:
@@ -268,7 +232,7 @@ def find_host(options: argparse.Namespace) -> Host:
         if options.action == "install":
             raise
     target = find_python(options.python, runner)
-    return Host(options, target, state_folder(target), runner)
+    return Host(options, target, state_folder(target), runner, gpus)
 
 
 def existing(path: str | Path) -> str:

@@ -1,4 +1,4 @@
-"""What the tests of the installers share: its modules, the hash of a tree, and wheels made on the spot."""
+"""The installer's modules, the hash of a tree, and wheels made on the spot, for the tests of the installers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ RUNNER = "packages/api/src/api/inference/vllm/runner.py"
 def import_scripts() -> Iterator[ModuleType]:
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
-        for name in ("host_target", "host_journal", "host_install"):
-            yield importlib.import_module(name)
+        for name in ("gpus", "options", "target", "journal", "steps", "install"):
+            yield importlib.import_module(f"host_{name}")
+        yield importlib.import_module("patch_runner")
     finally:
         sys.path.remove(str(ROOT / "scripts"))
 
 
-host_target, host_journal, host_install = import_scripts()
+host_gpus, host_options, host_target, host_journal, host_steps, host_install, patch_runner = import_scripts()
 
 
 def tree(folder: Path) -> dict[str, tuple[int, str]]:

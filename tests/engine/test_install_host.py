@@ -1,4 +1,4 @@
-"""An installation into a throw-away Python and MLNode: there, again, back to the byte; and a server that answers."""
+"""Installations into a throw-away Python and MLNode, taken back to the byte; and a patched launcher that serves."""
 
 from __future__ import annotations
 
@@ -17,14 +17,26 @@ from pathlib import Path
 
 import httpx
 import pytest
-from hosts import ROOT, RUNNER, RUNNERS, host_install, host_journal, host_target, make_wheel, tree
+from hosts import (
+    ROOT,
+    RUNNER,
+    RUNNERS,
+    host_install,
+    host_journal,
+    host_options,
+    host_steps,
+    host_target,
+    make_wheel,
+    tree,
+)
 
 from gonka_poc.cli.server_process import free_port
 from gonka_poc.vllm_contract import CONTRACT
 
+pytestmark = pytest.mark.xdist_group("installer")
+
 MODEL = ROOT / "tests" / "data" / "models" / "qwen3"
 START_TIMEOUT = 300.0
-STEP_NAMES = [cls.__name__ for cls in host_install.STEPS]
 
 
 def make_python(folder: Path, without: tuple[str, ...]) -> Path:
@@ -32,20 +44,25 @@ def make_python(folder: Path, without: tuple[str, ...]) -> Path:
     seen = folder.parent / "seen by it"
     seen.mkdir(parents=True)
     for path in Path(sysconfig.get_paths()["purelib"]).iterdir():
-        if path.suffix != ".pth" and not path.name.lower().startswith(("__pycache__", "pip", "gonka", *without)):
+        if path.suffix != ".pth" and not path.name.lower().startswith(("__pycache__", "gonka", *without)):
             (seen / path.name).symlink_to(path)
-    venv.create(folder, with_pip=True, symlinks=True)
+    venv.create(folder, with_pip=False, symlinks=True)
     purelib = next((folder / "lib").glob("python3*/site-packages"))
-    for path in [*purelib.glob("setuptools*"), *purelib.glob("_distutils_hack"), *purelib.glob("distutils-*.pth")]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()  # as old as the Python; a newer one is seen
     (purelib / "seen.pth").write_text(f"{seen}\n")
     return folder / "bin" / "python"
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of this checkout, as the installer builds it."""
+    host = host_target.Host(host_options.Options(), host_target.Target(sys.executable).look(), Path(), None)
+    return host_steps.build_wheel(host, tmp_path_factory.mktemp("wheel"))
 
 
 class HostTree:
     """A Python, an MLNode and an nvidia-smi in one folder, with spaces in the paths."""
 
-    def __init__(self, folder: Path, runner: str, without: tuple[str, ...] = ()) -> None:
+    def __init__(self, folder: Path, runner: str, wheel: Path, without: tuple[str, ...] = ()) -> None:
         self.folder = folder / "the host"
         self.python = make_python(self.folder / "its python", without)
         self.runner = self.folder / "ml node" / RUNNER
@@ -59,7 +76,7 @@ class HostTree:
         dropped = {"PYTHONPATH", "MLNODE_VLLM_MODULE"}
         self.environment = {name: value for name, value in os.environ.items() if name not in dropped}
         self.environment["PATH"] = f"{bin_folder}:{os.environ['PATH']}"
-        self.environment["VLLM_PYTHON_PATH"] = str(self.python)
+        self.environment |= {"VLLM_PYTHON_PATH": str(self.python), "GONKA_POC_WHEEL": str(wheel)}
         self.words = ["--python", str(self.python), "--mlnode-dir", str(self.folder / "ml node")]
 
     def command(self, *words: str) -> list[str]:
@@ -83,18 +100,18 @@ class HostTree:
 
 
 @pytest.fixture(scope="module")
-def with_engine(tmp_path_factory: pytest.TempPathFactory) -> HostTree:
+def with_engine(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> HostTree:
     """vLLM for CPU is in it."""
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed")
-    return HostTree(tmp_path_factory.mktemp("with engine"), "direct_2025.py")
+    return HostTree(tmp_path_factory.mktemp("with engine"), "direct_2025.py", wheel)
 
 
 @pytest.fixture(scope="module")
-def without_engine(tmp_path_factory: pytest.TempPathFactory) -> HostTree:
+def without_engine(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> HostTree:
     """There is no vLLM in it; a wheel by that name and a torch are in the index that its pip asks."""
     folder = tmp_path_factory.mktemp("without engine")
-    host = HostTree(folder, "module_2026.py", without=("vllm", "torch"))
+    host = HostTree(folder, "module_2026.py", wheel, without=("vllm", "torch"))
     wheels = folder / "wheels"
     wheels.mkdir()
     make_wheel(wheels, "vllm", "0.25.1", vllm_skeleton(), "torch==2.11.0")
@@ -184,15 +201,22 @@ def test_install_status_again_uninstall(fixture: str, request: pytest.FixtureReq
     assert host.run("--status").returncode == 3
 
 
+def steps() -> list[object]:
+    """Every step; by default the first, one in the middle, and the last, after which everything is to be taken back."""
+    default = ("PythonStep", "VllmStep", "DoctorStep")
+    names = [cls.__name__ for cls in host_steps.STEPS]
+    return [pytest.param(name, marks=() if name in default else pytest.mark.nightly) for name in names]
+
+
 @pytest.fixture
 def small_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """The wheels here are small, whatever the real ones need."""
-    monkeypatch.setattr(host_install, "VLLM_NEEDS_MIB", 10)
-    monkeypatch.setattr(host_install, "VLLM_NEEDS_TEMPORARY_MIB", 10)
+    monkeypatch.setattr(host_steps, "VLLM_NEEDS_MIB", 10)
+    monkeypatch.setattr(host_steps, "VLLM_NEEDS_TEMPORARY_MIB", 10)
 
 
 @pytest.mark.usefixtures("small_disk")
-@pytest.mark.parametrize("name", STEP_NAMES)
+@pytest.mark.parametrize("name", steps())
 def test_a_failure_after_each_step_leaves_no_trace(
     name: str, without_engine: HostTree, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,7 +226,7 @@ def test_a_failure_after_each_step_leaves_no_trace(
             monkeypatch.delenv(variable)
     for variable, value in without_engine.environment.items():
         monkeypatch.setenv(variable, value)
-    cls = getattr(host_install, name)
+    cls = getattr(host_steps, name)
     real = cls.verify
 
     def failing(self: object) -> None:
@@ -212,15 +236,12 @@ def test_a_failure_after_each_step_leaves_no_trace(
     monkeypatch.setattr(cls, "verify", failing)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(signal, "signal", lambda *_: None)  # pytest's own handlers stay
-        assert host_install.main([*without_engine.words, *arguments(without_engine)]) == 1
+        patch.setattr(os, "umask", lambda _: None)
+        assert host_install.main("install.sh", *without_engine.words, "--yes") == 1
     told = capsys.readouterr().err
     assert told.count(f"error: injected after {name}") == 1
     assert "run the same command again" in told
     assert tree(without_engine.folder) == before
-
-
-def arguments(host: HostTree) -> list[str]:
-    return ["--yes", "--gpus", "1 x NVIDIA H200, SM 9.0", "--driver", "580.95.05", "--pin", "0.25.1"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["terminated", "killed"])
@@ -265,7 +286,7 @@ open("server.pid", "w").write(str({server}.pid))
 """
 
 
-@pytest.fixture(scope="module", params=SERVER)
+@pytest.fixture(scope="module", params=["module_2026", pytest.param("direct_2025", marks=pytest.mark.nightly)])
 def launched(request: pytest.FixtureRequest, with_engine: HostTree) -> Iterator[str]:
     """The URL of a server that the patched VLLMRunner.start has started.
 

@@ -1,0 +1,41 @@
+"""Errors and messages of the installer. Standard library only, Python 3.10 or newer, as in all of host_*.py."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "patches"))  # for patch_runner
+
+
+class InstallError(Exception):
+    """Something stands in the way; the further lines of its text say what to do."""
+
+    exit_code = 1
+    printed = False
+
+
+class RefusalError(InstallError):
+    """Found before anything was changed."""
+
+    exit_code = 2
+
+
+class InterruptionError(BaseException):
+    """A signal asks us to stop."""
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def complain(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def version_of(text: str) -> tuple[int, ...]:
+    """The release numbers that a version begins with: "0.19.1+cu129" is (0, 19, 1)."""
+    found = re.match(r"\d+(?:\.\d+)*", text)
+    return tuple(map(int, found[0].split("."))) if found else ()

