@@ -30,7 +30,7 @@ from gonka_poc import vllm_compat
 from gonka_poc.config import load_settings
 from gonka_poc.errors import SettingsError, ToolError, UnsupportedServerError
 from gonka_poc.vllm_compat import INSECURE_SERIALIZATION, MIDDLEWARE, SUPPORTED, WORKER_EXTENSION
-from gonka_poc.vllm_contract import Finding, Presence, judge, known_release, read_package
+from gonka_poc.vllm_contract import Finding, judge, known_release, read_package
 
 MODULE_VARIABLE = "MLNODE_VLLM_MODULE"
 PYTHON_VARIABLE = "VLLM_PYTHON_PATH"
@@ -219,12 +219,12 @@ def check_release(release: str) -> Check:
 
 def check_finding(finding: Finding) -> Check:
     """One name of the contract."""
-    states: dict[Presence, State] = {"there": "ok", "optional": "ok", "unsure": "warn"}
-    state = states.get(finding.presence, "fail")
-    if state == "fail":
+    if not finding.is_good:
         fix = f"vllm_compat has to {'pass it' if finding.presence == 'newly required' else 'do without it'}"
-        return Check(finding.name, state, f"{finding.presence}: {finding.where}", fix)
-    return Check(finding.name, state, finding.where, GIVE_RELEASE if state == "warn" else "")
+        return Check(finding.name, "fail", f"{finding.presence}: {finding.where}", fix)
+    if finding.presence == "unsure":
+        return Check(finding.name, "warn", finding.where, GIVE_RELEASE)
+    return Check(finding.name, "ok", finding.where)
 
 
 def check_package(here: Surroundings) -> Check:

@@ -300,11 +300,8 @@ class Package:
         node = definitions.get(f"{dotted}.__init__", definitions[dotted])
         if isinstance(node, ast.ClassDef):
             fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
-            return {
-                ast.unparse(field.target): field.value is not None
-                for field in fields
-                if "ClassVar" not in ast.unparse(field.annotation)
-            }
+            fields = [field for field in fields if "ClassVar" not in ast.unparse(field.annotation)]
+            return {ast.unparse(field.target): field.value is not None for field in fields}
         if not isinstance(node, Function):
             return {}
         args = node.args
@@ -319,10 +316,8 @@ class Package:
             try:
                 self._parsed[file] = dict(_definitions(ast.parse(self.files[file])))
             except (SyntaxError, ValueError) as error:
-                advice = "run this with a newer Python, or take a whole vLLM"
-                raise ToolError(
-                    f"{file} does not parse: {error} (Python {platform.python_version()}); {advice}"
-                ) from error
+                reason = f"{error} (Python {platform.python_version()})"
+                raise ToolError(f"{file} does not parse: {reason}; take a newer Python, or a whole vLLM") from error
         return self._parsed[file]
 
 

@@ -44,12 +44,12 @@ def broken(findings: list[Finding]) -> list[Finding]:
 
 # attributes in vllm_compat that are Python's, torch's or FastAPI's
 OTHERS = """
-    ExitStack __name__ append clear contextmanager dataclass enter_context environ field fields find_spec fromkeys get
-    index is_file ismethod items join keys name origin parameters parent parse_args pop read_text signature suppress
-    update util values version Event ModuleList Tensor all_reduce arange bool compiler cuda device disable distributed
-    dtype element_size expand flatten full in_features int32 item modules named_children named_modules ndim numel ones
-    out_features permute forward record repeat repeat_interleave shape stride synchronize tensor to type unsqueeze zeros
-    state
+    __name__ accelerator all_reduce append arange bool clear compiler contextmanager cuda dataclass device disable
+    distributed dtype element_size enter_context environ Event exception ExitStack expand field fields find_spec
+    flatten forward fromkeys full get getLogger in_features index int32 is_file ismethod item items join keys Module
+    ModuleList modules name named_children named_modules ndim numel ones origin out_features parameters parent
+    parse_args permute pop read_text record repeat repeat_interleave shape signature state stride suppress
+    synchronize Tensor tensor to type unsqueeze update util values version zeros
 """
 IMPLIED = {"middleware"}  # an option of the server, which serve.py gives
 
@@ -321,7 +321,7 @@ def test_a_class_that_moved(installed: Package) -> None:
 
 
 def test_a_file_that_does_not_parse(installed: Package) -> None:
-    with pytest.raises(ToolError, match=r"sequence\.py does not parse: .* \(Python 3.*run this with a newer Python"):
+    with pytest.raises(ToolError, match=r"sequence\.py does not parse: .* \(Python 3.*take a newer Python"):
         judge(edited(installed, ("sequence.py", r"\A", "def (:\n")))
 
 
