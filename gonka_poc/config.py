@@ -15,7 +15,7 @@ from gonka_poc.errors import SettingsError
 class Settings(BaseSettings):
     """Each field is the environment variable POC_<NAME>; the README's table is checked against this class."""
 
-    # a value can be the token, and a traceback shows the error of pydantic too
+    # hide_input_in_errors: a traceback shows pydantic's error, and the value can be the token
     model_config = SettingsConfigDict(env_prefix="POC_", frozen=True, hide_input_in_errors=True)
 
     api_token: SecretStr | None = Field(
@@ -84,24 +84,24 @@ class Settings(BaseSettings):
 
     @field_validator("api_token")
     @classmethod
-    def _token_fits_a_header(cls, token: SecretStr | None) -> SecretStr | None:
+    def _check_token(cls, token: SecretStr | None) -> SecretStr | None:
         if token is not None and not all("!" <= char <= "~" for char in token.get_secret_value() or " "):
             raise ValueError("must be printable ASCII without spaces, and not empty; unset it to ask for no token")
         return token
 
     @field_validator("callback_allow")
     @classmethod
-    def _rules_can_be_read(cls, entries: str) -> str:
+    def _check_callback_allow(cls, entries: str) -> str:
         CallbackRules.parse(entries)
         return entries
 
     def compiles(self, devices: Sequence[str]) -> bool:
-        """Whether workers on these kinds of devices ("cuda", "cpu") are to compile their decoder layers."""
+        """True if workers on devices of these kinds ("cuda", "cpu") have to compile their decoder layers."""
         return self.compile == "always" or (self.compile == "auto" and list(devices) == ["cuda"])
 
     @property
     def callback_rules(self) -> CallbackRules:
-        """`callback_allow`, understood."""
+        """The rules in `callback_allow`."""
         return CallbackRules.parse(self.callback_allow)
 
 
@@ -110,10 +110,11 @@ def load_settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        lines = [f"{_shown(str(e['loc'][0]), e['input'])}: {e['msg']}" for e in error.errors()]
+        lines = [f"{_variable(str(e['loc'][0]), e['input'])}: {e['msg']}" for e in error.errors()]
         raise SettingsError("settings that cannot be used: " + "; ".join(lines)) from error
 
 
-def _shown(field: str, value: object) -> str:
+def _variable(field: str, value: object) -> str:
+    """The environment variable of a field with its value, which is left out for the token."""
     name = f"POC_{field.upper()}"
     return name if field == "api_token" else f"{name}={value!r}"

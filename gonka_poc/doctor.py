@@ -1,8 +1,8 @@
-"""Checks of a host: would vLLM, started here by MLNode, serve proof of compute? They only look.
+"""Checks of a host: can MLNode start vLLM here with proof of compute? Nothing is changed.
 
     python -m gonka_poc.doctor [--runner FILE] [--json]
 
-vLLM and torch are read as files, never imported: a broken installation is what this has to tell about.
+vLLM and torch are read as files, never imported, so that a broken installation can be reported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal
 
 from packaging.version import Version
@@ -28,16 +27,17 @@ from rich.console import Console
 from rich.table import Table
 
 from gonka_poc import vllm_compat
-from gonka_poc.errors import ToolError, UnsupportedServerError
+from gonka_poc.config import load_settings
+from gonka_poc.errors import SettingsError, ToolError, UnsupportedServerError
 from gonka_poc.vllm_compat import INSECURE_SERIALIZATION, MIDDLEWARE, SUPPORTED, WORKER_EXTENSION
-from gonka_poc.vllm_contract import Finding, judge, known_release, open_package
+from gonka_poc.vllm_contract import Finding, judge, known_release, read_package
 
 MODULE_VARIABLE = "MLNODE_VLLM_MODULE"
 PYTHON_VARIABLE = "VLLM_PYTHON_PATH"
 PYTHON_MIN = (3, 10)
 # NVIDIA's table of minor version compatibility: the oldest driver that runs any release of that CUDA.
 MIN_DRIVER = ((12, 525), (13, 580))
-# The scratch cache is one layer deep: 32768 tokens of 8 heads of 128 in bfloat16 are 128 MiB. The rest is for the
+# The scratch cache is one layer deep: 128 MiB for 32768 tokens of 8 heads of 128 in bfloat16. The rest is for the
 # activations of that batch.
 SCRATCH_MIB = 1024
 
@@ -46,7 +46,7 @@ State = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table; `fix` is empty where there is nothing to do."""
+    """A row of the table; `fix` is empty if nothing has to be done."""
 
     name: str
     state: State
@@ -56,40 +56,38 @@ class Check:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What is checked: this interpreter, MLNode's file, and the environment that MLNode would pass on."""
+    """The host under check: MLNode's runner.py, its interpreter, and the environment that it would pass on."""
 
     runner: Path | None
     python: str | None
     environment: Mapping[str, str]
 
     def runner_text(self) -> str:
-        """MLNode's file, or an empty text where there is none to read."""
+        """The text of MLNode's runner.py; empty if it cannot be read."""
         with contextlib.suppress(OSError):
             return self.runner.read_text(encoding="utf-8", errors="replace") if self.runner else ""
         return ""
 
     def runner_python(self) -> str | None:
-        """The interpreter that MLNode's file names."""
+        """The interpreter that runner.py names."""
         found = re.search(r"^\s+VLLM_PYTHON_PATH\s*=\s*[\"']([^\"'\n]+)[\"']", self.runner_text(), flags=re.MULTILINE)
         return found[1] if found else None
 
     def mlnode_python(self) -> str:
-        """The interpreter that MLNode starts vLLM with, as far as can be known from here."""
+        """The interpreter that MLNode starts vLLM with, as far as can be known here."""
         return self.python or self.environment.get(PYTHON_VARIABLE) or self.runner_python() or sys.executable
 
 
-def run_checks(
-    runner: Path | None = None, python: str | None = None, environment: Mapping[str, str] | None = None
-) -> list[Check]:
-    """All checks, in the order in which a cause comes before what follows from it.
+def run_checks(runner: Path | None = None, python: str | None = None) -> list[Check]:
+    """All checks of this host, causes before effects.
 
-    `runner` is MLNode's runner.py, `python` the interpreter that MLNode uses where its own file or environment does
-    not say so, `environment` replaces this process's.
+    `python` is the interpreter that MLNode uses if neither runner.py nor the environment names one.
     """
-    here = Surroundings(runner, python, os.environ if environment is None else environment)
+    here = Surroundings(runner, python, os.environ)
     return [
         check_python(),
         check_vllm(),
+        check_settings(),
         check_gpu(),
         check_extension_points(),
         check_package(here),
@@ -102,7 +100,7 @@ def run_checks(
 
 
 def check_python() -> Check:
-    """The interpreter that runs this."""
+    """This interpreter's version."""
     found = f"{'.'.join(map(str, sys.version_info[:3]))}, {sys.executable}"
     if sys.version_info[:2] >= PYTHON_MIN:
         return Check("Python", "ok", found)
@@ -110,11 +108,20 @@ def check_python() -> Check:
 
 
 def check_vllm() -> Check:
-    """vLLM's release."""
+    """The installed release of vLLM."""
     try:
         return Check("vLLM", "ok", f"{vllm_compat.installed_version()} (supported: {SUPPORTED})")
     except UnsupportedServerError as error:
         return Check("vLLM", "fail", str(error), "bash install.sh, or pip install a release in that range")
+
+
+def check_settings() -> Check:
+    """The POC_* variables of this environment."""
+    try:
+        load_settings()
+    except SettingsError as error:
+        return Check("settings", "fail", str(error), "set the variable to a value in its range, or unset it")
+    return Check("settings", "ok", "every POC_* variable that is set can be used")
 
 
 def check_gpu() -> Check:
@@ -136,7 +143,7 @@ def check_gpu() -> Check:
 
 
 def torch_cuda() -> int | None:
-    """Major CUDA release that the installed torch was built for."""
+    """The major CUDA release that the installed torch was built for; None for a CPU build."""
     folder = package_folder("torch")
     path = folder / "version.py" if folder else None
     text = path.read_text(encoding="utf-8", errors="replace") if path and path.is_file() else ""
@@ -145,7 +152,7 @@ def torch_cuda() -> int | None:
 
 
 def nvidia_smi(query: str) -> list[list[str]]:
-    """The cells of its answer, a row a GPU; empty where it is missing or fails."""
+    """The answer's cells, one row per GPU; empty if nvidia-smi is missing or fails."""
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
@@ -158,47 +165,49 @@ def nvidia_smi(query: str) -> list[list[str]]:
 
 
 def package_folder(package: str) -> Path | None:
-    """Where `package` lies, without importing it."""
+    """The folder of an installed package, which is not imported."""
     spec = importlib.util.find_spec(package)
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
 def check_extension_points() -> Check:
-    """The options and names of vLLM that this package uses, in its source."""
+    """The contract with vLLM, against the installed source."""
     name = "extension points"
     folder = package_folder("vllm")
     if folder is None:
         return Check(name, "fail", "vLLM is not installed", "bash install.sh")
     try:
-        with open_package(folder) as package:
-            findings = judge(package)
+        findings = judge(read_package(folder))
     except ToolError as error:
         return Check(name, "fail", str(error), "bash install.sh")
     missing = [finding.name for finding in findings if not finding.is_good]
     if missing:
-        return Check(name, "fail", f"gone or changed in this vLLM: {', '.join(missing)}", f"install vLLM {SUPPORTED}")
+        return Check(name, "fail", f"not as needed in this vLLM: {', '.join(missing)}", f"install vLLM {SUPPORTED}")
     return Check(name, "ok", f"all {len(findings)} are in this vLLM")
 
 
 def contract_checks(path: Path, release: str = "") -> list[Check]:
-    """What vLLM's source at `path` (a source tree, a package folder or a wheel) has of what this package uses.
+    """The contract against vLLM's source at `path`: a source tree, a package folder or a wheel. Failures come last.
 
-    It is judged as `release`, if that is given. What is wrong comes last. Raises ToolError if there is no vLLM at
-    `path`, or a file there cannot be read.
+    `release` replaces what the source says of its release. Raises ToolError if there is no vLLM at `path`, or a file
+    there cannot be read.
     """
-    with open_package(path) as package:
-        package.release = release or package.release
-        checks = [check_release(package.release)] + [check_finding(finding) for finding in judge(package)]
+    package = read_package(path)
+    package.release = release or package.release
+    checks = [check_release(package.release)] + [check_finding(finding) for finding in judge(package)]
     return sorted(checks, key=lambda check: ("ok", "warn", "fail").index(check.state))
 
 
+GIVE_RELEASE = "give its release by --release"
+
+
 def check_release(release: str) -> Check:
-    """Whether a release is one that is supported. A new one is not, before it was judged and tested."""
+    """A release against the supported ones. A newer one is a warning until it was judged and tested."""
     fix = f"if nothing below fails, run the engine tests with it, then raise SUPPORTED ({SUPPORTED})"
     known = known_release(release)
     if known is None:
         found = (
-            f"{release}, which tells no release" if release else "not told: there is no _version.py, as in a checkout"
+            f"{release}, which names no release" if release else "unknown: there is no _version.py, as in a checkout"
         )
         return Check("release", "warn", found, f"{GIVE_RELEASE}; {fix}")
     if known < min(Version(limit.version) for limit in SUPPORTED):
@@ -208,30 +217,18 @@ def check_release(release: str) -> Check:
     return Check("release", "ok", f"{release} (supported: {SUPPORTED})")
 
 
-GIVE_RELEASE = "tell which release it is by --release"
-FIXES: Mapping[str, str] = MappingProxyType(
-    {
-        "unsure": GIVE_RELEASE,
-        "moved": "vllm_compat has to take it from there",
-        "gone": "vllm_compat has to do without it",
-        "changed": "vllm_compat has to use it as it is now",
-        "required": "vllm_compat has to give it",
-        "unread": "run this with a newer Python, or take a whole vLLM",
-    }
-)
-
-
 def check_finding(finding: Finding) -> Check:
     """One name of the contract."""
-    if finding.state in ("there", "optional"):
-        return Check(finding.name, "ok", finding.where)
-    if finding.state == "unsure":
-        return Check(finding.name, "warn", finding.where, FIXES[finding.state])
-    return Check(finding.name, "fail", f"{finding.state}: {finding.where}", FIXES[finding.state])
+    if not finding.is_good:
+        fix = f"vllm_compat has to {'pass it' if finding.presence == 'newly required' else 'do without it'}"
+        return Check(finding.name, "fail", f"{finding.presence}: {finding.where}", fix)
+    if finding.presence == "unsure":
+        return Check(finding.name, "warn", finding.where, GIVE_RELEASE)
+    return Check(finding.name, "ok", finding.where)
 
 
 def check_package(here: Surroundings) -> Check:
-    """Whether the Python that MLNode starts vLLM with can import this package."""
+    """This package, in the Python that MLNode starts vLLM with."""
     name = "gonka_poc in MLNode's Python"
     python = here.mlnode_python()
     problem = why_not_found(python, "gonka_poc")
@@ -255,7 +252,7 @@ sys.exit(0 if found else 3)
 
 
 def why_not_found(python: str, module: str) -> str:
-    """An empty text if `python` finds `module`; only its file is looked for, nothing of it is run."""
+    """The reason why `python` cannot import `module`; empty if it can. Its file is looked for, never run."""
     try:
         done = subprocess.run([python, "-I", "-B", "-c", FIND, module], capture_output=True, timeout=60, check=False)
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
@@ -266,7 +263,7 @@ def why_not_found(python: str, module: str) -> str:
 
 
 def check_runner(here: Surroundings) -> Check:
-    """Whether MLNode's file brings the two options. A light look: `patch_runner.py check` compares all of it."""
+    """The two options in runner.py. `patch_runner.py check` compares all of the patch."""
     name = "runner.py"
     if here.runner is None:
         return Check(name, "warn", "not looked at", "add --runner FILE (MLNode's inference/vllm/runner.py)")
@@ -276,15 +273,15 @@ def check_runner(here: Surroundings) -> Check:
     try:
         compile(text, str(here.runner), "exec", dont_inherit=True)
     except (SyntaxError, ValueError) as error:
-        return Check(name, "fail", f"{here.runner} does not compile: {error}", "put it right, then patch it again")
+        return Check(name, "fail", f"{here.runner} does not compile: {error}", "correct it, then patch it again")
     missing = [option for option in (MIDDLEWARE, WORKER_EXTENSION) if option not in text]
     if missing:
         return Check(name, "fail", f"{here.runner} lacks {', '.join(missing)}", f"patch_runner.py apply {here.runner}")
-    return Check(name, "ok", f"{here.runner} brings both options")
+    return Check(name, "ok", f"{here.runner} has both options")
 
 
 def check_module(here: Surroundings) -> Check:
-    """Whether the module that MLNode is told to start instead of vLLM's exists."""
+    """The module that MLNode is set to start instead of vLLM's."""
     module = here.environment.get(MODULE_VARIABLE)
     if not module:
         return Check(MODULE_VARIABLE, "ok", "not set; MLNode starts vLLM's own server")
@@ -296,7 +293,7 @@ def check_module(here: Surroundings) -> Check:
 
 
 def check_serialization(here: Surroundings) -> Check:
-    """Whether functions may travel to the workers, which only servers without the worker extension need."""
+    """Whether functions may be sent to the workers. Only a server without the worker extension needs that."""
     name = "serialization"
     text = here.runner_text()
     in_file = re.search(rf"{INSECURE_SERIALIZATION}\W+1\b", text) is not None
@@ -305,30 +302,30 @@ def check_serialization(here: Surroundings) -> Check:
         fix = f"unset {INSECURE_SERIALIZATION} where MLNode is started: the hardened profile does without"
         return Check(name, "warn", "runner.py is hardened, but the environment allows functions", fix)
     if in_file or in_environment:
-        return Check(name, "ok", "functions may travel to the workers (profile standard)")
+        return Check(name, "ok", "functions may be sent to the workers (profile standard)")
     return Check(name, "ok", "calls by name only (profile hardened, or not set)")
 
 
 def check_eager(here: Surroundings) -> Check:
-    """Whether proofs run without compilation, one way or the other."""
+    """A forward of the model without compilation, which proofs need."""
     name = "eager forward"
     if "--enforce-eager" in here.runner_text():
         return Check(name, "ok", "runner.py starts vLLM with --enforce-eager")
     if vllm_compat.can_skip_compiled():
-        return Check(name, "ok", "this vLLM can leave a compiled model aside")
+        return Check(name, "ok", "this vLLM can run proofs beside a compiled model")
     state: State = "fail" if here.runner else "warn"
-    return Check(name, state, "this vLLM cannot leave a compiled model aside", "start it with --enforce-eager")
+    return Check(name, state, "this vLLM cannot run proofs beside a compiled model", "start it with --enforce-eager")
 
 
 def check_memory() -> Check:
-    """Room for the scratch cache beside what is taken now."""
+    """Free memory for the scratch cache."""
     name = "free memory"
     if torch_cuda() is None:
         free = [available_mib()]
     else:
         free = [int(row[0]) for row in nvidia_smi("memory.free") if row[0].isdigit()]
     if not free:
-        return Check(name, "warn", "nvidia-smi does not tell", "look at nvidia-smi")
+        return Check(name, "warn", "nvidia-smi reports no free memory", "see what nvidia-smi prints")
     found = f"{min(free)} MiB" + (f" on the fullest of {len(free)} GPUs" if len(free) > 1 else "")
     if min(free) >= SCRATCH_MIB:
         return Check(name, "ok", found)
@@ -337,7 +334,7 @@ def check_memory() -> Check:
 
 
 def available_mib() -> int:
-    """What Linux says could be given to a new process."""
+    """Memory that Linux could give to a new process."""
     with contextlib.suppress(OSError):
         found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), flags=re.MULTILINE)
         if found:
@@ -363,7 +360,7 @@ def print_checks(checks: Sequence[Check], json_output: bool) -> int:
 
 
 def print_table(checks: Sequence[Check]) -> None:
-    """One row a check, with the fix beside what is not as it should be."""
+    """Print one row per check."""
     console = Console(highlight=False, **({} if sys.stdout.isatty() else {"width": 160}))  # type: ignore[arg-type]
     table = Table(box=None, pad_edge=False)
     table.add_column("state")
@@ -378,8 +375,8 @@ def print_table(checks: Sequence[Check]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m gonka_poc.doctor`, for what runs before or without the command line."""
-    parser = argparse.ArgumentParser(prog="python -m gonka_poc.doctor", description="Look whether this host is ready.")
+    """`python -m gonka_poc.doctor`, for installers."""
+    parser = argparse.ArgumentParser(prog="python -m gonka_poc.doctor", description="Check whether this host is ready.")
     parser.add_argument("--runner", type=Path, metavar="FILE", help="MLNode's inference/vllm/runner.py")
     parser.add_argument("--python", metavar="P", help="the Python that MLNode starts vLLM with")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

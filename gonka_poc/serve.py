@@ -1,4 +1,4 @@
-"""vLLM's own OpenAI server, with proof of compute or without.
+"""Starts vLLM's own OpenAI server, with or without proof of compute.
 
     python -m gonka_poc.serve --enable-poc --model MODEL [any option of vLLM's server]
 
@@ -19,10 +19,10 @@ ENABLE = "--enable-poc"
 
 
 def server_arguments(args: Sequence[str]) -> list[str]:
-    """The arguments of vLLM's server for the arguments `args` of this module.
+    """The arguments of vLLM's server, from those of this module.
 
-    Raises UnsupportedServerError for a vLLM release that is not supported, or a worker extension that would take
-    the place of ours.
+    Raises UnsupportedServerError for a release of vLLM that is not supported, for several API processes, and for
+    another worker extension than ours.
     """
     rest = [arg for arg in args if arg != ENABLE]
     if len(rest) == len(args):
@@ -61,7 +61,7 @@ def _values(args: Sequence[str], option: str) -> list[str]:
 
 
 def main() -> None:
-    """Become vLLM's server: this process is replaced, so signals and exit status are vLLM's own."""
+    """Replace this process by vLLM's server, so that signals and exit status are vLLM's own."""
     try:
         args = server_arguments(sys.argv[1:])
         if len(args) != len(sys.argv) - 1:

@@ -15,6 +15,7 @@ from gonka_poc import doctor
 from gonka_poc.doctor import Surroundings
 from gonka_poc.entrypoint import api_router
 from gonka_poc.errors import UnsupportedServerError
+from gonka_poc.vllm_contract import read_package
 
 ROOT = Path(__file__).parent.parent
 RUNNERS = Path(__file__).parent / "data" / "runners"
@@ -77,6 +78,18 @@ def test_a_version_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (check.state, check.found.startswith("vLLM dev is installed, gonka_poc supports ")) == ("fail", True)
 
 
+def test_settings_that_cannot_be_used_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.check_settings().state == "ok"
+    monkeypatch.setenv("POC_MAX_STEP_MS", "soon")
+    monkeypatch.setenv("POC_PRIORITY", "both")
+    check = doctor.check_settings()
+    assert check.state == "fail"
+    assert "POC_MAX_STEP_MS='soon'" in check.found
+    assert "POC_PRIORITY='both'" in check.found
+    monkeypatch.setattr(doctor, "check_extension_points", doctor.check_python)  # which takes seconds
+    assert check in doctor.run_checks()
+
+
 @pytest.mark.parametrize(
     ("cuda", "answer", "state"),
     [
@@ -125,19 +138,14 @@ def test_cuda_of_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: st
 
 
 def test_a_missing_extension_point(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    folder = tmp_path / "vllm"
-    source = doctor.package_folder("vllm")
-    for file in source.rglob("*.py"):
-        copy = folder / file.relative_to(source)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, copy)
-    monkeypatch.setattr(doctor, "package_folder", lambda package: folder)
-    assert doctor.check_extension_points().state == "ok"
-    sequence = folder / "sequence.py"
-    sequence.write_text(sequence.read_text().replace("class IntermediateTensors", "class Other"))
+    files = read_package(doctor.package_folder("vllm")).files
+    for name, text in {"__init__.py": b"", **files}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(text.replace(b"class IntermediateTensors", b"class Other"))
+    monkeypatch.setattr(doctor, "package_folder", lambda package: tmp_path)
     check = doctor.check_extension_points()
     assert check.state == "fail"
-    assert check.found == "gone or changed in this vLLM: IntermediateTensors(tensors, /), IntermediateTensors.tensors"
+    assert check.found == "not as needed in this vLLM: IntermediateTensors(tensors), IntermediateTensors.tensors"
 
 
 def test_extension_points_of_a_broken_installation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -259,7 +259,7 @@ def stop(url: str, token: str | None, as_json: bool) -> int:
 def doctor(runner: Path | None, python: str | None, vllm: Path | None, release: str, as_json: bool) -> int:
     """Look whether this host is ready, with the fix beside what is not. Exit status 1 if something is not.
 
-    With --vllm: whether a release of vLLM has every name that gonka_poc uses; each is there, moved, changed or gone.
+    With --vllm: whether a release of vLLM has every name and parameter that gonka_poc uses.
 
     \b
     gonka-poc doctor --runner /app/packages/api/src/api/inference/vllm/runner.py

@@ -12,7 +12,7 @@ from gonka_poc import serve
 
 
 def main() -> None:
-    """`python -m gonka_poc.serve --enable-poc` with the same arguments."""
+    """Run `gonka_poc.serve --enable-poc` with the same arguments."""
     if serve.ENABLE not in sys.argv:
         sys.argv.append(serve.ENABLE)
     serve.main()

@@ -128,13 +128,12 @@ def vllm_skeleton() -> dict[str, str]:
     lines: dict[str, list[str]] = {"__init__.py": [], "_version.py": ["version = '0.25.1'"]}
     members: dict[tuple[str, str], list[str]] = {}
     functions: dict[tuple[str, str], list[str]] = {}
-    entered: set[tuple[str, str]] = set()
     for name in CONTRACT:
         if name.may_be_absent("0.25.1"):
             continue
         first = name.files.split()[0]
         file = first.replace("/*.py", "/names.py").replace("*", "")
-        owner, _, member = ".".join(name.path).rpartition(".")
+        owner, _, member = name.dotted.rpartition(".")
         parameters = [f"{parameter}=None" for parameter in name.parameters]
         if name.name == "__main__":
             lines.setdefault(file, []).append("if __name__ == '__main__': serve()")
@@ -149,18 +148,14 @@ def vllm_skeleton() -> dict[str, str]:
         elif owner == "self":
             lines.setdefault(file, []).append(f"class Some:\n    def __init__(self): self.{member} = 1")
         elif owner:
-            decorator = "@contextmanager\n    " if name.is_entered else ""
-            keyword = "async def" if name.is_awaited else "def"
-            method = f"{decorator}{keyword} {member}(self, {', '.join(parameters)}): return 1"
+            method = f"def {member}(self, {', '.join(parameters)}): return 1"
             members.setdefault((file, owner), []).append(method if name.is_call else f"{member}: int = 1")
         elif name.is_call and member[0].isupper():
             members.setdefault((file, member), []).extend(f"{field}: int = 1" for field in name.parameters)
         else:
             functions.setdefault((file, member), []).extend(parameters)
-            entered |= {(file, member)} if name.is_entered else set()
     for (file, function), given in functions.items():
-        decorator = "@contextmanager\n" if (file, function) in entered else ""
-        lines.setdefault(file, []).append(f"{decorator}def {function}({', '.join(given)}): return 1")
+        lines.setdefault(file, []).append(f"def {function}({', '.join(given)}): return 1")
     for (file, owner), texts in members.items():
         lines.setdefault(file, []).append(f"class {owner}:\n" + "\n".join(f"    {text}" for text in texts))
     return {f"vllm/{file}": "\n".join(texts) + "\n" for file, texts in lines.items()}
