@@ -99,7 +99,10 @@ def test_the_page_is_self_contained():
 def test_the_page_is_part_of_the_package():
     folder = Path(str(files("gonka_poc.server")))
     settings = (folder.parents[1] / "pyproject.toml").read_text(encoding="utf-8")
-    assert re.search(r"\[tool\.setuptools\.package-data\]\n\"gonka_poc.server\" = \[\"\*\.html\"\]", settings)
+    table = re.search(r"^\[tool\.setuptools\.package-data\]\n((?:.+\n)+)", settings, flags=re.MULTILINE)
+    assert table
+    assert set(table[1].splitlines()) == {'gonka_poc = ["py.typed"]', '"gonka_poc.server" = ["*.html"]'}
+    assert (folder.parent / "py.typed").is_file()
     others = [file.name for file in folder.iterdir() if file.is_file() and file.suffix not in (".py", ".pyc")]
     assert others
     assert all(name.endswith(".html") for name in others)
