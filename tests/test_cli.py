@@ -12,9 +12,10 @@ from engineless import engineless_server, run
 from fakes import MODEL, FakeManager
 
 from gonka_poc.callbacks.outbox import Outbox
+from gonka_poc.cli import artifacts, demo
 from gonka_poc.cli import common as cli_common
-from gonka_poc.cli import main as cli
-from gonka_poc.cli.demo import Row
+from gonka_poc.cli.client import PoCClient
+from gonka_poc.cli.demo import Step
 from gonka_poc.cli.receive import Receiver
 from gonka_poc.cli.server_process import free_port
 from gonka_poc.data import Artifact, StatTest, StatusAnswer
@@ -198,7 +199,7 @@ def test_commands_that_wait_for_a_round_say_so(server, tmp_path, monkeypatch, ca
     assert generate(server, out) == 0
     assert "a round generates there" not in capsys.readouterr().err
     status = StatusAnswer(status="GENERATING", config=None, stats=None)
-    monkeypatch.setattr(cli.PoCClient, "status", lambda self: status)
+    monkeypatch.setattr(PoCClient, "status", lambda self: status)
     assert generate(server, out, "0-12") == 0
     assert "a round generates there: this waits" in capsys.readouterr().err
     assert run("validate", out, "--url", server.url) == 0
@@ -265,20 +266,22 @@ def test_help_shows_a_real_command(command, capsys):
 
 @pytest.mark.parametrize(("ok", "status"), [(True, 0), (False, 1)])
 def test_the_demo_ends_with_its_verdict(monkeypatch, capsys, ok, status):
-    monkeypatch.setattr(cli, "run_demo", lambda say: [Row("one", "done", "1/s", True), Row("two", "done", "1/s", ok)])
+    steps = [Step("one", True, "done", rate="1/s"), Step("two", ok, "done", rate="1/s")]
+    monkeypatch.setattr(demo, "demo", lambda work: iter(steps))
     assert run("demo") == status
-    assert ("WRONG" in capsys.readouterr().out) == (not ok)
+    assert ("FAILED" in capsys.readouterr().out) == (not ok)
     assert run("demo", "--json") == status
-    assert json.loads(capsys.readouterr().out)["ok"] == ok
+    printed = [{"step": step.name, "result": "done", "rate": "1/s", "ok": step.ok} for step in steps]
+    assert json.loads(capsys.readouterr().out) == {"ok": ok, "steps": printed}
 
 
 def test_artifacts_are_saved_while_it_computes(server, tmp_path, monkeypatch):
     """A command that is killed loses at most SAVE_EVERY artifacts."""
-    monkeypatch.setattr(cli, "SAVE_EVERY", 4)
+    monkeypatch.setattr(artifacts, "SAVE_EVERY", 4)
     written: list[int] = []
-    write = cli.write_artifact_file
+    write = artifacts.write_artifact_file
     monkeypatch.setattr(
-        cli, "write_artifact_file", lambda path, file: (written.append(len(file.artifacts)), write(path, file))
+        artifacts, "write_artifact_file", lambda path, file: (written.append(len(file.artifacts)), write(path, file))
     )
     generate(server, tmp_path / "a.json", "0-9", "--batch-size", "2")
     assert written == [0, 4, 8, 10]

@@ -24,15 +24,15 @@ from fastapi import Response
 from gonka_poc.cli import plots, prover
 from gonka_poc.cli.artifact_file import ArtifactFile, read_artifact_file, write_artifact_file
 from gonka_poc.cli.calibrate import calibrate, measure_distances
-from gonka_poc.cli.checks import Check, ResultFile, run_cases
+from gonka_poc.cli.checks import CaseResult, Finding, ResultFile, run_cases
 from gonka_poc.cli.client import PoCClient
 from gonka_poc.cli.coexist import Load, coexist
 from gonka_poc.cli.compare import compare, fabricated, with_turned_vectors
 from gonka_poc.cli.e2e import least_fraud
 from gonka_poc.cli.polling import wait_until
-from gonka_poc.cli.prover import Sizes, is_gapless
-from gonka_poc.cli.receive import Delivery, Receiver
-from gonka_poc.cli.report import as_html, row_of
+from gonka_poc.cli.prover import RoundSizes, is_gapless
+from gonka_poc.cli.receive import ReceivedCallback, Receiver
+from gonka_poc.cli.report import as_html
 from gonka_poc.cli.smoke import smoke
 from gonka_poc.data import VECTOR_DTYPE, Artifact, DistanceSpec, StatTest, encode_vector
 from gonka_poc.errors import ArtifactFileError, ComputeError, ServerAnswerError, ToolError
@@ -131,12 +131,12 @@ def test_receive_on_the_command_line(tmp_path, capsys):
 
 
 def test_a_round_is_received_without_a_gap(server):
-    seen: list[Delivery] = []
-    with Receiver(on_delivery=seen.append) as receiver, PoCClient(server.url) as client:
+    seen: list[ReceivedCallback] = []
+    with Receiver(on_callback=seen.append) as receiver, PoCClient(server.url) as client:
         assert httpx.post(f"{server.url}/api/v1/pow/init/generate", json=round_body(url=receiver.url)).is_success
-        assert wait_until(lambda: sum(len(delivery.nonces) for delivery in seen) >= 40, 10)
+        assert wait_until(lambda: sum(len(callback.nonces) for callback in seen) >= 40, 10)
         client.stop()
-    nonces = [nonce for delivery in seen for nonce in delivery.nonces]
+    nonces = [nonce for callback in seen for nonce in callback.nonces]
     assert is_gapless(nonces)
 
 
@@ -228,7 +228,7 @@ def test_one_percent_tampered_of_500_is_caught_and_float16_noise_is_not(capsys):
     made_up = compare("made up", fabricated(file, range(500)), file, StatTest())
     with capsys.disabled():
         for found in (honest, tampered, made_up):
-            print("\n" + "  ".join(row_of(found)))
+            print("\n" + "  ".join(found.cells))
     assert (honest.verdict.n_mismatch, honest.verdict.p_value, honest.verdict.fraud_detected) == (0, 1.0, False)
     assert tampered.verdict.n_mismatch == 5
     assert tampered.verdict.p_value == pytest.approx(1.7e-4, rel=0.05)
@@ -456,10 +456,10 @@ class Broken(FakeManager):
         return result
 
 
-SMALL = Sizes(nonces=60, seq_len=4, batch_size=16, deadline_sec=60)
+SMALL = RoundSizes(nonces=60, seq_len=4, batch_size=16, deadline_sec=60)
 
 
-def fails(checks: Iterable[Check]) -> set[str]:
+def fails(checks: Iterable[CaseResult]) -> set[str]:
     return {check.name for check in checks if not check.ok}
 
 
@@ -543,20 +543,20 @@ def test_a_round_that_delivers_nothing_is_said(monkeypatch):
 
 
 def test_a_case_that_the_server_refuses_fails_with_its_words():
-    def refused() -> Check:
+    def refused() -> Finding:
         raise ServerAnswerError("answered 409")
 
-    found = list(run_cases([("a", lambda: Check("a", True, "fine")), ("b", refused)]))
+    found = list(run_cases([("a", lambda: Finding(True, "fine")), ("b", refused)]))
     assert [check.line for check in found] == ["PASS  a: fine", "FAIL  b: answered 409"]
 
 
 def test_results_are_lines_of_json(tmp_path):
     file = ResultFile(tmp_path / "r.jsonl")
-    file.add(Check("a", True, "fine", 0.5), model="m")
+    file.add(CaseResult("a", True, "fine", 0.5), model="m")
     assert json.loads((tmp_path / "r.jsonl").read_text()) == {
         **{"model": "m", "name": "a", "ok": True, "result": "fine", "p_value": 0.5}
     }
-    ResultFile(None).add(Check("a", True, "fine"))
+    ResultFile(None).add(CaseResult("a", True, "fine"))
     with pytest.raises(ArtifactFileError, match="cannot write"):
         ResultFile(tmp_path / "missing" / "r.jsonl")
 

@@ -1,4 +1,4 @@
-"""A file of artifacts: what was asked, and the vectors, in the form that the network exchanges references in."""
+"""Files of artifacts, in the form in which the network exchanges references."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ class ArtifactFile(BaseModel):
     artifacts: list[Artifact] = Field(default_factory=list)
 
     @property
-    def asked(self) -> dict[str, object]:
-        """All that the vectors depend on; two files with the same can be joined."""
+    def identity(self) -> dict[str, object]:
+        """Everything that the vectors depend on; files of the same identity can be joined."""
         return self.model_dump(include={"model", "seq_len", "k_dim", "block_hash", "public_key", "poc_stronger_rng"})
 
     def differences(self, other: ArtifactFile) -> list[str]:
-        """The names in `asked` of which `other` has another value."""
-        theirs = other.asked
-        return [name for name, value in self.asked.items() if theirs[name] != value]
+        """The fields of `identity` of which `other` has another value."""
+        theirs = other.identity
+        return [name for name, value in self.identity.items() if theirs[name] != value]
 
 
 def read_artifact_file(path: Path) -> ArtifactFile:
-    """Raises ArtifactFileError saying what is wrong where."""
+    """The content of `path`. Raises ArtifactFileError with what is wrong where."""
     try:
         content = ArtifactFile.model_validate_json(path.read_bytes())
     except OSError as error:

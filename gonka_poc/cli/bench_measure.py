@@ -1,4 +1,4 @@
-"""How fast proof is: its rate beside the bare prefill of as many tokens in the same run, and where the time goes."""
+"""Measurements of `gonka-poc bench`: proof and bare prefill, on an engine of this process or on a running server."""
 
 from __future__ import annotations
 
@@ -13,14 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gonka_poc.cli.artifact_file import ArtifactFile
-from gonka_poc.cli.calibrate import refuse_if_busy
 from gonka_poc.cli.client import PoCClient
-from gonka_poc.cli.plots import Theme, stacked_bars
-from gonka_poc.cli.prover import round_request
 from gonka_poc.cli.server_process import CPU_ENVIRONMENT
 from gonka_poc.config import load_settings
 from gonka_poc.data import VectorSpec
@@ -28,35 +24,20 @@ from gonka_poc.errors import RequestError, ServerAnswerError, ToolError, raise_w
 from gonka_poc.manager import WARM_UP_NONCES
 from gonka_poc.vllm_compat import OfflineEngine
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 BLOCK_HASH, PUBLIC_KEY = "bench", "bench"
 WARM_UPS, MIN_BATCHES = 2, 5
-# requests at a time, so that the server has the next tokens when it has done the last ones
+# requests at a time, so that the server always has the next tokens
 PREFILLS_AT_A_TIME = 2
 FIRST_TOKEN, NUM_TOKENS = 3, 250  # token ids that every vocabulary has
 POLL_SEC = 0.02
 DEADLINE_SEC = 600.0  # for the next nonces of a round
-# what only the workers can tell, and over HTTP nobody does
+# phases that only workers can measure; they are not shown over HTTP
 ONLY_OFFLINE = ("inputs", "metadata", "forward", "reflections", "projection", "rpc")
-MEANING: Mapping[str, str] = MappingProxyType(
-    {
-        "inputs": "embeddings of the nonces",
-        "metadata": "attention metadata, scratch KV cache",
-        "forward": "the model as for chat",
-        "reflections": "the model in proof, beyond that",
-        "projection": "pick, rotation, copy to the host",
-        "rpc": "the call beyond the workers' time",
-        "calls": "RPC and computation on the workers",
-        "idle": "the rest: Python, waiting, delivery",
-    }
-)
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What is measured: batches of `batch_size` nonces of `seq_len` tokens, each measurement `seconds` long."""
+class BenchSizes:
+    """The load: batches of `batch_size` nonces of `seq_len` tokens, each measurement `seconds` long."""
 
     seq_len: int = 1024
     k_dim: int = 12
@@ -66,13 +47,13 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Bench:
-    """What was found. Figures that this way of measuring cannot give are None.
+    """The result. Figures that this way of measuring cannot give are None.
 
-    `batch_size`: nonces of the batches as they ran; `batch_seconds`: of one of them, which is the sum of `phases` (by
-    name, MEANING) less `overlap_seconds`, the time in which phases ran beside each other. `prefill_per_second`:
-    sequences of the bare prefill. `poc_tax`: 1 - nonces_per_second / prefill_per_second. `model_flops`: of one nonce,
-    and `matrix_flops_per_second`: measured, both over all workers. `matrix_rate_share`: of the latter, used by proof.
-    `scratch_bytes`: on the worker that has the most. `not_measured`: the phases that are part of another one here.
+    `batch_size`: nonces per batch, as it ran; `batch_seconds`: time of a batch, which is the sum of `phases` (by name)
+    less `overlap_seconds`, in which phases ran at the same time. `prefill_per_second`: sequences of the bare prefill.
+    `poc_tax`: 1 - nonces_per_second / prefill_per_second. `model_flops`: per nonce, and `matrix_flops_per_second`:
+    measured, both over all workers. `matrix_rate_share`: the share of the latter that proof uses. `scratch_bytes`: of
+    the worker that has the most. `not_measured`: phases that are part of another one here.
     """
 
     where: str
@@ -101,11 +82,11 @@ class Bench:
 # --- without a server -------------------------------------------------------------------------------------------
 
 
-def bench_offline(model: Path, server_args: Sequence[str], sizes: Sizes) -> Bench:
-    """Measure `model` on an engine of this process; vLLM's batch is made as large as `sizes` unless it is told.
+def bench_offline(model: Path, server_args: Sequence[str], sizes: BenchSizes) -> Bench:
+    """Measure `model` on an engine of this process, whose vLLM batch is as large as `sizes` unless `server_args` say.
 
-    What vLLM prints goes to stderr. Raises what OfflineEngine raises, RequestError where `sizes` break a limit of
-    the engine, and what its workers refuse.
+    The output of vLLM goes to stderr. Raises the errors of OfflineEngine and its workers, and RequestError if `sizes`
+    break a limit of the engine.
     """
     for name, value in CPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -116,7 +97,7 @@ def bench_offline(model: Path, server_args: Sequence[str], sizes: Sizes) -> Benc
 
 @contextlib.contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
-    """stdout is the answer's; vLLM and its worker processes log there."""
+    """Keep stdout for the result: vLLM and its worker processes log to it."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
@@ -128,8 +109,8 @@ def _stdout_to_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def measure_engine(engine: Any, name: str, sizes: Sizes) -> Bench:
-    """Batches on the workers of `engine` (OfflineEngine), each followed by its parts alone."""
+def measure_engine(engine: Any, name: str, sizes: BenchSizes) -> Bench:
+    """Measure batches on the workers of `engine` (an OfflineEngine), each followed by its parts alone."""
     if sizes.seq_len > min(engine.max_model_len, engine.max_num_batched_tokens):
         raise RequestError(
             f"seq_len {sizes.seq_len} is over this engine's --max-model-len {engine.max_model_len} or its "
@@ -166,7 +147,7 @@ def measure_engine(engine: Any, name: str, sizes: Sizes) -> Bench:
 
 
 def _parts(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds by part over all ranks: those of a stage work side by side, its stages one after another."""
+    """Seconds by part over all ranks: the ranks of a stage run in parallel, stages one after another."""
     in_turn = ("forward", "proof_forward")
     by_stage: dict[int, dict[str, float]] = {}
     for answer in answers:
@@ -180,7 +161,7 @@ def _parts(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _offline_result(
     name: str,
-    sizes: Sizes,
+    sizes: BenchSizes,
     batch_size: int,
     workers: Sequence[Mapping[str, Any]],
     times: Sequence[Mapping[str, float]],
@@ -210,25 +191,22 @@ def _offline_result(
     )
 
 
-# --- a server that runs -----------------------------------------------------------------------------------------
+# --- a running server -------------------------------------------------------------------------------------------
 
 
-def bench_server(client: PoCClient, model: str, sizes: Sizes, callback_url: str | None = None) -> Bench:
+def bench_server(client: PoCClient, model: str, sizes: BenchSizes, callback_url: str | None = None) -> Bench:
     """Measure a server over HTTP: its own prefill, POST /generate, then a round, which is stopped.
 
     Callbacks of the round go to `callback_url`. Raises ServerAnswerError, also if the server generates already.
     """
-    refuse_if_busy(client)
+    client.refuse_if_generating()
     file = ArtifactFile(
         model=model, seq_len=sizes.seq_len, k_dim=sizes.k_dim, block_hash=BLOCK_HASH, public_key=PUBLIC_KEY
     )
     prefill = prefill_rate(client, model, sizes)
     generate = _generate_rate(client, file, sizes)
-    client.init_generate(round_request(file, sizes.batch_size, callback_url))
-    try:
+    with client.round(file, sizes.batch_size, callback_url):
         rate, counted = _round_rate(client, sizes)
-    finally:
-        client.stop()
     nonces, batches, seconds = counted
     batch_size = round(nonces / batches) if batches else sizes.batch_size
     found = _result(client.url, model, sizes, batch_size, rate, prefill)
@@ -238,9 +216,9 @@ def bench_server(client: PoCClient, model: str, sizes: Sizes, callback_url: str 
     return _with_phases(found, {"calls": batch_size * seconds / nonces})
 
 
-def prefill_rate(client: PoCClient, model: str, sizes: Sizes) -> float:
-    """Sequences/s of the server's own prefill: completions of one token, `batch_size` fresh prompts a request."""
-    chance = random.Random()  # not seeded: a prompt that the server has seen could be in its prefix cache
+def prefill_rate(client: PoCClient, model: str, sizes: BenchSizes) -> float:
+    """Sequences/s of the server's own prefill: completions of one token, `batch_size` fresh prompts per request."""
+    chance = random.Random()  # not seeded: a prompt of an earlier run could be in the prefix cache
 
     def ask(_: int) -> None:
         rows = [chance.choices(range(FIRST_TOKEN, FIRST_TOKEN + NUM_TOKENS), k=sizes.seq_len) for _ in each_nonce]
@@ -257,7 +235,7 @@ def prefill_rate(client: PoCClient, model: str, sizes: Sizes) -> float:
     return requests * sizes.batch_size / (time.perf_counter() - started)
 
 
-def _generate_rate(client: PoCClient, file: ArtifactFile, sizes: Sizes) -> float:
+def _generate_rate(client: PoCClient, file: ArtifactFile, sizes: BenchSizes) -> float:
     """Nonces/s of POST /generate with wait, one batch after another."""
     times: list[float] = []
     deadline = time.monotonic() + sizes.seconds
@@ -269,10 +247,10 @@ def _generate_rate(client: PoCClient, file: ArtifactFile, sizes: Sizes) -> float
     return sizes.batch_size / statistics.median(times[1:])
 
 
-def _round_rate(client: PoCClient, sizes: Sizes) -> tuple[float, tuple[float, float, float]]:
-    """Nonces/s of the round that runs, from batch to batch; and what the server counted: nonces, batches, seconds.
+def _round_rate(client: PoCClient, sizes: BenchSizes) -> tuple[float, tuple[float, float, float]]:
+    """Nonces/s of the current round, from batch to batch; and the server's counts of nonces, batches and seconds.
 
-    A server whose /metrics cannot be read has counted nothing.
+    The counts are zero if its /metrics cannot be read.
     """
     begun = _after_next_batch(client, WARM_UPS * sizes.batch_size)
     before = _counted(client)
@@ -284,7 +262,7 @@ def _round_rate(client: PoCClient, sizes: Sizes) -> tuple[float, tuple[float, fl
 
 
 def _after_next_batch(client: PoCClient, at_least: int) -> tuple[int, float]:
-    """Nonces done and the time, just after a batch that brought them to `at_least` or more."""
+    """Nonces done and the time, just after the batch that brought them to `at_least` or more."""
     deadline = time.monotonic() + DEADLINE_SEC
     first = None
     while time.monotonic() < deadline:
@@ -296,11 +274,11 @@ def _after_next_batch(client: PoCClient, at_least: int) -> tuple[int, float]:
             return done, time.perf_counter()
         first = done if first is None or done < at_least else first
         time.sleep(POLL_SEC)
-    raise ServerAnswerError(f"the round did not get on within {DEADLINE_SEC:g} s; is the server busy with chats?")
+    raise ServerAnswerError(f"the round made no progress within {DEADLINE_SEC:g} s; is the server busy with chats?")
 
 
 def _counted(client: PoCClient) -> tuple[float, float, float]:
-    """Nonces, batches and seconds of batches in the server's /metrics; zeros where it has none."""
+    """Nonces, batches and seconds of batches in the server's /metrics; zeros if it has none."""
     try:
         found = client.metrics()
     except ServerAnswerError:
@@ -313,7 +291,7 @@ def _counted(client: PoCClient) -> tuple[float, float, float]:
 # --- results ----------------------------------------------------------------------------------------------------
 
 
-def _result(where: str, name: str, sizes: Sizes, batch_size: int, rate: float, prefill: float) -> Bench:
+def _result(where: str, name: str, sizes: BenchSizes, batch_size: int, rate: float, prefill: float) -> Bench:
     """The rates, without phases."""
     if rate <= 0:
         raise ToolError("the round made no nonces while it was measured")
@@ -334,53 +312,6 @@ def _result(where: str, name: str, sizes: Sizes, batch_size: int, rate: float, p
 
 
 def _with_phases(found: Bench, phases: Mapping[str, float]) -> Bench:
-    """`found` with `phases`, and the rest of a batch as idle."""
+    """`found` with `phases`; the rest of a batch is idle."""
     rest = found.batch_seconds - sum(phases.values())
     return dataclasses.replace(found, phases={**phases, "idle": max(0.0, rest)}, overlap_seconds=max(0.0, -rest))
-
-
-def rows_of(found: Bench) -> list[tuple[str, str]]:
-    """The figures for a reader: (name, value)."""
-    rows = [
-        ("model", f"{found.model}, {found.dtype or 'served'}"),
-        ("batch", f"{found.batch_size} nonces x {found.seq_len} tokens"),
-        ("proof", f"{found.nonces_per_second:.4g} nonces/s, {found.nonces_per_minute:.4g} a minute"),
-        ("bare prefill", f"{found.prefill_per_second:.4g} sequences/s"),
-        ("PoC tax", f"{found.poc_tax:.1%}"),
-    ]
-    if found.generate_nonces_per_second is not None:
-        rows.append(("POST /generate", f"{found.generate_nonces_per_second:.4g} nonces/s"))
-    if found.model_flops and found.matrix_flops_per_second and found.matrix_rate_share is not None:
-        rate = f"{found.matrix_flops_per_second / 1e12:.4g} TFLOP/s"
-        rows += [
-            ("device", f"{found.num_workers} x {found.device}"),
-            ("model flops", f"{found.model_flops / 1e12:.4g} TFLOP a nonce"),
-            ("matrix rate", f"{rate} measured, {found.matrix_rate_share:.1%} of it used"),
-        ]
-    if found.scratch_bytes is not None:
-        rows.append(("scratch KV cache", f"{found.scratch_bytes / 2**20:.4g} MiB a worker"))
-    return rows
-
-
-def phase_rows(found: Bench) -> list[tuple[str, str, str, str]]:
-    """The phases of a batch for a reader: (name, milliseconds, share, meaning)."""
-    rows = [
-        (name, f"{1e3 * seconds:.3g}", f"{seconds / found.batch_seconds:.1%}", MEANING[name])
-        for name, seconds in found.phases.items()
-    ]
-    if found.overlap_seconds:
-        share = found.overlap_seconds / found.batch_seconds
-        rows.append(("overlap", f"-{1e3 * found.overlap_seconds:.3g}", f"-{share:.1%}", "beside other phases"))
-    rows.append(("batch", f"{1e3 * found.batch_seconds:.3g}", "100.0%", ""))
-    return rows
-
-
-def plot_of(found: Bench, theme: Theme) -> Figure:
-    """A batch by phase, over the bare prefill of as many tokens."""
-    proof = found.phases or {"batch": found.batch_seconds}
-    bars = {
-        "proof": {name: 1e3 * seconds for name, seconds in proof.items()},
-        "bare prefill": {"forward": 1e3 * found.batch_size / found.prefill_per_second},
-    }
-    title = f"{found.model}: {found.batch_size} nonces x {found.seq_len} tokens, {found.nonces_per_second:.4g} nonces/s"
-    return stacked_bars(bars, title, "milliseconds", theme)

@@ -1,0 +1,167 @@
+"""`gonka-poc bench`: the rate of proof beside that of the bare prefill of as many tokens, and where the time goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gonka_poc.cli.bench_measure import Bench, BenchSizes, bench_offline, bench_server
+from gonka_poc.cli.common import (
+    PASS,
+    FilePath,
+    ModelFolder,
+    Server,
+    print_json,
+    say,
+    seconds_option,
+    served_model_options,
+    server_args_option,
+    server_options,
+    size_options,
+    theme_option,
+)
+from gonka_poc.cli.plots import Theme, save_png, stacked_bars, theme_of
+from gonka_poc.errors import printable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MEANING: Mapping[str, str] = MappingProxyType(
+    {
+        "inputs": "embeddings of the nonces",
+        "metadata": "attention metadata, scratch KV cache",
+        "forward": "the model as for chat",
+        "reflections": "the model in proof, beyond that",
+        "projection": "pick, rotation, copy to the host",
+        "rpc": "the call beyond the workers' time",
+        "calls": "RPC and computation on the workers",
+        "idle": "the rest: Python, waiting, delivery",
+    }
+)
+
+
+def rows_of(found: Bench) -> list[tuple[str, str]]:
+    """Rows of the table of figures: (name, value)."""
+    rows = [
+        ("model", f"{found.model}, {found.dtype or 'served'}"),
+        ("batch", f"{found.batch_size} nonces x {found.seq_len} tokens"),
+        ("proof", f"{found.nonces_per_second:.4g} nonces/s, {found.nonces_per_minute:.4g} per minute"),
+        ("bare prefill", f"{found.prefill_per_second:.4g} sequences/s"),
+        ("PoC tax", f"{found.poc_tax:.1%}"),
+    ]
+    if found.generate_nonces_per_second is not None:
+        rows.append(("POST /generate", f"{found.generate_nonces_per_second:.4g} nonces/s"))
+    if found.model_flops and found.matrix_flops_per_second and found.matrix_rate_share is not None:
+        rate = f"{found.matrix_flops_per_second / 1e12:.4g} TFLOP/s"
+        rows += [
+            ("device", f"{found.num_workers} x {found.device}"),
+            ("model flops", f"{found.model_flops / 1e12:.4g} TFLOP per nonce"),
+            ("matrix rate", f"{rate} measured, {found.matrix_rate_share:.1%} of it used"),
+        ]
+    if found.scratch_bytes is not None:
+        rows.append(("scratch KV cache", f"{found.scratch_bytes / 2**20:.4g} MiB per worker"))
+    return rows
+
+
+def phase_rows(found: Bench) -> list[tuple[str, str, str, str]]:
+    """Rows of the table of phases: (name, milliseconds, share, meaning)."""
+    rows = [
+        (name, f"{1e3 * seconds:.3g}", f"{seconds / found.batch_seconds:.1%}", MEANING[name])
+        for name, seconds in found.phases.items()
+    ]
+    if found.overlap_seconds:
+        share = found.overlap_seconds / found.batch_seconds
+        rows.append(
+            ("overlap", f"-{1e3 * found.overlap_seconds:.3g}", f"-{share:.1%}", "at the same time as other phases")
+        )
+    rows.append(("batch", f"{1e3 * found.batch_seconds:.3g}", "100.0%", ""))
+    return rows
+
+
+def plot_of(found: Bench, theme: Theme) -> Figure:
+    """Two bars: a batch by phase, and the bare prefill of as many tokens."""
+    proof = found.phases or {"batch": found.batch_seconds}
+    bars = {
+        "proof": {name: 1e3 * seconds for name, seconds in proof.items()},
+        "bare prefill": {"forward": 1e3 * found.batch_size / found.prefill_per_second},
+    }
+    title = f"{found.model}: {found.batch_size} nonces x {found.seq_len} tokens, {found.nonces_per_second:.4g} nonces/s"
+    return stacked_bars(bars, title, "milliseconds", theme)
+
+
+@click.command("bench")
+@click.option("--offline", type=ModelFolder(), help="A folder with a model, run by this command instead of a server.")
+@server_args_option(help='vLLM\'s options for --offline, as one text: "--dtype float16 ..."')
+@served_model_options
+@click.option("--callback-url", help="Where the server sends the round's callbacks [default: nowhere]")
+@size_options(1024)
+@seconds_option(default=10.0)
+@click.option("--png", type=FilePath, help="Write the phases as a bar here (needs matplotlib).")
+@theme_option
+@server_options
+@click.pass_context
+def bench_command(
+    context: click.Context,
+    offline: Path | None,
+    server_args: str,
+    model: str | None,
+    callback_url: str | None,
+    png: Path | None,
+    theme: str,
+    server: Server,
+    as_json: bool,
+    **sizes: Any,
+) -> int:
+    """Measure proof beside the bare prefill of as many tokens, and where the time goes.
+
+    A running server (it must not generate) shows the time of its calls only; --offline also measures the phases in
+    them, the model's flops and the memory.
+
+    \b
+    gonka-poc bench --url http://127.0.0.1:8000
+    gonka-poc bench --offline DIR --server-args "--dtype bfloat16 --enforce-eager" --png phases.png
+    """
+    _refuse_unused_options(context, offline is not None)
+    bench_sizes = BenchSizes(**sizes)
+    if offline is not None:
+        found = bench_offline(offline, shlex.split(server_args), bench_sizes)
+    else:
+        with server.client(timeout=600) as client:
+            say(f"measuring {server.url}: prefill, /generate, a round; about {3 * bench_sizes.seconds:g} s")
+            found = bench_server(client, model or client.model_name(), bench_sizes, callback_url)
+    if as_json:
+        print_json(dataclasses.asdict(found))
+    else:
+        figures = _table(["", found.where], rows_of(found))
+        Console().print(figures, _table(["phase", "ms per batch", "share", "meaning"], phase_rows(found)))
+        if found.not_measured:
+            click.echo(f"only --offline measures: {', '.join(found.not_measured)}; model flops, memory")
+    if png is not None:  # last, so that a missing matplotlib costs no measurement
+        save_png(plot_of(found, theme_of(theme)), png)
+    return PASS
+
+
+def _refuse_unused_options(context: click.Context, offline: bool) -> None:
+    """Raise UsageError for an option that would be ignored."""
+    unused = ("url", "model", "callback_url") if offline else ("server_args",)
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if option.name in unused and source is click.core.ParameterSource.COMMANDLINE:
+            without = "makes no sense with --offline" if offline else "needs --offline"
+            raise click.UsageError(f"{option.opts[0]} {without}")
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    return table
