@@ -180,7 +180,7 @@ def browser(tmp_path_factory) -> Iterator[Page]:
 def page(browser: Page) -> Page:
     browser.open("about:blank")
     browser.requests.clear()
-    browser.complaints.clear()
+    browser.errors.clear()
     browser.display()
     return browser
 
@@ -213,7 +213,7 @@ def test_a_browser_shows_the_figures(page: Page, monkeypatch, tmp_path: Path):
         page.screenshot(tmp_path / "phone.png")
         assert page.value("document.documentElement.scrollWidth") == 360
         assert page.value("document.querySelector('#chart text').getBoundingClientRect().height") >= 12
-        assert page.complaints == []
+        assert page.errors == []
         assert {url for url in page.requests if url != "data:,"} == {server.url + URL, f"{server.url}{URL}/data"}
         server.post("/stop")
         page.until("document.getElementById('state').textContent === 'IDLE'")  # by itself

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -59,18 +61,21 @@ def read_artifact_file(path: Path) -> ArtifactFile:
     return content
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError into an ArtifactFileError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactFileError(f"cannot write {path}: {error.strerror}") from error
+
+
 def write_artifact_file(path: Path, content: ArtifactFile) -> None:
     """Replace `path` as a whole: a reader sees the old file or the new one. Raises ArtifactFileError."""
-    scratch = None
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            scratch = Path(file.name)
+    with writing(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        new = Path(scratch) / path.name
+        with new.open("w", encoding="utf-8") as file:
             file.write(content.model_dump_json(indent=1) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        scratch.chmod(0o644)
-        scratch.replace(path)
-    except OSError as error:
-        if scratch is not None:
-            scratch.unlink(missing_ok=True)
-        raise ArtifactFileError(f"cannot write {path}: {error.strerror}") from error
+        new.replace(path)

@@ -1,4 +1,4 @@
-"""`gonka-poc bench`: the rate of proof beside that of the bare prefill of as many tokens, and where the time goes."""
+"""`gonka-poc bench`: the speed of proof against a bare prefill of the same number of tokens, and its phases."""
 
 from __future__ import annotations
 
@@ -14,21 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gonka_poc.cli import common
 from gonka_poc.cli.bench_measure import Bench, BenchSizes, bench_offline, bench_server
-from gonka_poc.cli.common import (
-    PASS,
-    FilePath,
-    ModelFolder,
-    Server,
-    print_json,
-    say,
-    seconds_option,
-    served_model_options,
-    server_args_option,
-    server_options,
-    size_options,
-    theme_option,
-)
 from gonka_poc.cli.plots import Theme, save_png, stacked_bars, theme_of
 from gonka_poc.errors import printable
 
@@ -88,7 +75,7 @@ def phase_rows(found: Bench) -> list[tuple[str, str, str, str]]:
 
 
 def plot_of(found: Bench, theme: Theme) -> Figure:
-    """Two bars: a batch by phase, and the bare prefill of as many tokens."""
+    """Two bars: a batch by phase, and a bare prefill of the same number of tokens."""
     proof = found.phases or {"batch": found.batch_seconds}
     bars = {
         "proof": {name: 1e3 * seconds for name, seconds in proof.items()},
@@ -99,15 +86,17 @@ def plot_of(found: Bench, theme: Theme) -> Figure:
 
 
 @click.command("bench")
-@click.option("--offline", type=ModelFolder(), help="A folder with a model, run by this command instead of a server.")
-@server_args_option(help='vLLM\'s options for --offline, as one text: "--dtype float16 ..."')
-@served_model_options
+@click.option(
+    "--offline", type=common.ModelFolder(), help="A folder with a model, run by this command instead of a server."
+)
+@common.server_args_option(help='vLLM\'s options for --offline, as one text: "--dtype float16 ..."')
+@common.served_model_options
 @click.option("--callback-url", help="Where the server sends the round's callbacks [default: nowhere]")
-@size_options(1024)
-@seconds_option(default=10.0)
-@click.option("--png", type=FilePath, help="Write the phases as a bar here (needs matplotlib).")
-@theme_option
-@server_options
+@common.size_options(1024)
+@common.seconds_option(default=10.0)
+@click.option("--png", type=common.FilePath, help="Write the phases as a bar here (needs matplotlib).")
+@common.theme_option
+@common.server_options
 @click.pass_context
 def bench_command(
     context: click.Context,
@@ -117,11 +106,11 @@ def bench_command(
     callback_url: str | None,
     png: Path | None,
     theme: str,
-    server: Server,
+    server: common.Server,
     as_json: bool,
     **sizes: Any,
 ) -> int:
-    """Measure proof beside the bare prefill of as many tokens, and where the time goes.
+    """Compare the speed of proof with a bare prefill of the same number of tokens, and show where the time goes.
 
     A running server (it must not generate) shows the time of its calls only; --offline also measures the phases in
     them, the model's flops and the memory.
@@ -136,10 +125,10 @@ def bench_command(
         found = bench_offline(offline, shlex.split(server_args), bench_sizes)
     else:
         with server.client(timeout=600) as client:
-            say(f"measuring {server.url}: prefill, /generate, a round; about {3 * bench_sizes.seconds:g} s")
+            common.say(f"measuring {server.url}: prefill, /generate, a round; about {3 * bench_sizes.seconds:g} s")
             found = bench_server(client, model or client.model_name(), bench_sizes, callback_url)
     if as_json:
-        print_json(dataclasses.asdict(found))
+        common.print_json(dataclasses.asdict(found))
     else:
         figures = _table(["", found.where], rows_of(found))
         Console().print(figures, _table(["phase", "ms per batch", "share", "meaning"], phase_rows(found)))
@@ -147,7 +136,7 @@ def bench_command(
             click.echo(f"only --offline measures: {', '.join(found.not_measured)}; model flops, memory")
     if png is not None:  # last, so that a missing matplotlib costs no measurement
         save_png(plot_of(found, theme_of(theme)), png)
-    return PASS
+    return common.PASS
 
 
 def _refuse_unused_options(context: click.Context, offline: bool) -> None:

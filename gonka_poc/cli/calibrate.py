@@ -14,19 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import binom, binomtest, chi2
 
+from gonka_poc.cli import common
 from gonka_poc.cli.client import ANY_DISTANCE, PoCClient, Progress, ignore_progress, threshold_request
-from gonka_poc.cli.common import (
-    PASS,
-    FilePath,
-    Server,
-    batch_size_option,
-    count_option,
-    print_json,
-    progress_bar,
-    seq_len_option,
-    server_options,
-    theme_option,
-)
 from gonka_poc.cli.plots import save_png, terminal_histogram, theme_of, value_histogram
 from gonka_poc.data import Randomization
 from gonka_poc.errors import ToolError
@@ -139,21 +128,28 @@ def _block_rate(block_hash: str, distances: np.ndarray, r_target: float) -> Bloc
 
 @click.command("calibrate")
 @click.option("--rate", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.10, show_default=True)
-@count_option("--nonces", 2000, "Over all block hashes.")
-@count_option("--blocks", 8, "Block hashes to try.")
-@seq_len_option(256)
+@common.count_option("--nonces", 2000, "Over all block hashes.")
+@common.count_option("--blocks", 8, "Block hashes to try.")
+@common.seq_len_option(256)
 @click.option(
     "--randomization",
     type=click.Choice([each.value for each in Randomization]),
     default=Randomization.SIGN_FLIPS.value,
     show_default=True,
 )
-@batch_size_option
-@click.option("--png", type=FilePath, help="Write a histogram here (needs matplotlib).")
-@theme_option
-@server_options
+@common.batch_size_option
+@click.option("--png", type=common.FilePath, help="Write a histogram here (needs matplotlib).")
+@common.theme_option
+@common.server_options
 def calibrate_command(
-    rate: float, nonces: int, blocks: int, png: Path | None, theme: str, server: Server, as_json: bool, **sizes: Any
+    rate: float,
+    nonces: int,
+    blocks: int,
+    png: Path | None,
+    theme: str,
+    server: common.Server,
+    as_json: bool,
+    **sizes: Any,
 ) -> int:
     """Find the r_target at which a share of --rate of nonces is valid on the served model, and its spread over blocks.
 
@@ -161,18 +157,18 @@ def calibrate_command(
     gonka-poc calibrate --rate 0.10 --nonces 2000 --png distances.png
     """
     per_block = max(1, nonces // blocks)
-    with server.client() as client, progress_bar("measuring", per_block * blocks) as progress:
+    with server.client() as client, common.progress_bar("measuring", per_block * blocks) as progress:
         distances = measure_distances(client, block_hashes(blocks), per_block, progress=progress, **sizes)
     found = calibrate(distances, rate)
     pooled = np.concatenate(list(distances.values()))
     if as_json:
-        print_json({**asdict(found), "standard_errors_from_sqrt2": found.standard_errors_from_sqrt2})
+        common.print_json({**asdict(found), "standard_errors_from_sqrt2": found.standard_errors_from_sqrt2})
     else:
         _print_calibration(found, pooled)
     if png is not None:  # last, so that a missing matplotlib costs no measurement
         marks = {f"r_target ({rate:.0%} valid)": found.r_target, "mean": found.mean}
         save_png(value_histogram(pooled, marks, "Distances of the served model", theme_of(theme)), png)
-    return PASS
+    return common.PASS
 
 
 def _print_calibration(found: Calibration, distances: np.ndarray) -> None:

@@ -1,8 +1,7 @@
-"""Cases that a test tool runs: their results as lines, as JSONL and as an exit status, and a folder for the run."""
+"""Cases that a test tool runs: their results as lines and as an exit status, and a folder for the run."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,10 +12,9 @@ from typing import NamedTuple
 
 import click
 
+from gonka_poc.cli.artifact_file import writing
 from gonka_poc.cli.common import ERROR, PASS, print_json, say
-from gonka_poc.errors import ArtifactFileError, PoCError, ServerAnswerError, printable
-
-Say = Callable[[str], None]
+from gonka_poc.errors import PoCError, ServerAnswerError, printable
 
 
 class Finding(NamedTuple):
@@ -72,10 +70,8 @@ def show_results(results: Iterable[CaseResult], as_json: bool, ended: list[CaseR
 def work_folder(tool: str, ended: Sequence[CaseResult], keep: Path | None = None) -> Iterator[Path]:
     """`keep`, or a temporary folder that is deleted at the end unless one of `ended` failed or a PoCError is raised."""
     if keep is not None:
-        try:
+        with writing(keep):
             keep.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ArtifactFileError(f"cannot make {keep}: {error.strerror}") from error
         yield keep
         return
     folder, failed = Path(tempfile.mkdtemp(prefix=f"gonka-poc-{tool}-")), False
@@ -90,24 +86,3 @@ def work_folder(tool: str, ended: Sequence[CaseResult], keep: Path | None = None
             say(f"the server's log is in {folder}")
         else:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-class ResultFile:
-    """Results as JSONL, written one by one; without a path they go nowhere."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._write("w", "")
-
-    def add(self, result: CaseResult, **more: object) -> None:
-        """Append a line: the fields of `result`, and `more`."""
-        self._write("a", json.dumps({**more, **asdict(result)}) + "\n")
-
-    def _write(self, mode: str, text: str) -> None:
-        if self._path is None:
-            return
-        try:
-            with self._path.open(mode, encoding="utf-8") as file:
-                file.write(text)
-        except OSError as error:
-            raise ArtifactFileError(f"cannot write {self._path}: {error.strerror}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
@@ -49,30 +50,6 @@ def ignore_progress(nonces: int) -> None:
 Answer = TypeVar("Answer", bound=BaseModel)
 
 
-class _Model(BaseModel):
-    id: str
-
-
-class _Models(BaseModel):
-    data: list[_Model] = Field(min_length=1)
-
-
-class _Message(BaseModel):
-    content: str | None
-
-
-class _Choice(BaseModel):
-    message: _Message
-
-
-class _Chat(BaseModel):
-    choices: list[_Choice] = Field(min_length=1)
-
-
-class _Completion(BaseModel):
-    choices: list[Any]
-
-
 class Stopped(BaseModel):
     """What POST /stop ended: a round or not, and the number of queued requests."""
 
@@ -118,7 +95,7 @@ class PoCClient:
 
     def model_name(self) -> str:
         """The name of the model that is served."""
-        return self._ask(_Models, "GET", "/v1/models").data[0].id
+        return str(self._vllm("GET", "/v1/models", None, "data", 0, "id"))
 
     def status(self) -> StatusAnswer:
         """GET /status."""
@@ -207,14 +184,14 @@ class PoCClient:
             "temperature": 0,
             **({"ignore_eos": True} if ignore_eos else {}),
         }
-        return self._ask(_Chat, "POST", "/v1/chat/completions", body).choices[0].message.content or ""
+        return str(self._vllm("POST", "/v1/chat/completions", body, "choices", 0, "message", "content") or "")
 
     def prefill(self, model: str, prompts: Sequence[Sequence[int]]) -> None:
         """Let the server prefill `prompts` (token ids): completions of one token each, in one request."""
         body = {"model": model, "prompt": prompts, "max_tokens": 1, "temperature": 0, "ignore_eos": True}
-        answer = self._ask(_Completion, "POST", "/v1/completions", body)
-        if len(answer.choices) != len(prompts):
-            raise ServerAnswerError(f"{self.url} completed {len(answer.choices)} of {len(prompts)} prompts")
+        num_choices = len(self._vllm("POST", "/v1/completions", body, "choices"))
+        if num_choices != len(prompts):
+            raise ServerAnswerError(f"{self.url} completed {num_choices} of {len(prompts)} prompts")
 
     def metrics(self) -> dict[str, float]:
         """GET /metrics: the values of gonka_poc by name; with labels as `name{label="value"}`."""
@@ -273,9 +250,17 @@ class PoCClient:
         try:
             return answer.model_validate_json(self._response(method, path, body).content)
         except ValidationError as error:
-            raise ServerAnswerError(
-                f"{self.url}{path} answered something else than expected; {NO_POC_SERVER}"
-            ) from error
+            raise self._unexpected(path) from error
+
+    def _vllm(self, method: str, path: str, body: Any, *keys: str | int) -> Any:
+        """The value at `keys` of an answer of vLLM's own API."""
+        try:
+            return functools.reduce(lambda value, key: value[key], keys, self._response(method, path, body).json())
+        except (ValueError, LookupError, TypeError) as error:
+            raise self._unexpected(path) from error
+
+    def _unexpected(self, path: str) -> ServerAnswerError:
+        return ServerAnswerError(f"{self.url}{path} answered something else than expected; {NO_POC_SERVER}")
 
     def _response(self, method: str, path: str, body: Any) -> httpx.Response:
         secret = self._token if path.startswith(PREFIX) else self._api_key

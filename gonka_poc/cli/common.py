@@ -176,6 +176,14 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=1))
 
 
+def show(value: Any, as_json: bool, *lines: str) -> None:
+    """Print `value` as JSON, or else `lines`, on stdout."""
+    if as_json:
+        print_json(value)
+    else:
+        click.echo("\n".join(lines))
+
+
 def verdict_status(verdict: Verdict) -> int:
     """The exit status of a verdict; an error if nothing was compared."""
     if not verdict.n_total:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import click
 
 from gonka_poc.cli.artifact_file import ArtifactFile, write_artifact_file
-from gonka_poc.cli.checks import Case, CaseResult, Finding, ResultFile, run_cases, show_results, work_folder
+from gonka_poc.cli.checks import Case, CaseResult, Finding, run_cases, show_results, work_folder
 from gonka_poc.cli.client import PoCClient
-from gonka_poc.cli.common import FilePath, ModelFolder, say
+from gonka_poc.cli.common import ModelFolder, say
 from gonka_poc.cli.compare import fabricated, with_turned_vectors
 from gonka_poc.cli.prover import R_TARGET, Prover, RoundSizes, client_of, is_gapless, server_of, tool_options
 from gonka_poc.data import StatTest
@@ -37,40 +40,38 @@ def e2e(model: Path, work: Path, sizes: RoundSizes, server_args: Sequence[str]) 
         server.start()
         say("generating, both protocols")
         with client_of(server) as client:
-            generation = _Generation(Prover(client, sizes))
-            yield from generation.results()
+            delivered = _Delivered(Prover(client, sizes))
+            cases = {"artifacts: generate": delivered.artifacts, "threshold: generate": delivered.distances}
+            yield from run_cases(cases.items())
         say("restarting the server")
         server.restart()
         say("validating: honest, then frauds")
         with client_of(server) as client:
-            yield from _Validation(Prover(client, sizes), generation, work).results()
+            prover = Prover(client, sizes)
+            if delivered.file is not None:
+                yield from run_cases(_artifact_cases(prover, delivered.file, work))
+            if delivered.batch is not None:
+                yield from run_cases(_distance_cases(prover, delivered.batch))
     finally:
         server.stop()
 
 
-class _Generation:
-    """The cases of the first server, and what it delivered."""
+class _Delivered:
+    """The cases of the first server, and what it delivered in them."""
 
     def __init__(self, prover: Prover) -> None:
         self._prover = prover
         self.file: ArtifactFile | None = None
         self.batch: ProofBatch | None = None
 
-    def results(self) -> Iterator[CaseResult]:
-        cases: list[tuple[str, Case]] = [
-            ("artifacts: generate", self._artifacts),
-            ("threshold: generate", self._distances),
-        ]
-        return run_cases(cases)
-
-    def _artifacts(self) -> Finding:
+    def artifacts(self) -> Finding:
         file, _ = self._prover.artifact_round()
         nonces = [artifact.nonce for artifact in file.artifacts]
         self.file = file.model_copy(update={"artifacts": file.artifacts[: self._prover.sizes.nonces]})
         result = f"{len(nonces)} delivered, {'without a gap' if is_gapless(nonces) else 'WITH GAPS'}"
         return Finding(is_gapless(nonces) and len(nonces) >= self._prover.sizes.nonces, result)
 
-    def _distances(self) -> Finding:
+    def distances(self) -> Finding:
         batch, status = self._prover.threshold_round()
         count = self._prover.sizes.nonces
         self.batch = batch.model_copy(update={"nonces": batch.nonces[:count], "dist": batch.dist[:count]})
@@ -79,52 +80,42 @@ class _Generation:
         return Finding(ok, f"{len(batch.nonces)} delivered, {rate:.1%} of all valid")
 
 
-class _Validation:
-    """The cases of the second server: honest and false claims."""
+def _artifact_cases(prover: Prover, honest: ArtifactFile, work: Path) -> Iterator[tuple[str, Case]]:
+    count = len(honest.artifacts)
+    num_tampered = max(math.ceil(count * TAMPERED_SHARE), least_fraud(count, StatTest()))
+    unseen = range(10 * count, 11 * count)
+    claims = {
+        "honest": honest,
+        "wrong block hash": honest.model_copy(update={"block_hash": OTHER_BLOCK}),
+        "wrong public key": honest.model_copy(update={"public_key": OTHER_KEY}),
+        "fabricated nonces": fabricated(honest, unseen),
+        f"{num_tampered} of {count} tampered": with_turned_vectors(honest, num_tampered),
+    }
+    for what, claim in claims.items():
+        write_artifact_file(work / f"{what.replace(' ', '-')}.json", claim)
+        batch_size = prover.sizes.batch_size
+        yield f"artifacts: {what}", partial(judge, prover.client, claim, batch_size, claim is not honest)
 
-    def __init__(self, prover: Prover, generation: _Generation, work: Path) -> None:
-        self._prover, self._generation, self._work = prover, generation, work
 
-    def results(self) -> Iterator[CaseResult]:
-        if self._generation.file is not None:
-            yield from run_cases(self._artifact_cases(self._generation.file))
-        if self._generation.batch is not None:
-            yield from run_cases(self._distance_cases(self._generation.batch))
+def _distance_cases(prover: Prover, honest: ProofBatch) -> Iterator[tuple[str, Case]]:
+    count = len(honest.nonces)
+    shuffled = random.Random(0).sample(honest.dist, count)
+    unseen = [max(honest.nonces) + 10 * count + i for i in range(count)]
+    claims = {
+        "honest": honest,
+        "wrong block hash": honest.model_copy(update={"block_hash": OTHER_BLOCK}),
+        "wrong public key": honest.model_copy(update={"public_key": OTHER_KEY}),
+        "fabricated nonces": honest.model_copy(update={"nonces": unseen, "dist": shuffled}),
+    }
+    for what, claim in claims.items():
+        yield f"threshold: {what}", partial(_judge_distances, prover, claim, claim is not honest)
 
-    def _artifact_cases(self, honest: ArtifactFile) -> Iterator[tuple[str, Case]]:
-        count = len(honest.artifacts)
-        num_tampered = max(math.ceil(count * TAMPERED_SHARE), least_fraud(count, StatTest()))
-        unseen = range(10 * count, 11 * count)
-        claims = {
-            "honest": honest,
-            "wrong block hash": honest.model_copy(update={"block_hash": OTHER_BLOCK}),
-            "wrong public key": honest.model_copy(update={"public_key": OTHER_KEY}),
-            "fabricated nonces": fabricated(honest, unseen),
-            f"{num_tampered} of {count} tampered": with_turned_vectors(honest, num_tampered),
-        }
-        for what, claim in claims.items():
-            write_artifact_file(self._work / f"{what.replace(' ', '-')}.json", claim)
-            batch_size = self._prover.sizes.batch_size
-            yield f"artifacts: {what}", partial(judge, self._prover.client, claim, batch_size, claim is not honest)
 
-    def _distance_cases(self, honest: ProofBatch) -> Iterator[tuple[str, Case]]:
-        count = len(honest.nonces)
-        shuffled = random.Random(0).sample(honest.dist, count)
-        unseen = [max(honest.nonces) + 10 * count + i for i in range(count)]
-        claims = {
-            "honest": honest,
-            "wrong block hash": honest.model_copy(update={"block_hash": OTHER_BLOCK}),
-            "wrong public key": honest.model_copy(update={"public_key": OTHER_KEY}),
-            "fabricated nonces": honest.model_copy(update={"nonces": unseen, "dist": shuffled}),
-        }
-        for what, claim in claims.items():
-            yield f"threshold: {what}", partial(self._judge_distances, claim, claim is not honest)
-
-    def _judge_distances(self, claim: ProofBatch, is_fraud: bool) -> Finding:
-        verdict = self._prover.judge_distances(claim)
-        result = f"{_word(verdict.fraud_detected)}: {verdict.n_invalid} of {len(claim.nonces)} invalid"
-        p_value = verdict.probability_honest
-        return Finding(verdict.fraud_detected == is_fraud, f"{result}, p = {p_value:.2g}", p_value)
+def _judge_distances(prover: Prover, claim: ProofBatch, is_fraud: bool) -> Finding:
+    verdict = prover.judge_distances(claim)
+    result = f"{_word(verdict.fraud_detected)}: {verdict.n_invalid} of {len(claim.nonces)} invalid"
+    p_value = verdict.probability_honest
+    return Finding(verdict.fraud_detected == is_fraud, f"{result}, p = {p_value:.2g}", p_value)
 
 
 def judge(client: PoCClient, claim: ArtifactFile, batch_size: int, is_fraud: bool) -> Finding:
@@ -149,12 +140,12 @@ def _word(fraud_detected: bool) -> str:
 @click.command("e2e")
 @click.option("--models", type=ModelFolder(), multiple=True, required=True, help="Folders with models, one or more.")
 @click.argument("more_models", metavar="[DIR]...", type=ModelFolder(), nargs=-1)
-@click.option("--out", type=FilePath, help="Write the results here, a line of JSON each.")
+@click.option("--out", type=click.File("w", lazy=False), help="Write the results here, a line of JSON each.")
 @tool_options
 def e2e_command(
     models: tuple[Path, ...],
     more_models: tuple[Path, ...],
-    out: Path | None,
+    out: TextIO | None,
     server_args: str,
     keep: Path | None,
     as_json: bool,
@@ -166,14 +157,14 @@ def e2e_command(
     gonka-poc e2e --models DIR DIR --out results.jsonl --server-args "--dtype float32 --enforce-eager"
     """
     ended: list[CaseResult] = []
-    file = ResultFile(out)
 
     def results(work: Path) -> Iterator[CaseResult]:
         for i, model in enumerate((*models, *more_models)):
             folder = work / f"{i}-{re.sub(r'[^A-Za-z0-9._-]', '_', model.name)}"
             folder.mkdir(exist_ok=True)
             for result in e2e(model, folder, RoundSizes(**sizes), shlex.split(server_args)):
-                file.add(result, model=str(model))
+                if out is not None:
+                    print(json.dumps({"model": str(model), **asdict(result)}), file=out, flush=True)
                 yield result
 
     with work_folder("e2e", ended, keep) as work:

@@ -8,7 +8,7 @@ import sys
 import click
 
 from gonka_poc import __version__
-from gonka_poc.cli.artifacts import generate_command, validate_command
+from gonka_poc.cli.artifacts import generate_command, status_command, stop_command, validate_command
 from gonka_poc.cli.bench import bench_command
 from gonka_poc.cli.calibrate import calibrate_command
 from gonka_poc.cli.coexist import coexist_command
@@ -20,7 +20,6 @@ from gonka_poc.cli.outbox import outbox_group
 from gonka_poc.cli.receive import receive_command
 from gonka_poc.cli.reference import reference_group
 from gonka_poc.cli.report import report_command
-from gonka_poc.cli.server_state import status_command, stop_command
 from gonka_poc.cli.smoke import smoke_command
 from gonka_poc.errors import PoCError
 

@@ -13,7 +13,7 @@ from rich.text import Text
 from gonka_poc.access import shown_url
 from gonka_poc.callbacks.admin import purge, retry_parked, summary
 from gonka_poc.callbacks.file import outbox_path
-from gonka_poc.cli.common import ERROR, PASS, json_option, options, print_json, say
+from gonka_poc.cli.common import ERROR, PASS, json_option, options, print_json, say, show
 from gonka_poc.config import load_settings
 from gonka_poc.errors import printable
 
@@ -88,10 +88,7 @@ def purge_command(path: str, url: str | None, ids: tuple[int, ...], as_json: boo
 
 def _show_count(count: int, done: str, were_named: bool, as_json: bool) -> int:
     """Print the number of batches; the exit status, an error if some were named and none was found."""
-    if as_json:
-        print_json({"batches": count})
-    else:
-        click.echo(f"{count} {'batch' if count == 1 else 'batches'} {done}")
+    show({"batches": count}, as_json, f"{count} {'batch' if count == 1 else 'batches'} {done}")
     if count or not were_named:
         return PASS
     say("none of these batches is in a state for that; `gonka-poc outbox list` shows what there is")

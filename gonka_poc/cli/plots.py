@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gonka_poc.errors import ArtifactFileError, ToolError
+from gonka_poc.cli.artifact_file import writing
+from gonka_poc.errors import ToolError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,10 +102,8 @@ def stacked_bars(bars: Mapping[str, Mapping[str, float]], title: str, label: str
 
 def save_png(figure: Figure, path: Path) -> None:
     """Write `figure` to `path`. Raises ArtifactFileError."""
-    try:
+    with writing(path):
         path.write_bytes(_rendered(figure, "png"))
-    except OSError as error:
-        raise ArtifactFileError(f"cannot write {path}: {error.strerror}") from error
 
 
 def as_svg(figure: Figure) -> bytes:
@@ -157,14 +156,8 @@ def _mark(axes: Any, marks: Mapping[str, float], theme: Theme) -> None:
 
 def _legend(axes: Any, theme: Theme) -> None:
     handles, names = axes.get_legend_handles_labels()
-    axes.figure.legend(
-        handles,
-        [_plain(name) for name in names],
-        loc="outside lower left",
-        ncols=3,
-        frameon=False,
-        labelcolor=theme.ink,
-    )
+    style = {"loc": "outside lower left", "ncols": 3, "frameon": False, "labelcolor": theme.ink}
+    axes.figure.legend(handles, [_plain(name) for name in names], **style)
 
 
 def _plain(text: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 import click
 
-from gonka_poc.cli.common import PASS, FilePath, Share, json_option, print_json, say
+from gonka_poc.cli.common import PASS, FilePath, Share, json_option, say, show
 from gonka_poc.errors import ArtifactFileError, ToolError, printable
 
 MAX_BODY_BYTES = 256 * 1024 * 1024
@@ -188,21 +188,17 @@ def receive_command(count: int | None, as_json: bool, **receiver_options: Any) -
     """
     ended = threading.Event()
 
-    def show(callback: ReceivedCallback) -> None:
+    def print_callback(callback: ReceivedCallback) -> None:
         nonces = f"{len(callback.nonces)} nonces" if callback.nonces else "no nonces"
         again = ", again" if callback.duplicate else ""
         say(printable(f"{callback.answered} {callback.path} {callback.idempotency_key or 'no key'}: {nonces}{again}"))
         if count is not None and receiver.summary.posts >= count:
             ended.set()
 
-    with Receiver(on_callback=show, **receiver_options) as receiver:
+    with Receiver(on_callback=print_callback, **receiver_options) as receiver:
         say(f"receiving callbacks at {receiver.url}; Ctrl-C ends this")
         with suppress(KeyboardInterrupt):
             ended.wait()
     summary = asdict(receiver.summary)
-    if as_json:
-        print_json(summary)
-    else:
-        for name, value in summary.items():
-            click.echo(printable(f"{name.replace('_', ' ')}: {value}"))
+    show(summary, as_json, *(printable(f"{name.replace('_', ' ')}: {value}") for name, value in summary.items()))
     return PASS

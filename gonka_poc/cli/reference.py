@@ -8,22 +8,9 @@ from typing import Any
 
 import click
 
+from gonka_poc.cli import common
 from gonka_poc.cli.artifact_file import ArtifactFile, read_artifact_file, write_artifact_file
 from gonka_poc.cli.client import PoCClient, Progress, ignore_progress
-from gonka_poc.cli.common import (
-    PASS,
-    FilePath,
-    Nonces,
-    Server,
-    artifact_options,
-    batch_size_option,
-    count_option,
-    print_json,
-    progress_bar,
-    renamed_model_option,
-    server_options,
-    verdict_status,
-)
 from gonka_poc.cli.compare import Comparison, compare, finite_vector, print_table
 from gonka_poc.data import MAX_NONCE, NonceSequence, StatTest
 from gonka_poc.errors import ArtifactFileError, ToolError
@@ -86,20 +73,20 @@ def reference_group() -> None:
 
 
 @reference_group.command("make")
-@click.option("--nonces", type=Nonces(), help="For example 0-99 [default: the first --count of the node]")
-@count_option("--count", 100, "Number of nonces of the node.")
-@count_option("--node-id", 0, least=0)
-@count_option("--node-count", 1)
-@click.option("--out", type=FilePath, required=True, help="The file to write.")
-@artifact_options
-@server_options
+@click.option("--nonces", type=common.Nonces(), help="For example 0-99 [default: the first --count of the node]")
+@common.count_option("--count", 100, "Number of nonces of the node.")
+@common.count_option("--node-id", 0, least=0)
+@common.count_option("--node-count", 1)
+@click.option("--out", type=common.FilePath, required=True, help="The file to write.")
+@common.artifact_options
+@common.server_options
 def make_command(
     nonces: list[int] | None,
     count: int,
     out: Path,
     model: str | None,
     batch_size: int,
-    server: Server,
+    server: common.Server,
     as_json: bool,
     **fields: Any,
 ) -> int:
@@ -113,24 +100,22 @@ def make_command(
     nonces = nonces or node_nonces(fields["node_id"], fields["node_count"], count)
     with server.client() as client:
         file = ArtifactFile(model=model or client.model_name(), **fields)
-        with progress_bar("computing", len(nonces)) as progress:
+        with common.progress_bar("computing", len(nonces)) as progress:
             file = make_reference(client, file, nonces, batch_size, progress)
     write_artifact_file(out, file)
-    if as_json:
-        print_json({"file": str(out), "artifacts": len(file.artifacts)})
-    else:
-        click.echo(f"{len(file.artifacts)} artifacts in {out}")
-    return PASS
+    value = {"file": str(out), "artifacts": len(file.artifacts)}
+    common.show(value, as_json, f"{len(file.artifacts)} artifacts in {out}")
+    return common.PASS
 
 
 @reference_group.command("check")
-@click.argument("file", type=FilePath)
-@renamed_model_option
-@batch_size_option
-@click.option("--out", type=FilePath, help="Write the server's own vectors here, for `gonka-poc report`.")
-@server_options
+@click.argument("file", type=common.FilePath)
+@common.renamed_model_option
+@common.batch_size_option
+@click.option("--out", type=common.FilePath, help="Write the server's own vectors here, for `gonka-poc report`.")
+@common.server_options
 def check_command(
-    file: Path, model: str | None, batch_size: int, out: Path | None, server: Server, as_json: bool
+    file: Path, model: str | None, batch_size: int, out: Path | None, server: common.Server, as_json: bool
 ) -> int:
     """Compare the server's vectors with those of FILE, by FILE's thresholds. Exit status: 0 pass, 2 fraud, 1 error.
 
@@ -138,14 +123,14 @@ def check_command(
     gonka-poc reference check reference.json --url http://127.0.0.1:8000
     """
     content = read_artifact_file(file)
-    with server.client() as client, progress_bar("checking", len(content.artifacts)) as progress:
+    with server.client() as client, common.progress_bar("checking", len(content.artifacts)) as progress:
         found, computed = check_reference(client, content, model, content.stat_test, batch_size, progress)
     if out is not None:
         write_artifact_file(out, computed)
     if as_json:
-        print_json(found.figures)
+        common.print_json(found.figures)
     else:
         print_table([found])
         if found.verdict.not_computed_nonces:
             click.echo(f"not computed here, so not compared: {found.verdict.not_computed_nonces}")
-    return verdict_status(found.verdict)
+    return common.verdict_status(found.verdict)

@@ -59,7 +59,7 @@ def refusal_text(response: httpx.Response, url: str, path: str, sent_secret: boo
 
 
 def _is_our_404(response: httpx.Response) -> bool:
-    """Whether a route of gonka_poc answered, and not the router of a server that has no such route."""
+    """True if a route of gonka_poc answered, not the router of a server that has no such route."""
     detail = _field(_json(response), "detail")
     return isinstance(detail, str) and detail != "Not Found"
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gonka_poc.cli.artifact_file import ArtifactFile, read_artifact_file
+from gonka_poc.cli.artifact_file import ArtifactFile, read_artifact_file, writing
 from gonka_poc.cli.common import PASS, FilePath, dist_threshold_option, json_option, print_json, theme_option
 from gonka_poc.cli.compare import HEAD, Comparison, compare, print_table
 from gonka_poc.cli.plots import DARK, LIGHT, Theme, as_svg, distance_histogram, save_png, theme_of
@@ -133,8 +133,6 @@ def report_command(
     if png is not None:
         save_png(plot_of(comparisons, stat_test, theme_of(theme)), png)
     if page is not None:
-        try:
+        with writing(page):
             page.write_text(as_html(first, comparisons, stat_test), encoding="utf-8")
-        except OSError as error:
-            raise ArtifactFileError(f"cannot write {page}: {error.strerror}") from error
     return PASS
