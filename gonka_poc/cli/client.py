@@ -51,7 +51,7 @@ Answer = TypeVar("Answer", bound=BaseModel)
 
 
 class Stopped(BaseModel):
-    """What POST /stop ended: a round or not, and the number of queued requests."""
+    """The work that POST /stop ended: a round or none, and the number of queued requests."""
 
     round: bool
     requests: int

@@ -1,4 +1,4 @@
-"""`gonka-poc coexist`: chat beside proof on a running server, as the protocol has it (docs/protocol.md, section 7)."""
+"""`gonka-poc coexist`: chat and proof at the same time on a running server (docs/protocol.md, section 7)."""
 
 from __future__ import annotations
 
@@ -228,7 +228,9 @@ def chat_during_round(client: PoCClient, file: ArtifactFile, batch_size: int, ch
 @seconds_option(default=5.0)
 @server_options
 def coexist_command(model: str | None, server: Server, as_json: bool, **load: Any) -> int:
-    """Chat beside proof on a running server (it must not generate). Prints a PASS or FAIL line per check.
+    """Check chat and proof at the same time on a running server. Prints a PASS or FAIL line per check.
+
+    The server must not generate when this starts.
 
     \b
     gonka-poc coexist --url http://127.0.0.1:8000
