@@ -529,6 +529,40 @@ def test_e2e_finds_what_is_wrong(monkeypatch, tmp_path, capsys, fault, found):
     assert compare("cheat", cheat, honest, StatTest()).verdict.n_mismatch == 2
 
 
+@pytest.mark.parametrize(
+    ("fault", "num_texts", "failed"),
+    [
+        (None, 1, set()),
+        ("any key", 1, {"validate under a wrong public key"}),
+        ("other each time", 2, {"validate the same nonces", "chat while generating"}),
+    ],
+)
+def test_the_demo_finds_what_is_wrong(monkeypatch, tmp_path, capsys, fault, num_texts, failed):
+    """Its steps on a server without an engine; the real one is started by `bash install.sh --cpu`."""
+    num_chats = 0
+
+    async def chat(body: dict[str, Any]) -> dict[str, Any]:
+        nonlocal num_chats
+        num_chats += 1
+        return {"choices": [{"message": {"content": f"text {num_chats % num_texts}"}}]}
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("gonka_poc.cli.demo.is_cpu_build", lambda: True)
+    with engineless_server(Broken(fault), chat) as server:
+        monkeypatch.setattr("gonka_poc.cli.demo.server_of", lambda *_: NoProcess(server.url))
+        status = run("demo", "--json")
+    captured = capsys.readouterr()
+    steps = json.loads(captured.out)["steps"]
+    assert {step["step"] for step in steps if not step["ok"]} == failed
+    assert status == (1 if failed else 0)
+    assert [step["step"].split()[0] for step in steps] == ["start", "generate", "chat", "restart", *["validate"] * 3]
+    assert steps[1]["result"] == "64 artifacts"
+    assert steps[6]["result"].startswith("fraud: 2 of 64 differ" if fault != "other each time" else "fraud: 64 of 64")
+    assert [step["rate"].split()[1] for step in steps] == ["s", "nonces/s", "tokens/s", "s", *["nonces/s"] * 3]
+    assert [path.name.startswith("gonka-poc-demo-") for path in tmp_path.iterdir()] == [True] * bool(failed)
+    assert ("the server's log is in" in captured.err) == bool(failed)
+
+
 @pytest.mark.parametrize(("count", "least"), [(1, 1), (20, 2), (100, 2), (150, 3), (500, 4)])
 def test_the_least_fraud(count, least):
     assert least_fraud(count, StatTest()) == least
