@@ -20,14 +20,7 @@ try:
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+source"
 
-__all__ = [
-    "EmbeddingInjectionHook",
-    "PoCManagerV1",
-    "PoCMiddleware",
-    "PoCWorkerExtension",
-    "Settings",
-    "__version__",
-]
+__all__ = ["EmbeddingInjectionHook", "PoCManagerV1", "PoCMiddleware", "PoCWorkerExtension", "Settings", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
