@@ -1,14 +1,37 @@
 """Proof of compute for unmodified vLLM (V1 engine).
 
-Importing this package imports neither torch nor vLLM; `gonka_poc.gpu_random`, `gonka_poc.data` and
-`gonka_poc.validation` work without vLLM.
+Importing this package imports neither torch nor vLLM: the names in `__all__` are loaded when they are used, and
+`gonka_poc.data` and `gonka_poc.validation` need neither.
 """
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gonka_poc.config import Settings
+    from gonka_poc.manager import PoCManagerV1
+    from gonka_poc.middleware import PoCMiddleware
+    from gonka_poc.poc_model_runner import EmbeddingInjectionHook
+    from gonka_poc.worker import PoCWorkerExtension
 
 try:
     __version__ = version("gonka-poc")
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+source"
 
-__all__ = ["__version__"]
+__all__ = ["EmbeddingInjectionHook", "PoCManagerV1", "PoCMiddleware", "PoCWorkerExtension", "Settings", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name from the module that defines it."""
+    modules = {
+        "EmbeddingInjectionHook": "poc_model_runner",
+        "PoCManagerV1": "manager",
+        "PoCMiddleware": "middleware",
+        "PoCWorkerExtension": "worker",
+        "Settings": "config",
+    }
+    if name not in modules:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{modules[name]}"), name)

@@ -21,18 +21,18 @@ WAIT_SEC = 20.0
 
 
 class Page:
-    """One page: what it shows, what it asked for, and what it complained about."""
+    """A page, the URLs that it requested, and its errors."""
 
     def __init__(self, socket: Any) -> None:
         self._socket = socket
         self._next_id = 0
         self.requests: list[str] = []
-        self.complaints: list[str] = []
+        self.errors: list[str] = []
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """One command of the protocol; events that come meanwhile are noted."""
+        """Send a command of the protocol; events that come meanwhile are recorded."""
         self._next_id += 1
         self._socket.send(json.dumps({"id": self._next_id, "method": method, "params": params}))
         while True:
@@ -40,16 +40,16 @@ class Page:
             if message.get("id") == self._next_id:
                 assert "error" not in message, message
                 return message["result"]
-            self._note(message)
+            self._record(message)
 
-    def _note(self, message: dict[str, Any]) -> None:
+    def _record(self, message: dict[str, Any]) -> None:
         params = message.get("params", {})
         if message.get("method") == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
         elif message.get("method") == "Runtime.exceptionThrown":
-            self.complaints.append(str(params["exceptionDetails"]))
+            self.errors.append(str(params["exceptionDetails"]))
         elif message.get("method") == "Log.entryAdded":
-            self.complaints.append(f"{params['entry']['source']}: {params['entry']['text']}")
+            self.errors.append(f"{params['entry']['source']}: {params['entry']['text']}")
 
     def open(self, url: str) -> None:
         """Go to `url`."""
@@ -70,17 +70,17 @@ class Page:
             time.sleep(0.05)
 
     def text(self) -> str:
-        """What a reader sees."""
+        """The visible text."""
         return self.value("document.body.innerText")
 
     def display(self, width: int = 1000, height: int = 900, scheme: str = "light") -> None:
-        """Be a screen of that size whose user prefers that colour scheme."""
+        """Emulate a screen of that size and a preferred colour scheme."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.call("Emulation.setEmulatedMedia", features=features)
 
     def screenshot(self, file: Path) -> None:
-        """Save what is shown as PNG."""
+        """Save the page as PNG."""
         file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]))
 
 

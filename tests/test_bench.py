@@ -19,8 +19,8 @@ from fastapi import Response
 from torch import nn
 
 from gonka_poc.bench_worker import matrix_rate, seconds_of
-from gonka_poc.cli import bench, plots
-from gonka_poc.cli.bench import ONLY_OFFLINE, Bench, Sizes, bench_server, measure_engine
+from gonka_poc.cli import bench, bench_measure, plots
+from gonka_poc.cli.bench_measure import ONLY_OFFLINE, Bench, BenchSizes, bench_server, measure_engine
 from gonka_poc.cli.client import PoCClient
 from gonka_poc.data import InitGenerateRequest
 from gonka_poc.errors import ComputeError, RequestError, ServerAnswerError
@@ -183,7 +183,7 @@ class FakeEngine:
 
 def test_phases_are_those_of_the_slowest_ranks_stage_after_stage():
     engine = FakeEngine()
-    found = measure_engine(engine, "m", Sizes(seq_len=16, batch_size=32, seconds=0))
+    found = measure_engine(engine, "m", BenchSizes(seq_len=16, batch_size=32, seconds=0))
     assert found.batch_size == 5  # max_num_seqs; 100 tokens would hold 6
     assert (found.num_workers, found.device, found.dtype, found.scratch_bytes) == (4, "chip", "float16", 2000)
     expected = {"inputs": 0.002, "metadata": 0.001, "forward": 2 * 0.004, "reflections": 2 * 0.002}
@@ -201,7 +201,7 @@ def test_phases_are_those_of_the_slowest_ranks_stage_after_stage():
 
 def test_every_rank_is_asked_for_all_and_released():
     engine = FakeEngine()
-    measure_engine(engine, "m", Sizes(seq_len=16, batch_size=2, seconds=0))
+    measure_engine(engine, "m", BenchSizes(seq_len=16, batch_size=2, seconds=0))
     methods = [call[0] for call in engine.calls]
     assert methods == ["poc_describe", "poc_bench_describe", *["poc_bench_batch", "poc_bench_parts"] * 7, "poc_release"]
     nonces = [call[2] for call in engine.calls if call[0] == "poc_bench_batch"]
@@ -211,14 +211,14 @@ def test_every_rank_is_asked_for_all_and_released():
 def test_layers_are_compiled_as_on_a_server(monkeypatch):
     monkeypatch.setenv("POC_COMPILE", "always")
     engine = FakeEngine()
-    measure_engine(engine, "m", Sizes(seq_len=16, batch_size=2, seconds=0))
+    measure_engine(engine, "m", BenchSizes(seq_len=16, batch_size=2, seconds=0))
     warm_ups = [("poc_warm_up", 16, 2, first) for first in (0, 2, 4)]  # the third batch is too far from the plain one
     assert engine.calls[:5] == [("poc_describe",), *warm_ups, engine.calls[4]]
     assert engine.calls[4][0] == "poc_bench_describe"
 
 
 def test_phases_beside_each_other_overlap():
-    found = measure_engine(FakeEngine(parts_scale=4), "m", Sizes(seq_len=16, batch_size=2, seconds=0))
+    found = measure_engine(FakeEngine(parts_scale=4), "m", BenchSizes(seq_len=16, batch_size=2, seconds=0))
     assert found.overlap_seconds > 0
     assert found.phases["idle"] == 0
     assert_consistent(found)
@@ -228,16 +228,16 @@ def test_phases_beside_each_other_overlap():
 @pytest.mark.parametrize("seq_len", [65, 101])
 def test_sequences_that_the_engine_does_not_take(seq_len):
     with pytest.raises(RequestError, match=f"seq_len {seq_len}.*--max-model-len 64.*--max-num-batched-tokens 100"):
-        measure_engine(FakeEngine(), "m", Sizes(seq_len=seq_len))
+        measure_engine(FakeEngine(), "m", BenchSizes(seq_len=seq_len))
 
 
 def test_the_rank_that_failed_tells_why():
     with pytest.raises(ComputeError, match="it broke"):
-        measure_engine(FakeEngine(failure={"type": "ComputeError", "message": "it broke"}), "m", Sizes(seq_len=16))
+        measure_engine(FakeEngine(failure={"type": "ComputeError", "message": "it broke"}), "m", BenchSizes(seq_len=16))
 
 
 def test_what_is_printed_meanwhile_is_not_on_stdout(capfd):
-    with bench._stdout_to_stderr():
+    with bench_measure._stdout_to_stderr():
         os.write(1, b"a log line\n")
     os.write(1, b"the answer\n")
     assert tuple(capfd.readouterr()) == ("the answer\n", "a log line\n")
@@ -264,7 +264,7 @@ CALL_SEC = 0.004
 class SlowManager(FakeManager):
     """Batches of a few milliseconds, so that a round does not run away."""
 
-    async def compute(self, spec: Any, nonces: list[int], following: Any = ()) -> Any:
+    async def compute(self, spec: Any, nonces: list[int], next_nonces: Any = ()) -> Any:
         await asyncio.sleep(CALL_SEC)
         return await super().compute(spec, nonces)
 
@@ -299,7 +299,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
 
 
 def test_a_server(server):
-    sizes = Sizes(seq_len=8, k_dim=3, batch_size=32, seconds=0.3)
+    sizes = BenchSizes(seq_len=8, k_dim=3, batch_size=32, seconds=0.3)
     with PoCClient(server.url) as client:
         found = bench_server(client, MODEL, sizes)
         assert client.status().status == "IDLE"
@@ -333,7 +333,7 @@ def test_a_server_on_the_command_line(server, tmp_path, capsys):
     assert png.stat().st_size > 5_000
     assert run("bench", "--url", server.url, *sizes) == 0
     shown = capsys.readouterr().out
-    for text in ("nonces/s", "a minute", "sequences/s", "PoC tax", "--offline does: inputs"):
+    for text in ("nonces/s", "per minute", "sequences/s", "PoC tax", "only --offline measures: inputs"):
         assert text in shown
 
 
@@ -341,20 +341,20 @@ def test_a_server_that_generates_is_left_alone(server):
     with PoCClient(server.url) as client:
         client.init_generate(InitGenerateRequest(**round_body()))
         with pytest.raises(ServerAnswerError, match="generates"):
-            bench_server(client, MODEL, Sizes())
+            bench_server(client, MODEL, BenchSizes())
         assert client.status().status == "GENERATING"
         client.stop()
     assert server.prompts == []
 
 
 def test_a_round_that_ends_by_itself_is_an_error(server, monkeypatch):
-    async def broken(self: Any, spec: Any, nonces: list[int], following: Any = ()) -> Any:
-        if spec.block_hash == bench.BLOCK_HASH and nonces[0] >= 8 and len(nonces) == 4:
+    async def broken(self: Any, spec: Any, nonces: list[int], next_nonces: Any = ()) -> Any:
+        if spec.block_hash == bench_measure.BLOCK_HASH and nonces[0] >= 8 and len(nonces) == 4:
             raise ComputeError("a chip broke")
         return await FakeManager.compute(self, spec, nonces)
 
-    sizes = Sizes(seq_len=8, k_dim=3, batch_size=4, seconds=0)
-    monkeypatch.setattr(bench, "_generate_rate", lambda *args: 1.0)
+    sizes = BenchSizes(seq_len=8, k_dim=3, batch_size=4, seconds=0)
+    monkeypatch.setattr(bench_measure, "_generate_rate", lambda *args: 1.0)
     monkeypatch.setattr("gonka_poc.server.rounds.RETRY_SEC", 0.001)
     monkeypatch.setattr(SlowManager, "compute", broken)
     with PoCClient(server.url) as client:
@@ -365,7 +365,7 @@ def test_a_round_that_ends_by_itself_is_an_error(server, monkeypatch):
 def test_a_server_that_does_not_complete_prompts():
     with engineless_server(FakeManager()) as server, PoCClient(server.url) as client:
         with pytest.raises(ServerAnswerError, match="/v1/completions answered 404"):
-            bench_server(client, MODEL, Sizes(seq_len=4, seconds=0))
+            bench_server(client, MODEL, BenchSizes(seq_len=4, seconds=0))
 
 
 # --- options and output -----------------------------------------------------------------------------------------
@@ -398,16 +398,16 @@ def test_a_release_that_is_not_supported_is_refused_in_one_sentence(monkeypatch,
 
 @pytest.fixture(scope="module")
 def offline_result() -> Bench:
-    return measure_engine(FakeEngine(), "m", Sizes(seq_len=16, batch_size=2, seconds=0))
+    return measure_engine(FakeEngine(), "m", BenchSizes(seq_len=16, batch_size=2, seconds=0))
 
 
 def test_the_table_has_every_figure_and_phase(offline_result):
     figures = dict(bench.rows_of(offline_result))
     assert figures["batch"] == "2 nonces x 16 tokens"
     assert figures["device"] == "4 x chip"
-    assert figures["model flops"] == "0.004 TFLOP a nonce"
+    assert figures["model flops"] == "0.004 TFLOP per nonce"
     assert figures["matrix rate"].startswith("4 TFLOP/s measured, ")
-    assert figures["scratch KV cache"] == "0.001907 MiB a worker"
+    assert figures["scratch KV cache"] == "0.001907 MiB per worker"
     rows = bench.phase_rows(offline_result)
     assert [row[0] for row in rows] == [*ONLY_OFFLINE, "idle", "batch"]
     shares = [float(row[2].rstrip("%")) for row in rows]

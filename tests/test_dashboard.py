@@ -99,7 +99,10 @@ def test_the_page_is_self_contained():
 def test_the_page_is_part_of_the_package():
     folder = Path(str(files("gonka_poc.server")))
     settings = (folder.parents[1] / "pyproject.toml").read_text(encoding="utf-8")
-    assert re.search(r"\[tool\.setuptools\.package-data\]\n\"gonka_poc.server\" = \[\"\*\.html\"\]", settings)
+    table = re.search(r"^\[tool\.setuptools\.package-data\]\n((?:.+\n)+)", settings, flags=re.MULTILINE)
+    assert table
+    assert set(table[1].splitlines()) == {'gonka_poc = ["py.typed"]', '"gonka_poc.server" = ["*.html"]'}
+    assert (folder.parent / "py.typed").is_file()
     others = [file.name for file in folder.iterdir() if file.is_file() and file.suffix not in (".py", ".pyc")]
     assert others
     assert all(name.endswith(".html") for name in others)
@@ -177,7 +180,7 @@ def browser(tmp_path_factory) -> Iterator[Page]:
 def page(browser: Page) -> Page:
     browser.open("about:blank")
     browser.requests.clear()
-    browser.complaints.clear()
+    browser.errors.clear()
     browser.display()
     return browser
 
@@ -210,7 +213,7 @@ def test_a_browser_shows_the_figures(page: Page, monkeypatch, tmp_path: Path):
         page.screenshot(tmp_path / "phone.png")
         assert page.value("document.documentElement.scrollWidth") == 360
         assert page.value("document.querySelector('#chart text').getBoundingClientRect().height") >= 12
-        assert page.complaints == []
+        assert page.errors == []
         assert {url for url in page.requests if url != "data:,"} == {server.url + URL, f"{server.url}{URL}/data"}
         server.post("/stop")
         page.until("document.getElementById('state').textContent === 'IDLE'")  # by itself

@@ -56,6 +56,17 @@ def test_pure_modules_are_imported_without_torch(tmp_path):
     assert run_without("torch", "vllm", code=code, cwd=tmp_path) == "fine\n"
 
 
+def test_every_public_name_is_there_and_loaded_late(tmp_path):
+    """Also where it is read before anything else was imported, and `dir` and typing see the same names."""
+    code = "import sys, gonka_poc; print(sorted({'torch', 'vllm'} & set(sys.modules)))"
+    assert run_without(code=code, cwd=tmp_path) == "[]\n"
+    for name in gonka_poc.__all__:
+        value = getattr(gonka_poc, name)
+        assert name == "__version__" or (value.__name__, value.__module__.partition(".")[0]) == (name, "gonka_poc")
+    with pytest.raises(AttributeError, match="no attribute 'PoCMiddleWare'"):
+        gonka_poc.PoCMiddleWare  # noqa: B018
+
+
 @pytest.mark.parametrize("module", ["gpu_random"])
 def test_without_torch_it_is_said_what_to_install(tmp_path, module):
     code = f"try:\n    import gonka_poc.{module}\nexcept ImportError as error: print(error)"

@@ -35,7 +35,7 @@ class Manager(FakeManager):
     micro_batch = 1000
     may_compute = asyncio.Event()
 
-    async def compute(self, spec, nonces, following=()):
+    async def compute(self, spec, nonces, next_nonces=()):
         await self.may_compute.wait()
         return BatchResult({n: np.ones(spec.k_dim, VECTOR_DTYPE) for n in nonces}, [])
 

@@ -24,18 +24,19 @@ from fastapi import Response
 from gonka_poc.cli import plots, prover
 from gonka_poc.cli.artifact_file import ArtifactFile, read_artifact_file, write_artifact_file
 from gonka_poc.cli.calibrate import calibrate, measure_distances
-from gonka_poc.cli.checks import Check, ResultFile, run_cases
+from gonka_poc.cli.checks import CaseResult, Finding, run_cases
 from gonka_poc.cli.client import PoCClient
 from gonka_poc.cli.coexist import Load, coexist
 from gonka_poc.cli.compare import compare, fabricated, with_turned_vectors
 from gonka_poc.cli.e2e import least_fraud
+from gonka_poc.cli.plots import as_svg
 from gonka_poc.cli.polling import wait_until
-from gonka_poc.cli.prover import Sizes, is_gapless
-from gonka_poc.cli.receive import Delivery, Receiver
-from gonka_poc.cli.report import as_html, row_of
+from gonka_poc.cli.prover import RoundSizes, is_gapless
+from gonka_poc.cli.receive import ReceivedCallback, Receiver
+from gonka_poc.cli.report import plot_of
 from gonka_poc.cli.smoke import smoke
 from gonka_poc.data import VECTOR_DTYPE, Artifact, DistanceSpec, StatTest, VectorSpec, encode_vector
-from gonka_poc.errors import ArtifactFileError, ComputeError, ServerAnswerError, ToolError
+from gonka_poc.errors import ComputeError, ServerAnswerError, ToolError
 
 
 @pytest.fixture
@@ -131,12 +132,12 @@ def test_receive_on_the_command_line(tmp_path, capsys):
 
 
 def test_a_round_is_received_without_a_gap(server):
-    seen: list[Delivery] = []
-    with Receiver(on_delivery=seen.append) as receiver, PoCClient(server.url) as client:
+    seen: list[ReceivedCallback] = []
+    with Receiver(on_callback=seen.append) as receiver, PoCClient(server.url) as client:
         assert httpx.post(f"{server.url}/api/v1/pow/init/generate", json=round_body(url=receiver.url)).is_success
-        assert wait_until(lambda: sum(len(delivery.nonces) for delivery in seen) >= 40, 10)
+        assert wait_until(lambda: sum(len(callback.nonces) for callback in seen) >= 40, 10)
         client.stop()
-    nonces = [nonce for delivery in seen for nonce in delivery.nonces]
+    nonces = [nonce for callback in seen for nonce in callback.nonces]
     assert is_gapless(nonces)
 
 
@@ -228,7 +229,7 @@ def test_one_percent_tampered_of_500_is_caught_and_float16_noise_is_not(capsys):
     made_up = compare("made up", fabricated(file, range(500)), file, StatTest())
     with capsys.disabled():
         for found in (honest, tampered, made_up):
-            print("\n" + "  ".join(row_of(found)))
+            print("\n" + "  ".join(found.cells))
     assert (honest.verdict.n_mismatch, honest.verdict.p_value, honest.verdict.fraud_detected) == (0, 1.0, False)
     assert tampered.verdict.n_mismatch == 5
     assert tampered.verdict.p_value == pytest.approx(1.7e-4, rel=0.05)
@@ -272,16 +273,12 @@ def files(tmp_path: Path) -> list[Path]:
 
 def test_report_of_several_files(files, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    page = tmp_path / "report.html"
-    assert run("report", *files, "--html", page) == 0
-    capsys.readouterr()
-    for theme in ("light", "dark"):
-        png = tmp_path / f"{theme}.png"
-        assert run("report", *files, "--png", png, "--theme", theme, "--json") == 0
-        assert png.read_bytes().startswith(b"\x89PNG")
-        found = json.loads(capsys.readouterr().out)
-        assert [row["fraud_detected"] for row in found] == [False, True, True]
-        assert [row["n_mismatch"] for row in found] == [0, 5, 200]
+    page, png = tmp_path / "report.html", tmp_path / "report.png"
+    assert run("report", *files, "--html", page, "--png", png, "--theme", "dark", "--json") == 0
+    assert png.read_bytes().startswith(b"\x89PNG")
+    found = json.loads(capsys.readouterr().out)
+    assert [row["fraud_detected"] for row in found] == [False, True, True]
+    assert [row["n_mismatch"] for row in found] == [0, 5, 200]
     text = page.read_text()
     assert text.count("data:image/svg+xml;base64,") == 2
     assert "<b>foreign" not in text
@@ -322,7 +319,8 @@ def test_nothing_to_draw_is_drawn():
     file, _ = honest_file(3)
     empty = compare("empty", file.model_copy(update={"artifacts": []}), file, StatTest())
     same = compare("same", file, file, StatTest())
-    assert "nothing to compare" in as_html(file, [empty, same], StatTest(dist_threshold=0))
+    assert "nothing to compare" in empty.cells
+    assert as_svg(plot_of([empty, same], StatTest(dist_threshold=0), plots.LIGHT)).count(b"<svg") == 1
 
 
 # --- calibrate ----------------------------------------------------------------------------------------------------
@@ -430,6 +428,7 @@ class Broken(FakeManager):
 
     def __init__(self, fault: str | None = None) -> None:
         super().__init__()
+        self.micro_batch = 16  # calls are what takes the time
         self.fault = fault
         self.count = 0
 
@@ -443,7 +442,7 @@ class Broken(FakeManager):
             spec = replace(spec, public_key="")
         return spec
 
-    async def compute(self, spec: Any, nonces: list[int], following: Any = ()) -> Any:
+    async def compute(self, spec: Any, nonces: list[int], next_nonces: Any = ()) -> Any:
         result = await super().compute(await self._spec(spec), nonces)
         if self.fault == "too long" and isinstance(spec, VectorSpec):
             result = replace(result, values={n: (v * 1.1).astype(VECTOR_DTYPE) for n, v in result.values.items()})
@@ -452,10 +451,10 @@ class Broken(FakeManager):
         return result
 
 
-SMALL = Sizes(nonces=60, seq_len=4, batch_size=16, deadline_sec=60)
+SMALL = RoundSizes(nonces=60, seq_len=4, batch_size=16, deadline_sec=60)
 
 
-def fails(checks: Iterable[Check]) -> set[str]:
+def fails(checks: Iterable[CaseResult]) -> set[str]:
     return {check.name for check in checks if not check.ok}
 
 
@@ -503,15 +502,20 @@ def test_e2e_finds_what_is_wrong(monkeypatch, tmp_path, capsys, fault, found):
     monkeypatch.setattr(prover, "QUIET_SEC", 0.2)
     out, keep = tmp_path / "r.jsonl", tmp_path / "kept"
     (tmp_path / "config.json").write_text("{}")
+    models = [tmp_path] if fault else [tmp_path, tmp_path]
     with engineless_server(Broken(fault)) as server:
         monkeypatch.setattr("gonka_poc.cli.e2e.server_of", lambda *_: NoProcess(server.url))
         sizes = ("--nonces", "60", "--seq-len", "4", "--batch-size", "16")
-        status = run("e2e", "--models", tmp_path, tmp_path, "--out", out, "--keep", keep, *sizes)
+        status = run("e2e", "--models", *models, "--out", out, "--keep", keep, *sizes)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert status == (1 if found else 0)
     assert {line["name"] for line in lines if not line["ok"]} == found, capsys.readouterr().out
-    assert len(lines) == 22  # two models
+    assert len(lines) == 11 * len(models)
     assert {line["model"] for line in lines} == {str(tmp_path)}
+    assert all(set(line) == {"model", "name", "ok", "result", "p_value"} for line in lines)
+    assert all((line["p_value"] is None) == line["name"].endswith("generate") for line in lines)
+    assert run("e2e", "--models", tmp_path, "--out", tmp_path / "missing" / "r.jsonl") == 1
+    assert "missing/r.jsonl" in capsys.readouterr().err
     for name in FRAUDS:
         assert f"threshold: {name}" in {line["name"] for line in lines}
     kept = next(keep.iterdir())
@@ -519,6 +523,40 @@ def test_e2e_finds_what_is_wrong(monkeypatch, tmp_path, capsys, fault, found):
     assert written == {"honest", "2-of-60-tampered", *(name.replace(" ", "-") for name in FRAUDS)}
     honest, cheat = (read_artifact_file(kept / f"{name}.json") for name in ("honest", "2-of-60-tampered"))
     assert compare("cheat", cheat, honest, StatTest()).verdict.n_mismatch == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "num_texts", "failed"),
+    [
+        (None, 1, set()),
+        ("any key", 1, {"validate under a wrong public key"}),
+        ("other each time", 2, {"validate the same nonces", "chat while generating"}),
+    ],
+)
+def test_the_demo_finds_what_is_wrong(monkeypatch, tmp_path, capsys, fault, num_texts, failed):
+    """Its steps on a server without an engine; the real one is started by `bash install.sh --cpu`."""
+    num_chats = 0
+
+    async def chat(body: dict[str, Any]) -> dict[str, Any]:
+        nonlocal num_chats
+        num_chats += 1
+        return {"choices": [{"message": {"content": f"text {num_chats % num_texts}"}}]}
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("gonka_poc.cli.demo.is_cpu_build", lambda: True)
+    with engineless_server(Broken(fault), chat) as server:
+        monkeypatch.setattr("gonka_poc.cli.demo.server_of", lambda *_: NoProcess(server.url))
+        status = run("demo", "--json")
+    captured = capsys.readouterr()
+    steps = json.loads(captured.out)["steps"]
+    assert {step["step"] for step in steps if not step["ok"]} == failed
+    assert status == (1 if failed else 0)
+    assert [step["step"].split()[0] for step in steps] == ["start", "generate", "chat", "restart", *["validate"] * 3]
+    assert steps[1]["result"] == "64 artifacts"
+    assert steps[6]["result"].startswith("fraud: 2 of 64 differ" if fault != "other each time" else "fraud: 64 of 64")
+    assert [step["rate"].split()[1] for step in steps] == ["s", "nonces/s", "tokens/s", "s", *["nonces/s"] * 3]
+    assert [path.name.startswith("gonka-poc-demo-") for path in tmp_path.iterdir()] == [True] * bool(failed)
+    assert ("the server's log is in" in captured.err) == bool(failed)
 
 
 @pytest.mark.parametrize(("count", "least"), [(1, 1), (20, 2), (100, 2), (150, 3), (500, 4)])
@@ -539,22 +577,11 @@ def test_a_round_that_delivers_nothing_is_said(monkeypatch):
 
 
 def test_a_case_that_the_server_refuses_fails_with_its_words():
-    def refused() -> Check:
+    def refused() -> Finding:
         raise ServerAnswerError("answered 409")
 
-    found = list(run_cases([("a", lambda: Check("a", True, "fine")), ("b", refused)]))
+    found = list(run_cases([("a", lambda: Finding(True, "fine")), ("b", refused)]))
     assert [check.line for check in found] == ["PASS  a: fine", "FAIL  b: answered 409"]
-
-
-def test_results_are_lines_of_json(tmp_path):
-    file = ResultFile(tmp_path / "r.jsonl")
-    file.add(Check("a", True, "fine", 0.5), model="m")
-    assert json.loads((tmp_path / "r.jsonl").read_text()) == {
-        **{"model": "m", "name": "a", "ok": True, "result": "fine", "p_value": 0.5}
-    }
-    ResultFile(None).add(Check("a", True, "fine"))
-    with pytest.raises(ArtifactFileError, match="cannot write"):
-        ResultFile(tmp_path / "missing" / "r.jsonl")
 
 
 # --- coexist ----------------------------------------------------------------------------------------------------
@@ -571,7 +598,7 @@ class BesideChat(FakeManager):
         self.rude = rude
         self.pause = pause
 
-    async def compute(self, spec: Any, nonces: list[int], following: Any = ()) -> Any:
+    async def compute(self, spec: Any, nonces: list[int], next_nonces: Any = ()) -> Any:
         if self.chats and not self.rude:
             self.skipped += 1
             await asyncio.sleep(self.pause)
@@ -620,7 +647,8 @@ def test_coexist_says_where_a_server_does_not_tell_what_it_skipped(text, says):
     manager = BesideChat()
     more = {} if text is None else {"/metrics": lambda: Response(text)}
     with engineless_server(manager, manager.chat, more) as server, PoCClient(server.url) as client:
-        (check,) = [check for check in coexist(client, SMALL_LOAD) if check.name == BACKS_OFF]
+        short = replace(SMALL_LOAD, seconds=0.05)  # the speeds are not looked at
+        (check,) = [check for check in coexist(client, short) if check.name == BACKS_OFF]
     assert not check.ok
     assert says in check.result
 

@@ -1,9 +1,11 @@
-"""A file of artifacts: what was asked, and the vectors, in the form that the network exchanges references in."""
+"""Files of artifacts, in the form in which the network exchanges references."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -33,18 +35,18 @@ class ArtifactFile(BaseModel):
     artifacts: list[Artifact] = Field(default_factory=list)
 
     @property
-    def asked(self) -> dict[str, object]:
-        """All that the vectors depend on; two files with the same can be joined."""
+    def identity(self) -> dict[str, object]:
+        """Everything that the vectors depend on; files of the same identity can be joined."""
         return self.model_dump(include={"model", "seq_len", "k_dim", "block_hash", "public_key", "poc_stronger_rng"})
 
     def differences(self, other: ArtifactFile) -> list[str]:
-        """The names in `asked` of which `other` has another value."""
-        theirs = other.asked
-        return [name for name, value in self.asked.items() if theirs[name] != value]
+        """The fields of `identity` of which `other` has another value."""
+        theirs = other.identity
+        return [name for name, value in self.identity.items() if theirs[name] != value]
 
 
 def read_artifact_file(path: Path) -> ArtifactFile:
-    """Raises ArtifactFileError saying what is wrong where."""
+    """The content of `path`. Raises ArtifactFileError with what is wrong where."""
     try:
         content = ArtifactFile.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -59,18 +61,21 @@ def read_artifact_file(path: Path) -> ArtifactFile:
     return content
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError into an ArtifactFileError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactFileError(f"cannot write {path}: {error.strerror}") from error
+
+
 def write_artifact_file(path: Path, content: ArtifactFile) -> None:
     """Replace `path` as a whole: a reader sees the old file or the new one. Raises ArtifactFileError."""
-    scratch = None
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            scratch = Path(file.name)
+    with writing(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        new = Path(scratch) / path.name
+        with new.open("w", encoding="utf-8") as file:
             file.write(content.model_dump_json(indent=1) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        scratch.chmod(0o644)
-        scratch.replace(path)
-    except OSError as error:
-        if scratch is not None:
-            scratch.unlink(missing_ok=True)
-        raise ArtifactFileError(f"cannot write {path}: {error.strerror}") from error
+        new.replace(path)

@@ -1,23 +1,26 @@
-"""Which r_target gives a wanted rate of valid nonces on the served model, and how much it varies with the block."""
+"""`gonka-poc calibrate`: the r_target for a rate of valid nonces on the served model, and its spread over blocks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
+import click
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 from scipy.stats import binom, binomtest, chi2
 
-from gonka_poc.cli.client import PoCClient, Progress, ignore_progress
-from gonka_poc.data import Randomization, chunks
-from gonka_poc.errors import ServerAnswerError, ToolError
-from gonka_poc.threshold_data import ProofBatch, ThresholdRequest
+from gonka_poc.cli import common
+from gonka_poc.cli.client import ANY_DISTANCE, PoCClient, Progress, ignore_progress, threshold_request
+from gonka_poc.cli.plots import save_png, terminal_histogram, theme_of, value_histogram
+from gonka_poc.data import Randomization
+from gonka_poc.errors import ToolError
 
 CONFIDENCE = 0.95
-# Distances lie in [0, 2], so with these every one would be valid and no placeholder is called a fraud.
-ANY_DISTANCE = 2.0
-PLACEHOLDER = 0.0
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,10 @@ class BlockRate:
 
 @dataclass(frozen=True)
 class Calibration:
-    """`low` and `high` bound the r_target with 95% confidence (order statistics, no assumption on the distribution).
+    """An r_target; `low` and `high` bound it with 95% confidence (order statistics, for any distribution).
 
-    `rate_sd` is how much the rate varies between blocks, `rate_sd_by_chance` how much it would if the block made no
-    difference; `p_same` is the chi-square test of that.
+    `rate_sd` is the standard deviation of the rate between blocks, `rate_sd_by_chance` the one to expect if the block
+    makes no difference; `p_same` is the chi-square test of that.
     """
 
     rate: float
@@ -54,12 +57,12 @@ class Calibration:
 
     @property
     def standard_errors_from_sqrt2(self) -> float:
-        """How far the mean distance is from sqrt(2), in standard errors of the mean."""
+        """The distance of the mean from sqrt(2), in standard errors of the mean."""
         return abs(self.mean - math.sqrt(2)) / (self.sd / math.sqrt(self.nonces))
 
 
 def block_hashes(count: int) -> list[str]:
-    """`count` block hashes of the tool's own, always the same."""
+    """The first `count` block hashes of this tool, always the same."""
     return [f"calibrate-{i}" for i in range(count)]
 
 
@@ -76,66 +79,17 @@ def measure_distances(
 ) -> dict[str, np.ndarray]:
     """Distances of nonces 0, 1, ... for each block hash: float64, without those that gave NaN or Inf.
 
-    The server recomputes a claimed batch, whose received distances are placeholders. A round that runs there is
-    left alone: ServerAnswerError. The server is stopped at the end.
+    A generating server is left alone: ServerAnswerError.
     """
-    refuse_if_busy(client)
+    client.refuse_if_generating()
     found = {}
-    try:
-        for block_hash in hashes:
-            request = threshold_request(
-                block_hash, public_key, ANY_DISTANCE, seq_len, batch_size, Randomization(randomization)
-            )
-            client.init_threshold(request, "validate")
-            distances: list[float] = []
-            for nonces in chunks(list(range(nonces_per_block)), batch_size):
-                verdict = client.validate_distances(proof_of(request, nonces, [PLACEHOLDER] * len(nonces)))
-                distances += [d for d in verdict.computed_distances if d is not None]
-                progress(len(nonces))
-            found[block_hash] = np.array(distances)
-    finally:
-        client.stop()
+    for block_hash in hashes:
+        request = threshold_request(
+            block_hash, public_key, ANY_DISTANCE, seq_len, batch_size, Randomization(randomization)
+        )
+        distances = client.distances(request, range(nonces_per_block), progress)
+        found[block_hash] = np.array([distance for distance in distances if distance is not None])
     return found
-
-
-def refuse_if_busy(client: PoCClient) -> None:
-    """Raises ServerAnswerError if the server generates: a test tool must not end what earns."""
-    if client.status().status == "GENERATING":
-        raise ServerAnswerError(f"{client.url} generates; `gonka-poc stop` ends that, then start this tool again")
-
-
-def threshold_request(
-    block_hash: str,
-    public_key: str,
-    r_target: float,
-    seq_len: int,
-    batch_size: int,
-    randomization: Randomization = Randomization.SIGN_FLIPS,
-) -> ThresholdRequest:
-    """A threshold round of node 0 of 1."""
-    return ThresholdRequest(
-        block_hash=block_hash,
-        block_height=0,
-        public_key=public_key,
-        r_target=r_target,
-        node_id=0,
-        node_count=1,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        randomization=randomization,
-    )
-
-
-def proof_of(request: ThresholdRequest, nonces: list[int], dist: list[float]) -> ProofBatch:
-    """What the prover of `request` claims of `nonces`."""
-    return ProofBatch(
-        public_key=request.public_key,
-        block_hash=request.block_hash,
-        block_height=request.block_height,
-        nonces=nonces,
-        dist=dist,
-        node_id=request.node_id,
-    )
 
 
 def calibrate(distances: Mapping[str, np.ndarray], rate: float) -> Calibration:
@@ -149,7 +103,7 @@ def calibrate(distances: Mapping[str, np.ndarray], rate: float) -> Calibration:
     rates = np.array([block.rate for block in blocks])
     by_chance = np.array([rate * (1 - rate) / block.nonces for block in blocks])
     several = len(blocks) > 1
-    # the rate of all blocks is fixed by the r_target, hence one degree of freedom less
+    # the r_target fixes the rate over all blocks, hence one degree of freedom less
     p_same = float(chi2.sf(float(((rates - rate) ** 2 / by_chance).sum()), len(blocks) - 1)) if several else 1.0
     return Calibration(
         rate=rate,
@@ -170,3 +124,66 @@ def _block_rate(block_hash: str, distances: np.ndarray, r_target: float) -> Bloc
     valid, n = int((distances < r_target).sum()), len(distances)
     interval = binomtest(valid, n).proportion_ci(CONFIDENCE, method="wilson")
     return BlockRate(block_hash, n, float(distances.mean()), valid / n, float(interval.low), float(interval.high))
+
+
+@click.command("calibrate")
+@click.option("--rate", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.10, show_default=True)
+@common.count_option("--nonces", 2000, "Over all block hashes.")
+@common.count_option("--blocks", 8, "Block hashes to try.")
+@common.seq_len_option(256)
+@click.option(
+    "--randomization",
+    type=click.Choice([each.value for each in Randomization]),
+    default=Randomization.SIGN_FLIPS.value,
+    show_default=True,
+)
+@common.batch_size_option
+@click.option("--png", type=common.FilePath, help="Write a histogram here (needs matplotlib).")
+@common.theme_option
+@common.server_options
+def calibrate_command(
+    rate: float,
+    nonces: int,
+    blocks: int,
+    png: Path | None,
+    theme: str,
+    server: common.Server,
+    as_json: bool,
+    **sizes: Any,
+) -> int:
+    """Find the r_target at which a share of --rate of nonces is valid on the served model, and its spread over blocks.
+
+    \b
+    gonka-poc calibrate --rate 0.10 --nonces 2000 --png distances.png
+    """
+    per_block = max(1, nonces // blocks)
+    with server.client() as client, common.progress_bar("measuring", per_block * blocks) as progress:
+        distances = measure_distances(client, block_hashes(blocks), per_block, progress=progress, **sizes)
+    found = calibrate(distances, rate)
+    pooled = np.concatenate(list(distances.values()))
+    if as_json:
+        common.print_json({**asdict(found), "standard_errors_from_sqrt2": found.standard_errors_from_sqrt2})
+    else:
+        _print_calibration(found, pooled)
+    if png is not None:  # last, so that a missing matplotlib costs no measurement
+        marks = {f"r_target ({rate:.0%} valid)": found.r_target, "mean": found.mean}
+        save_png(value_histogram(pooled, marks, "Distances of the served model", theme_of(theme)), png)
+    return common.PASS
+
+
+def _print_calibration(found: Calibration, distances: np.ndarray) -> None:
+    for line in terminal_histogram(distances, found.r_target):
+        click.echo(line)
+    table = Table("block hash", "nonces", "mean distance", "valid", "95% interval")
+    for block in found.blocks:
+        interval = f"{block.low:.1%} to {block.high:.1%}"
+        table.add_row(block.block_hash, str(block.nonces), f"{block.mean:.5f}", f"{block.rate:.1%}", interval)
+    Console().print(table)
+    click.echo(
+        f"r_target {found.r_target:.5f} for {found.rate:.1%} valid; 95% interval {found.low:.5f} to {found.high:.5f}"
+    )
+    click.echo(
+        f"valid rate over block hashes: standard deviation {found.rate_sd:.2%}, by chance alone "
+        f"{found.rate_sd_by_chance:.2%}; p = {found.p_same:.2g} that the block makes no difference"
+    )
+    click.echo(f"mean {found.mean:.5f}: {found.standard_errors_from_sqrt2:.1f} standard errors from sqrt(2)")

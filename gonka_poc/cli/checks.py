@@ -1,20 +1,33 @@
-"""A line of a test tool's result: what was looked at, whether it is as it must be, and the figures."""
+"""Cases that a test tool runs: their results as lines and as an exit status, and a folder for the run."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from gonka_poc.errors import ArtifactFileError, ServerAnswerError
+import click
 
-Say = Callable[[str], None]
+from gonka_poc.cli.artifact_file import writing
+from gonka_poc.cli.common import ERROR, PASS, print_json, say
+from gonka_poc.errors import PoCError, ServerAnswerError, printable
+
+
+class Finding(NamedTuple):
+    """What a case found. `p_value` if the verdict is a statistical one."""
+
+    ok: bool
+    result: str
+    p_value: float | None = None
 
 
 @dataclass(frozen=True)
-class Check:
-    """One PASS or FAIL. `p_value` where the verdict is a statistical one."""
+class CaseResult:
+    """A case by name, and what it found: a PASS or FAIL."""
 
     name: str
     ok: bool
@@ -23,38 +36,53 @@ class Check:
 
     @property
     def line(self) -> str:
-        """The check as a line of text."""
+        """The result as a line of text."""
         return f"{'PASS' if self.ok else 'FAIL'}  {self.name}: {self.result}"
 
 
-Case = Callable[[], Check]
+Case = Callable[[], Finding]
 
 
-def run_cases(cases: Iterable[tuple[str, Case]]) -> Iterator[Check]:
-    """Each case's check as it ends; a case that the server refuses is a FAIL with the server's words."""
+def run_cases(cases: Iterable[tuple[str, Case]]) -> Iterator[CaseResult]:
+    """The result of each case as it ends; a case that the server refuses is a FAIL with the server's words."""
     for name, case in cases:
         try:
-            yield case()
+            yield CaseResult(name, *case())
         except ServerAnswerError as error:
-            yield Check(name, False, str(error))
+            yield CaseResult(name, False, str(error))
 
 
-class ResultFile:
-    """Checks as JSONL, a line as soon as there is one; without a path they go nowhere."""
+def show_results(results: Iterable[CaseResult], as_json: bool, ended: list[CaseResult]) -> int:
+    """Print each result as it comes, add it to `ended`, then print the total; the exit status."""
+    for result in results:
+        ended.append(result)
+        click.echo(printable(result.line), err=as_json)
+    num_passed = sum(result.ok for result in ended)
+    ok = 0 < num_passed == len(ended)
+    if as_json:
+        print_json({"ok": ok, "checks": [asdict(result) for result in ended]})
+    else:
+        click.echo(f"{num_passed} of {len(ended)} passed")
+    return PASS if ok else ERROR
 
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._write("w", "")
 
-    def add(self, check: Check, **more: object) -> None:
-        """Append a line: the check's fields, and `more`."""
-        self._write("a", json.dumps({**more, **asdict(check)}) + "\n")
-
-    def _write(self, mode: str, text: str) -> None:
-        if self._path is None:
-            return
-        try:
-            with self._path.open(mode, encoding="utf-8") as file:
-                file.write(text)
-        except OSError as error:
-            raise ArtifactFileError(f"cannot write {self._path}: {error.strerror}") from error
+@contextmanager
+def work_folder(tool: str, ended: Sequence[CaseResult], keep: Path | None = None) -> Iterator[Path]:
+    """`keep`, or a temporary folder that is deleted at the end unless one of `ended` failed or a PoCError is raised."""
+    if keep is not None:
+        with writing(keep):
+            keep.mkdir(parents=True, exist_ok=True)
+        yield keep
+        return
+    folder, failed = Path(tempfile.mkdtemp(prefix=f"gonka-poc-{tool}-")), False
+    try:
+        yield folder
+        failed = not all(result.ok for result in ended)
+    except PoCError:
+        failed = True
+        raise
+    finally:
+        if failed:
+            say(f"the server's log is in {folder}")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)

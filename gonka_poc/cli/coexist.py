@@ -1,25 +1,35 @@
-"""Chat beside proof on a server that runs: nobody waits for the other longer than the protocol says (section 7)."""
+"""`gonka-poc coexist`: chat and proof at the same time on a running server (docs/protocol.md, section 7)."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
+
+import click
 
 from gonka_poc.cli.artifact_file import ArtifactFile
-from gonka_poc.cli.calibrate import refuse_if_busy
-from gonka_poc.cli.checks import Case, Check, run_cases
-from gonka_poc.cli.client import PoCClient, Polled, round_request
+from gonka_poc.cli.checks import Case, CaseResult, Finding, run_cases, show_results
+from gonka_poc.cli.client import PoCClient, Polled
+from gonka_poc.cli.common import (
+    Server,
+    count_option,
+    seconds_option,
+    served_model_options,
+    server_options,
+    size_options,
+)
 from gonka_poc.cli.polling import wait_until
 from gonka_poc.data import ArtifactsAnswer, FailedAnswer
 from gonka_poc.errors import ServerAnswerError
 
 FULL_SPEED = 0.5  # of the speed of POST /generate: its batches are alike, but a machine's speed varies
 YIELDS = 0.1  # of the speed without chat: between two chats the engine can be idle for a moment
-# a round asks whether chat is idle every POC_CHAT_BACKOFF_SEC (0.05): 20 times a second, and some room for jitter
-MAX_SKIPS_A_SEC = 25.0
+# a round looks for idle chat every POC_CHAT_BACKOFF_SEC (0.05): 20 times per second, with some room for jitter
+MAX_SKIPS_PER_SEC = 25.0
 SKIPPED = 'gonka_poc_skipped_total{reason="chat"}'
 SETTLE_SEC = 0.3
 TRIES = 8
@@ -28,7 +38,7 @@ DEADLINE_SEC = 120.0
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of the server: rounds of these sizes, and `chats` at a time for `seconds`."""
+    """The load on the server: rounds of these sizes, and `chats` at a time for `seconds`."""
 
     model: str
     seq_len: int = 256
@@ -39,9 +49,9 @@ class Load:
     seconds: float = 5.0
 
 
-def coexist(client: PoCClient, load: Load) -> Iterator[Check]:
-    """All checks, each as it ends; the server is stopped after. Raises ServerAnswerError if it generates already."""
-    refuse_if_busy(client)
+def coexist(client: PoCClient, load: Load) -> Iterator[CaseResult]:
+    """The results of all cases; the server is stopped at the end. Raises ServerAnswerError if it generates already."""
+    client.refuse_if_generating()
     run = _Coexist(client, load)
     cases: list[tuple[str, Case]] = [
         ("wait=false is queued and polled to completed", run.queued),
@@ -62,20 +72,20 @@ def coexist(client: PoCClient, load: Load) -> Iterator[Check]:
 class _Coexist:
     def __init__(self, client: PoCClient, load: Load) -> None:
         self._client, self._load = client, load
-        self._chatting = False  # what the threads that chat look at before each chat
+        self._chatting = False  # read by the chatting threads before each chat
         self._idle_speed = 0.0
         self._speed_of_generate = 0.0
 
-    def queued(self) -> Check:
+    def queued(self) -> Finding:
         nonces = list(range(self._load.batch_size))
         answer = self._client.queue(self._file(), nonces, self._load.batch_size)
-        outcome = self._ended(answer.request_id)
+        outcome = self._await_outcome(answer.request_id)
         got = [artifact.nonce for artifact in outcome.artifacts] if isinstance(outcome, ArtifactsAnswer) else []
         ok = answer.status == "queued" and answer.queued_count == len(nonces) and got == nonces
         result = f"queued {answer.queued_count}, then {outcome.status}"
-        return Check("wait=false is queued and polled to completed", ok, result)
+        return Finding(ok, result)
 
-    def full_speed(self) -> Check:
+    def full_speed(self) -> Finding:
         started, count = time.monotonic(), 0
         while time.monotonic() < started + self._load.seconds:
             nonces = list(range(count, count + self._load.batch_size))
@@ -83,31 +93,24 @@ class _Coexist:
             count += self._load.batch_size
         self._speed_of_generate = count / (time.monotonic() - started)
         with self._round():
-            self._moves_on()
+            self._client.wait_for_progress()
             self._idle_speed = self._speed(self._load.seconds)
         ok = self._idle_speed >= FULL_SPEED * self._speed_of_generate > 0
         result = f"{self._idle_speed:.1f} nonces/s, /generate alone {self._speed_of_generate:.1f}"
-        return Check("chat idle: full speed", ok, result)
+        return Finding(ok, result)
 
-    def chat_while_generating(self) -> Check:
-        with self._round():
-            self._moves_on()
-            started = time.monotonic()
-            text = self._client.chat(self._load.model, "Hello", self._load.max_tokens, ignore_eos=True)
-            seconds = time.monotonic() - started
-            still = self._client.status().status
-        result = f"{self._load.max_tokens} tokens, {len(text)} characters in {seconds:.1f} s; {still} after it"
-        return Check("chat while generating completes", still == "GENERATING", result)
+    def chat_while_generating(self) -> Finding:
+        return chat_during_round(self._client, self._file(), self._load.batch_size, 1, self._load.max_tokens)
 
-    def resumes(self) -> Check:
+    def resumes(self) -> Finding:
         with self._round():
-            self._moves_on()
+            self._client.wait_for_progress()
             with self._chats() as chats:
                 time.sleep(self._load.seconds / 2)
             num_chats = sum(chat.result() for chat in chats)
             before = self._client.total_processed()
             waited = time.monotonic()
-            self._moves_on()
+            self._client.wait_for_progress()
             waited = time.monotonic() - waited
             speed = 0.0
             for _ in range(TRIES):  # steps grow back to their full size some seconds after the last chat
@@ -115,23 +118,23 @@ class _Coexist:
                     speed = max(speed, self._speed(self._load.seconds / 2))
         ok = speed >= FULL_SPEED * self._idle_speed > 0
         result = f"{num_chats} chats, next nonce after {waited:.2f} s (from {before}), then {speed:.1f} nonces/s"
-        return Check("generating resumes after chat", ok, result)
+        return Finding(ok, result)
 
-    def generate_waits(self) -> Check:
+    def generate_waits(self) -> Finding:
         with self._round():
-            self._moves_on()
+            self._client.wait_for_progress()
             answer = self._client.queue(self._file(), [0, 1], self._load.batch_size)
             time.sleep(min(self._load.seconds, 2.0))
             state = self._client.poll(answer.request_id).status
             round_goes_on = self._client.status().status == "GENERATING"
-        outcome = self._ended(answer.request_id)
+        outcome = self._await_outcome(answer.request_id)
         # a stop drops queued work, and says so
         dropped = isinstance(outcome, FailedAnswer) and "stop" in outcome.error
         ok = state in ("queued", "running") and round_goes_on and (dropped or isinstance(outcome, ArtifactsAnswer))
         result = f"{state} while the round goes on, {outcome.status} after /stop"
-        return Check("/generate waits for a round, no 409", ok, result)
+        return Finding(ok, result)
 
-    def yields(self) -> Check:
+    def yields(self) -> Finding:
         with self._chats() as chats:
             time.sleep(SETTLE_SEC)
             with self._round():
@@ -141,22 +144,24 @@ class _Coexist:
                 self._chatting = False
                 for chat in chats:
                     chat.result()
-                self._moves_on()
+                self._client.wait_for_progress()
         ok = started and beside == self._load.chats and speed <= YIELDS * self._idle_speed
         result = f"{speed:.1f} nonces/s beside {beside} chats ({self._idle_speed:.1f} without), goes on after them"
-        return Check("a round that starts beside chats yields until they end", ok, result)
+        return Finding(ok, result)
 
-    def backs_off(self) -> Check:
+    def backs_off(self) -> Finding:
         with self._chats(), self._round():
             time.sleep(SETTLE_SEC)
             before, started = self._skipped(), time.monotonic()
             time.sleep(self._load.seconds)
             rate = (self._skipped() - before) / (time.monotonic() - started)
-        result = f"{rate:.1f} batches skipped a second of chat, at most {MAX_SKIPS_A_SEC:g} (POC_CHAT_BACKOFF_SEC=0.05)"
-        return Check("a round beside chats backs off (no busy spin)", 0 < rate <= MAX_SKIPS_A_SEC, result)
+        result = (
+            f"{rate:.1f} batches skipped per second of chat, at most {MAX_SKIPS_PER_SEC:g} (POC_CHAT_BACKOFF_SEC=0.05)"
+        )
+        return Finding(0 < rate <= MAX_SKIPS_PER_SEC, result)
 
     def _skipped(self) -> float:
-        """Batches that the server has put off for chat. Raises ServerAnswerError where it does not tell."""
+        """Number of batches that the server skipped for chat. Raises ServerAnswerError if it does not count them."""
         found = self._client.metrics()
         if SKIPPED not in found:
             raise ServerAnswerError(f"{self._client.url}/metrics has no {SKIPPED}")
@@ -164,7 +169,7 @@ class _Coexist:
 
     @contextmanager
     def _chats(self) -> Iterator[list[Future[int]]]:
-        """Threads that chat one chat after another while this is entered; each gives how many it had."""
+        """Threads that chat without pause while this is entered; each returns its number of chats."""
 
         def chat_on(tokens: int) -> int:
             count = 0
@@ -182,37 +187,53 @@ class _Coexist:
             finally:
                 self._chatting = False
 
-    @contextmanager
-    def _round(self) -> Iterator[None]:
-        """An artifact round without callbacks while this is entered."""
-        self._client.init_generate(round_request(self._file(), self._load.batch_size))
-        try:
-            yield
-        finally:
-            self._client.stop()
+    def _round(self) -> AbstractContextManager[None]:
+        """An artifact round without callbacks."""
+        return self._client.round(self._file(), self._load.batch_size)
 
     def _file(self) -> ArtifactFile:
-        return ArtifactFile(
-            model=self._load.model,
-            seq_len=self._load.seq_len,
-            k_dim=self._load.k_dim,
-            block_hash="coexist-block",
-            public_key="coexist-host",
-        )
+        load, who = self._load, "coexist"
+        return ArtifactFile(model=load.model, seq_len=load.seq_len, k_dim=load.k_dim, block_hash=who, public_key=who)
 
-    def _ended(self, request_id: str) -> Polled:
-        """The outcome of a queued request; the pending answer if it did not end."""
+    def _await_outcome(self, request_id: str) -> Polled:
+        """The outcome of a queued request; the pending answer if it does not end in time."""
         wait_until(lambda: self._client.poll(request_id).status in ("completed", "failed"), DEADLINE_SEC)
         return self._client.poll(request_id)
 
-    def _moves_on(self) -> None:
-        """Wait until the round has processed more nonces. Raises ServerAnswerError if it does not."""
-        before = self._client.total_processed()
-        if not wait_until(lambda: self._client.total_processed() > before, DEADLINE_SEC):
-            raise ServerAnswerError(f"the round computed nothing in {DEADLINE_SEC:.0f} s without chat")
-
     def _speed(self, seconds: float) -> float:
-        """Nonces a second of the round, from now."""
+        """Nonces per second of the round, from now."""
         before, started = self._client.total_processed(), time.monotonic()
         time.sleep(seconds)
         return (self._client.total_processed() - before) / (time.monotonic() - started)
+
+
+def chat_during_round(client: PoCClient, file: ArtifactFile, batch_size: int, chats: int, max_tokens: int) -> Finding:
+    """Chat while a round generates: every chat is answered, with the same text, and the round goes on after them."""
+    with client.round(file, batch_size):
+        client.wait_for_progress()
+        started = time.monotonic()
+        answers = [client.chat(file.model, "Hello", max_tokens, ignore_eos=True) for _ in range(chats)]
+        seconds = time.monotonic() - started
+        nonces = client.wait_for_progress()
+    ok = len(set(answers)) == 1
+    result = f"{chats} x {max_tokens} tokens in {seconds:.1f} s{'' if ok else ', NOT ALIKE'}; {nonces} nonces meanwhile"
+    return Finding(ok, result)
+
+
+@click.command("coexist")
+@served_model_options
+@size_options(256)
+@count_option("--chats", 4, "Chats at a time.")
+@count_option("--max-tokens", 64, "Tokens per chat.")
+@seconds_option(default=5.0)
+@server_options
+def coexist_command(model: str | None, server: Server, as_json: bool, **load: Any) -> int:
+    """Check chat and proof at the same time on a running server. Prints a PASS or FAIL line per check.
+
+    The server must not generate when this starts.
+
+    \b
+    gonka-poc coexist --url http://127.0.0.1:8000
+    """
+    with server.client(timeout=600) as client:
+        return show_results(coexist(client, Load(model=model or client.model_name(), **load)), as_json, [])

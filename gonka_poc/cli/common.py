@@ -1,10 +1,13 @@
-"""What the commands share: exit statuses, options, nonces as they are written, a progress bar, where output goes."""
+"""Shared parts of the commands: exit statuses, options, progress and output."""
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,10 +15,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from gonka_poc.cli.client import PoCClient
 from gonka_poc.data import MAX_NONCE
+from gonka_poc.validation import Verdict
 
 PASS, ERROR, FRAUD = 0, 1, 2
 MAX_NONCES = 10_000_000
+
+Command = Callable[..., Any]
+
+
+# --- values of options ------------------------------------------------------------------------------------------
 
 
 class Nonces(click.ParamType):
@@ -41,46 +51,115 @@ class Nonces(click.ParamType):
         return list(nonces)
 
 
-def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of every command that talks to a server."""
-    for option in (
-        click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, for machines."),
+class ModelFolder(click.Path):
+    """A folder with a model's configuration, checked before a server is started with it."""
+
+    def __init__(self) -> None:
+        super().__init__(exists=True, file_okay=False, path_type=Path)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """The folder. Fails if it holds no configuration in Hugging Face's or Mistral's form."""
+        folder = Path(str(super().convert(value, param, ctx)))
+        if not any((folder / name).is_file() for name in ("config.json", "params.json")):
+            self.fail(f"{str(folder)!r} holds no model: there is no config.json in it", param, ctx)
+        return folder
+
+
+FilePath = click.Path(dir_okay=False, path_type=Path)
+Share = click.FloatRange(0, 1)
+
+
+# --- options that several commands have -------------------------------------------------------------------------
+
+
+def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator; `--help` shows them in this order."""
+    return lambda command: functools.reduce(lambda made, option: option(made), reversed(decorators), command)
+
+
+def count_option(name: str, default: int, text: str = "", least: int = 1) -> Callable[[Command], Command]:
+    """An option that takes an integer of at least `least`."""
+    return click.option(name, type=click.IntRange(least), default=default, show_default=True, help=text or None)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, for machines.")
+theme_option = click.option("--theme", type=click.Choice(["light", "dark"]), default="light", show_default=True)
+batch_size_option = count_option("--batch-size", 32, "Nonces per batch.")
+seconds_option = functools.partial(
+    click.option, "--seconds", type=click.FloatRange(0.1), show_default=True, help="Length of each measurement."
+)
+server_args_option = functools.partial(click.option, "--server-args", default="")
+dist_threshold_option = click.option(
+    "--dist-threshold", type=click.FloatRange(0), help="L2 distance of a mismatch [default: the file's]"
+)
+renamed_model_option = click.option("--model", help="Name of the file's model on the server [default: the file's]")
+served_model_options = options(
+    click.option("--model", help="A served model name [default: the one that is served]"),
+    click.option("--api-key", envvar="VLLM_API_KEY", help="vLLM's own API key, for /v1 [env: VLLM_API_KEY]"),
+)
+
+
+def seq_len_option(default: int) -> Callable[[Command], Command]:
+    """--seq-len with this default."""
+    return count_option("--seq-len", default, "Tokens per nonce.")
+
+
+def size_options(seq_len: int) -> Callable[[Command], Command]:
+    """--seq-len, --k-dim and --batch-size."""
+    return options(seq_len_option(seq_len), count_option("--k-dim", 12, "Length of a vector."), batch_size_option)
+
+
+artifact_options = options(
+    served_model_options,
+    size_options(1024),
+    click.option("--block-hash", default="test-block", show_default=True),
+    count_option("--block-height", 0, least=0),
+    click.option("--public-key", default="test-key", show_default=True),
+    click.option("--stronger-rng", "poc_stronger_rng", is_flag=True, help="Ask for poc_stronger_rng."),
+)
+"""What to compute, for commands that make artifacts: `model`, `batch_size` and fields of ArtifactFile."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """The server that a command was pointed at."""
+
+    url: str
+    token: str | None
+    api_key: str | None
+
+    def client(self, timeout: float | None = None) -> PoCClient:
+        """A client of it."""
+        return PoCClient(self.url, timeout, self.token, self.api_key)
+
+
+def server_options(command: Command) -> Command:
+    """The options of every command that talks to a server, passed on as `server` and `as_json`."""
+
+    @functools.wraps(command)
+    def with_server(*args: Any, url: str, token: str | None, api_key: str | None = None, **more: Any) -> Any:
+        return command(*args, server=Server(url, token, api_key), **more)
+
+    return options(
+        click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Address of the server."),
         click.option("--token", envvar="POC_API_TOKEN", help="The server's POC_API_TOKEN [env: POC_API_TOKEN]"),
-        click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Where the server is."),
-    ):
-        command = option(command)
-    return command
+        json_option,
+    )(with_server)
 
 
-def artifact_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What to compute, for commands that make artifacts: `model`, `api_key`, `batch_size`, fields of ArtifactFile."""
-    for option in (
-        click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Nonces a request."),
-        click.option("--stronger-rng", "poc_stronger_rng", is_flag=True, help="Ask for poc_stronger_rng."),
-        click.option("--public-key", default="test-key", show_default=True),
-        click.option("--block-height", type=click.IntRange(0), default=0, show_default=True),
-        click.option("--block-hash", default="test-block", show_default=True),
-        click.option("--k-dim", type=click.IntRange(1), default=12, show_default=True, help="Length of a vector."),
-        click.option("--seq-len", type=click.IntRange(1), default=1024, show_default=True, help="Tokens a nonce."),
-        click.option(
-            "--api-key", envvar="VLLM_API_KEY", help="vLLM's own, to ask for the model's name [env: VLLM_API_KEY]"
-        ),
-        click.option("--model", help="A served model name [default: the one that is served]"),
-    ):
-        command = option(command)
-    return command
+# --- output -----------------------------------------------------------------------------------------------------
 
 
 class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
-        """Nonces a second."""
+        """Nonces per second."""
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else f"{speed:.1f} nonces/s", style="progress.data.speed")
 
 
 @contextmanager
 def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr with nonces/s and time left; gives the function that moves it on."""
+    """A bar on stderr with nonces/s and time left; yields the function that advances it."""
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=total)
@@ -88,10 +167,25 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def say(text: str) -> None:
-    """A line on stderr."""
+    """Print a line on stderr."""
     click.echo(text, err=True)
 
 
 def print_json(value: Any) -> None:
-    """JSON on stdout."""
+    """Print JSON on stdout."""
     click.echo(json.dumps(value, indent=1))
+
+
+def show(value: Any, as_json: bool, *lines: str) -> None:
+    """Print `value` as JSON, or else `lines`, on stdout."""
+    if as_json:
+        print_json(value)
+    else:
+        click.echo("\n".join(lines))
+
+
+def verdict_status(verdict: Verdict) -> int:
+    """The exit status of a verdict; an error if nothing was compared."""
+    if not verdict.n_total:
+        return ERROR
+    return FRAUD if verdict.fraud_detected else PASS

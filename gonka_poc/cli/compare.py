@@ -1,21 +1,27 @@
-"""Artifacts against artifacts on this machine: the L2 distance of each nonce, and the protocol's verdict."""
+"""Compare artifacts with artifacts on this machine: the L2 distance of each nonce, and the protocol's verdict."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from gonka_poc.cli.artifact_file import ArtifactFile
 from gonka_poc.data import VECTOR_DTYPE, Artifact, StatTest, decode_vector, encode_vector
-from gonka_poc.errors import ToolError
+from gonka_poc.errors import ToolError, printable
 from gonka_poc.validation import Verdict, validate_artifacts
+
+HEAD = ("file", "compared", "differ", "median L2", "largest L2", "p-value", "verdict")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`distances`: float64, of the nonces in both files whose vectors can be read; the verdict is over all in both."""
+    """`distances`: float64, of the nonces in both files with readable vectors; the verdict is over all in both."""
 
     name: str
     distances: np.ndarray
@@ -23,17 +29,39 @@ class Comparison:
 
     @property
     def largest(self) -> float:
-        """The largest distance; NaN where there is none."""
+        """The largest distance; NaN if there is none."""
         return float(self.distances.max()) if len(self.distances) else float("nan")
 
     @property
     def median(self) -> float:
-        """The distance in the middle; NaN where there is none."""
+        """The median distance; NaN if there is none."""
         return float(np.median(self.distances)) if len(self.distances) else float("nan")
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The row of a table under HEAD."""
+        verdict = self.verdict
+        word = "FRAUD" if verdict.fraud_detected else "pass" if verdict.n_total else "nothing to compare"
+        figures = (f"{self.median:.2e}", f"{self.largest:.2e}", f"{verdict.p_value:.2g}")
+        return self.name, str(verdict.n_total), str(verdict.n_mismatch), *figures, word
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The comparison for JSON, which has no NaN."""
+        median, largest = (self.median, self.largest) if len(self.distances) else (None, None)
+        return {**asdict(self.verdict), "median": median, "largest": largest}
+
+
+def print_table(comparisons: Iterable[Comparison]) -> None:
+    """Print a row for each comparison."""
+    table = Table(*HEAD)
+    for comparison in comparisons:
+        table.add_row(*(Text(printable(cell)) for cell in comparison.cells))
+    Console().print(table)
 
 
 def compare(name: str, received: ArtifactFile, computed: ArtifactFile, stat_test: StatTest) -> Comparison:
-    """`received` judged as if `computed` were what the validator recomputed. Raises ToolError if they cannot be."""
+    """Judge `received` as if the validator had recomputed `computed`. Raises ToolError if they do not fit together."""
     if received.k_dim != computed.k_dim:
         raise ToolError(f"{name} has vectors of length {received.k_dim}, what it is compared with of {computed.k_dim}")
     by_nonce = {artifact.nonce: artifact.vector_b64 for artifact in received.artifacts}
@@ -48,7 +76,7 @@ def compare(name: str, received: ArtifactFile, computed: ArtifactFile, stat_test
 
 
 def finite_vector(artifact: Artifact, k_dim: int) -> np.ndarray:
-    """The vector of an artifact, float16 [k_dim]. Raises ToolError where it is none."""
+    """The vector of an artifact, float16 [k_dim]. Raises ToolError if it has none."""
     vector = decode_vector(artifact.vector_b64, k_dim)
     if vector is None or not np.isfinite(vector).all():
         raise ToolError(f"nonce {artifact.nonce}: the vector is not base64 of {k_dim} finite little-endian float16")

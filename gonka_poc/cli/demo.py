@@ -1,164 +1,125 @@
-"""The demo: the main job of a host and of its validator, on a tiny random model and a real server."""
+"""`gonka-poc demo`: the main job of a host and of its validator, on a tiny random model and a real server."""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import click
+from rich.console import Console
+from rich.table import Table
+
 from gonka_poc.cli.artifact_file import ArtifactFile
-from gonka_poc.cli.client import PoCClient, round_request
-from gonka_poc.cli.polling import wait_until
+from gonka_poc.cli.checks import Case, CaseResult, Finding, work_folder
+from gonka_poc.cli.coexist import chat_during_round
+from gonka_poc.cli.common import ERROR, PASS, json_option, print_json, say
+from gonka_poc.cli.compare import with_turned_vectors
+from gonka_poc.cli.e2e import judge
+from gonka_poc.cli.prover import Prover, RoundSizes, client_of, server_of
 from gonka_poc.cli.server_process import ServerProcess
 from gonka_poc.cli.tiny_model import make_tiny_model
-from gonka_poc.data import VECTOR_DTYPE, Artifact, StatTest, decode_vector, encode_vector
-from gonka_poc.errors import ServerAnswerError, ServerStartError, UnsupportedServerError
+from gonka_poc.errors import UnsupportedServerError
 from gonka_poc.vllm_compat import is_cpu_build
 
-MODEL = "tiny"
-NONCES = 64
-BATCH_SIZE = 16
-SEQ_LEN = 64
-K_DIM = 12
-CHATS = 5
-CHAT_TOKENS = 16
-SERVER_OPTIONS = (
-    *("--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager"),
-    *("--max-model-len", "256", "--max-num-batched-tokens", str(BATCH_SIZE * SEQ_LEN)),
+SIZES = RoundSizes(nonces=64, seq_len=64, k_dim=12, batch_size=16)
+CHATS, CHAT_TOKENS = 5, 16
+SERVER_ARGS = (
+    *("--dtype", "float32", "--enforce-eager", "--max-model-len", "256"),
+    *("--max-num-batched-tokens", str(SIZES.batch_size * SIZES.seq_len)),
 )
-ROUND_DEADLINE_SEC = 60.0
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the demo's table. `ok` is whether what happened is what must happen."""
+class Step(CaseResult):
+    """A step of the demo, and how fast it went."""
 
-    step: str
-    result: str
-    rate: str
-    ok: bool
+    rate: str = ""
 
 
-def run_demo(say: Say) -> list[Row]:
-    """Generate, chat while a round generates, restart, validate, and try two frauds; everything is stopped at the end.
+def demo(work: Path) -> Iterator[Step]:
+    """Generate, chat while a round generates, restart, validate, and try two frauds; the server is stopped at the end.
 
-    Returns the rows of the table. Raises UnsupportedServerError where vLLM is not the build for the CPU (the demo would
-    take a GPU's memory from what runs on it), ServerStartError or ServerAnswerError; with the last two the server's log
-    is kept.
+    Raises UnsupportedServerError if vLLM is not built for the CPU, ServerStartError or ServerAnswerError.
     """
     if not is_cpu_build():
         raise UnsupportedServerError(
             "the demo runs on vLLM for the CPU, so that it takes no memory of a GPU in use; against the server of this "
             "host use `gonka-poc generate` and `gonka-poc validate`"
         )
-    work = Path(tempfile.mkdtemp(prefix="gonka-poc-demo-"))
-    log = work / "server.log"
+    _say("making a tiny random model")
+    server = server_of(make_tiny_model(work / "tiny"), work, SERVER_ARGS)
     try:
-        rows = list(_rows(work, log, say))
-    except (ServerStartError, ServerAnswerError):
-        say(f"the server's log: {log}")
-        raise
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    if all(row.ok for row in rows):
-        shutil.rmtree(work, ignore_errors=True)
-    else:
-        say(f"the server's log: {log}")
-    return rows
-
-
-def _rows(work: Path, log: Path, say: Say) -> Iterator[Row]:
-    say("making a tiny random model")
-    model = make_tiny_model(work / MODEL)
-    file = ArtifactFile(
-        model=MODEL, seq_len=SEQ_LEN, k_dim=K_DIM, block_hash="demo-block", block_height=1, public_key="demo-host"
-    )
-    server = ServerProcess(model, log_file=log, args=SERVER_OPTIONS, env={"POC_OUTBOX_PATH": ":memory:"})
-    try:
-        say("starting the server")
-        with _timed() as start:
-            server.start()
-        yield Row("start the server", f"{server.url}", f"{start.seconds:.0f} s", True)
-        with PoCClient(server.url) as client:
-            say(f"generating {NONCES} artifacts")
-            yield _generate(client, file)
-            say(f"chatting {CHATS} times while a round generates")
-            yield _chat_beside_round(client, file)
-        say("restarting the server")
-        with _timed() as start:
-            server.restart()
-        yield Row("restart the server", f"{server.url}", f"{start.seconds:.0f} s", True)
-        with PoCClient(server.url) as client:
-            say("validating: honest, under another public key, with tampered vectors")
-            yield _validate(client, "validate the same nonces", file, fraud=False)
-            other_key = file.model_copy(update={"public_key": "another-host"})
-            yield _validate(client, "validate under a wrong public key", other_key, fraud=True)
-            yield _validate(client, "validate with two tampered vectors", _tampered(file), fraud=True)
+        _say("starting the server")
+        yield _step("start the server", partial(_come_up, server, server.start))
+        with client_of(server) as client:
+            prover = Prover(client, SIZES)
+            file = prover.artifact_file()
+            _say(f"generating {SIZES.nonces} artifacts")
+            yield _step("generate", partial(_generate, prover, file), SIZES.nonces, "nonces/s")
+            _say(f"chatting {CHATS} times while a round generates")
+            chat = partial(chat_during_round, client, file, SIZES.batch_size, CHATS, CHAT_TOKENS)
+            yield _step("chat while generating", chat, CHATS * CHAT_TOKENS, "tokens/s")
+        _say("restarting the server")
+        yield _step("restart the server", partial(_come_up, server, server.restart))
+        _say("validating: honest, under another public key, with tampered vectors")
+        claims = {
+            "validate the same nonces": file,
+            "validate under a wrong public key": file.model_copy(update={"public_key": "another-host"}),
+            "validate with two tampered vectors": with_turned_vectors(file, 2),
+        }
+        with client_of(server) as client:
+            for name, claim in claims.items():
+                verdict = partial(judge, client, claim, SIZES.batch_size, claim is not file)
+                yield _step(name, verdict, SIZES.nonces, "nonces/s")
     finally:
-        say("stopping the server")
+        _say("stopping the server")
         server.stop()
 
 
-def _generate(client: PoCClient, file: ArtifactFile) -> Row:
-    with _timed() as elapsed:
-        client.generate(file, range(NONCES), BATCH_SIZE, file.artifacts.extend)
-    count = len(file.artifacts)
-    return Row("generate", f"{count} artifacts", f"{count / elapsed.seconds:.0f} nonces/s", count == NONCES)
+def _say(text: str) -> None:
+    say(f"==> {text}")
 
 
-def _chat_beside_round(client: PoCClient, file: ArtifactFile) -> Row:
-    """Chat during a round: every chat is answered, alike, and the round goes on after them."""
-    client.init_generate(round_request(file, BATCH_SIZE))
-    before = _moves_on(client, 0)
-    with _timed() as elapsed:
-        answers = [client.chat(MODEL, "Hello", CHAT_TOKENS) for _ in range(CHATS)]
-    after = _moves_on(client, before)
-    client.stop()
-    same = len(set(answers)) == 1
-    result = f"{CHATS} chats answered{'' if same else ', not alike'}; {after} nonces meanwhile"
-    return Row("chat while generating", result, f"{CHATS * CHAT_TOKENS / elapsed.seconds:.0f} tokens/s", same)
+def _step(name: str, case: Case, count: int = 0, unit: str = "") -> Step:
+    """Run a case and time it; the rate is of `count` things, or the time itself."""
+    started = time.monotonic()
+    finding = case()
+    seconds = max(time.monotonic() - started, 1e-9)
+    return Step(name, *finding, rate=f"{count / seconds:.0f} {unit}" if count else f"{seconds:.0f} s")
 
 
-def _moves_on(client: PoCClient, before: int) -> int:
-    """The nonces that the round has processed, once they are more than `before`."""
-    if not wait_until(lambda: client.total_processed() > before, ROUND_DEADLINE_SEC):
-        raise ServerAnswerError(f"the round made no progress in {ROUND_DEADLINE_SEC:.0f} s")
-    return client.total_processed()
+def _come_up(server: ServerProcess, start: Callable[[], None]) -> Finding:
+    start()
+    return Finding(True, server.url)
 
 
-def _validate(client: PoCClient, step: str, file: ArtifactFile, fraud: bool) -> Row:
-    with _timed() as elapsed:
-        verdict = client.validate(file, StatTest(), BATCH_SIZE)
-    name = "fraud" if verdict.fraud_detected else "pass"
-    result = f"{name}: {verdict.n_mismatch} of {verdict.n_total} differ, p = {verdict.p_value:.2g}"
-    rate = f"{verdict.n_total / elapsed.seconds:.0f} nonces/s"
-    return Row(step, result, rate, verdict.fraud_detected == fraud and verdict.n_total == NONCES)
+def _generate(prover: Prover, file: ArtifactFile) -> Finding:
+    prover.client.generate(file, range(SIZES.nonces), SIZES.batch_size, file.artifacts.extend)
+    return Finding(len(file.artifacts) == SIZES.nonces, f"{len(file.artifacts)} artifacts")
 
 
-def _tampered(file: ArtifactFile) -> ArtifactFile:
-    """`file` with two vectors turned the other way."""
-    changed = []
-    for artifact in file.artifacts[:2]:
-        vector = decode_vector(artifact.vector_b64, file.k_dim)
-        assert vector is not None
-        changed.append(Artifact(nonce=artifact.nonce, vector_b64=encode_vector((-vector).astype(VECTOR_DTYPE))))
-    return file.model_copy(update={"artifacts": changed + file.artifacts[2:]})
+@click.command("demo")
+@json_option
+def demo_command(as_json: bool) -> int:
+    """Run the main job on this machine, without a GPU: generate, chat, restart, validate, catch two frauds.
 
-
-@dataclass
-class _Elapsed:
-    seconds: float = 0.0
-
-
-@contextmanager
-def _timed() -> Iterator[_Elapsed]:
-    elapsed, started = _Elapsed(), time.monotonic()
-    yield elapsed
-    elapsed.seconds = max(time.monotonic() - started, 1e-9)
+    \b
+    gonka-poc demo
+    """
+    steps: list[Step] = []
+    with work_folder("demo", steps) as work:
+        steps.extend(demo(work))
+    ok = all(step.ok for step in steps)
+    if as_json:
+        print_json(
+            {"ok": ok, "steps": [{"step": s.name, "result": s.result, "rate": s.rate, "ok": s.ok} for s in steps]}
+        )
+        return PASS if ok else ERROR
+    table = Table("step", "result", "rate", "verdict")
+    for step in steps:
+        table.add_row(step.name, step.result, step.rate, "ok" if step.ok else "FAILED")
+    Console().print(table)
+    return PASS if ok else ERROR

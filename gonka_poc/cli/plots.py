@@ -1,4 +1,4 @@
-"""Plots by matplotlib (an extra, `tools`), light and dark, and in the terminal."""
+"""Plots by matplotlib (the extra `tools`), light and dark, and histograms in the terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gonka_poc.errors import ArtifactFileError, ToolError
+from gonka_poc.cli.artifact_file import writing
+from gonka_poc.errors import ToolError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,7 +25,7 @@ TERMINAL_WIDTH = 50
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a plot; `series` are told apart also without colour vision."""
+    """Colours of a plot; those of `series` can be told apart without colour vision."""
 
     paper: str
     ink: str
@@ -44,9 +45,9 @@ def theme_of(name: str) -> Theme:
 def distance_histogram(
     series: Mapping[str, np.ndarray], thresholds: Mapping[str, float], title: str, theme: Theme
 ) -> Figure:
-    """L2 distances, a row a series over one axis; each threshold is a line with its name.
+    """L2 distances, one row per series over a common axis; each threshold is a line with its name.
 
-    Both axes are logarithmic: a few tampered nonces of many, hundreds of times further away, are still seen.
+    Both axes are logarithmic, so that a few tampered nonces of many, hundreds of times further away, are visible.
     """
     figure, rows = _empty(title, len(series), theme)
     drawn = [np.maximum(values, SAME) for values in series.values()]
@@ -66,7 +67,7 @@ def distance_histogram(
 
 
 def value_histogram(values: np.ndarray, marks: Mapping[str, float], title: str, theme: Theme) -> Figure:
-    """Threshold distances on a plain axis, with marks."""
+    """Threshold distances on a linear axis, with marks."""
     figure, (axes,) = _empty(title, 1, theme)
     axes.hist(values, NUM_BINS, color=theme.series[0], edgecolor=theme.paper, linewidth=0.5, alpha=0.75)
     axes.set_xlabel("distance to the target", color=theme.ink)
@@ -76,7 +77,7 @@ def value_histogram(values: np.ndarray, marks: Mapping[str, float], title: str, 
 
 
 def stacked_bars(bars: Mapping[str, Mapping[str, float]], title: str, label: str, theme: Theme) -> Figure:
-    """A horizontal bar each, of named parts one after another; a part has one colour in all bars."""
+    """Horizontal bars of named parts; a part has the same colour in all bars."""
     figure, (axes,) = _empty(title, 1, theme)
     names = list(dict.fromkeys(name for parts in bars.values() for name in parts))
     starts = dict.fromkeys(bars, 0.0)
@@ -101,10 +102,8 @@ def stacked_bars(bars: Mapping[str, Mapping[str, float]], title: str, label: str
 
 def save_png(figure: Figure, path: Path) -> None:
     """Write `figure` to `path`. Raises ArtifactFileError."""
-    try:
+    with writing(path):
         path.write_bytes(_rendered(figure, "png"))
-    except OSError as error:
-        raise ArtifactFileError(f"cannot write {path}: {error.strerror}") from error
 
 
 def as_svg(figure: Figure) -> bytes:
@@ -113,7 +112,7 @@ def as_svg(figure: Figure) -> bytes:
 
 
 def terminal_histogram(values: np.ndarray, mark: float, rows: int = 20) -> list[str]:
-    """A line a bin: its lower end, a bar, its count; the bin of `mark` is pointed at."""
+    """One line per bin: its lower end, a bar, its count; an arrow marks the bin of `mark`."""
     counts, edges = np.histogram(values, rows)
     longest = max(int(counts.max()), 1)
     lines = []
@@ -126,7 +125,7 @@ def terminal_histogram(values: np.ndarray, mark: float, rows: int = 20) -> list[
 
 
 def _empty(title: str, num_rows: int, theme: Theme) -> tuple[Figure, list[Any]]:
-    """A figure with a row of axes a series. Raises ToolError where matplotlib is missing."""
+    """A figure with `num_rows` rows of axes. Raises ToolError if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure as NewFigure
     except ImportError as error:
@@ -157,18 +156,12 @@ def _mark(axes: Any, marks: Mapping[str, float], theme: Theme) -> None:
 
 def _legend(axes: Any, theme: Theme) -> None:
     handles, names = axes.get_legend_handles_labels()
-    axes.figure.legend(
-        handles,
-        [_plain(name) for name in names],
-        loc="outside lower left",
-        ncols=3,
-        frameon=False,
-        labelcolor=theme.ink,
-    )
+    style = {"loc": "outside lower left", "ncols": 3, "frameon": False, "labelcolor": theme.ink}
+    axes.figure.legend(handles, [_plain(name) for name in names], **style)
 
 
 def _plain(text: str) -> str:
-    """`text` with nothing that matplotlib would read as mathematics."""
+    """`text` with dollar signs escaped, which matplotlib would read as mathematics."""
     return text.replace("$", r"\$")
 
 

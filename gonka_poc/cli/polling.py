@@ -1,4 +1,4 @@
-"""Waiting for what can only be asked for, again and again."""
+"""Waiting for a condition by polling."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, interval: float = 0.05) -> bool:
-    """Ask every `interval` seconds until `condition` holds, for at most `seconds`; whether it did."""
+    """Poll `condition` every `interval` seconds for at most `seconds`; True as soon as it holds, else False."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""A receiver of callbacks: stores what arrives, counts it once, and fails on purpose where it is told to."""
+"""`gonka-poc receive`: a receiver of callbacks that stores them, counts each once, and fails on purpose if asked to."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, TextIO
 
-from gonka_poc.errors import ArtifactFileError, ToolError
+import click
+
+from gonka_poc.cli.common import PASS, FilePath, Share, json_option, say, show
+from gonka_poc.errors import ArtifactFileError, ToolError, printable
 
 MAX_BODY_BYTES = 256 * 1024 * 1024
 SOCKET_TIMEOUT_SEC = 60.0
 
 
 @dataclass(frozen=True)
-class Delivery:
-    """One POST. `duplicate`: it was taken before, under the same Idempotency-Key."""
+class ReceivedCallback:
+    """One POST. `duplicate`: it was accepted before, under the same Idempotency-Key."""
 
     time: float
     path: str
@@ -30,13 +34,13 @@ class Delivery:
     payload: Any
 
     @property
-    def taken(self) -> bool:
-        """Whether the sender was told that it was received."""
+    def accepted(self) -> bool:
+        """True if it was answered with a 2xx."""
         return 200 <= self.answered < 300
 
     @property
     def nonces(self) -> list[int]:
-        """The nonces whose proof it carries, of either protocol."""
+        """The nonces of its artifacts or distances."""
         payload = self.payload if isinstance(self.payload, dict) else {}
         artifacts, nonces = payload.get("artifacts"), payload.get("nonces")
         if isinstance(artifacts, list):
@@ -46,7 +50,7 @@ class Delivery:
 
 @dataclass
 class Summary:
-    """What arrived. `nonces` counts each (block, key, nonce) once; `repeated_nonces` came under two different keys."""
+    """Counts of what arrived: `nonces` has each (block, key, nonce) once, `repeated_nonces` came under two keys."""
 
     posts: int = 0
     taken: int = 0
@@ -58,10 +62,10 @@ class Summary:
 
 
 class Receiver:
-    """An HTTP server on `host`:`port` (0: any free one), as a context manager. Every POST is a callback to it.
+    """An HTTP server on `host`:`port` (0: any free one), as a context manager; it treats every POST as a callback.
 
-    A share of `fail_rate` of the POSTs is answered with `fail_status`. What arrives goes to `out` as JSONL (one line a
-    POST, also of those that failed) and to `on_delivery`, one at a time.
+    A share of `fail_rate` of the POSTs is answered with `fail_status`. Every POST, also a failed one, goes to `out` as
+    a line of JSON and to `on_callback`, one at a time.
     """
 
     def __init__(
@@ -71,11 +75,11 @@ class Receiver:
         out: Path | None = None,
         fail_rate: float = 0.0,
         fail_status: int = 503,
-        on_delivery: Callable[[Delivery], None] | None = None,
+        on_callback: Callable[[ReceivedCallback], None] | None = None,
         seed: int | None = None,
     ) -> None:
         self._fail_rate, self._fail_status = fail_rate, fail_status
-        self._on_delivery = on_delivery
+        self._on_callback = on_callback
         self._random = random.Random(seed)
         self._lock = threading.Lock()
         self._keys: set[str] = set()
@@ -107,7 +111,7 @@ class Receiver:
             self._file.close()
 
     def take(self, path: str, key: str | None, body: bytes) -> int:
-        """Store one POST; returns the status that it is answered with."""
+        """Store one POST; returns the status to answer with."""
         try:
             payload = json.loads(body)
         except ValueError:
@@ -115,30 +119,30 @@ class Receiver:
         with self._lock:
             fail = self._random.random() < self._fail_rate
             status = self._fail_status if fail else 200
-            delivery = Delivery(time.time(), path, key, status, key is not None and key in self._keys, payload)
-            self._count(delivery)
+            callback = ReceivedCallback(time.time(), path, key, status, key is not None and key in self._keys, payload)
+            self._count(callback)
             if self._file is not None:
-                self._file.write(json.dumps(asdict(delivery)) + "\n")
+                self._file.write(json.dumps(asdict(callback)) + "\n")
                 self._file.flush()
-            if self._on_delivery is not None:
-                self._on_delivery(delivery)
+            if self._on_callback is not None:
+                self._on_callback(callback)
         return status
 
-    def _count(self, delivery: Delivery) -> None:
+    def _count(self, callback: ReceivedCallback) -> None:
         summary = self.summary
         summary.posts += 1
-        summary.by_path[delivery.path] = summary.by_path.get(delivery.path, 0) + 1
-        summary.duplicates += delivery.duplicate
-        if not delivery.taken:
+        summary.by_path[callback.path] = summary.by_path.get(callback.path, 0) + 1
+        summary.duplicates += callback.duplicate
+        if not callback.accepted:
             summary.failed_on_purpose += 1
             return
         summary.taken += 1
-        if delivery.duplicate:
+        if callback.duplicate:
             return
-        if delivery.idempotency_key is not None:
-            self._keys.add(delivery.idempotency_key)
-        for nonce in delivery.nonces:
-            proof = (delivery.path, *(str(delivery.payload.get(name)) for name in ("block_hash", "public_key")), nonce)
+        if callback.idempotency_key is not None:
+            self._keys.add(callback.idempotency_key)
+        for nonce in callback.nonces:
+            proof = (callback.path, *(str(callback.payload.get(name)) for name in ("block_hash", "public_key")), nonce)
             summary.repeated_nonces += proof in self._nonces
             self._nonces.add(proof)
         summary.nonces = len(self._nonces)
@@ -155,7 +159,7 @@ class Receiver:
                     return self._answer(413 if length.isdecimal() else 411)
                 body = self.rfile.read(int(length))
                 if len(body) < int(length):
-                    return None  # the sender went away; what came is no callback
+                    return None  # the sender hung up in the middle of the body
                 return self._answer(take(self.path, self.headers.get("idempotency-key"), body))
 
             def _answer(self, status: int) -> None:
@@ -166,3 +170,35 @@ class Receiver:
             def log_message(self, format: str, *args: Any) -> None: ...
 
         return Handler
+
+
+@click.command("receive")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: every one.")
+@click.option("--port", type=click.IntRange(0, 65535), default=9000, show_default=True, help="0: any free one.")
+@click.option("--out", type=FilePath, help="Append every POST to this file, a line of JSON each.")
+@click.option("--fail-rate", type=Share, default=0.0, show_default=True, help="Share of POSTs to fail.")
+@click.option("--fail-status", type=click.IntRange(400, 599), default=503, show_default=True, help="Their status.")
+@click.option("--count", type=click.IntRange(1), help="End after this many POSTs [default: when interrupted]")
+@json_option
+def receive_command(count: int | None, as_json: bool, **receiver_options: Any) -> int:
+    """Receive callbacks: print a line for each, store them, fail on purpose; a summary at the end.
+
+    \b
+    gonka-poc receive --port 9000 --out callbacks.jsonl --fail-rate 0.5
+    """
+    ended = threading.Event()
+
+    def print_callback(callback: ReceivedCallback) -> None:
+        nonces = f"{len(callback.nonces)} nonces" if callback.nonces else "no nonces"
+        again = ", again" if callback.duplicate else ""
+        say(printable(f"{callback.answered} {callback.path} {callback.idempotency_key or 'no key'}: {nonces}{again}"))
+        if count is not None and receiver.summary.posts >= count:
+            ended.set()
+
+    with Receiver(on_callback=print_callback, **receiver_options) as receiver:
+        say(f"receiving callbacks at {receiver.url}; Ctrl-C ends this")
+        with suppress(KeyboardInterrupt):
+            ended.wait()
+    summary = asdict(receiver.summary)
+    show(summary, as_json, *(printable(f"{name.replace('_', ' ')}: {value}") for name, value in summary.items()))
+    return PASS

@@ -1,18 +1,23 @@
-"""References: vectors made on one deployment, written to a file, and what another deployment makes of them."""
+"""`gonka-poc reference`: vectors of one deployment in a file, and a check of another deployment against them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from gonka_poc.cli.artifact_file import ArtifactFile
+import click
+
+from gonka_poc.cli import common
+from gonka_poc.cli.artifact_file import ArtifactFile, read_artifact_file, write_artifact_file
 from gonka_poc.cli.client import PoCClient, Progress, ignore_progress
-from gonka_poc.cli.compare import Comparison, compare, finite_vector
+from gonka_poc.cli.compare import Comparison, compare, finite_vector, print_table
 from gonka_poc.data import MAX_NONCE, NonceSequence, StatTest
-from gonka_poc.errors import ToolError
+from gonka_poc.errors import ArtifactFileError, ToolError
 
 
 def node_nonces(node_id: int, node_count: int, count: int) -> list[int]:
-    """The first `count` nonces of a node, as a round goes through them."""
+    """The first `count` nonces of a node, in the order of a round."""
     nonces = NonceSequence(node_id, node_count).slice(0, count)
     if len(nonces) < count:
         raise ToolError(f"node {node_id} of {node_count} has fewer than {count} nonces up to {MAX_NONCE}")
@@ -20,10 +25,14 @@ def node_nonces(node_id: int, node_count: int, count: int) -> list[int]:
 
 
 def make_reference(
-    client: PoCClient, asked: ArtifactFile, nonces: Sequence[int], batch_size: int, progress: Progress = ignore_progress
+    client: PoCClient,
+    template: ArtifactFile,
+    nonces: Sequence[int],
+    batch_size: int,
+    progress: Progress = ignore_progress,
 ) -> ArtifactFile:
-    """`asked` with the server's artifacts of `nonces`. Raises ToolError if one could not be computed."""
-    file = asked.model_copy(update={"artifacts": []})
+    """`template` with the server's artifacts of `nonces`. Raises ToolError if one could not be computed."""
+    file = template.model_copy(update={"artifacts": []})
     not_computed = client.generate(file, nonces, batch_size, file.artifacts.extend, progress)
     if not_computed:
         raise ToolError(f"the server made NaN or Inf of {not_computed}: no reference")
@@ -38,10 +47,10 @@ def check_reference(
     batch_size: int,
     progress: Progress = ignore_progress,
 ) -> tuple[Comparison, ArtifactFile]:
-    """The reference's artifacts against the server's own of the same nonces; and those.
+    """Compare the reference's artifacts with the server's own of the same nonces; returns those too.
 
-    `model` is the name under which the server has the reference's model; None: the same name. Raises ToolError where
-    the reference itself has something that is no vector.
+    `model` is the name of the reference's model on the server; None: the same name. Raises ToolError if the reference
+    itself has something that is no vector.
     """
     if not reference.artifacts:
         raise ToolError("the reference has no artifacts; there is nothing to check")
@@ -51,3 +60,77 @@ def check_reference(
     nonces = [artifact.nonce for artifact in reference.artifacts]
     client.generate(computed, nonces, batch_size, computed.artifacts.extend, progress)
     return compare("the reference", reference, computed, stat_test), computed
+
+
+@click.group("reference")
+def reference_group() -> None:
+    """Make vectors on one deployment, to check another one with.
+
+    \b
+    gonka-poc reference make --nonces 0-499 --out reference.json
+    gonka-poc reference check reference.json --url http://127.0.0.1:8000
+    """
+
+
+@reference_group.command("make")
+@click.option("--nonces", type=common.Nonces(), help="For example 0-99 [default: the first --count of the node]")
+@common.count_option("--count", 100, "Number of nonces of the node.")
+@common.count_option("--node-id", 0, least=0)
+@common.count_option("--node-count", 1)
+@click.option("--out", type=common.FilePath, required=True, help="The file to write.")
+@common.artifact_options
+@common.server_options
+def make_command(
+    nonces: list[int] | None,
+    count: int,
+    out: Path,
+    model: str | None,
+    batch_size: int,
+    server: common.Server,
+    as_json: bool,
+    **fields: Any,
+) -> int:
+    """Write a file with the server's vectors, in the form that is used across the network.
+
+    \b
+    gonka-poc reference make --count 500 --out reference.json
+    """
+    if out.exists():
+        raise ArtifactFileError(f"{out} exists; a reference is not overwritten")
+    nonces = nonces or node_nonces(fields["node_id"], fields["node_count"], count)
+    with server.client() as client:
+        file = ArtifactFile(model=model or client.model_name(), **fields)
+        with common.progress_bar("computing", len(nonces)) as progress:
+            file = make_reference(client, file, nonces, batch_size, progress)
+    write_artifact_file(out, file)
+    value = {"file": str(out), "artifacts": len(file.artifacts)}
+    common.show(value, as_json, f"{len(file.artifacts)} artifacts in {out}")
+    return common.PASS
+
+
+@reference_group.command("check")
+@click.argument("file", type=common.FilePath)
+@common.renamed_model_option
+@common.batch_size_option
+@click.option("--out", type=common.FilePath, help="Write the server's own vectors here, for `gonka-poc report`.")
+@common.server_options
+def check_command(
+    file: Path, model: str | None, batch_size: int, out: Path | None, server: common.Server, as_json: bool
+) -> int:
+    """Compare the server's vectors with those of FILE, by FILE's thresholds. Exit status: 0 pass, 2 fraud, 1 error.
+
+    \b
+    gonka-poc reference check reference.json --url http://127.0.0.1:8000
+    """
+    content = read_artifact_file(file)
+    with server.client() as client, common.progress_bar("checking", len(content.artifacts)) as progress:
+        found, computed = check_reference(client, content, model, content.stat_test, batch_size, progress)
+    if out is not None:
+        write_artifact_file(out, computed)
+    if as_json:
+        common.print_json(found.figures)
+    else:
+        print_table([found])
+        if found.verdict.not_computed_nonces:
+            click.echo(f"not computed here, so not compared: {found.verdict.not_computed_nonces}")
+    return common.verdict_status(found.verdict)

@@ -1,16 +1,21 @@
-"""A report of files of artifacts against a reference: a table, and a histogram with the threshold drawn in."""
+"""`gonka-poc report`: files of artifacts compared with a reference, as a table and a histogram."""
 
 from __future__ import annotations
 
 import base64
 import html
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gonka_poc.cli.artifact_file import ArtifactFile
-from gonka_poc.cli.compare import Comparison
-from gonka_poc.cli.plots import DARK, LIGHT, Theme, as_svg, distance_histogram
+import click
+
+from gonka_poc.cli.artifact_file import ArtifactFile, read_artifact_file, writing
+from gonka_poc.cli.common import PASS, FilePath, dist_threshold_option, json_option, print_json, theme_option
+from gonka_poc.cli.compare import HEAD, Comparison, compare, print_table
+from gonka_poc.cli.plots import DARK, LIGHT, Theme, as_svg, distance_histogram, save_png, theme_of
 from gonka_poc.data import StatTest
+from gonka_poc.errors import ArtifactFileError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,16 +59,7 @@ td:last-child {{ font-weight: 600; }}
 </body>
 </html>
 """
-HEAD = ("file", "compared", "differ", "median L2", "largest L2", "p-value", "verdict")
 TITLE = "Artifacts against their reference"
-
-
-def row_of(comparison: Comparison) -> tuple[str, ...]:
-    """The cells of a comparison under HEAD."""
-    verdict = comparison.verdict
-    word = "FRAUD" if verdict.fraud_detected else "pass" if verdict.n_total else "nothing to compare"
-    figures = (f"{comparison.median:.2e}", f"{comparison.largest:.2e}", f"{verdict.p_value:.2g}")
-    return comparison.name, str(verdict.n_total), str(verdict.n_mismatch), *figures, word
 
 
 def plot_of(comparisons: Sequence[Comparison], stat_test: StatTest, theme: Theme) -> Figure:
@@ -73,10 +69,10 @@ def plot_of(comparisons: Sequence[Comparison], stat_test: StatTest, theme: Theme
 
 
 def as_html(reference: ArtifactFile, comparisons: Sequence[Comparison], stat_test: StatTest) -> str:
-    """One page that needs nothing else, light or dark as the reader has it."""
+    """A self-contained page, light or dark as the reader has it."""
     about = (
         f"Reference: {len(reference.artifacts)} artifacts of {reference.model}, block {reference.block_hash}, key "
-        f"{reference.public_key}, {reference.seq_len} tokens a nonce. A nonce differs where the L2 distance is over "
+        f"{reference.public_key}, {reference.seq_len} tokens per nonce. A nonce differs where the L2 distance is over "
         f"{stat_test.dist_threshold:g}; it is a fraud where an honest host, of whose nonces {stat_test.p_mismatch:g} "
         f"differ, would have that many with a probability under {stat_test.fraud_threshold:g}."
     )
@@ -89,7 +85,54 @@ def as_html(reference: ArtifactFile, comparisons: Sequence[Comparison], stat_tes
         dark_plot=base64.b64encode(as_svg(plot_of(comparisons, stat_test, DARK))).decode(),
         head="".join(f"<th>{cell}</th>" for cell in HEAD),
         rows="\n".join(
-            f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row_of(comparison))}</tr>"
+            f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in comparison.cells)}</tr>"
             for comparison in comparisons
         ),
     )
+
+
+@click.command("report")
+@click.argument("files", metavar="REFERENCE FILE...", type=FilePath, nargs=-1, required=True)
+@click.option("--png", type=FilePath, help="Write the histogram here (needs matplotlib).")
+@click.option("--html", "page", type=FilePath, help="Write one self-contained page here (needs matplotlib).")
+@dist_threshold_option
+@theme_option
+@json_option
+def report_command(
+    files: tuple[Path, ...],
+    png: Path | None,
+    page: Path | None,
+    dist_threshold: float | None,
+    theme: str,
+    as_json: bool,
+) -> int:
+    """Show L2 distances of the vectors of each FILE from those of the first, with the thresholds of the first.
+
+    It only shows what is in the files, and ends with 0 also if that is a fraud; for a verdict use `validate`.
+
+    \b
+    gonka-poc report recomputed.json honest.json tampered.json --html report.html --png report.png
+    """
+    if len(files) < 2:
+        raise click.UsageError("name the reference, and one file or more to compare with it")
+    first, *others = (read_artifact_file(file) for file in files)
+    stat_test: StatTest = first.stat_test
+    if dist_threshold is not None:
+        stat_test = stat_test.model_copy(update={"dist_threshold": dist_threshold})
+    comparisons = []
+    for path, other in zip(files[1:], others, strict=True):
+        different = [name for name in first.differences(other) if name != "model"]  # a name may differ between hosts
+        if different:
+            what = ", ".join(different)
+            raise ArtifactFileError(f"{path} and {files[0]} cannot be compared: they have another {what}")
+        comparisons.append(compare(path.stem, other, first, stat_test))
+    if as_json:
+        print_json([{"file": str(path), **found.figures} for path, found in zip(files[1:], comparisons, strict=True)])
+    else:
+        print_table(comparisons)
+    if png is not None:
+        save_png(plot_of(comparisons, stat_test, theme_of(theme)), png)
+    if page is not None:
+        with writing(page):
+            page.write_text(as_html(first, comparisons, stat_test), encoding="utf-8")
+    return PASS

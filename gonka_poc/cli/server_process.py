@@ -1,4 +1,4 @@
-"""A vLLM server as a child process: started on a free port, awaited, ended with all of its workers."""
+"""A vLLM server as a child process."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class ServerProcess:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the server's process is gone, by itself or not."""
+        """True once the server's process is gone."""
         return self._process is None or self._process.poll() is not None
 
     def start(self) -> None:
@@ -90,7 +90,7 @@ class ServerProcess:
             raise
 
     def stop(self) -> None:
-        """End the server politely, then by force, with every process of its group."""
+        """SIGTERM, then after a grace time SIGKILL, to every process of the server's group."""
         if self._process is None:
             return
         self._signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""A tiny random model with a tokenizer, made locally: enough to try everything without a download."""
+"""A tiny random model with a tokenizer, made locally, to try everything without a download."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ CHAT_TEMPLATE = (
 
 
 def make_tiny_model(folder: Path, seed: int = 0) -> Path:
-    """A Qwen3-shaped checkpoint of 2.9 million float32 weights drawn with `seed`, in `folder`.
+    """Write a Qwen3-shaped checkpoint of 2.9 million float32 weights drawn with `seed`; returns `folder`.
 
-    The same seed gives the same weights. `folder` appears whole or not at all; one that is there is replaced.
-    Returns `folder`.
+    The same seed gives the same weights. An existing `folder` is replaced, as a whole or not at all.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tiny-model-") as scratch:
@@ -90,7 +89,7 @@ def _write_weights(file: Path, seed: int) -> None:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """One token a byte, after the special ones: any text can be written in it."""
+    """One token per byte, after the special ones, so that any text can be written."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -17,7 +17,7 @@ import numpy as np
 
 from gonka_poc.cli.artifact_file import ArtifactFile
 from gonka_poc.cli.polling import wait_until
-from gonka_poc.cli.receive import Delivery, Receiver
+from gonka_poc.cli.receive import ReceivedCallback, Receiver
 from gonka_poc.cli.server_process import ServerProcess
 from gonka_poc.data import Artifact, decode_vector, encode_vector
 
@@ -248,9 +248,9 @@ def callback_receiver() -> Iterator[tuple[str, list[tuple[str, dict[str, Any]]]]
     """
     received: list[tuple[str, dict[str, Any]]] = []
 
-    def add(delivery: Delivery) -> None:
+    def add(delivery: ReceivedCallback) -> None:
         if not delivery.duplicate:
             received.append((delivery.path, delivery.payload))
 
-    with Receiver(on_delivery=add) as receiver:
+    with Receiver(on_callback=add) as receiver:
         yield receiver.url, received

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gonka_poc.cli.bench import ONLY_OFFLINE, Bench
+from gonka_poc.cli.bench_measure import ONLY_OFFLINE, Bench
 from tests.engine.support import DATA, MODEL, ROOT, ServerConfig, Servers
 
 SEQ_LEN, BATCH = 64, 4

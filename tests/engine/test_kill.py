@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gonka_poc.callbacks.admin import summary
-from gonka_poc.cli.receive import Delivery, Receiver
+from gonka_poc.cli.receive import ReceivedCallback, Receiver
 from tests.engine.support import GOLDEN_LIMIT, MODEL, POW, Client, ServerConfig, body_of, decoded, max_distance, until
 
 KILLS = int(os.environ.get("POC_TEST_KILLS", "2"))
@@ -35,8 +35,8 @@ def test_nothing_is_lost_when_servers_are_killed(tmp_path: Path) -> None:
     env = (("POC_OUTBOX_PATH", outbox), ("POC_CALLBACK_INTERVAL_SEC", "0.2"))
     config = ServerConfig(args=("--enforce-eager", "--max-num-batched-tokens", "1024"), env=env)
     seen: list[int] = []
-    received: list[Delivery] = []
-    with Receiver(fail_rate=0.5, fail_status=500, on_delivery=received.append, seed=7) as receiver:
+    received: list[ReceivedCallback] = []
+    with Receiver(fail_rate=0.5, fail_status=500, on_callback=received.append, seed=7) as receiver:
         for number in range(KILLS):
             process = config.process(tmp_path / f"server-{number}.log")
             process.start()
@@ -55,7 +55,7 @@ def test_nothing_is_lost_when_servers_are_killed(tmp_path: Path) -> None:
             check(client, received, seen)
 
 
-def check(client: Client, received: list[Delivery], seen: list[int]) -> None:
+def check(client: Client, received: list[ReceivedCallback], seen: list[int]) -> None:
     by_key: dict[str | None, Any] = {}
     for delivery in received:
         body = by_key.setdefault(delivery.idempotency_key, delivery.payload)

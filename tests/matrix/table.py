@@ -122,7 +122,7 @@ def largest_distance(one: Result, other: Result, dtype: str) -> float | None:
     if dtype not in one.vectors or dtype not in other.vectors:
         return None
     a, b = one.vectors[dtype], other.vectors[dtype]
-    if a.asked != b.asked or [x.nonce for x in a.artifacts] != [x.nonce for x in b.artifacts]:
+    if a.identity != b.identity or [x.nonce for x in a.artifacts] != [x.nonce for x in b.artifacts]:
         raise ValueError(f"the vectors of {one.vllm} and {other.vllm} are not of the same spec and nonces")
     return compare(one.vllm, a, b, a.stat_test).largest
 

@@ -1,0 +1,173 @@
+"""`gonka-poc generate`, `validate`, `status` and `stop`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gonka_poc.cli import common
+from gonka_poc.cli.artifact_file import ArtifactFile, read_artifact_file, write_artifact_file
+from gonka_poc.cli.client import PoCClient
+from gonka_poc.data import Artifact
+from gonka_poc.errors import ArtifactFileError
+
+# the file is written again after at least this many more artifacts, so that a killed command loses little
+SAVE_EVERY = 2_000
+STATUS_TIMEOUT_SEC = 30.0
+
+
+@click.command("generate")
+@click.option("--nonces", type=common.Nonces(), required=True, help="For example 0-99 or 3,7,100-199.")
+@click.option("--out", type=common.FilePath, required=True, help="The file to write.")
+@common.artifact_options
+@common.server_options
+def generate_command(
+    nonces: list[int],
+    out: Path,
+    model: str | None,
+    batch_size: int,
+    server: common.Server,
+    as_json: bool,
+    **fields: Any,
+) -> int:
+    """Compute artifacts of NONCES into a file. What the file already holds is not computed again.
+
+    \b
+    gonka-poc generate --nonces 0-99 --out artifacts.json --block-hash HASH --public-key KEY
+    """
+    with server.client() as client:
+        file = ArtifactFile(model=model or client.model_name(), **fields)
+        is_new = not out.exists()
+        if not is_new:
+            file = _resumed(out, file)
+        done = {artifact.nonce for artifact in file.artifacts}
+        missing = [nonce for nonce in nonces if nonce not in done]
+        write_artifact_file(out, file)  # now, so that a path that cannot be written costs no computation
+        _warn_if_generating(client)
+        save_at = _next_save(len(file.artifacts))
+
+        def add(artifacts: list[Artifact]) -> None:
+            nonlocal save_at
+            file.artifacts.extend(artifacts)
+            if len(file.artifacts) >= save_at:
+                write_artifact_file(out, file)
+                save_at = _next_save(len(file.artifacts))
+
+        try:
+            with common.progress_bar("generating", len(missing)) as progress:
+                not_computed = client.generate(file, missing, batch_size, add, progress)
+            write_artifact_file(out, file)
+        except BaseException:
+            if is_new and not file.artifacts:
+                out.unlink(missing_ok=True)
+            else:
+                write_artifact_file(out, file)
+                common.say(f"{len(file.artifacts)} artifacts are kept in {out}; the same command goes on from there")
+            raise
+    lines = [f"{len(file.artifacts)} artifacts in {out}"]
+    if not_computed:
+        lines.append(f"{len(not_computed)} nonces gave NaN or Inf and have no artifact: {not_computed}")
+    value = {"file": str(out), "artifacts": len(file.artifacts), "not_computed_nonces": not_computed}
+    common.show(value, as_json, *lines)
+    return common.PASS
+
+
+def _warn_if_generating(client: PoCClient) -> None:
+    if client.status().status == "GENERATING":
+        common.say(
+            "a round generates there: this waits until it has ended (`gonka-poc stop` ends it, and what waits with it)"
+        )
+
+
+def _resumed(out: Path, wanted: ArtifactFile) -> ArtifactFile:
+    """The existing file. Raises ArtifactFileError if its artifacts are of another kind."""
+    existing = read_artifact_file(out)
+    different = wanted.differences(existing)
+    if different:
+        raise ArtifactFileError(f"{out} exists and has another {', '.join(different)}; name another --out")
+    return existing
+
+
+def _next_save(count: int) -> int:
+    """The number of artifacts at which to write the file again; the steps grow, so that writing stays a small part."""
+    return count + max(SAVE_EVERY, count // 4)
+
+
+@click.command("validate")
+@click.argument("file", type=common.FilePath)
+@common.renamed_model_option
+@common.dist_threshold_option
+@click.option("--p-mismatch", type=common.Share, help="Mismatch rate of an honest host [default: the file's]")
+@click.option("--fraud-threshold", type=common.Share, help="p-value of a fraud [default: the file's]")
+@common.batch_size_option
+@common.server_options
+def validate_command(
+    file: Path, model: str | None, batch_size: int, server: common.Server, as_json: bool, **thresholds: float | None
+) -> int:
+    """Recompute the artifacts of FILE. Exit status: 0 pass, 2 fraud, 1 error (also if nothing was compared).
+
+    \b
+    gonka-poc validate artifacts.json --url http://127.0.0.1:8000
+    """
+    content = read_artifact_file(file)
+    if not content.artifacts:
+        raise ArtifactFileError(f"{file} holds no artifacts; there is nothing to validate")
+    given = {name: value for name, value in thresholds.items() if value is not None}
+    stat_test = content.stat_test.model_copy(update=given)
+    if model is not None:
+        content = content.model_copy(update={"model": model})
+    with server.client() as client:
+        _warn_if_generating(client)
+        with common.progress_bar("validating", len(content.artifacts)) as progress:
+            verdict = client.validate(content, stat_test, batch_size, progress)
+    name = "FRAUD" if verdict.fraud_detected else "pass" if verdict.n_total else "nothing could be compared"
+    lines = [f"{name}: {verdict.n_mismatch} of {verdict.n_total} differ, p = {verdict.p_value:.3g}"]
+    if verdict.not_computed_nonces:
+        lines.append(f"not computed here, so not compared: {verdict.not_computed_nonces}")
+    common.show(dataclasses.asdict(verdict), as_json, *lines)
+    return common.verdict_status(verdict)
+
+
+@click.command("status")
+@common.server_options
+def status_command(server: common.Server, as_json: bool) -> int:
+    """Show what the server generates now.
+
+    \b
+    gonka-poc status --url http://127.0.0.1:8000
+    """
+    with server.client(STATUS_TIMEOUT_SEC) as client:
+        answer = client.status()
+    if as_json:
+        common.print_json(answer.model_dump())
+        return common.PASS
+    table = Table.grid(padding=(0, 2))
+    table.add_row("status", answer.status)
+    for part in (answer.config, answer.stats):
+        for name, value in part or ():
+            table.add_row(name, f"{value:.2f}" if isinstance(value, float) else Text(str(value)))
+    if answer.error:
+        table.add_row("the last round ended", Text(answer.error))
+    Console().print(table)
+    return common.PASS
+
+
+@click.command("stop")
+@common.server_options
+def stop_command(server: common.Server, as_json: bool) -> int:
+    """Stop the round and drop queued requests.
+
+    \b
+    gonka-poc stop --url http://127.0.0.1:8000
+    """
+    with server.client(STATUS_TIMEOUT_SEC) as client:
+        answer = client.stop()
+    was_idle = answer.stopped is not None and not (answer.stopped.round or answer.stopped.requests)
+    common.show(answer.model_dump(), as_json, "nothing was running" if was_idle else "stopped")
+    return common.PASS
