@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from starts import STARTS_FILE, count_server_processes, read_starts
 
 _ENVIRONMENT = pytest.MonkeyPatch()
-ENGINE_TESTS = Path(__file__).parent / "engine"
+# what takes longest begins first, so that both workers are busy to the end
+LONG_FOLDER = Path(__file__).parent / "engine"
+LONG_FILES = {"test_install_cpu.py", "test_install_gpu.py", "test_compiled_layers.py", "test_memory.py"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,16 +47,17 @@ def _group(item: pytest.Item) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Each group in one piece, and those with engines first: the short files fill the workers evenly at the end."""
-    is_engine = dict.fromkeys(map(_group, items), False)
+    """Each group in one piece, and the long ones first."""
+    is_long = dict.fromkeys(map(_group, items), False)
     for item in items:
-        is_engine[_group(item)] |= item.path.is_relative_to(ENGINE_TESTS)
-    place = {group: number for number, group in enumerate(is_engine)}
-    items.sort(key=lambda item: (not is_engine[_group(item)], place[_group(item)]))
+        is_long[_group(item)] |= item.path.is_relative_to(LONG_FOLDER) or item.path.name in LONG_FILES
+    place = {group: number for number, group in enumerate(is_long)}
+    items.sort(key=lambda item: (not is_long[_group(item)], place[_group(item)]))
 
 
-def pytest_terminal_summary(terminalreporter: Iterable[str]) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """How many servers and in-process engines the run started."""
     started = read_starts()
     if started:
-        terminalreporter.write_line("started: " + ", ".join(f"{kind}: {count}" for kind, count in started.items()))
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(started.items()))
+        terminalreporter.write_line(f"started: {counts}")
