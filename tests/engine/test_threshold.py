@@ -117,7 +117,7 @@ def test_honest_and_cheating_provers(server: Client, tmp_path: Path) -> None:
     spec = {"block_hash": who["block_hash"], "public_key": who["public_key"], "seq_len": who["seq_len"]}
     nonces = list(range(6000))
     spec["randomization"] = "sign_flips"
-    calls = [{"spec": spec, "nonces": nonces[start : start + 500]} for start in range(0, len(nonces), 500)]
+    calls = [{"spec": spec, "nonces": nonces[start : start + 128]} for start in range(0, len(nonces), 128)]
     (answer,) = offline(tmp_path, [offline_job("qwen3", "float16", calls)])
     provers = {"float32": distances(server, nonces), "float16": np.concatenate(answer["values"])}
     for dtype, prover in provers.items():
