@@ -3,8 +3,8 @@
     python -m tests.engine.offline JOBS.json ANSWERS.json
 
 JOBS is a list of {model, dtype, hf_overrides, calls: [{spec, nonces}]}, ANSWERS a list of {values, tokens_before,
-tokens_after}, with the values of each call. vLLM's offline class in one process starts a model in seconds, where a
-server needs half a minute.
+tokens_after}, with the values of each call, or of {error} where a model failed. vLLM's offline class in one process
+starts a model in seconds, where a server needs half a minute.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,16 @@ def compute(llm: LLM, spec: dict[str, Any], nonces: list[int]) -> list[Any]:
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """One model: chat, its calls, chat."""
+    """One model: chat, its calls, chat; its failure is a value, so that the others are still tried."""
+    try:
+        return chat_and_calls(job)
+    except Exception:
+        return {"error": traceback.format_exc()}
+    finally:
+        cleanup_dist_env_and_memory()
+
+
+def chat_and_calls(job: dict[str, Any]) -> dict[str, Any]:
     record_start("in-process engines")
     llm = LLM(
         job["model"],
@@ -64,7 +74,6 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         return {"values": values, "tokens_before": before, "tokens_after": tokens()}
     finally:
         llm.llm_engine.engine_core.shutdown()
-        cleanup_dist_env_and_memory()
 
 
 def main() -> None:

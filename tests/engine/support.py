@@ -151,14 +151,17 @@ def parallel(model: str, option: str, *env: tuple[str, str]) -> ServerConfig:
 # --- engines in a process of their own ----------------------------------------------------------------------------
 
 
-def offline(folder: Path, jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The answers of tests/engine/offline.py to `jobs`; `folder` takes its files."""
+def offline(folder: Path, jobs: Sequence[Mapping[str, Any]], may_fail: bool = False) -> list[dict[str, Any]]:
+    """The answers of tests/engine/offline.py to `jobs`; `folder` takes its files. `may_fail`: some may be errors."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "tests.engine.offline", str(folder / "jobs.json"), str(folder / "answers.json")]
     env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=START_SEC * len(jobs))
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
-    return json.loads((folder / "answers.json").read_text())
+    answers = json.loads((folder / "answers.json").read_text())
+    errors = [answer["error"] for answer in answers if "error" in answer]
+    assert may_fail or not errors, errors[0]
+    return answers
 
 
 def offline_job(model: str, dtype: str, calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
