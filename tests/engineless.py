@@ -20,6 +20,17 @@ from gonka_poc.config import Settings
 from gonka_poc.routes import make_app
 from gonka_poc.server.service import PoCService
 
+START_SEC = 60.0
+
+
+def until_started(server: uvicorn.Server, thread: threading.Thread) -> None:
+    """Wait until a server that runs in `thread` accepts connections."""
+    deadline = time.monotonic() + START_SEC
+    while not server.started:
+        assert thread.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
 
 @contextmanager
 def engineless_server(
@@ -58,14 +69,13 @@ def engineless_server(
     uvicorn_server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None))
     thread = threading.Thread(target=uvicorn_server.run)
     thread.start()
-    deadline = time.monotonic() + 10
-    while not uvicorn_server.started and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until_started(uvicorn_server, thread)
     try:
         yield SimpleNamespace(url=f"http://127.0.0.1:{port}", manager=manager)
     finally:
         uvicorn_server.should_exit = True
-        thread.join(10)
+        thread.join(START_SEC)
+        assert not thread.is_alive()
 
 
 def run(*args: str | Path) -> int:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from typing import Any
 
 import httpx
 import pytest
 import uvicorn
+from engineless import START_SEC, until_started
 from fakes import FakeView
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
@@ -20,8 +20,6 @@ from gonka_poc import middleware
 from gonka_poc.cli.server_process import free_port
 from gonka_poc.middleware import PoCMiddleware
 from gonka_poc.routes import PREFIX
-
-START_SEC = 20.0
 
 
 class LiveServer:
@@ -41,11 +39,7 @@ class LiveServer:
         self._patch.setattr(middleware, "ApiView", lambda app: FakeView())
         self._patch.setattr(middleware, "REGISTRY", CollectorRegistry())
         self._thread.start()
-        deadline = time.monotonic() + START_SEC
-        while not self._server.started:
-            assert self._thread.is_alive()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until_started(self._server, self._thread)
         return self
 
     def __exit__(self, *exc_info: Any) -> None:

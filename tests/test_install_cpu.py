@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from starts import record_start
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,6 +50,7 @@ def test_a_python_that_is_none_is_refused():
 def test_the_demo_runs_from_any_folder_and_leaves_nothing(tmp_path):
     """The README's first command, as a second run: nothing to install, seven steps, everything stopped."""
     assert Path(sys.prefix).resolve() == (ROOT / ".venv").resolve(), "run the tests by `bash tests/run.sh`"
+    record_start("servers", 2)  # the demo starts its server again
     answer = install("--cpu", cwd=tmp_path, TMPDIR=str(tmp_path), COLUMNS="120")
     assert answer.returncode == 0, answer.stderr[-3000:]
     assert "nothing to install" in answer.stderr

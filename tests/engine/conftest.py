@@ -1,4 +1,8 @@
-"""One server at a time for all engine tests; a failed test shows the end of its server's log."""
+"""One server at a time per worker, shared by the tests that are marked with its configuration; its log where one fails.
+
+`pytest.mark.server(CONFIG)` puts a test, or all of a module, into the group of that server: pytest-xdist runs a group
+on one worker, whatever file its tests are in, and the fixture `server` is a client of the server.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,33 @@ from typing import Any
 
 import pytest
 
-from tests.engine.support import Servers
+from tests.engine.support import POW, Client, Servers
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    marker = item.get_closest_marker("server")
+    if marker is not None:
+        item.add_marker(pytest.mark.xdist_group(marker.args[0].group))
+
 
 SERVERS = pytest.StashKey[Servers]()
 
 
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Servers]:
-    """Tests that ask for the same configuration one after another share a server."""
+    """Starts servers; tests that ask for the same configuration one after another share one."""
     servers = request.config.stash[SERVERS] = Servers(tmp_path_factory.mktemp("servers"))
     yield servers
     servers.stop()
+
+
+@pytest.fixture
+def server(servers: Servers, request: pytest.FixtureRequest) -> Client:
+    """A client of the server that the test's mark asks for, on which no round runs."""
+    marker = request.node.get_closest_marker("server")
+    client = servers.get(marker.args[0])
+    client.post(f"{POW}/stop")
+    return client
 
 
 @pytest.hookimpl(wrapper=True)

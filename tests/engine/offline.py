@@ -1,9 +1,10 @@
-"""A script: artifact vectors and greedy tokens of several models, one after another in this process.
+"""A script: vectors, distances and greedy tokens of several models, one after another in this process.
 
     python -m tests.engine.offline JOBS.json ANSWERS.json
 
-JOBS is a list of {model, spec, nonces}, ANSWERS a list of {vectors, tokens_before, tokens_after}. vLLM's offline
-class in one process starts a model in seconds, where a server needs half a minute.
+JOBS is a list of {model, dtype, hf_overrides, calls: [{spec, nonces}]}, ANSWERS a list of {values, tokens_before,
+tokens_after}, with the values of each call, or of {error} where a model failed. vLLM's offline class in one process
+starts a model in seconds, where a server needs half a minute.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +22,46 @@ import numpy as np
 from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-from gonka_poc.data import VECTOR_DTYPE
+from gonka_poc.data import spec_from
+from tests.starts import record_start
 
 PROMPT = {"prompt_token_ids": list(range(3, 43))}
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 
+def compute(llm: LLM, spec: dict[str, Any], nonces: list[int]) -> list[Any]:
+    """The vectors of `nonces`, or their distances if `spec` has a randomization."""
+    (answer,) = llm.collective_rpc("poc_compute", args=(spec, nonces))
+    if "error" in answer:
+        raise RuntimeError(answer["error"])
+    asked = spec_from(spec)
+    values = np.frombuffer(answer["values"], dtype=asked.value_dtype)
+    return values.reshape(len(nonces), *asked.value_shape).astype(float).tolist()
+
+
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """One model: chat, vectors, chat."""
+    """One model: chat, its calls, chat; its failure is a value, so that the others are still tried."""
+    try:
+        return chat_and_calls(job)
+    except Exception:
+        return {"error": traceback.format_exc()}
+    finally:
+        cleanup_dist_env_and_memory()
+
+
+def chat_and_calls(job: dict[str, Any]) -> dict[str, Any]:
+    record_start("in-process engines")
     llm = LLM(
         job["model"],
-        dtype="float32",
+        dtype=job["dtype"],
         enforce_eager=True,
         max_model_len=256,
-        max_num_batched_tokens=256,
+        max_num_batched_tokens=2048,
         gpu_memory_utilization=0.2,
         distributed_executor_backend="uni",
         worker_extension_cls="gonka_poc.worker.PoCWorkerExtension",
         enable_prefix_caching=False,
+        hf_overrides=job["hf_overrides"],
     )
 
     def tokens() -> list[int]:
@@ -45,12 +69,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
     try:
         before = tokens()
-        (answer,) = llm.collective_rpc("poc_compute", args=(job["spec"], job["nonces"]))
-        vectors = np.frombuffer(answer["values"], dtype=VECTOR_DTYPE).reshape(len(job["nonces"]), -1)
-        return {"vectors": vectors.astype(float).tolist(), "tokens_before": before, "tokens_after": tokens()}
+        values = [compute(llm, call["spec"], call["nonces"]) for call in job["calls"]]
+        return {"values": values, "tokens_before": before, "tokens_after": tokens()}
     finally:
         llm.llm_engine.engine_core.shutdown()
-        cleanup_dist_env_and_memory()
 
 
 def main() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,13 +27,17 @@ ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "tests" / "data"
 MODEL = "tiny"  # the served model name of every server here
 POW = "/api/v1/pow"
-GOLDEN = [c for c in json.loads((DATA / "end_to_end.json").read_text()) if c["protocol"] == "artifact"]
+CASES = json.loads((DATA / "end_to_end.json").read_text())
+GOLDEN = [case for case in CASES if case["protocol"] == "artifact"]
+GOLDEN_DISTANCES = [case for case in CASES if case["protocol"] == "threshold"]
 # the models were written by transformers 5; what 4, which older releases of vLLM ask for, has under another name
 HF_OVERRIDES = {"qwen3_moe": {"num_experts": 8}}
 # seconds that a server has to start; more where other work keeps the machine busy
 START_SEC = float(os.environ.get("POC_TEST_START_SEC", "300"))
 # the contract's limits for golden vectors (issue 1); measured: float32 2e-7, float16 2e-3
 GOLDEN_LIMIT = {"float32": 1e-4, "float16": 5e-3}
+# the same for distances; measured: float32 2.2e-7, float16 2.7e-5
+DISTANCE_LIMIT = {"float32": 1e-5, "float16": 2e-3}
 
 
 # --- servers ----------------------------------------------------------------------------------------------------
@@ -47,6 +53,11 @@ class ServerConfig:
     env: tuple[tuple[str, str], ...] = ()
     extension: str | None = "gonka_poc.worker.PoCWorkerExtension"
     direct: bool = False
+
+    @property
+    def group(self) -> str:
+        """A name for the tests that share this server."""
+        return f"{self.model}-{self.dtype}-{zlib.crc32(repr(self).encode()):08x}"
 
     def process(self, log_file: Path) -> ServerProcess:
         """The server, not started yet."""
@@ -71,7 +82,10 @@ class DirectServer(ServerProcess):
 
 
 class Servers:
-    """At most one running server: asking for another configuration ends the one before."""
+    """At most one running server: asking for another configuration ends the one before.
+
+    A server that has ended, as tests that kill one leave it, is started again.
+    """
 
     def __init__(self, log_dir: Path) -> None:
         self._log_dir = log_dir
@@ -81,13 +95,12 @@ class Servers:
 
     def get(self, config: ServerConfig) -> Client:
         """A client of a running server with this configuration."""
-        if config != self._config:
+        if self.process is None or config != self._config or self.process.has_ended:
             self.stop()
             self._count += 1
             self.process = config.process(self._log_dir / f"server-{self._count}.log")
             self.process.start()
             self._config = config
-        assert self.process is not None
         return Client(self.process.url)
 
     def stop(self) -> None:
@@ -97,6 +110,11 @@ class Servers:
         self._config = self.process = None
 
 
+# most tests share this one: hardened, and with a route that tries to get a function run on the workers
+PLAIN = ServerConfig(
+    args=("--enforce-eager", "--middleware", "tests.engine.sends_function.SendsFunction"),
+    env=(("VLLM_ALLOW_INSECURE_SERIALIZATION", "0"),),
+)
 # vLLM's own module started directly, with a worker extension for tests that vLLM's development routes can call
 PROBED = ServerConfig(
     args=(
@@ -110,6 +128,52 @@ PROBED = ServerConfig(
     extension="tests.engine.extension.Probe",
     direct=True,
 )
+
+# the server of the tests that measure times
+TIMED = ServerConfig(args=("--enforce-eager", "--max-num-batched-tokens", "4096"))
+
+
+def probed(servers: Servers) -> Client:
+    """The PROBED server; before its first proof it notes where the serving caches are."""
+    client = servers.get(PROBED)
+    client.rpc("poc_test_state")
+    return client
+
+
+def parallel(model: str, option: str, *env: tuple[str, str]) -> ServerConfig:
+    """Two workers: `option` is --tensor-parallel-size or --pipeline-parallel-size."""
+    # one core per worker; without it vLLM says "Not enough allowed NUMA nodes"
+    env = (("VLLM_CPU_OMP_THREADS_BIND", "0|1"), ("VLLM_SERVER_DEV_MODE", "1"), *env)
+    probe = "tests.engine.extension.Probe"
+    return ServerConfig(model, args=("--enforce-eager", option, "2"), env=env, extension=probe, direct=True)
+
+
+# --- engines in a process of their own ----------------------------------------------------------------------------
+
+
+def offline(folder: Path, jobs: Sequence[Mapping[str, Any]], may_fail: bool = False) -> list[dict[str, Any]]:
+    """The answers of tests/engine/offline.py to `jobs`; `folder` takes its files. `may_fail`: some may be errors."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, "-m", "tests.engine.offline", str(folder / "jobs.json"), str(folder / "answers.json")]
+    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=START_SEC * len(jobs))
+    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+    answers = json.loads((folder / "answers.json").read_text())
+    errors = [answer["error"] for answer in answers if "error" in answer]
+    assert may_fail or not errors, errors[0]
+    return answers
+
+
+def offline_job(model: str, dtype: str, calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A job of a golden model; each call is {spec, nonces}."""
+    overrides = HF_OVERRIDES.get(model, {})
+    return {"model": str(DATA / "models" / model), "dtype": dtype, "hf_overrides": overrides, "calls": list(calls)}
+
+
+def spec_of(case: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the spec of a golden case."""
+    names = ("block_hash", "public_key", "seq_len", "k_dim", "poc_stronger_rng", "randomization")
+    return {name: case[name] for name in names if name in case}
 
 
 # --- requests ---------------------------------------------------------------------------------------------------

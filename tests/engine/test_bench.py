@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from gonka_poc.cli.bench_measure import ONLY_OFFLINE, Bench
-from tests.engine.support import DATA, MODEL, ROOT, ServerConfig, Servers
+from tests.engine.support import DATA, MODEL, PLAIN, ROOT, Client
+from tests.starts import record_start
 
 SEQ_LEN, BATCH = 64, 4
 SIZES = ("--seq-len", str(SEQ_LEN), "--batch-size", str(BATCH), "--seconds", "1")
@@ -52,9 +53,10 @@ def assert_consistent(found: Mapping[str, Any], phases: list[str]) -> None:
     assert sum(found["phases"].values()) - found["overlap_seconds"] == pytest.approx(found["batch_seconds"])
 
 
-def test_offline(servers: Servers, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.xdist_group("bench_offline")
+def test_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
-    servers.stop()
+    record_start("in-process engines")
     png = tmp_path / "phases.png"
     model = DATA / "models" / "qwen3"
     found = result_of(bench("--offline", model, "--server-args", SERVER_ARGS, *SIZES, "--png", png, "--json"))
@@ -75,6 +77,7 @@ def test_offline(servers: Servers, tmp_path: Path, capsys: pytest.CaptureFixture
     assert png.stat().st_size > 10_000
 
 
+@pytest.mark.xdist_group("bench_offline")
 @pytest.mark.parametrize(
     ("model", "server_args", "sizes", "text"),
     [
@@ -85,9 +88,9 @@ def test_offline(servers: Servers, tmp_path: Path, capsys: pytest.CaptureFixture
     ids=["option", "model", "k_dim"],
 )
 def test_offline_that_cannot_be(
-    model: str | None, server_args: str, sizes: tuple[str, ...], text: str, servers: Servers, tmp_path: Path
+    model: str | None, server_args: str, sizes: tuple[str, ...], text: str, tmp_path: Path
 ) -> None:
-    servers.stop()
+    record_start("in-process engines", 1 if sizes else 0)
     folder = DATA / "models" / model if model else tmp_path
     (tmp_path / "config.json").write_text("{}")
     done = bench("--offline", folder, "--server-args", server_args, *SIZES, *sizes)
@@ -96,10 +99,10 @@ def test_offline_that_cannot_be(
     assert text in done.stderr, done.stderr[-3000:]
 
 
-def test_a_server(servers: Servers, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.server(PLAIN)
+def test_a_server(server: Client, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
-    client = servers.get(ServerConfig())
-    url = str(client.base_url)
+    url = str(server.base_url)
     found = result_of(bench("--url", url, *SIZES, "--png", tmp_path / "phases.png", "--json"))
     with capsys.disabled():
         print(f"\n{json.dumps(found, indent=1)}")
@@ -110,7 +113,7 @@ def test_a_server(servers: Servers, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert found["phases"]["calls"] > 0
     assert found["model_flops"] is None
     assert (tmp_path / "phases.png").stat().st_size > 10_000
-    assert client.status()["status"] == "IDLE"
+    assert server.status()["status"] == "IDLE"
     too_long = bench("--url", url, *SIZES, "--seq-len", "1025")
     assert too_long.returncode == 1
     assert f"Error: {url.rstrip('/')}/v1/completions" in too_long.stderr

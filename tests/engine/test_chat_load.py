@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.chat_load import Chat, ChatLoad, percentile_ms, unlike
-from tests.engine.support import MODEL, POW, Client, ServerConfig, Servers, body_of, golden_cases, until
+from tests.engine.support import MODEL, POW, TIMED, Client, body_of, golden_cases, until
 
 CHATS = int(os.environ.get("POC_TEST_CHATS", "60"))
 SECONDS = float(os.environ.get("POC_TEST_CHAT_SEC", "20"))
@@ -21,9 +21,7 @@ STEP_BUDGET_MS = 200.0  # POC_MAX_STEP_MS
 ALLOWED_MS = STEP_BUDGET_MS if "POC_TEST_CHATS" in os.environ else 2.5 * STEP_BUDGET_MS
 
 
-@pytest.fixture(scope="module")
-def client(servers: Servers) -> Client:
-    return servers.get(ServerConfig(args=("--enforce-eager", "--max-num-batched-tokens", "4096")))
+pytestmark = [pytest.mark.timing, pytest.mark.server(TIMED)]
 
 
 def both(client: Client, load: Callable[[], list[Chat]]) -> tuple[list[Chat], list[Chat], int]:
@@ -44,21 +42,19 @@ def both(client: Client, load: Callable[[], list[Chat]]) -> tuple[list[Chat], li
     return off, on, computed
 
 
-@pytest.mark.timing
-def test_chats_do_not_feel_proof(client: Client) -> None:
-    load = ChatLoad(str(client.base_url), MODEL, max_tokens=12)
+def test_chats_do_not_feel_proof(server: Client) -> None:
+    load = ChatLoad(str(server.base_url), MODEL, max_tokens=12)
     load.at_random_times(1, 0)  # the first chat compiles the template
-    off, on, computed = both(client, lambda: load.at_random_times(CHATS, SECONDS))
+    off, on, computed = both(server, lambda: load.at_random_times(CHATS, SECONDS))
     assert len(on) == len(off) == CHATS
     assert computed > 0
     assert percentile_ms(on, 95) <= percentile_ms(off, 95) + ALLOWED_MS
 
 
-@pytest.mark.timing
-def test_clients_that_never_pause(client: Client) -> None:
+def test_clients_that_never_pause(server: Client) -> None:
     """There are no gaps for proof but the first moment; chat is as quick as the machine lets it be."""
-    load = ChatLoad(str(client.base_url), MODEL, max_tokens=12)
-    off, on, _ = both(client, lambda: load.without_pauses(CHATS, SECONDS / 2))
+    load = ChatLoad(str(server.base_url), MODEL, max_tokens=12)
+    off, on, _ = both(server, lambda: load.without_pauses(CHATS, SECONDS / 2))
     # the median: the slowest of such a load differ by more than a factor of two from run to run, without proof too
     assert percentile_ms(on, 50) <= 1.5 * percentile_ms(off, 50) + ALLOWED_MS
     assert len(on) >= 0.5 * len(off)

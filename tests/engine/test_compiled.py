@@ -8,6 +8,7 @@ from gonka_poc.vllm_compat import can_skip_compiled
 from tests.engine.support import (
     GOLDEN_LIMIT,
     POW,
+    Client,
     ServerConfig,
     Servers,
     body_of,
@@ -16,11 +17,16 @@ from tests.engine.support import (
     until,
 )
 
+COMPILED = ServerConfig(args=())
+EAGER_LAYERS, COMPILED_LAYERS = (
+    ServerConfig(args=args, env=(("POC_COMPILE", "always"),)) for args in (("--enforce-eager",), ())
+)
+
 
 @pytest.mark.matrix
-def test_compiled_server_before_during_and_after_a_round(servers: Servers) -> None:
+@pytest.mark.server(COMPILED)
+def test_compiled_server_before_during_and_after_a_round(server: Client, servers: Servers) -> None:
     """Where vLLM cannot leave its compiled model aside (0.14), the same on the eager server that we start."""
-    server = servers.get(ServerConfig(args=()))
     assert servers.process is not None
     log = servers.process.log_tail(10_000)
     is_compiled = "enforce_eager=False" in log and "CompilationMode.NONE" not in log
@@ -49,10 +55,16 @@ def test_compiled_server_before_during_and_after_a_round(servers: Servers) -> No
     assert golden_distance(server, cases[0]) < GOLDEN_LIMIT["float32"]
 
 
-@pytest.mark.parametrize("args", [("--enforce-eager",), ()], ids=["eager server", "compiled server"])
-def test_compiled_layers(servers: Servers, args: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    (),
+    [
+        # tests/engine/test_parallel.py has compiled layers on an eager server of two workers
+        pytest.param(id="eager server", marks=[pytest.mark.server(EAGER_LAYERS), pytest.mark.nightly]),
+        pytest.param(id="compiled server", marks=pytest.mark.server(COMPILED_LAYERS)),
+    ],
+)
+def test_compiled_layers(server: Client, servers: Servers) -> None:
     """POC_COMPILE=always does on the CPU what `auto` does on GPUs."""
-    server = servers.get(ServerConfig(args=args, env=(("POC_COMPILE", "always"),)))
     assert servers.process is not None
     assert "'compiled': True" in servers.process.log_tail(10_000), "the layers were not compiled at the start"
     before = server.chat()
@@ -60,15 +72,3 @@ def test_compiled_layers(servers: Servers, args: tuple[str, ...]) -> None:
         assert golden_distance(server, case) < GOLDEN_LIMIT["float32"]
         assert golden_distance(server, case, batch_size=3) < GOLDEN_LIMIT["float32"]
         assert server.chat() == before
-
-
-def test_compiled_layers_of_experts_on_two_workers(servers: Servers) -> None:
-    env = (("VLLM_CPU_OMP_THREADS_BIND", "0|1"), ("POC_COMPILE", "always"))
-    args = ("--enforce-eager", "--tensor-parallel-size", "2")
-    server = servers.get(ServerConfig("qwen3_moe", args=args, env=env))
-    assert servers.process is not None
-    assert servers.process.log_tail(10_000).count("'compiled': True") >= 1
-    before = server.chat()
-    for case in golden_cases("qwen3_moe"):
-        assert golden_distance(server, case, batch_size=3) < GOLDEN_LIMIT["float32"]
-    assert server.chat() == before

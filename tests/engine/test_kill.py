@@ -8,54 +8,69 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import time
-from pathlib import Path
 from typing import Any
+
+import pytest
 
 from gonka_poc.callbacks.admin import summary
 from gonka_poc.cli.receive import ReceivedCallback, Receiver
-from tests.engine.support import GOLDEN_LIMIT, MODEL, POW, Client, ServerConfig, body_of, decoded, max_distance, until
+from tests.engine.support import (
+    GOLDEN_LIMIT,
+    MODEL,
+    POW,
+    Client,
+    ServerConfig,
+    Servers,
+    body_of,
+    decoded,
+    max_distance,
+    until,
+)
 
-KILLS = int(os.environ.get("POC_TEST_KILLS", "2"))
 SEQ_LEN, K_DIM = 16, 12
+pytestmark = pytest.mark.xdist_group("kill")
 
 
-CASE: dict[str, Any] = {
-    "block_hash": "block",
-    "public_key": "key",
-    "nonces": [],
-    "poc_stronger_rng": False,
-    "seq_len": SEQ_LEN,
-    "k_dim": K_DIM,
-}
+def case_of(kills: int) -> dict[str, Any]:
+    """A block of its own for each number of kills."""
+    sizes = {"seq_len": SEQ_LEN, "k_dim": K_DIM, "poc_stronger_rng": False}
+    return {"block_hash": f"block {kills}", "public_key": "key", "nonces": [], **sizes}
 
 
-def test_nothing_is_lost_when_servers_are_killed(tmp_path: Path) -> None:
-    rng, outbox = random.Random(7), str(tmp_path / "outbox")
-    env = (("POC_OUTBOX_PATH", outbox), ("POC_CALLBACK_INTERVAL_SEC", "0.2"))
-    config = ServerConfig(args=("--enforce-eager", "--max-num-batched-tokens", "1024"), env=env)
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> ServerConfig:
+    outbox = tmp_path_factory.mktemp("kill") / "outbox"
+    env = (("POC_OUTBOX_PATH", str(outbox)), ("POC_CALLBACK_INTERVAL_SEC", "0.2"))
+    return ServerConfig(args=("--enforce-eager", "--max-num-batched-tokens", "1024"), env=env)
+
+
+MORE_KILLS = int(os.environ.get("POC_TEST_KILLS", "2"))
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(MORE_KILLS, marks=pytest.mark.nightly)])
+def test_nothing_is_lost_when_servers_are_killed(kills: int, servers: Servers, config: ServerConfig) -> None:
+    case, rng = case_of(kills), random.Random(7)
     seen: list[int] = []
     received: list[ReceivedCallback] = []
     with Receiver(fail_rate=0.5, fail_status=500, on_callback=received.append, seed=7) as receiver:
-        for number in range(KILLS):
-            process = config.process(tmp_path / f"server-{number}.log")
-            process.start()
-            client = Client(process.url)
-            body = {**body_of(CASE), "url": receiver.url, "batch_size": 8}
+        for _ in range(kills):
+            client = servers.get(config)
+            body = {**body_of(case), "url": receiver.url, "batch_size": 8}
             del body["nonces"]
             client.post(f"{POW}/init/generate", json=body).raise_for_status()
             until(lambda client=client: client.status()["stats"]["total_processed"] > 0)
-            time.sleep(rng.uniform(0, 2))
+            time.sleep(rng.uniform(0, 2))  # the kill comes at any moment of the round
             seen.append(client.status()["stats"]["total_processed"])
-            process.kill()
-        last = config.process(tmp_path / "server-last.log")
-        with last:
-            client = Client(last.url)
-            until(lambda: not summary(outbox), 120)
-            check(client, received, seen)
+            assert servers.process is not None
+            servers.process.kill()
+        client = servers.get(config)
+        until(lambda: not summary(dict(config.env)["POC_OUTBOX_PATH"]), 120)
+        check(client, case, received, seen)
 
 
-def check(client: Client, received: list[ReceivedCallback], seen: list[int]) -> None:
+def check(client: Client, case: dict[str, Any], received: list[ReceivedCallback], seen: list[int]) -> None:
     by_key: dict[str | None, Any] = {}
     for delivery in received:
         body = by_key.setdefault(delivery.idempotency_key, delivery.payload)
@@ -65,6 +80,22 @@ def check(client: Client, received: list[ReceivedCallback], seen: list[int]) -> 
     assert nonces == list(range(len(nonces))), "gapless over all servers, and none under two keys"
     assert len(nonces) >= sum(seen), "what /status had counted was durable"
     vectors = {artifact["nonce"]: artifact["vector_b64"] for artifact in artifacts}
-    answer = client.vectors(CASE, nonces, batch_size=64)
+    answer = client.vectors(case, nonces, batch_size=64)
     assert max_distance(answer, decoded([vectors[n] for n in nonces], K_DIM)) < GOLDEN_LIMIT["float32"]
     print(f"{len(seen)} kills: {len(nonces)} nonces in {len(by_key)} batches, {len(received)} tries, served as {MODEL}")
+
+
+def test_a_server_that_is_told_to_end_reports_no_error(servers: Servers, config: ServerConfig) -> None:
+    """In mid-round: what it computed is stored, and what its engine did not finish is no failure."""
+    client, process = servers.get(config), servers.process
+    assert process is not None
+    lines_before = len(process.log_tail(100_000).splitlines())
+    body = body_of(case_of(0))
+    del body["nonces"]
+    client.post(f"{POW}/init/generate", json=body).raise_for_status()
+    until(lambda: client.status()["stats"]["total_processed"] > 0)
+    os.kill(process.pid, signal.SIGTERM)
+    until(lambda: process.has_ended)
+    lines = process.log_tail(100_000).splitlines()[lines_before:]
+    assert any("PoC round stopped" in line for line in lines)
+    assert not [line for line in lines if "ERROR" in line and "PoC" in line]

@@ -63,7 +63,9 @@ def nodes() -> Iterator[tuple[list[str], tuple[str, str], tuple[str, str]]]:
         ip("netns", "del", NAMESPACE)  # its end of the link goes with it, and so the other end
 
 
-@pytest.mark.parametrize("option", ["--tensor-parallel-size", "--pipeline-parallel-size"])
+@pytest.mark.parametrize(
+    "option", ["--tensor-parallel-size", pytest.param("--pipeline-parallel-size", marks=pytest.mark.nightly)]
+)
 def test_two_nodes(option: str, nodes: tuple[list[str], tuple[str, str], tuple[str, str]], tmp_path: Path) -> None:
     run_on_second, addresses, interfaces = nodes
     common = ["--enforce-eager", option, "2", "--nnodes", "2", "--master-addr", addresses[0]]

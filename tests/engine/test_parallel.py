@@ -7,13 +7,14 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.engine.support import (
+    DISTANCE_LIMIT,
     GOLDEN_LIMIT,
     POW,
     Client,
-    ServerConfig,
     Servers,
     assert_ends,
     body_of,
@@ -21,16 +22,17 @@ from tests.engine.support import (
     golden_cases,
     golden_distance,
     max_distance,
+    offline,
+    offline_job,
+    parallel,
     until,
 )
+from tests.engine.test_threshold import distances
 
-# one core a worker; without it vLLM says "Not enough allowed NUMA nodes"
-ENV = (("VLLM_CPU_OMP_THREADS_BIND", "0|1"), ("VLLM_SERVER_DEV_MODE", "1"))
-
-
-def config(model: str, option: str) -> ServerConfig:
-    probe = "tests.engine.extension.Probe"
-    return ServerConfig(model, args=("--enforce-eager", option, "2"), env=ENV, extension=probe, direct=True)
+TENSOR = parallel("qwen3", "--tensor-parallel-size")
+PIPELINE = parallel("qwen3", "--pipeline-parallel-size")
+EXPERTS = parallel("qwen3_moe", "--tensor-parallel-size")
+COMPILED_EXPERTS = parallel("qwen3_moe", "--tensor-parallel-size", ("POC_COMPILE", "always"))
 
 
 def assert_one_failure_fails_once(server: Client, where: str, rank: int | None) -> None:
@@ -58,14 +60,23 @@ def assert_a_slow_rank_is_waited_for(server: Client, rank: int) -> None:
     assert golden_distance(server, case) < GOLDEN_LIMIT["float32"]
 
 
-@pytest.mark.parametrize("model", ["qwen3_moe", pytest.param("qwen3", marks=pytest.mark.matrix)])
-def test_tensor_parallel(servers: Servers, model: str) -> None:
-    server = servers.get(config(model, "--tensor-parallel-size"))
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param("qwen3", marks=[pytest.mark.server(TENSOR), pytest.mark.matrix]),
+        pytest.param("qwen3_moe", marks=[pytest.mark.server(COMPILED_EXPERTS)], id="qwen3_moe, compiled layers"),
+        pytest.param("qwen3_moe", marks=[pytest.mark.server(EXPERTS), pytest.mark.nightly]),
+    ],
+)
+def test_tensor_parallel(server: Client, servers: Servers, model: str, request: pytest.FixtureRequest) -> None:
+    assert servers.process is not None
+    is_compiled = request.node.get_closest_marker("server").args[0] == COMPILED_EXPERTS
+    assert ("'compiled': True" in servers.process.log_tail(10_000)) == is_compiled
     chat = server.chat()
     for case in golden_cases(model):
         assert golden_distance(server, case) < GOLDEN_LIMIT["float32"]
         assert golden_distance(server, case, batch_size=3) < GOLDEN_LIMIT["float32"]
-    assert server.chat() == chat
+        assert server.chat() == chat
     first, second = server.rpc("poc_describe")
     assert first["layers"] == second["layers"]
     assert (first["is_output_rank"], second["is_output_rank"]) == (True, False)
@@ -75,9 +86,9 @@ BENCH_SPEC = {"block_hash": "b", "public_key": "k", "seq_len": 16, "k_dim": 12}
 COMMON_PARTS = {"metadata", "prefill", "forward", "proof_forward"}
 
 
+@pytest.mark.server(TENSOR)
 @pytest.mark.matrix
-def test_bench_under_tensor_parallelism(servers: Servers) -> None:
-    server = servers.get(config("qwen3", "--tensor-parallel-size"))
+def test_bench_under_tensor_parallelism(server: Client) -> None:
     ranks = server.rpc("poc_bench_describe", BENCH_SPEC)
     # 4 layers of 589,824 weights and attention of 8 heads of 32, half on each rank
     flops = 2 * 4 * 589_824 * 16 + 4 * 2 * 8 * (32 + 32) * 16 * 17 / 2
@@ -94,26 +105,38 @@ def test_bench_under_tensor_parallelism(servers: Servers) -> None:
 FAILURES = [("inputs", 0), ("metadata builder", 1), ("projection", 0), ("middle layer", None), ("vectors", 0)]
 
 
+@pytest.mark.server(TENSOR)
 @pytest.mark.matrix
 @pytest.mark.parametrize(("where", "rank"), FAILURES)
-def test_a_failure_under_tensor_parallelism(servers: Servers, where: str, rank: int | None) -> None:
-    server = servers.get(config("qwen3", "--tensor-parallel-size"))
+def test_a_failure_under_tensor_parallelism(server: Client, where: str, rank: int | None) -> None:
     chat = server.chat()
     assert_one_failure_fails_once(server, where, rank)
     assert server.chat() == chat
 
 
+@pytest.mark.server(TENSOR)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_slow_rank_under_tensor_parallelism(servers: Servers, rank: int) -> None:
-    server = servers.get(config("qwen3", "--tensor-parallel-size"))
+def test_a_slow_rank_under_tensor_parallelism(server: Client, rank: int) -> None:
     chat = server.chat()
     assert_a_slow_rank_is_waited_for(server, rank)
     assert server.chat() == chat
 
 
-def test_pipeline_parallel(servers: Servers) -> None:
+@pytest.mark.server(TENSOR)
+def test_permutation_is_the_same_on_two_tensor_parallel_ranks(server: Client, tmp_path: Path) -> None:
+    nonces, spec = list(range(32)), {"randomization": "permutation", "seq_len": 64}
+    together = distances(server, nonces, **spec)
+    spec |= {"block_hash": "block 0", "public_key": "prover"}
+    (answer,) = offline(tmp_path, [offline_job("qwen3", "float32", [{"spec": spec, "nonces": nonces}])])
+    alone = np.array(answer["values"][0])
+    print(f"permutation, TP=2 against TP=1: off by {np.abs(together - alone).max():.1e}")
+    assert np.abs(together - alone).max() < DISTANCE_LIMIT["float32"]
+    assert np.unique(alone).size == len(nonces)
+
+
+@pytest.mark.server(PIPELINE)
+def test_pipeline_parallel(server: Client) -> None:
     # without chat: vLLM's own chat forward asserts on the CPU under pipeline parallelism (intermediate_tensors)
-    server = servers.get(config("qwen3", "--pipeline-parallel-size"))
     for case in golden_cases("qwen3"):
         assert golden_distance(server, case) < GOLDEN_LIMIT["float32"]
         assert golden_distance(server, case, batch_size=3) < GOLDEN_LIMIT["float32"]
@@ -123,8 +146,8 @@ def test_pipeline_parallel(servers: Servers) -> None:
     assert (first["is_output_rank"], second["is_output_rank"]) == (False, True)
 
 
-def test_bench_under_pipeline_parallelism(servers: Servers) -> None:
-    server = servers.get(config("qwen3", "--pipeline-parallel-size"))
+@pytest.mark.server(PIPELINE)
+def test_bench_under_pipeline_parallelism(server: Client) -> None:
     first, second = server.rpc("poc_bench_parts", BENCH_SPEC, [0, 1, 2])
     assert (first["stage"], second["stage"]) == (0, 1)
     assert set(first["seconds"]) == {*COMMON_PARTS, "inputs"}
@@ -135,29 +158,30 @@ def test_bench_under_pipeline_parallelism(servers: Servers) -> None:
         assert golden_distance(server, case) < GOLDEN_LIMIT["float32"]
 
 
+@pytest.mark.server(PIPELINE)
 @pytest.mark.parametrize(("where", "rank"), [("inputs", None), ("metadata builder", 1), ("vectors", None)])
-def test_a_failure_under_pipeline_parallelism(servers: Servers, where: str, rank: int | None) -> None:
-    server = servers.get(config("qwen3", "--pipeline-parallel-size"))
+def test_a_failure_under_pipeline_parallelism(server: Client, where: str, rank: int | None) -> None:
     assert_one_failure_fails_once(server, where, rank)
 
 
+@pytest.mark.server(PIPELINE)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_slow_rank_under_pipeline_parallelism(servers: Servers, rank: int) -> None:
-    assert_a_slow_rank_is_waited_for(servers.get(config("qwen3", "--pipeline-parallel-size")), rank)
+def test_a_slow_rank_under_pipeline_parallelism(server: Client, rank: int) -> None:
+    assert_a_slow_rank_is_waited_for(server, rank)
 
 
-def test_a_rank_that_is_killed(tmp_path: Path) -> None:
+@pytest.mark.server(TENSOR)
+def test_a_rank_that_is_killed(server: Client, servers: Servers) -> None:
     """vLLM cannot go on without a worker: the round ends with a reason, and the server does not stay as a shell."""
-    log = tmp_path / "server.log"
-    with config("qwen3", "--tensor-parallel-size").process(log) as process:
-        client = Client(process.url)
-        pids = {answer["rank"]: answer["pid"] for answer in client.rpc("poc_test_pid")}
-        body = body_of(golden_cases("qwen3")[0])
-        del body["nonces"]
-        client.post(f"{POW}/init/generate", json=body).raise_for_status()
-        until(lambda: client.status()["stats"]["total_processed"] > 0)
-        os.kill(pids[1], signal.SIGKILL)
-        assert_ends(process, client)
-    text = log.read_text()
+    process = servers.process
+    assert process is not None
+    pids = {answer["rank"]: answer["pid"] for answer in server.rpc("poc_test_pid")}
+    body = body_of(golden_cases("qwen3")[0])
+    del body["nonces"]
+    server.post(f"{POW}/init/generate", json=body).raise_for_status()
+    until(lambda: server.status()["stats"]["total_processed"] > 0)
+    os.kill(pids[1], signal.SIGKILL)
+    assert_ends(process, server)
+    text = process.log_tail(10_000)
     assert "died unexpectedly" in text
     assert "PoC round failed" in text or "PoC round stopped" in text

@@ -8,15 +8,13 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
 from gonka_poc.cli.server_process import ServerProcess
-from tests.engine.support import MODEL, POW, Client, ServerConfig, body_of, golden_cases, until
+from tests.engine.support import MODEL, POW, Client, ServerConfig, Servers, body_of, golden_cases, until
 
 CASE = golden_cases("qwen3")[0]
 ROUND = {key: value for key, value in body_of(CASE).items() if key != "nonces"}
@@ -32,11 +30,14 @@ CONFIG = ServerConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    with CONFIG.process(tmp_path_factory.mktemp("priority") / "server.log") as process:
-        Client(process.url).chat()  # what is compiled at the first chat is none of what is measured
-        yield process
+pytestmark = pytest.mark.server(CONFIG)
+
+
+@pytest.fixture
+def process(server: Client, servers: Servers) -> ServerProcess:
+    server.chat()  # what is compiled at the first chat is none of what is measured
+    assert servers.process is not None
+    return servers.process
 
 
 class Stream:
@@ -178,17 +179,3 @@ def test_an_engine_that_is_killed(process: ServerProcess) -> None:
     assert answer.status_code == 503
     assert "the engine is dead" in answer.json()["detail"]
     assert client.status()["status"] == "IDLE"
-
-
-def test_a_server_that_is_told_to_end_reports_no_error(tmp_path: Path) -> None:
-    """In mid-round: what it computed is stored, and what its engine did not finish is no failure."""
-    log = tmp_path / "server.log"
-    with CONFIG.process(log) as process:
-        client = Client(process.url)
-        client.post(f"{POW}/init/generate", json=ROUND).raise_for_status()
-        until(lambda: client.status()["stats"]["total_processed"] > 0)
-        os.kill(process.pid, signal.SIGTERM)
-        until(lambda: process.has_ended)
-    text = log.read_text()
-    assert "PoC round stopped" in text
-    assert not [line for line in text.splitlines() if "ERROR" in line and "PoC" in line]

@@ -9,10 +9,10 @@ import pytest
 
 from tests.engine.support import (
     GOLDEN_LIMIT,
+    PLAIN,
     POW,
     Client,
     ServerConfig,
-    Servers,
     body_of,
     golden_cases,
     golden_distance,
@@ -21,20 +21,32 @@ from tests.engine.support import (
 CASES = golden_cases("qwen3")
 
 
-@pytest.mark.parametrize("allowed", [True, False], ids=["function", "neither"])
-def test_without_the_worker_extension(servers: Servers, allowed: bool) -> None:
-    env = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1" if allowed else "0"}
-    server = servers.get(ServerConfig(extension=None, direct=True, env=tuple(env.items())))
+def without_extension(allowed: bool) -> ServerConfig:
+    """A server whose workers can be reached by a function only, and not even so unless that is allowed."""
+    env = (("VLLM_ALLOW_INSECURE_SERIALIZATION", "1" if allowed else "0"),)
+    args = ("--enforce-eager", "--middleware", "tests.engine.sends_function.SendsFunction")
+    return ServerConfig(args=args, extension=None, direct=True, env=env)
+
+
+def function_runs(server: Client, mark: Path) -> bool:
+    """Whether a function runs on the workers that a client pickles whatever the server's environment says."""
+    answer = server.post(f"/test/function?{quote(str(mark))}")
+    assert ("ran" in answer.text) == mark.exists(), answer.text
+    return mark.exists()
+
+
+@pytest.mark.server(without_extension(allowed=True))
+def test_a_function_is_the_way_where_it_is_allowed(server: Client, tmp_path: Path) -> None:
     chat = server.chat()
-    if allowed:
-        for case in CASES:
-            assert golden_distance(server, case) < GOLDEN_LIMIT["float32"]
-    else:
-        assert_refused_with_both_settings(server)
+    for case in CASES:
+        assert golden_distance(server, case) < GOLDEN_LIMIT["float32"]
+    assert function_runs(server, tmp_path / "mark")
     assert server.chat() == chat
 
 
-def assert_refused_with_both_settings(server: Client) -> None:
+@pytest.mark.server(without_extension(allowed=False))
+def test_neither_way_is_refused_with_both_settings(server: Client) -> None:
+    chat = server.chat()
     body = body_of(CASES[0])
     without_nonces = {key: value for key, value in body.items() if key != "nonces"}
     for path, content in (("generate", body), ("init/generate", without_nonces)):
@@ -44,16 +56,10 @@ def assert_refused_with_both_settings(server: Client) -> None:
         assert "--worker-extension-cls gonka_poc.worker.PoCWorkerExtension" in detail
         assert "VLLM_ALLOW_INSECURE_SERIALIZATION=1" in detail
     assert server.status() == {"status": "IDLE", "config": None, "stats": None}
+    assert server.chat() == chat
 
 
-@pytest.mark.parametrize("allowed", [True, False], ids=["standard", "hardened"])
-def test_a_pickled_function_runs_only_where_it_is_allowed(servers: Servers, allowed: bool, tmp_path: Path) -> None:
-    """Sent to the engine by a client that pickles anyway; to both proof itself is open, by method name."""
-    env = (("VLLM_ALLOW_INSECURE_SERIALIZATION", "1" if allowed else "0"),)
-    args = ("--enforce-eager", "--middleware", "tests.engine.sends_function.SendsFunction")
-    server = servers.get(ServerConfig(args=args, env=env))
+@pytest.mark.server(PLAIN)
+def test_a_hardened_server_runs_no_function_and_serves_proofs_by_name(server: Client, tmp_path: Path) -> None:
+    assert not function_runs(server, tmp_path / "mark")
     assert golden_distance(server, CASES[0]) < GOLDEN_LIMIT["float32"]
-    mark = tmp_path / "mark"
-    answer = server.post(f"/test/function?{quote(str(mark))}")
-    assert ("ran" in answer.text) == allowed, answer.text
-    assert mark.exists() == allowed

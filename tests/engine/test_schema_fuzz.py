@@ -8,14 +8,17 @@ import pytest
 from generated_requests import CHECKS, requests_schema
 from hypothesis import HealthCheck, settings
 
-from tests.engine.support import POW, Client, ServerConfig, Servers
+from tests.engine.support import PLAIN, POW, Client, Servers
+
+# tests/test_schema_fuzz.py makes more requests to the same routes, without an engine
+pytestmark = [pytest.mark.nightly, pytest.mark.server(PLAIN)]
 
 schema = requests_schema()
 
 
 @pytest.fixture(scope="module")
 def server(servers: Servers) -> Client:
-    return servers.get(ServerConfig())
+    return servers.get(PLAIN)
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,11 @@ from tests.engine.support import (
     golden_cases,
     golden_distance,
     max_distance,
+    probed,
     until,
 )
 
-pytestmark = pytest.mark.matrix
+pytestmark = [pytest.mark.matrix, pytest.mark.server(PROBED)]
 
 CASE = golden_cases("qwen3")[0]
 LIMIT = GOLDEN_LIMIT["float32"]
@@ -33,7 +34,7 @@ ENCODING = {"dtype": "f16", "k_dim": 12, "endian": "le"}
 
 @pytest.fixture(scope="module")
 def server(servers: Servers) -> Client:
-    return servers.get(PROBED)
+    return probed(servers)
 
 
 def golden_artifacts() -> list[dict[str, Any]]:

@@ -19,10 +19,11 @@ from tests.engine.support import (
     golden_cases,
     golden_distance,
     max_distance,
+    probed,
     until,
 )
 
-pytestmark = pytest.mark.matrix
+pytestmark = [pytest.mark.matrix, pytest.mark.server(PROBED)]
 
 CASE = golden_cases("qwen3")[0]
 LIMIT = GOLDEN_LIMIT["float32"]
@@ -39,9 +40,7 @@ NOTHING_LEFT = {
 
 @pytest.fixture(scope="module")
 def server(servers: Servers) -> Client:
-    client = servers.get(PROBED)
-    client.rpc("poc_test_state")  # notes where the serving caches are, before any PoC of this module
-    return client
+    return probed(servers)
 
 
 def state(server: Client) -> dict[str, object]:

@@ -6,15 +6,30 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gonka_poc.cli import main as cli
 from gonka_poc.cli.artifact_file import ArtifactFile
 from gonka_poc.cli.client import PoCClient
 from gonka_poc.cli.compare import with_turned_vectors
-from gonka_poc.cli.reference import check_reference, make_reference
+from gonka_poc.cli.prover import Prover, Sizes
+from gonka_poc.cli.reference import check_reference
+from gonka_poc.cli.smoke import smoke
 from gonka_poc.data import StatTest
-from tests.engine.support import DATA, MODEL, ROOT, ServerConfig, Servers
+from tests.engine.support import (
+    DATA,
+    MODEL,
+    PLAIN,
+    ROOT,
+    TIMED,
+    Client,
+    Servers,
+    artifact_file,
+    offline,
+    offline_job,
+    spec_of,
+)
 
 SERVER_ARGS = "--dtype float32 --enforce-eager --max-model-len 256"
 SEQ_LEN = 16
@@ -31,6 +46,10 @@ def run(*args: object) -> int:
     return int(str(end.value.code))
 
 
+def url_of(server: Client) -> str:
+    return str(server.base_url)
+
+
 @pytest.fixture
 def show(capsys: pytest.CaptureFixture[str]) -> Show:
     """Print a line in spite of pytest's capture: the figures are asked for."""
@@ -45,18 +64,16 @@ def show(capsys: pytest.CaptureFixture[str]) -> Show:
 # --- provers that cheat: 1% of 500, and one whose float16 is honest -------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def float16_claims(servers: Servers) -> ArtifactFile:
-    """Vectors of 500 nonces by a server that computes in float16."""
+@pytest.mark.server(PLAIN)
+def test_vectors_of_a_cheating_prover(server: Client, tmp_path: Path, show: Show) -> None:
+    """The claims come from an engine that computes in float16."""
     asked = ArtifactFile(model=MODEL, seq_len=SEQ_LEN, k_dim=12, block_hash="cheat", public_key="prover")
-    with PoCClient(str(servers.get(ServerConfig(dtype="float16")).base_url)) as client:
-        return make_reference(client, asked, range(NONCES), 32)
-
-
-def test_vectors_of_a_cheating_prover(float16_claims: ArtifactFile, servers: Servers, show: Show) -> None:
-    honest = float16_claims
+    batches = [list(range(start, min(start + 32, NONCES))) for start in range(0, NONCES, 32)]
+    calls = [{"spec": spec_of(asked.model_dump()), "nonces": batch} for batch in batches]
+    (answer,) = offline(tmp_path, [offline_job("qwen3", "float16", calls)])
+    honest = artifact_file(asked.model_dump(), range(NONCES), np.concatenate(answer["values"]))
     verdicts = {}
-    with PoCClient(str(servers.get(ServerConfig()).base_url)) as client:
+    with PoCClient(url_of(server)) as client:
         for name, claim in {"honest float16": honest, "1% tampered": with_turned_vectors(honest, TAMPERED)}.items():
             found, _ = check_reference(client, claim, None, StatTest(), 32)
             verdicts[name] = client.validate(claim, StatTest(), 32)
@@ -72,8 +89,9 @@ def test_vectors_of_a_cheating_prover(float16_claims: ArtifactFile, servers: Ser
 
 
 @pytest.mark.timing
-def test_coexist(servers: Servers, capsys: pytest.CaptureFixture[str], show: Show) -> None:
-    url = str(servers.get(ServerConfig()).base_url)
+@pytest.mark.server(TIMED)
+def test_coexist(server: Client, capsys: pytest.CaptureFixture[str], show: Show) -> None:
+    url = url_of(server)
     status = run("coexist", "--url", url, "--seq-len", SEQ_LEN, "--max-tokens", 100, "--seconds", 3)
     shown = capsys.readouterr().out
     show(shown)
@@ -81,10 +99,11 @@ def test_coexist(servers: Servers, capsys: pytest.CaptureFixture[str], show: Sho
     assert shown.count("PASS  ") == 7
 
 
-def test_calibrate(servers: Servers, tmp_path: Path, capsys: pytest.CaptureFixture[str], show: Show) -> None:
+@pytest.mark.server(PLAIN)
+def test_calibrate(server: Client, tmp_path: Path, capsys: pytest.CaptureFixture[str], show: Show) -> None:
     """Over 2,000 nonces and 8 block hashes the mean is sqrt(2); r_target for 10% is about 1.405."""
     pytest.importorskip("matplotlib")
-    url = str(servers.get(ServerConfig()).base_url)
+    url = url_of(server)
     png = tmp_path / "distances.png"
     assert run("calibrate", "--url", url, "--rate", 0.1, "--seq-len", SEQ_LEN, "--png", png, "--json") == 0
     found = json.loads(capsys.readouterr().out)
@@ -101,18 +120,56 @@ def test_calibrate(servers: Servers, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert png.stat().st_size > 10_000
 
 
+SIZES = ("--nonces", 60, "--seq-len", SEQ_LEN)
+
+
+@pytest.mark.server(PLAIN)
+def test_smoke_on_a_server_that_runs(server: Client, show: Show) -> None:
+    with PoCClient(url_of(server)) as client:
+        checks = list(smoke(Prover(client, Sizes(nonces=60, seq_len=SEQ_LEN))))
+    show("\n".join(check.line for check in checks))
+    assert [check.ok for check in checks] == [True] * 8
+
+
+class Running:
+    """ServerProcess of a server that runs already."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def start(self) -> None: ...
+    def restart(self) -> None: ...
+    def stop(self) -> None: ...
+
+
+@pytest.mark.server(PLAIN)
+def test_e2e_on_a_server_that_runs(
+    server: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], show: Show
+) -> None:
+    monkeypatch.setattr("gonka_poc.cli.e2e.server_of", lambda *_: Running(url_of(server)))
+    out = tmp_path / "results.jsonl"
+    status = run("e2e", "--models", DATA / "models" / "qwen3", "--out", out, *SIZES)
+    shown = capsys.readouterr().out
+    show(shown)
+    assert status == 0
+    assert [json.loads(line)["ok"] for line in out.read_text().splitlines()] == [True] * 11
+
+
 # --- tools that start a server --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def alone(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No other server runs, and the ones to come find this package."""
+def environment(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers that a tool starts find this package, and no other runs."""
     servers.stop()
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("VLLM_NO_USAGE_STATS", "1")
 
 
-def test_smoke(alone: None, capsys: pytest.CaptureFixture[str], show: Show) -> None:
+@pytest.mark.nightly
+@pytest.mark.usefixtures("environment")
+@pytest.mark.xdist_group("tools")
+def test_smoke(capsys: pytest.CaptureFixture[str], show: Show) -> None:
     status = run("smoke", "--model", DATA / "models" / "qwen3", "--server-args", SERVER_ARGS)
     shown = capsys.readouterr().out
     show(shown)
@@ -120,7 +177,10 @@ def test_smoke(alone: None, capsys: pytest.CaptureFixture[str], show: Show) -> N
     assert shown.endswith("8 of 8 passed\n")
 
 
-def test_e2e(alone: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], show: Show) -> None:
+@pytest.mark.nightly
+@pytest.mark.usefixtures("environment")
+@pytest.mark.xdist_group("tools")
+def test_e2e(tmp_path: Path, capsys: pytest.CaptureFixture[str], show: Show) -> None:
     out = tmp_path / "results.jsonl"
     args = ("--models", DATA / "models" / "llama", "--out", out, "--keep", tmp_path, "--server-args", SERVER_ARGS)
     status = run("e2e", *args)

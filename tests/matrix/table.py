@@ -27,9 +27,9 @@ after another, and writes this page; with versions as arguments only those:
 bash tests/matrix/run.sh
 ```
 
-The tests are those of `tests/engine` with the mark `matrix`, against servers of that vLLM: golden vectors (`llama` in
-float32 and float16, `qwen3_moe` in float32, `qwen3` in float32 by tensor parallel of two workers), the HTTP API with
-its queue and rounds, chat beside proof. `qwen3_moe` and `qwen3` in float16 are tested on 0.32.0 only.
+The tests are those of `tests/engine` with the mark `matrix`, on servers and engines of that vLLM: golden vectors
+(`llama` in float32 and float16, `qwen3_moe` in float32, `qwen3` in float32 by tensor parallel of two workers), the
+HTTP API with its queue and rounds, chat beside proof. `qwen3_moe` and `qwen3` in float16 are tested on 0.32.0 only.
 
 - model runner: the generation that vLLM chooses by itself on the CPU; V1 is `vllm.v1.worker.gpu_model_runner`, V2
   `vllm.v1.worker.gpu.model_runner`, which needs Triton and with it a GPU ([gpu.md](gpu.md) has it)
