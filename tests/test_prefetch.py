@@ -1,4 +1,4 @@
-"""PoCModelRunner over made-up batches: what is computed ahead, what is taken of it, and what a failure does to this
+"""PoCModelRunner over made-up batches: what is prefetched, what is taken of it, and what a failure does to this
 rank and to others.
 """
 
@@ -86,7 +86,7 @@ def test_the_next_batch_is_given_to_the_device_before_the_last_is_waited_for():
     ]
 
 
-def test_part_of_a_batch_ahead_is_taken_and_the_rest_kept():
+def test_part_of_a_prefetched_batch_is_taken_and_the_rest_kept():
     runner = Runner()
     runner.rows([0], [1, 2, 3, 4])
     assert runner.rows([1]) == expected([1])
@@ -96,7 +96,7 @@ def test_part_of_a_batch_ahead_is_taken_and_the_rest_kept():
 
 
 @pytest.mark.parametrize("asked", [[7, 8], [2, 1]])
-def test_a_batch_ahead_of_other_nonces_is_dropped(asked):
+def test_a_prefetched_batch_of_other_nonces_is_dropped(asked):
     runner = Runner()
     runner.rows([0], [1, 2])
     assert runner.rows(asked) == expected(asked)
@@ -120,7 +120,7 @@ def test_two_specs_that_take_turns_compute_nothing_twice():
     assert len([what for what, _ in runner.events if what == "launch"]) == 3 + 3 + 1  # and the last one ahead
 
 
-def test_batches_that_do_not_look_ahead_leave_it():
+def test_batches_that_do_not_prefetch_leave_it():
     runner = Runner()
     runner.rows([0], [1, 2])
     for i in range(3):
@@ -129,7 +129,7 @@ def test_batches_that_do_not_look_ahead_leave_it():
     assert [nonces for what, nonces in runner.events if what == "launch"] == [[0], [1, 2], [0], [1], [2]]
 
 
-def test_a_round_behind_one_that_was_stopped_looks_ahead():
+def test_a_round_behind_one_that_was_stopped_prefetches():
     runner = Runner()
     runner.rows([0], [1])
     for i in range(4):
@@ -148,7 +148,7 @@ def test_a_round_behind_one_that_was_stopped_looks_ahead():
     ]
 
 
-def test_what_fails_ahead_is_raised_when_it_is_asked_for_and_computed_then():
+def test_what_fails_in_prefetch_is_raised_when_it_is_asked_for_and_computed_then():
     runner = Runner()
     runner.failures = [None, ComputeError("out of luck")]
     assert runner.rows([0], [1, 2]) == expected([0])
@@ -158,7 +158,7 @@ def test_what_fails_ahead_is_raised_when_it_is_asked_for_and_computed_then():
     assert runner.rows([1, 2], [3]) == expected([1, 2])
 
 
-def test_a_batch_that_fails_takes_what_is_ahead_with_it():
+def test_a_batch_that_fails_takes_what_is_prefetched_with_it():
     runner = Runner()
     runner.rows([0], [1])
     runner.failures = [ComputeError("hot")]
@@ -168,7 +168,7 @@ def test_a_batch_that_fails_takes_what_is_ahead_with_it():
     assert runner.rows([1, 2]) == expected([1, 2])
 
 
-def test_release_drops_what_is_ahead():
+def test_release_drops_what_is_prefetched():
     runner = Runner()
     runner.rows([0], [1])
     runner.release()
