@@ -304,10 +304,29 @@ class PowStatus(BaseModel):
 
 
 class OkAnswer(BaseModel):
-    """Answer of /init..., /phase/... and /stop."""
+    """Answer of /init... and /phase/..."""
 
     status: Literal["OK"] = "OK"
     pow_status: PowStatus
+
+
+class StoppedWork(BaseModel):
+    """The work that POST /stop ended."""
+
+    round: bool = Field(description="a round that had not ended, or was about to start")
+    requests: int = Field(description="queued requests and proofs")
+
+    def __str__(self) -> str:
+        ended = ["the round"] if self.round else []
+        if self.requests:
+            ended.append("1 queued request" if self.requests == 1 else f"{self.requests} queued requests")
+        return f"stopped {' and '.join(ended)}" if ended else "nothing was running"
+
+
+class StopAnswer(OkAnswer):
+    """Answer of /stop."""
+
+    stopped: StoppedWork | None = Field(default=None, description="always there; optional for the clients of others")
 
 
 class QueuedAnswer(BaseModel):

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Container, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from gonka_poc.errors import (
 from gonka_poc.metrics import Metrics
 from gonka_poc.step_size import StepSize
 from gonka_poc.threshold_data import DistanceResult
-from gonka_poc.vllm_compat import INSECURE_SERIALIZATION, WORKER_EXTENSION, ApiView
+from gonka_poc.vllm_compat import INSECURE_SERIALIZATION, WORKER_EXTENSION
 from gonka_poc.worker import poc_call
 
 # below vLLM's logger, so that its handlers and level apply
@@ -37,10 +37,37 @@ WARM_UP_SEQ_LEN, WARM_UP_NONCES, WARM_UP_SEC = 1024, 256, 15.0
 MAX_LOGGED = 100
 
 
+class EngineView(Protocol):
+    """An engine as its API process sees it; ApiView is one."""
+
+    max_model_len: int
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    hidden_size: int
+
+    def model_names(self) -> list[str]:
+        """The names that requests may use for the served model."""
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether chat is being served."""
+
+    def is_dead(self) -> bool:
+        """Whether the engine process is gone for good."""
+
+    def has_worker_method(self, name: str) -> bool:
+        """Whether the workers have the method `name`."""
+
+    def may_send_functions(self) -> bool:
+        """Whether the workers can be sent a function."""
+
+    async def call_workers(self, method: Any, args: tuple[Any, ...]) -> list[Any]:
+        """One answer per worker."""
+
+
 class PoCManagerV1:
     """Drives the workers through `collective_rpc`, one micro-batch at a time; chat goes first."""
 
-    def __init__(self, view: ApiView, settings: Settings | None = None, metrics: Metrics | None = None) -> None:
+    def __init__(self, view: EngineView, settings: Settings | None = None, metrics: Metrics | None = None) -> None:
         self._settings = settings or Settings()
         self._view = view
         self._metrics = metrics or Metrics()

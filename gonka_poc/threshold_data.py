@@ -43,6 +43,11 @@ class DistanceResult:
     not_computed_nonces: list[int]
 
 
+def valid_distances(result: DistanceResult, r_target: float) -> dict[int, float]:
+    """The valid nonces of a batch, with their distances."""
+    return {nonce: distance for nonce, distance in result.distances.items() if distance < r_target}
+
+
 # --- requests ---------------------------------------------------------------------------------------------------
 
 

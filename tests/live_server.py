@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from functools import partial
 from typing import Any
 
 import httpx
-import pytest
 import uvicorn
 from fakes import FakeView
 from prometheus_client import CollectorRegistry
@@ -16,8 +16,9 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from gonka_poc import middleware
+from gonka_poc.app import build_app
 from gonka_poc.cli.server_process import free_port
+from gonka_poc.metrics import Metrics
 from gonka_poc.middleware import PoCMiddleware
 from gonka_poc.routes import PREFIX
 
@@ -27,19 +28,20 @@ START_SEC = 20.0
 class LiveServer:
     """While entered, a server at `url` whose other routes are /health and /v1/models."""
 
-    def __init__(self, port: int | None = None) -> None:
+    def __init__(self, port: int | None = None, metrics: Metrics | None = None) -> None:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._patch = pytest.MonkeyPatch()
         app = Starlette(routes=[Route(path, lambda _: PlainTextResponse("")) for path in ("/health", "/v1/models")])
-        app.add_middleware(PoCMiddleware)
+        app.add_middleware(
+            PoCMiddleware,
+            check_release=lambda: "0.32.0",
+            make_view=lambda app: FakeView(),
+            build=partial(build_app, metrics=metrics, registry=CollectorRegistry()),
+        )
         self._server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_config=None))
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve()))
 
     def __enter__(self) -> LiveServer:
-        self._patch.setattr(middleware, "installed_version", lambda: "0.32.0")
-        self._patch.setattr(middleware, "ApiView", lambda app: FakeView())
-        self._patch.setattr(middleware, "REGISTRY", CollectorRegistry())
         self._thread.start()
         deadline = time.monotonic() + START_SEC
         while not self._server.started:
@@ -51,7 +53,6 @@ class LiveServer:
     def __exit__(self, *exc_info: Any) -> None:
         self._server.should_exit = True
         self._thread.join(START_SEC)
-        self._patch.undo()
         assert not self._thread.is_alive()
 
     def get(self, path: str) -> httpx.Response:

@@ -463,7 +463,8 @@ async def test_a_receiver_that_is_down_while_its_round_generates(make, receivers
     """Nothing is lost, nothing comes twice, in order; it is tried for ever, at most a minute apart."""
     down = Down(receivers, simulated, 60 * minutes)
     clock = {"clock": lambda: simulated.now, "sleep": simulated.sleep}
-    sender = make(Settings(outbox_grace_sec=30.0), tmp_path / "outbox", is_live=lambda url: True, **clock)
+    sender = make(Settings(outbox_grace_sec=30.0), tmp_path / "outbox", **clock)
+    sender.hold(URL)
     sender.start()
     step = 6 * minutes / 10  # 100 additions in all
     for nonce in range(100):
@@ -480,14 +481,14 @@ async def test_a_receiver_that_is_down_while_its_round_generates(make, receivers
 
 async def test_a_stopped_round_is_delivered_for_the_grace_time_and_then_kept(make, receivers, simulated, tmp_path):
     down = Down(receivers, simulated, 10_000)
-    live = [URL]
-    clock = {"clock": lambda: simulated.now, "sleep": simulated.sleep, "is_live": lambda url: url in live}
+    clock = {"clock": lambda: simulated.now, "sleep": simulated.sleep}
     sender = make(Settings(outbox_grace_sec=300.0), tmp_path / "outbox", **clock)
+    sender.hold(URL)
     sender.start()
     await sender.add_artifacts(URL, {"block_height": 1}, artifacts(1, 2))
     await sender.add_artifacts(URL, {"block_height": 2}, artifacts(3))
     await simulated.run(1000, sender)
-    live.clear()
+    sender.unhold(URL)
     await simulated.run(1000, sender)
     assert 1200 <= down.tries[-1] <= 1000 + 300 + 60
     assert [batch.status for batch in summary(str(tmp_path / "outbox"))] == ["kept", "kept"]

@@ -12,6 +12,7 @@ import logging
 import random
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -38,16 +39,12 @@ def _never() -> bool:
 
 
 class CallbackSender:
-    """One task a receiver, so that a slow receiver delays no other. The outbox is used in one thread of its own.
-
-    `is_live` says whether a round for a receiver generates.
-    """
+    """One task a receiver, so that a slow receiver delays no other. The outbox is used in one thread of its own."""
 
     def __init__(
         self,
         settings: Settings,
         outbox: Outbox,
-        is_live: Callable[[str], bool] = lambda url: False,
         metrics: Metrics | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -58,7 +55,6 @@ class CallbackSender:
         """What is in the outbox, as of the last time that it was used."""
         self._settings = settings
         self._outbox = outbox
-        self._is_live = is_live
         self._metrics = metrics or Metrics()
         self._clock = clock
         self._sleep = sleep
@@ -67,6 +63,7 @@ class CallbackSender:
         self._watcher: asyncio.Task[None] | None = None
         self._receivers: dict[str, asyncio.Task[None]] = {}
         self._deadlines: dict[str, float] = {}
+        self._held: Counter[str] = Counter()
         self._closed = False
         self._num_waiting = 0
         self._ending: set[int] = set()
@@ -75,6 +72,18 @@ class CallbackSender:
     def start(self) -> None:
         """Begin to deliver; what an earlier server left, too."""
         self._watcher = asyncio.create_task(self._watch(), name="poc-outbox")
+
+    def hold(self, url: str) -> None:
+        """A round for `url` generates: its grace time does not run before `unhold`."""
+        self._held[url] += 1
+
+    def unhold(self, url: str) -> None:
+        """The grace time of `url` begins, unless another round holds it."""
+        self._held[url] -= 1
+        if not self._held[url]:
+            del self._held[url]
+            if url in self._deadlines:
+                self._deadlines[url] = self._clock() + self._settings.outbox_grace_sec
 
     async def check_room(self, url: str | None = None) -> None:
         """Raise OutboxFullError where new work for `url` could not be stored, OutboxError for a damaged file."""
@@ -254,7 +263,7 @@ class CallbackSender:
                 failures, retry_after = 0, 0.0
                 continue
             failures, retry_after = failures + 1, wanted
-            if self._is_live(url):
+            if url in self._held:
                 self._deadlines[url] = self._clock() + self._settings.outbox_grace_sec
             elif self._clock() >= self._deadlines[url]:
                 await self._write(self._outbox.keep, url)

@@ -1,11 +1,14 @@
-"""The status page: what it shows as JSON, and the page itself with the headers that keep it to itself."""
+"""The status page: its figures, the last errors of the log, and the page with the headers that keep it to itself."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import logging
 import re
 import time
+from collections import deque
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Literal
 
@@ -14,8 +17,12 @@ from pydantic import BaseModel, Field
 
 from gonka_poc import __version__
 from gonka_poc.data import StatusAnswer
-from gonka_poc.history import BUCKET_SEC
+from gonka_poc.errors import printable
+from gonka_poc.metrics import BUCKET_SEC
 from gonka_poc.server.service import PoCService
+
+MAX_ERRORS = 20
+MAX_ERROR_CHARS = 500
 
 
 class ErrorShown(BaseModel):
@@ -27,7 +34,7 @@ class ErrorShown(BaseModel):
 
 
 class DashboardData(BaseModel):
-    """What the status page shows."""
+    """The figures of the status page."""
 
     version: str
     time: float = Field(description="seconds since 1970")
@@ -46,8 +53,8 @@ class DashboardData(BaseModel):
     errors: list[ErrorShown] = Field(description="newest first")
 
 
-def dashboard_data(service: PoCService) -> DashboardData:
-    """What the status page shows now."""
+def dashboard_data(service: PoCService, recent_errors: RecentErrors) -> DashboardData:
+    """The figures as they are now."""
     metrics, history = service.metrics, service.metrics.history
     return DashboardData(
         version=__version__,
@@ -62,7 +69,7 @@ def dashboard_data(service: PoCService) -> DashboardData:
         queue_nonces=metrics.queue_nonces(),
         queue_limit=service.settings.max_queued_nonces,
         outbox_pending=metrics.outbox_pending(),
-        errors=[ErrorShown(time=e.time, level=e.level, text=e.text) for e in reversed(service.recent_errors.errors)],
+        errors=[ErrorShown(time=e.time, level=e.level, text=e.text) for e in reversed(recent_errors.errors)],
     )
 
 
@@ -93,3 +100,41 @@ def _hash_of(tag: str, html: str) -> str:
     (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", html, flags=re.DOTALL)
     digest = hashlib.sha256(content.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
+
+
+@dataclass(frozen=True)
+class LoggedError:
+    """A warning or an error of this package's log, in printable ASCII."""
+
+    time: float
+    level: str
+    text: str
+
+
+class RecentErrors(logging.Handler):
+    """Keeps the last warnings and errors that are logged below `vllm.gonka_poc`."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.errors: deque[LoggedError] = deque(maxlen=MAX_ERRORS)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the message of `record`, escaped and cut."""
+        try:
+            text = printable(record.getMessage())
+        except Exception:  # arguments that do not fit the message: the other handlers report it
+            self.handleError(record)
+            return
+        if record.exc_info and record.exc_info[1] is not None:
+            text += f" ({printable(repr(record.exc_info[1]))})"
+        if len(text) > MAX_ERROR_CHARS:
+            text = text[:MAX_ERROR_CHARS] + "..."
+        self.errors.append(LoggedError(record.created, record.levelname, text))
+
+    def install(self) -> None:
+        """Begin to listen."""
+        logging.getLogger("vllm.gonka_poc").addHandler(self)
+
+    def remove(self) -> None:
+        """Listen no more."""
+        logging.getLogger("vllm.gonka_poc").removeHandler(self)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from cachetools import TTLCache
 from pydantic import TypeAdapter
@@ -28,8 +28,9 @@ from gonka_poc.data import (
     vector_chars,
 )
 from gonka_poc.errors import NotFoundError
-from gonka_poc.manager import PoCManagerV1
+from gonka_poc.server.delivery import Delivery
 from gonka_poc.server.job_queue import MAX_JOBS, Job, JobQueue
+from gonka_poc.server.protocols import BatchManager, RoundState
 from gonka_poc.validation import validate_artifacts
 
 logger = logging.getLogger("vllm.gonka_poc.queue")
@@ -50,9 +51,9 @@ class GenerateJob(Job[VectorSpec, Completed]):
     `received` are the vectors to validate (base64 by nonce), instead of `request.validation`; None if there are none.
     """
 
-    def __init__(self, request: GenerateRequest) -> None:
+    def __init__(self, request: GenerateRequest, delivery: Delivery) -> None:
         weight = -(-request.params.k_dim // K_DIM_A_COUNT)
-        super().__init__(request.spec, request.nonces, request.batch_size, weight)
+        super().__init__(request.spec, request.nonces, request.batch_size, delivery, weight)
         # without the objects of the received vectors, which take several times as much as their texts
         self.request = request.model_copy(update={"validation": None})
         self.received = None if request.validation is None else _received(request, request.validation)
@@ -91,29 +92,18 @@ class Results(TTLCache[str, bytes]):
 
 
 class GenerateQueue(JobQueue[GenerateJob, BatchResult]):
-    """Computes behind a round that generates; finished jobs can be polled for POC_RESULT_TTL_SEC seconds.
-
-    `no_round` is set while no round generates; jobs wait for it before each micro-batch. `on_completed` is awaited
-    with each job that completed, before its answer can be polled.
-    """
+    """Computes while no round generates; finished jobs can be polled for POC_RESULT_TTL_SEC seconds."""
 
     WAITING = "are queued"
 
-    def __init__(
-        self,
-        manager: PoCManagerV1,
-        settings: Settings,
-        no_round: asyncio.Event,
-        on_completed: Callable[[GenerateJob, Completed], Awaitable[None]],
-    ) -> None:
+    def __init__(self, manager: BatchManager, settings: Settings, rounds: RoundState) -> None:
         super().__init__(manager, settings)
-        self._no_round = no_round
-        self._on_completed = on_completed
+        self._rounds = rounds
         self._finished = Results(settings.max_queued_nonces, settings.result_ttl_sec)
 
-    def submit(self, request: GenerateRequest) -> GenerateJob:
+    def submit(self, request: GenerateRequest, delivery: Delivery) -> GenerateJob:
         """Accept a request. Raises QueueFullError where it would take the queue over its limit."""
-        return self._add(GenerateJob(request))
+        return self._add(GenerateJob(request, delivery))
 
     def poll(self, request_id: str) -> PendingAnswer | bytes:
         """The state of a request, or its answer (Completed or FailedAnswer) as JSON.
@@ -132,7 +122,7 @@ class GenerateQueue(JobQueue[GenerateJob, BatchResult]):
         return finished
 
     async def _turn(self) -> None:
-        await self._no_round.wait()
+        await self._rounds.wait_until_not_generating()
 
     async def _compute(self, spec: VectorSpec, nonces: list[int], following: list[int]) -> BatchResult | None:
         return await self._manager.compute(spec, nonces, following)
@@ -141,14 +131,14 @@ class GenerateQueue(JobQueue[GenerateJob, BatchResult]):
         # in a thread: of 100,000 nonces it takes seconds, in which no other request would be served
         answer, text = await asyncio.to_thread(_answer_and_text, job, results)
         if not job.outcome.done():
-            await self._on_completed(job, answer)
+            await job.delivery.store_answer(answer)
             job.text = text
             # a job that was dropped while its callback was stored has been delivered, so it has not failed
             self._finished[job.request_id] = text
         return answer
 
     async def _idle(self) -> None:
-        if self._no_round.is_set():
+        if not self._rounds.generating:
             await self._manager.release()
 
     def _ended(self, job: GenerateJob) -> None:

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 from gonka_poc.config import Settings
 from gonka_poc.data import BatchResult, DistanceSpec, VectorSpec
 from gonka_poc.errors import ConflictError, PoCError, QueueFullError, printable
-from gonka_poc.manager import PoCManagerV1
+from gonka_poc.server.delivery import Delivery
+from gonka_poc.server.protocols import BatchManager
 from gonka_poc.threshold_data import DistanceResult
 
 logger = logging.getLogger("vllm.gonka_poc.queue")
@@ -26,14 +27,17 @@ Outcome = TypeVar("Outcome")
 class Job(ABC, Generic[Spec, Outcome]):
     """Nonces to compute. `outcome` ends with what is made of their results, or with the PoCError that ended the job.
 
-    Each nonce counts as `nonce_weight` of the queue's limit.
+    Each nonce counts as `nonce_weight` of the queue's limit. `delivery` takes the outcome to the request's receiver.
     """
 
-    def __init__(self, spec: Spec, nonces: list[int], batch_size: int, nonce_weight: int = 1) -> None:
+    def __init__(
+        self, spec: Spec, nonces: list[int], batch_size: int, delivery: Delivery, nonce_weight: int = 1
+    ) -> None:
         self.request_id = str(uuid.uuid4())
         self.spec = spec
         self.nonces = nonces
         self.batch_size = batch_size
+        self.delivery = delivery
         self.nonce_weight = nonce_weight
         self.state: Literal["queued", "running"] = "queued"
         self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
@@ -60,7 +64,7 @@ class JobQueue(ABC, Generic[SomeJob, Result]):
 
     WAITING: ClassVar[str]
 
-    def __init__(self, manager: PoCManagerV1, settings: Settings) -> None:
+    def __init__(self, manager: BatchManager, settings: Settings) -> None:
         self._manager = manager
         self._settings = settings
         self._pending: dict[str, SomeJob] = {}
@@ -76,10 +80,12 @@ class JobQueue(ABC, Generic[SomeJob, Result]):
         """End a job that has not ended; a micro-batch of it that is being computed is thrown away."""
         self._end(job, ConflictError(reason))
 
-    def clear(self, reason: str) -> None:
-        """End all jobs that have not ended."""
-        for job in list(self._pending.values()):
+    def clear(self, reason: str) -> int:
+        """End all jobs that have not ended; their number."""
+        jobs = list(self._pending.values())
+        for job in jobs:
             self.drop(job, reason)
+        return len(jobs)
 
     async def close(self) -> None:
         """End all jobs and the worker task."""
@@ -171,4 +177,5 @@ class JobQueue(ABC, Generic[SomeJob, Result]):
             job.outcome.set_exception(outcome)
         else:
             job.outcome.set_result(outcome)
+        job.delivery.expire()
         self._ended(job)

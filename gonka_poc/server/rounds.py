@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 from gonka_poc.config import Settings
 from gonka_poc.data import MAX_NONCE, BatchResult, InitGenerateRequest, RoundConfig, RoundStats
 from gonka_poc.errors import ComputeError, PoCError, WorkerMemoryError, printable
-from gonka_poc.manager import PoCManagerV1
+from gonka_poc.server.protocols import BatchManager
 from gonka_poc.threshold_data import DistanceResult, ThresholdRequest
 
 logger = logging.getLogger("vllm.gonka_poc.rounds")
@@ -36,7 +36,7 @@ class Round(ABC, Generic[Request, Result]):
 
     def __init__(
         self,
-        manager: PoCManagerV1,
+        manager: BatchManager,
         request: Request,
         deliver: Callable[[Result], Awaitable[None]],
         settings: Settings,
@@ -50,17 +50,11 @@ class Round(ABC, Generic[Request, Result]):
         self._first = self._done = start
         self._started = time.monotonic()
         self._stopping = False
-        self._stopped_at: float | None = None
         self._running = asyncio.Event()
         self._running.set()
         self._failures = 0
         self._empty_batches = 0
         self.task = asyncio.create_task(self._run(), name="poc-round")
-
-    @property
-    def active(self) -> bool:
-        """Whether the round generates; False from the moment it is told to stop or pause."""
-        return self._running.is_set() and not self.stopped
 
     @property
     def stopped(self) -> bool:
@@ -70,18 +64,15 @@ class Round(ABC, Generic[Request, Result]):
     def stop(self) -> None:
         """Start no further batch. One that a worker is computing is finished and delivered by `task`."""
         self._stopping = True
-        self._stopped_at = self._stopped_at or time.monotonic()
         self._running.set()
 
-    @property
-    def done(self) -> int:
-        """How many of the node's nonces are done, from its first on."""
-        return self._done
+    def pause(self) -> None:
+        """Start no further batch before `resume`."""
+        self._running.clear()
 
-    @property
-    def seconds_stopped(self) -> float:
-        """Since it was told to stop; 0 before."""
-        return 0.0 if self._stopped_at is None else time.monotonic() - self._stopped_at
+    def resume(self) -> None:
+        """Go on with the nonce after the last one that is done."""
+        self._running.set()
 
     @property
     @abstractmethod

@@ -7,12 +7,12 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Literal
 
 from gonka_poc.config import Settings
 from gonka_poc.data import DistanceSpec, RoundStats, State
-from gonka_poc.manager import PoCManagerV1
+from gonka_poc.server.delivery import Delivery
 from gonka_poc.server.job_queue import Job, JobQueue
+from gonka_poc.server.protocols import BatchManager
 from gonka_poc.server.rounds import Round
 from gonka_poc.threshold_data import (
     DistanceResult,
@@ -21,7 +21,7 @@ from gonka_poc.threshold_data import (
     ThresholdConfig,
     ThresholdRequest,
     ThresholdStatusAnswer,
-    ValidatedBatch,
+    valid_distances,
 )
 from gonka_poc.validation import validate_proof
 
@@ -79,20 +79,12 @@ class PoCStats:
         )
 
 
-def valid_distances(result: DistanceResult, r_target: float) -> dict[int, float]:
-    """The valid nonces of a batch, with their distances."""
-    return {nonce: distance for nonce, distance in result.distances.items() if distance < r_target}
-
-
 class ThresholdRound(Round[ThresholdRequest, DistanceResult]):
-    """Begins IDLE. `enter` moves it between IDLE, GENERATING and VALIDATING; `stop`, or a failure, ends it: STOPPED.
-
-    It goes through its nonces while it is GENERATING; where it left off, it goes on.
-    """
+    """A round of distances. Begins paused; after a pause it goes on where it left off."""
 
     def __init__(
         self,
-        manager: PoCManagerV1,
+        manager: BatchManager,
         request: ThresholdRequest,
         deliver: Callable[[DistanceResult], Awaitable[None]],
         settings: Settings,
@@ -100,24 +92,18 @@ class ThresholdRound(Round[ThresholdRequest, DistanceResult]):
     ) -> None:
         super().__init__(manager, request, deliver, settings, start)
         self.progress = PoCStats()
-        self._phase: State = "IDLE"
         self._running.clear()
         self.task.add_done_callback(lambda _: self.progress.pause())
 
-    @property
-    def state(self) -> State:
-        """Where the round is in the state machine."""
-        return "STOPPED" if self.stopped else self._phase
+    def pause(self) -> None:
+        """Start no further batch before `resume`; the time until then does not count as spent generating."""
+        super().pause()
+        self.progress.pause()
 
-    def enter(self, phase: Literal["IDLE", "GENERATING", "VALIDATING"]) -> None:
-        """Change the phase. A batch that a worker is computing is finished, delivered and counted in any phase."""
-        self._phase = phase
-        if phase == "GENERATING":
-            self._running.set()
-            self.progress.resume()
-        else:
-            self._running.clear()
-            self.progress.pause()
+    def resume(self) -> None:
+        """Go on with the nonce after the last one that is done."""
+        super().resume()
+        self.progress.resume()
 
     @property
     def config(self) -> ThresholdConfig:
@@ -131,15 +117,15 @@ class ThresholdRound(Round[ThresholdRequest, DistanceResult]):
         elapsed, count = self.progress.elapsed, self._done - self._first
         return RoundStats(total_processed=count, nonces_per_second=count / elapsed if elapsed > 0 else 0.0)
 
-    def status(self, problem: str | None) -> ThresholdStatusAnswer:
+    def status(self, state: State, problem: str | None) -> ThresholdStatusAnswer:
         """GET /status; `problem` is what keeps the server from storing what it computes."""
         progress = self.progress
         return ThresholdStatusAnswer(
-            status=self.state,
+            status=state,
             config=self.config,
             stats=self.stats,
             error=problem or self.error,
-            state=self.state,
+            state=state,
             valid_nonces=list(progress.valid_nonces),
             valid_distances=list(progress.valid_distances),
             total_checked=progress.total_checked,
@@ -162,8 +148,8 @@ class ThresholdRound(Round[ThresholdRequest, DistanceResult]):
 class ProofJob(Job[DistanceSpec, ProofVerdict]):
     """A proof that waits for its verdict."""
 
-    def __init__(self, current: ThresholdRound, proof: ProofBatch) -> None:
-        super().__init__(current.request.spec_of(proof.public_key), proof.nonces, current.request.batch_size)
+    def __init__(self, current: ThresholdRound, proof: ProofBatch, delivery: Delivery) -> None:
+        super().__init__(current.request.spec_of(proof.public_key), proof.nonces, current.request.batch_size, delivery)
         self.round = current
         self.proof = proof
 
@@ -174,25 +160,13 @@ class ProofJob(Job[DistanceSpec, ProofVerdict]):
 
 
 class ProofQueue(JobQueue[ProofJob, DistanceResult]):
-    """Validates proofs, so that of two micro-batches one is left to a round that generates.
-
-    `on_validated` is awaited with each job that was computed, before its outcome is known.
-    """
+    """Validates proofs, so that of two micro-batches one is left to a round that generates."""
 
     WAITING = "wait for validation"
 
-    def __init__(
-        self,
-        manager: PoCManagerV1,
-        settings: Settings,
-        on_validated: Callable[[ProofJob, ValidatedBatch], Awaitable[None]],
-    ) -> None:
-        super().__init__(manager, settings)
-        self._on_validated = on_validated
-
-    def submit(self, current: ThresholdRound, proof: ProofBatch) -> ProofJob:
+    def submit(self, current: ThresholdRound, proof: ProofBatch, delivery: Delivery) -> ProofJob:
         """Accept a proof. Raises QueueFullError where it would take the proofs that wait over their limit."""
-        return self._add(ProofJob(current, proof))
+        return self._add(ProofJob(current, proof, delivery))
 
     async def _compute(self, spec: DistanceSpec, nonces: list[int], following: list[int]) -> DistanceResult | None:
         return await self._manager.compute_distances(spec, nonces, following)
@@ -202,5 +176,5 @@ class ProofQueue(JobQueue[ProofJob, DistanceResult]):
         distances = {nonce: distance for result in results for nonce, distance in result.distances.items()}
         batch = await asyncio.to_thread(validate_proof, job.proof, distances, request.r_target, request.fraud_threshold)
         if not job.outcome.done():
-            await self._on_validated(job, batch)
+            await job.delivery.store_verdict(batch)
         return batch.verdict
