@@ -7,17 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from engineless import engineless_server, run
-from fakes import MODEL, FakeManager
+from fakes import MODEL, FakeManager, generate_body, round_body
 
 from gonka_poc.callbacks.outbox import Outbox
 from gonka_poc.cli import common as cli_common
 from gonka_poc.cli import main as cli
+from gonka_poc.cli.client import PoCClient
 from gonka_poc.cli.demo import Row
 from gonka_poc.cli.receive import Receiver
 from gonka_poc.cli.server_process import free_port
-from gonka_poc.data import Artifact, StatTest, StatusAnswer
+from gonka_poc.data import PREFIX, Artifact, PowStatus, StatTest, StatusAnswer, StopAnswer
 from gonka_poc.errors import ComputeError, RequestError
 
 
@@ -185,7 +187,29 @@ def test_status_and_stop(server, capsys):
     assert run("status", "--url", server.url) == 0
     assert "IDLE" in capsys.readouterr().out
     assert run("stop", "--url", server.url, "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"status": "OK", "pow_status": {"status": "STOPPED"}}
+    stopped = {"round": False, "requests": 0}
+    answer = {"status": "OK", "pow_status": {"status": "STOPPED"}, "stopped": stopped}
+    assert json.loads(capsys.readouterr().out) == answer
+
+
+def test_stop_says_what_there_was_to_stop(server, monkeypatch, capsys):
+    def stop() -> str:
+        assert run("stop", "--url", server.url) == 0
+        return capsys.readouterr().out.strip()
+
+    def post(path: str, body: dict) -> None:
+        httpx.post(f"{server.url}{PREFIX}{path}", json=body).raise_for_status()
+
+    assert stop() == "nothing was running"
+    post("/init/generate", round_body())
+    post("/generate", generate_body([1]))
+    assert stop() == "stopped the round and 1 queued request"
+    assert stop() == "nothing was running"
+    post("/init/generate", round_body())
+    assert stop() == "stopped the round"
+    # another implementation's server does not say
+    monkeypatch.setattr(PoCClient, "stop", lambda self: StopAnswer(pow_status=PowStatus(status="STOPPED")))
+    assert stop() == "stopped"
 
 
 def test_status_for_machines(server, capsys):

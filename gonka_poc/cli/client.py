@@ -21,6 +21,7 @@ from gonka_poc.data import (
     QueuedAnswer,
     StatTest,
     StatusAnswer,
+    StopAnswer,
     ValidationAnswer,
     chunks,
 )
@@ -112,9 +113,9 @@ class PoCClient:
             raise ServerAnswerError(f"the round ended: {status.error}")
         return status.stats.total_processed
 
-    def stop(self) -> OkAnswer:
+    def stop(self) -> StopAnswer:
         """POST /stop."""
-        return self._ask(OkAnswer, "POST", f"{PREFIX}/stop")
+        return self._ask(StopAnswer, "POST", f"{PREFIX}/stop")
 
     def init_generate(self, request: InitGenerateRequest) -> OkAnswer:
         """POST /init/generate."""

@@ -239,7 +239,7 @@ def stop(url: str, token: str | None, as_json: bool) -> int:
     if as_json:
         print_json(answer.model_dump())
     else:
-        click.echo("stopped")
+        click.echo("stopped" if answer.stopped is None else str(answer.stopped))
     return PASS
 
 
