@@ -14,11 +14,12 @@ from gonka_poc.manager import EngineView, PoCManagerV1
 from gonka_poc.metrics import Metrics
 from gonka_poc.routes import make_app
 from gonka_poc.server.background import BackgroundTasks
-from gonka_poc.server.body_limit import BodyLimit
 from gonka_poc.server.dashboard import RecentErrors
 from gonka_poc.server.generate_queue import GenerateQueue
+from gonka_poc.server.guards import BodyLimit
+from gonka_poc.server.protocols import Manager
 from gonka_poc.server.round_slot import RoundSlot
-from gonka_poc.server.service import Manager, PoCService
+from gonka_poc.server.service import PoCService
 from gonka_poc.server.threshold import ProofQueue
 
 
@@ -63,7 +64,7 @@ def build_app(
     callbacks = CallbackSender(settings, Outbox(settings.outbox_path, settings.outbox_max_bytes), metrics)
     background = BackgroundTasks()
     slot = RoundSlot(manager, background)
-    queue = GenerateQueue(manager, settings, slot)
+    queue = GenerateQueue(manager, settings, slot.no_round)
     proofs = ProofQueue(manager, settings)
     metrics.queue_nonces = lambda: queue.queued_nonces + proofs.queued_nonces
     metrics.outbox_pending = lambda: callbacks.counts.pending_batches

@@ -15,8 +15,7 @@ from gonka_poc.errors import EngineUnavailableError, PoCError
 from gonka_poc.manager import EngineView
 from gonka_poc.routes import PREFIX
 from gonka_poc.server.access_log import PollFilter
-from gonka_poc.server.http_errors import error_response
-from gonka_poc.server.token_gate import TokenGate, path_of
+from gonka_poc.server.guards import TokenGate, error_response, path_of
 from gonka_poc.vllm_compat import ApiView, installed_version
 
 logger = logging.getLogger("vllm.gonka_poc.middleware")

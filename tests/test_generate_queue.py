@@ -25,37 +25,24 @@ def request(nonces, **changes) -> GenerateRequest:
     return GenerateRequest.model_validate(generate_body(list(nonces), **changes))
 
 
-class Rounds:
-    """Whether a round generates."""
-
-    def __init__(self) -> None:
-        self.no_round = asyncio.Event()
-        self.no_round.set()
-
-    @property
-    def generating(self) -> bool:
-        return not self.no_round.is_set()
-
-    async def wait_until_not_generating(self) -> None:
-        await self.no_round.wait()
-
-
 @pytest.fixture
 async def make():
     """Makes a queue; `.completed` has the answers that it handed on, `.delivery` takes them."""
     queues: list[GenerateQueue] = []
 
     def make_queue(manager: FakeManager, settings: Settings = SETTINGS) -> SimpleNamespace:
-        rounds, completed = Rounds(), []
+        completed: list = []
+        no_round = asyncio.Event()
+        no_round.set()
 
         async def store_answer(answer) -> None:
             completed.append(answer)
 
         delivery = SimpleNamespace(store_answer=store_answer, expire=lambda: None)
-        queue = GenerateQueue(manager, settings, rounds)
+        queue = GenerateQueue(manager, settings, no_round)
         queue.submit = partial(queue.submit, delivery=delivery)
         queues.append(queue)
-        return SimpleNamespace(queue=queue, rounds=rounds, completed=completed, delivery=delivery)
+        return SimpleNamespace(queue=queue, no_round=no_round, completed=completed, delivery=delivery)
 
     yield make_queue
     for queue in queues:
@@ -164,12 +151,12 @@ async def test_first_in_first_out(make):
 async def test_jobs_wait_while_a_round_generates(make):
     manager = FakeManager()
     made = make(manager)
-    made.rounds.no_round.clear()
+    made.no_round.clear()
     job = made.queue.submit(request([1]))
     for _ in range(20):
         await asyncio.sleep(0)
     assert manager.asked == []
-    made.rounds.no_round.set()
+    made.no_round.set()
     await job.outcome
 
 
@@ -178,12 +165,12 @@ async def test_a_round_that_begins_goes_before_the_next_micro_batch(make):
     made = make(manager)
     job = made.queue.submit(request(range(6)))
     await until(lambda: manager.asked)
-    made.rounds.no_round.clear()
+    made.no_round.clear()
     manager.allow(5)
     for _ in range(20):
         await asyncio.sleep(0)
     assert manager.asked == [[0, 1, 2, 3]]
-    made.rounds.no_round.set()
+    made.no_round.set()
     assert len((await job.outcome).artifacts) == 6
 
 
@@ -271,7 +258,7 @@ async def test_a_job_that_still_waits_does_not_expire(make):
     now = 1000.0
     made = make(FakeManager())
     made.queue._finished = TTLCache(maxsize=float("inf"), ttl=SETTINGS.result_ttl_sec, timer=lambda: now)
-    made.rounds.no_round.clear()
+    made.no_round.clear()
     job = made.queue.submit(request([1]))
     now += 10 * SETTINGS.result_ttl_sec
     assert isinstance(made.queue.poll(job.request_id), PendingAnswer)
@@ -440,11 +427,11 @@ async def test_a_job_dropped_before_its_turn_is_never_computed(make):
 async def test_a_job_dropped_behind_a_round_is_never_computed(make):
     manager = FakeManager()
     made = make(manager)
-    made.rounds.no_round.clear()
+    made.no_round.clear()
     dropped, following = made.queue.submit(request([1])), made.queue.submit(request([2]))
     await until(lambda: dropped.state == "running")
     made.queue.drop(dropped, "the client hung up")
-    made.rounds.no_round.set()
+    made.no_round.set()
     await following.outcome
     assert manager.asked == [[2]]
 

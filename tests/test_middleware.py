@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
+import sqlite3
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -30,8 +32,10 @@ from gonka_poc.cli.server_process import free_port
 from gonka_poc.errors import EngineUnavailableError, OutboxFullError, UnsupportedServerError
 from gonka_poc.middleware import PoCMiddleware
 from gonka_poc.routes import PREFIX
-from gonka_poc.server import body_limit
-from gonka_poc.server.token_gate import TokenGate
+from gonka_poc.server import guards
+from gonka_poc.server.dashboard import RecentErrors
+from gonka_poc.server.guards import TokenGate
+from gonka_poc.server.service import PoCService
 from gonka_poc.vllm_compat import ApiView
 
 LIMIT = 2048
@@ -528,7 +532,7 @@ async def test_a_body_without_end_is_answered(host, content_length):
     """With any declared length: none of a client's chunks is kept, and only so many are read."""
     status, num_read = await post_in_chunks(host, content_length, b"x" * 512)
     assert status == 413
-    assert num_read * 512 <= (body_limit.DRAIN_FACTOR + 1) * LIMIT
+    assert num_read * 512 <= (guards.DRAIN_FACTOR + 1) * LIMIT
 
 
 async def test_a_sender_that_is_gone_while_its_body_is_drained(host):
@@ -601,6 +605,19 @@ async def test_shutdown_ends_the_service_before_the_application(parts):
         "lifespan.shutdown.complete",
     ]
     assert service.status().status == "IDLE"
+
+
+async def test_shutdown_goes_on_where_proof_cannot_be_closed(parts, monkeypatch, caplog):
+    """vLLM's own shutdown sees no exception of ours, and what is global is given back."""
+
+    async def fail(self: PoCService) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(PoCService, "close", fail)
+    sent = await lifespan_of(parts.host(), lambda: True)
+    assert [message["type"] for message in sent] == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+    assert "disk I/O error" in caplog.text
+    assert not any(isinstance(handler, RecentErrors) for handler in logging.getLogger("vllm.gonka_poc").handlers)
 
 
 async def test_shutdown_of_a_server_that_was_never_asked(parts):

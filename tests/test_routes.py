@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sqlite3
 from types import SimpleNamespace
 from typing import Any
 
@@ -511,6 +512,28 @@ async def test_nothing_runs_after_close_where_a_worker_does_not_answer(api, monk
     await until(lambda: api.manager.asked)
     await api.service.close()
     assert asyncio.all_tasks() <= before
+
+
+@pytest.mark.parametrize("broken", ["queue", "proofs", "_background", "callbacks"])
+async def test_close_ends_every_part_though_one_fails(api, monkeypatch, caplog, broken):
+    closed: list[str] = []
+    for name in ("queue", "proofs", "_background", "callbacks"):
+        part = getattr(api.service, name)
+
+        async def close(name: str = name, real: Any = part.close) -> None:
+            await real()
+            closed.append(name)
+            if name == broken:
+                raise sqlite3.OperationalError("disk I/O error")
+
+        monkeypatch.setattr(part, "close", close)
+    await api.client.post("/init/generate", json=round_body())
+    await until(lambda: api.manager.asked)
+    api.manager.allow(100)
+    await api.service.close()
+    assert closed == ["queue", "proofs", "_background", "callbacks"]
+    assert "was not closed in order" in caplog.text
+    assert "disk I/O error" in caplog.text
 
 
 # --- callbacks --------------------------------------------------------------------------------------------------

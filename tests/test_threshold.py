@@ -220,8 +220,9 @@ async def test_every_call_in_every_state(api, state, call):
     else:
         assert after == {"NONE": "IDLE"}.get(expected, expected)
         shown = "STOPPED" if call == "/stop" else after
-        assert call == "/validate" or answer == {"status": "OK", "pow_status": {"status": shown}}
-    assert api.service.generating is (after == "GENERATING")
+        stopped = {"stopped": {"round": state not in ("NONE", "STOPPED"), "requests": 0}} if call == "/stop" else {}
+        assert call == "/validate" or answer == {"status": "OK", "pow_status": {"status": shown}, **stopped}
+    assert api.service.slot.generating is (after == "GENERATING")
     assert api.service.metrics.state() == after
 
 
@@ -273,7 +274,7 @@ async def test_stop_while_a_round_begins(api):
     api.manager.check_seq_len = check_seq_len
     task = asyncio.create_task(api.post("/init/generate", threshold_body(), 409))
     await begun.wait()
-    await api.post("/stop")
+    assert (await api.post("/stop"))["stopped"]["round"]
     go.set()
     assert "before it began" in (await task)["detail"]
     assert (await api.status())["status"] == "IDLE"

@@ -30,7 +30,7 @@ from gonka_poc.data import (
 from gonka_poc.errors import NotFoundError
 from gonka_poc.server.delivery import Delivery
 from gonka_poc.server.job_queue import MAX_JOBS, Job, JobQueue
-from gonka_poc.server.protocols import BatchManager, RoundState
+from gonka_poc.server.protocols import Manager
 from gonka_poc.validation import validate_artifacts
 
 logger = logging.getLogger("vllm.gonka_poc.queue")
@@ -92,13 +92,13 @@ class Results(TTLCache[str, bytes]):
 
 
 class GenerateQueue(JobQueue[GenerateJob, BatchResult]):
-    """Computes while no round generates; finished jobs can be polled for POC_RESULT_TTL_SEC seconds."""
+    """Computes while `no_round` is set; finished jobs can be polled for POC_RESULT_TTL_SEC seconds."""
 
     WAITING = "are queued"
 
-    def __init__(self, manager: BatchManager, settings: Settings, rounds: RoundState) -> None:
+    def __init__(self, manager: Manager, settings: Settings, no_round: asyncio.Event) -> None:
         super().__init__(manager, settings)
-        self._rounds = rounds
+        self._no_round = no_round
         self._finished = Results(settings.max_queued_nonces, settings.result_ttl_sec)
 
     def submit(self, request: GenerateRequest, delivery: Delivery) -> GenerateJob:
@@ -122,7 +122,7 @@ class GenerateQueue(JobQueue[GenerateJob, BatchResult]):
         return finished
 
     async def _turn(self) -> None:
-        await self._rounds.wait_until_not_generating()
+        await self._no_round.wait()
 
     async def _compute(self, spec: VectorSpec, nonces: list[int], following: list[int]) -> BatchResult | None:
         return await self._manager.compute(spec, nonces, following)
@@ -138,7 +138,7 @@ class GenerateQueue(JobQueue[GenerateJob, BatchResult]):
         return answer
 
     async def _idle(self) -> None:
-        if not self._rounds.generating:
+        if self._no_round.is_set():
             await self._manager.release()
 
     def _ended(self, job: GenerateJob) -> None:

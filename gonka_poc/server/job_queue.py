@@ -12,7 +12,7 @@ from gonka_poc.config import Settings
 from gonka_poc.data import BatchResult, DistanceSpec, VectorSpec
 from gonka_poc.errors import ConflictError, PoCError, QueueFullError, printable
 from gonka_poc.server.delivery import Delivery
-from gonka_poc.server.protocols import BatchManager
+from gonka_poc.server.protocols import Manager
 from gonka_poc.threshold_data import DistanceResult
 
 logger = logging.getLogger("vllm.gonka_poc.queue")
@@ -64,7 +64,7 @@ class JobQueue(ABC, Generic[SomeJob, Result]):
 
     WAITING: ClassVar[str]
 
-    def __init__(self, manager: BatchManager, settings: Settings) -> None:
+    def __init__(self, manager: Manager, settings: Settings) -> None:
         self._manager = manager
         self._settings = settings
         self._pending: dict[str, SomeJob] = {}

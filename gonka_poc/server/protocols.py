@@ -1,16 +1,28 @@
-"""What rounds and queues need of the other parts of a server."""
+"""What the server needs of its manager."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol
 
-from gonka_poc.data import BatchResult, DistanceSpec, VectorSpec
+from gonka_poc.data import BatchResult, DistanceSpec, Params, VectorSpec
 from gonka_poc.threshold_data import DistanceResult
 
 
-class BatchManager(Protocol):
-    """Computes micro-batches; PoCManagerV1 is one."""
+class Manager(Protocol):
+    """Drives the workers; PoCManagerV1 is one."""
+
+    async def prepare(self) -> None:
+        """Reach every worker once, and warm it up."""
+
+    async def check(self, params: Params) -> None:
+        """Refuse another model, and what goes over a limit of the server."""
+
+    async def check_seq_len(self, seq_len: int) -> None:
+        """Refuse sequences that are too long for the server."""
+
+    def refuse_dead(self) -> None:
+        """Raise EngineUnavailableError where the engine is gone for good."""
 
     def micro_batch_size(self, seq_len: int) -> int:
         """Nonces of the next micro-batch."""
@@ -25,14 +37,3 @@ class BatchManager(Protocol):
 
     async def release(self) -> None:
         """Let the workers drop what they keep between batches."""
-
-
-class RoundState(Protocol):
-    """Whether a round generates; RoundSlot is one."""
-
-    @property
-    def generating(self) -> bool:
-        """Whether a round generates."""
-
-    async def wait_until_not_generating(self) -> None:
-        """Return when no round generates."""

@@ -9,7 +9,7 @@ from gonka_poc.data import State, StatusAnswer
 from gonka_poc.errors import RequestError
 from gonka_poc.server.background import BackgroundTasks
 from gonka_poc.server.delivery import Delivery
-from gonka_poc.server.protocols import BatchManager
+from gonka_poc.server.protocols import Manager
 from gonka_poc.server.rounds import GenerateRound
 from gonka_poc.server.threshold import ThresholdRound
 from gonka_poc.threshold_data import ThresholdStatusAnswer
@@ -21,15 +21,16 @@ Phase = Literal["IDLE", "GENERATING", "VALIDATING"]
 class RoundSlot:
     """Empty, or a round with its delivery and phase. Releases the workers' memory when its round has ended."""
 
-    def __init__(self, manager: BatchManager, background: BackgroundTasks) -> None:
+    def __init__(self, manager: Manager, background: BackgroundTasks) -> None:
         self._manager = manager
         self._background = background
         self._round: GenerateRound | ThresholdRound | None = None
         self._delivery: Delivery | None = None
         self._phase: Phase = "IDLE"
         self._held: Delivery | None = None
-        self._not_generating = asyncio.Event()
-        self._not_generating.set()
+        self.no_round = asyncio.Event()
+        """Set while no round generates."""
+        self.no_round.set()
 
     # -- changes --
 
@@ -74,9 +75,9 @@ class RoundSlot:
     def _on_change(self) -> None:
         """While the round generates the queue waits, and the grace time of its receiver does not run."""
         if self.generating:
-            self._not_generating.clear()
+            self.no_round.clear()
         else:
-            self._not_generating.set()
+            self.no_round.set()
         held, self._held = self._held, self._delivery if self.generating else None
         if held is not self._held:
             if held is not None:
@@ -102,10 +103,6 @@ class RoundSlot:
         if self._round is None or self._round.stopped or self._delivery is None or self._delivery.checkpoint is None:
             return None
         return self._delivery.checkpoint.round_id
-
-    async def wait_until_not_generating(self) -> None:
-        """Return when no round generates."""
-        await self._not_generating.wait()
 
     def threshold_round(self) -> ThresholdRound:
         """The threshold round that is set. Raises RequestError where there is none, or it has ended."""

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 from gonka_poc.config import Settings
 from gonka_poc.data import MAX_NONCE, BatchResult, InitGenerateRequest, RoundConfig, RoundStats
 from gonka_poc.errors import ComputeError, PoCError, WorkerMemoryError, printable
-from gonka_poc.server.protocols import BatchManager
+from gonka_poc.server.protocols import Manager
 from gonka_poc.threshold_data import DistanceResult, ThresholdRequest
 
 logger = logging.getLogger("vllm.gonka_poc.rounds")
@@ -36,7 +36,7 @@ class Round(ABC, Generic[Request, Result]):
 
     def __init__(
         self,
-        manager: BatchManager,
+        manager: Manager,
         request: Request,
         deliver: Callable[[Result], Awaitable[None]],
         settings: Settings,

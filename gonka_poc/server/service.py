@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from gonka_poc.callbacks.outbox import RoundMark, most_bytes
 from gonka_poc.callbacks.sender import CallbackSender
 from gonka_poc.config import Settings
-from gonka_poc.data import GenerateRequest, InitGenerateRequest, Params, StatusAnswer, StoppedWork, vector_chars
+from gonka_poc.data import GenerateRequest, InitGenerateRequest, StatusAnswer, StoppedWork, vector_chars
 from gonka_poc.errors import ConflictError, PoCError, RequestError, printable
 from gonka_poc.metrics import Metrics
 from gonka_poc.server.background import BackgroundTasks
 from gonka_poc.server.delivery import Delivery, fingerprint, identity, round_envelope
 from gonka_poc.server.generate_queue import GenerateJob, GenerateQueue
-from gonka_poc.server.protocols import BatchManager
+from gonka_poc.server.protocols import Manager
 from gonka_poc.server.round_slot import STOPPED, Phase, RoundSlot
 from gonka_poc.server.rounds import GenerateRound
 from gonka_poc.server.threshold import ProofJob, ProofQueue, ThresholdRound
@@ -25,22 +25,6 @@ from gonka_poc.threshold_data import ProofBatch, ThresholdRequest, ThresholdStat
 logger = logging.getLogger("vllm.gonka_poc.service")
 
 REPLACED = "another round was set"
-
-
-class Manager(BatchManager, Protocol):
-    """Reaches the workers, and refuses what they cannot compute; PoCManagerV1 is one."""
-
-    async def prepare(self) -> None:
-        """Reach every worker once, and warm it up."""
-
-    async def check(self, params: Params) -> None:
-        """Refuse another model, and what goes over a limit of the server."""
-
-    async def check_seq_len(self, seq_len: int) -> None:
-        """Refuse sequences that are too long for the server."""
-
-    def refuse_dead(self) -> None:
-        """Raise EngineUnavailableError where the engine is gone for good."""
 
 
 class PoCService:
@@ -89,7 +73,7 @@ class PoCService:
         async with self._starting:
             delivery, start = await self._begin_round(request, lambda: self._manager.check(request.params))
             current = GenerateRound(self._manager, request, delivery.store_batch, self.settings, start)
-            self._set_round(current, delivery, "GENERATING")
+            self.slot.put(current, delivery, "GENERATING")
 
     async def init_threshold(self, request: ThresholdRequest, phase: Phase) -> None:
         """Set a threshold round, in `phase`.
@@ -101,7 +85,7 @@ class PoCService:
                 _check_can_generate(request)
             delivery, start = await self._begin_round(request, lambda: self._manager.check_seq_len(request.seq_len))
             current = ThresholdRound(self._manager, request, delivery.store_batch, self.settings, start)
-            self._set_round(current, delivery, phase)
+            self.slot.put(current, delivery, phase)
 
     async def _begin_round(
         self, request: InitGenerateRequest | ThresholdRequest, check: Callable[[], Awaitable[None]]
@@ -119,17 +103,13 @@ class PoCService:
         if request.url is not None:
             # a round that is set and has not failed was not ended yet: the new one takes its place
             checkpoint = await self.callbacks.begin_round(request.url, fingerprint(request), self.slot.checkpoint_id)
-        delivery = self._delivery(
-            request.url, round_envelope(request), checkpoint, grace_sec=self.settings.outbox_grace_sec
-        )
+        grace_sec = self.settings.outbox_grace_sec
+        delivery = self._delivery(request.url, round_envelope(request), checkpoint, grace_sec)
         if self._num_stops != num_stops:
             self._background.add(delivery.forget())
             raise ConflictError(f"{STOPPED} before it began")
-        return delivery, checkpoint.done if checkpoint else 0
-
-    def _set_round(self, new: GenerateRound | ThresholdRound, delivery: Delivery, phase: Phase) -> None:
         self.proofs.clear(REPLACED)
-        self.slot.put(new, delivery, phase)
+        return delivery, checkpoint.done if checkpoint else 0
 
     async def enter_phase(self, phase: Literal["GENERATING", "VALIDATING"]) -> None:
         """Let the threshold round generate, or only validate. Raises RequestError where there is none, or it cannot."""

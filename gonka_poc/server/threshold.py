@@ -12,7 +12,7 @@ from gonka_poc.config import Settings
 from gonka_poc.data import DistanceSpec, RoundStats, State
 from gonka_poc.server.delivery import Delivery
 from gonka_poc.server.job_queue import Job, JobQueue
-from gonka_poc.server.protocols import BatchManager
+from gonka_poc.server.protocols import Manager
 from gonka_poc.server.rounds import Round
 from gonka_poc.threshold_data import (
     DistanceResult,
@@ -84,7 +84,7 @@ class ThresholdRound(Round[ThresholdRequest, DistanceResult]):
 
     def __init__(
         self,
-        manager: BatchManager,
+        manager: Manager,
         request: ThresholdRequest,
         deliver: Callable[[DistanceResult], Awaitable[None]],
         settings: Settings,
