@@ -31,7 +31,7 @@ def generates(service: PoCService) -> bool:
     """Whether a round generates; all who ask or wait are told the same."""
     slot = service.slot
     assert slot.no_round.is_set() is not slot.generating
-    assert service.callbacks._held == ({URL: 1} if slot.generating else {})
+    assert service.callbacks._holds == ({URL: 1} if slot.generating else {})
     assert (slot.state == "GENERATING") is (service.status().status == "GENERATING") is slot.generating
     return slot.generating
 
@@ -40,6 +40,7 @@ async def test_an_artifact_round(service):
     assert not generates(service)
     await service.init_generate(ARTIFACTS)
     assert generates(service)
+    await until(lambda: service.manager.asked)
     service.stop()
     assert not generates(service)  # though its last batch is computed
     await service.init_generate(ARTIFACTS)

@@ -63,7 +63,7 @@ class CallbackSender:
         self._watcher: asyncio.Task[None] | None = None
         self._receivers: dict[str, asyncio.Task[None]] = {}
         self._deadlines: dict[str, float] = {}
-        self._held: Counter[str] = Counter()
+        self._holds: Counter[str] = Counter()
         self._closed = False
         self._num_waiting = 0
         self._ending: set[int] = set()
@@ -75,13 +75,13 @@ class CallbackSender:
 
     def hold(self, url: str) -> None:
         """A round for `url` generates: its grace time does not run before `unhold`."""
-        self._held[url] += 1
+        self._holds[url] += 1
 
     def unhold(self, url: str) -> None:
         """The grace time of `url` begins, unless another round holds it."""
-        self._held[url] -= 1
-        if not self._held[url]:
-            del self._held[url]
+        self._holds[url] -= 1
+        if not self._holds[url]:
+            del self._holds[url]
             if url in self._deadlines:
                 self._deadlines[url] = self._clock() + self._settings.outbox_grace_sec
 
@@ -263,7 +263,7 @@ class CallbackSender:
                 failures, retry_after = 0, 0.0
                 continue
             failures, retry_after = failures + 1, wanted
-            if url in self._held:
+            if url in self._holds:
                 self._deadlines[url] = self._clock() + self._settings.outbox_grace_sec
             elif self._clock() >= self._deadlines[url]:
                 await self._write(self._outbox.keep, url)
