@@ -135,7 +135,7 @@ def _raw_json(body: bytes) -> Response:
 
 @router.get("/status")
 async def status(service: Service) -> ThresholdStatusAnswer | StatusAnswer:
-    """What generates now; of a threshold round, what it found too."""
+    """The round that generates; of a threshold round, also its valid nonces."""
     return service.status()
 
 
@@ -154,7 +154,8 @@ async def dashboard() -> HTMLResponse:
 @router.get("/dashboard/data")
 async def dashboard_figures(service: Service, request: Request) -> DashboardData:
     """The figures of the status page."""
-    return dashboard_data(service, request.app.state.recent_errors)
+    errors = request.app.state.recent_errors
+    return dashboard_data(service.settings, service.metrics, service.status(), errors)
 
 
 def _ok(state: State) -> OkAnswer:

@@ -137,7 +137,7 @@ async def test_nothing_waits_for_room_once_the_engine_is_dead(server, monkeypatc
     await until(lambda: api.service.callbacks.problem)
     api.manager.dead = True
     await until(lambda: not api.service.slot.generating)
-    assert api.service.slot._round.error == "the engine is dead"
+    assert api.service.slot.round.error == "the engine is dead"
     api.manager.allow(1)  # the queue's turn: its callback has no room either
     await until(lambda: not api.service.queue.queued_nonces)
     failed = (await api.client.get(f"/generate/{queued}")).json()
@@ -303,7 +303,7 @@ async def test_a_round_that_lost_its_server_goes_on_where_it_was(server, body, e
         if end == "failure":
             api.manager.script.append(EngineUnavailableError("the engine is dead"))
             api.manager.allow(1)
-            await until(lambda api=api: api.service.slot._round.error)
+            await until(lambda api=api: api.service.slot.round.error)
         if end == "close":
             api.manager.allow(1)
         if end == "crash":

@@ -71,7 +71,7 @@ class Server(RuleBasedStateMachine):
 
     def begun(self, state: str, knows_nonces: bool) -> None:
         self.state, self.knows_nonces = state, knows_nonces
-        self.rounds.append(self.service.slot._round)
+        self.rounds.append(self.service.slot.round)
 
     @property
     def number(self) -> int:

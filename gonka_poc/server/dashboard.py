@@ -8,7 +8,6 @@ import logging
 import re
 import time
 from collections import deque
-from dataclasses import dataclass
 from importlib.resources import files
 from typing import Literal
 
@@ -16,17 +15,17 @@ from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, Field
 
 from gonka_poc import __version__
+from gonka_poc.config import Settings
 from gonka_poc.data import StatusAnswer
 from gonka_poc.errors import printable
-from gonka_poc.metrics import BUCKET_SEC
-from gonka_poc.server.service import PoCService
+from gonka_poc.metrics import BUCKET_SEC, Metrics
 
 MAX_ERRORS = 20
 MAX_ERROR_CHARS = 500
 
 
-class ErrorShown(BaseModel):
-    """A warning or an error of the log, in printable ASCII."""
+class LoggedError(BaseModel):
+    """A warning or an error of this package's log, in printable ASCII."""
 
     time: float = Field(description="seconds since 1970")
     level: str
@@ -43,33 +42,35 @@ class DashboardData(BaseModel):
     nonces_total: int = Field(description="vectors computed since the server started")
     nan_total: int = Field(description="nonces dropped because of a NaN or Inf")
     bucket_seconds: int
-    nonces_per_second: list[float] = Field(description="the last 30 minutes, oldest first, one value a bucket")
+    nonces_per_second: list[float] = Field(description="the last 30 minutes, oldest first, one value per bucket")
     chat_share: float | None = Field(
         description="of the time in which there was proof to compute, what was left to chat, in the last 30 minutes"
     )
     queue_nonces: int
     queue_limit: int
     outbox_pending: int
-    errors: list[ErrorShown] = Field(description="newest first")
+    errors: list[LoggedError] = Field(description="newest first")
 
 
-def dashboard_data(service: PoCService, recent_errors: RecentErrors) -> DashboardData:
+def dashboard_data(
+    settings: Settings, metrics: Metrics, status: StatusAnswer, recent_errors: RecentErrors
+) -> DashboardData:
     """The figures as they are now."""
-    metrics, history = service.metrics, service.metrics.history
+    history = metrics.history
     return DashboardData(
         version=__version__,
         time=time.time(),
-        status=service.status(),
-        priority=service.settings.priority,
+        status=status,
+        priority=settings.priority,
         nonces_total=metrics.nonces_total,
         nan_total=metrics.nan_total,
         bucket_seconds=BUCKET_SEC,
         nonces_per_second=[bucket.nonces / BUCKET_SEC for bucket in history.whole()],
         chat_share=history.chat_share(),
         queue_nonces=metrics.queue_nonces(),
-        queue_limit=service.settings.max_queued_nonces,
+        queue_limit=settings.max_queued_nonces,
         outbox_pending=metrics.outbox_pending(),
-        errors=[ErrorShown(time=e.time, level=e.level, text=e.text) for e in reversed(recent_errors.errors)],
+        errors=list(reversed(recent_errors.errors)),
     )
 
 
@@ -102,15 +103,6 @@ def _hash_of(tag: str, html: str) -> str:
     return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
 
 
-@dataclass(frozen=True)
-class LoggedError:
-    """A warning or an error of this package's log, in printable ASCII."""
-
-    time: float
-    level: str
-    text: str
-
-
 class RecentErrors(logging.Handler):
     """Keeps the last warnings and errors that are logged below `vllm.gonka_poc`."""
 
@@ -129,7 +121,7 @@ class RecentErrors(logging.Handler):
             text += f" ({printable(repr(record.exc_info[1]))})"
         if len(text) > MAX_ERROR_CHARS:
             text = text[:MAX_ERROR_CHARS] + "..."
-        self.errors.append(LoggedError(record.created, record.levelname, text))
+        self.errors.append(LoggedError(time=record.created, level=record.levelname, text=text))
 
     def install(self) -> None:
         """Begin to listen."""

@@ -8,10 +8,11 @@ import json
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
 
 from gonka_poc.callbacks.outbox import RoundMark
-from gonka_poc.callbacks.sender import CallbackSender
 from gonka_poc.data import (
     ArtifactsAnswer,
     BatchResult,
@@ -21,7 +22,10 @@ from gonka_poc.data import (
     InitGenerateRequest,
     encode_vector,
 )
-from gonka_poc.threshold_data import DistanceResult, ThresholdRequest, ValidatedBatch, valid_distances
+from gonka_poc.threshold_data import DistanceResult, ThresholdRequest, valid_distances
+
+if TYPE_CHECKING:
+    from gonka_poc.callbacks.sender import CallbackSender
 
 # fields of a round's request that change neither its nonces nor what is said of them
 NOT_OF_A_ROUND = ("batch_size", "fraud_threshold", "use_sign_flips", "use_layer_hooks")
@@ -32,7 +36,7 @@ class Delivery:
 
     Each `store_...` returns when the result is durable. While the outbox has no room it waits, until `expire` and
     `grace_sec` seconds more; then it raises OutboxFullError. `ensure_engine_alive` raises once the engine is dead: a
-    server that is told to end loses its engine first, and is closed only when no request waits.
+    server that shuts down loses its engine first, and is closed only when no request waits.
     """
 
     def __init__(
@@ -81,10 +85,10 @@ class Delivery:
             payload = {**self._envelope, **answer.model_dump(exclude={"status"})}
             await self._sender.add_validated(self._url, payload, self._is_over)
 
-    async def store_verdict(self, batch: ValidatedBatch) -> None:
+    async def store_verdict(self, verdict: BaseModel) -> None:
         """Store the verdict on a proof."""
         if self._url is not None:
-            await self._sender.add_validated(self._url, batch.model_dump(mode="json"), self._is_over)
+            await self._sender.add_validated(self._url, verdict.model_dump(mode="json"), self._is_over)
 
     def expire(self) -> None:
         """The round or request has ended: wait for room no longer than the grace time from now."""

@@ -28,9 +28,8 @@ from gonka_poc.data import (
     vector_chars,
 )
 from gonka_poc.errors import NotFoundError
-from gonka_poc.server.delivery import Delivery
 from gonka_poc.server.job_queue import MAX_JOBS, Job, JobQueue
-from gonka_poc.server.protocols import Manager
+from gonka_poc.server.protocols import JobDelivery, Manager
 from gonka_poc.validation import validate_artifacts
 
 logger = logging.getLogger("vllm.gonka_poc.queue")
@@ -51,7 +50,7 @@ class GenerateJob(Job[VectorSpec, Completed]):
     `received` are the vectors to validate (base64 by nonce), instead of `request.validation`; None if there are none.
     """
 
-    def __init__(self, request: GenerateRequest, delivery: Delivery) -> None:
+    def __init__(self, request: GenerateRequest, delivery: JobDelivery) -> None:
         weight = -(-request.params.k_dim // K_DIM_A_COUNT)
         super().__init__(request.spec, request.nonces, request.batch_size, delivery, weight)
         # without the objects of the received vectors, which take several times as much as their texts
@@ -101,7 +100,7 @@ class GenerateQueue(JobQueue[GenerateJob, BatchResult]):
         self._no_round = no_round
         self._finished = Results(settings.max_queued_nonces, settings.result_ttl_sec)
 
-    def submit(self, request: GenerateRequest, delivery: Delivery) -> GenerateJob:
+    def submit(self, request: GenerateRequest, delivery: JobDelivery) -> GenerateJob:
         """Accept a request. Raises QueueFullError where it would take the queue over its limit."""
         return self._add(GenerateJob(request, delivery))
 

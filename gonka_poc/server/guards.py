@@ -57,7 +57,7 @@ class BodyLimit:
 
     def _too_large(self) -> BodyTooLargeError:
         return BodyTooLargeError(
-            f"the body is over {self._max_bytes} bytes (POC_MAX_BODY_BYTES); send fewer nonces a request"
+            f"the body is over {self._max_bytes} bytes (POC_MAX_BODY_BYTES); send fewer nonces per request"
         )
 
     def _limited(self, receive: Receive) -> Receive:

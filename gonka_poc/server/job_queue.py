@@ -11,8 +11,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 from gonka_poc.config import Settings
 from gonka_poc.data import BatchResult, DistanceSpec, VectorSpec
 from gonka_poc.errors import ConflictError, PoCError, QueueFullError, printable
-from gonka_poc.server.delivery import Delivery
-from gonka_poc.server.protocols import Manager
+from gonka_poc.server.protocols import JobDelivery, Manager
 from gonka_poc.threshold_data import DistanceResult
 
 logger = logging.getLogger("vllm.gonka_poc.queue")
@@ -31,7 +30,7 @@ class Job(ABC, Generic[Spec, Outcome]):
     """
 
     def __init__(
-        self, spec: Spec, nonces: list[int], batch_size: int, delivery: Delivery, nonce_weight: int = 1
+        self, spec: Spec, nonces: list[int], batch_size: int, delivery: JobDelivery, nonce_weight: int = 1
     ) -> None:
         self.request_id = str(uuid.uuid4())
         self.spec = spec

@@ -6,15 +6,11 @@ import asyncio
 from typing import Any, Literal
 
 from gonka_poc.data import State, StatusAnswer
-from gonka_poc.errors import RequestError
 from gonka_poc.server.background import BackgroundTasks
 from gonka_poc.server.delivery import Delivery
 from gonka_poc.server.protocols import Manager
-from gonka_poc.server.rounds import GenerateRound
-from gonka_poc.server.threshold import ThresholdRound
-from gonka_poc.threshold_data import ThresholdStatusAnswer
+from gonka_poc.server.rounds import Round
 
-STOPPED = "stopped by POST /stop"
 Phase = Literal["IDLE", "GENERATING", "VALIDATING"]
 
 
@@ -24,7 +20,7 @@ class RoundSlot:
     def __init__(self, manager: Manager, background: BackgroundTasks) -> None:
         self._manager = manager
         self._background = background
-        self._round: GenerateRound | ThresholdRound | None = None
+        self.round: Round[Any, Any] | None = None
         self._delivery: Delivery | None = None
         self._phase: Phase = "IDLE"
         self._held: Delivery | None = None
@@ -34,30 +30,30 @@ class RoundSlot:
 
     # -- changes --
 
-    def put(self, new: GenerateRound | ThresholdRound, delivery: Delivery, phase: Phase) -> None:
+    def put(self, new: Round[Any, Any], delivery: Delivery, phase: Phase) -> None:
         """Start a round in `phase`, in place of one that does not generate."""
         if self.stop():
             self.forget()
-        self._round, self._delivery = new, delivery
+        self.round, self._delivery = new, delivery
         self._background.add(new.task)  # when `Round.start()` creates the task, it is called here
         new.task.add_done_callback(self._on_round_ended)
         self.enter(phase)
 
     def enter(self, phase: Phase) -> None:
         """Change the phase of the round. A batch that a worker is computing is finished and delivered in any phase."""
-        assert self._round is not None
+        assert self.round is not None
         self._phase = phase
         if phase == "GENERATING":
-            self._round.resume()
+            self.round.resume()
         else:
-            self._round.pause()
+            self.round.pause()
         self._on_change()
 
     def stop(self) -> bool:
         """End the round; what was computed is still delivered. False where there was none, or it had ended."""
-        if self._round is None or self._delivery is None or self._round.stopped:
+        if self.round is None or self._delivery is None or self.round.stopped:
             return False
-        self._round.stop()
+        self.round.stop()
         self._delivery.expire()
         self._on_change()
         return True
@@ -68,7 +64,7 @@ class RoundSlot:
             self._background.add(self._delivery.forget())
 
     def _on_round_ended(self, task: asyncio.Task[Any]) -> None:
-        if self._round is not None and self._round.task is task:
+        if self.round is not None and self.round.task is task:
             self._on_change()
             self._background.add(self._manager.release())
 
@@ -89,44 +85,30 @@ class RoundSlot:
 
     @property
     def generating(self) -> bool:
-        """Whether a round generates; False from the moment that it is told to stop or pause."""
-        return self._round is not None and self._phase == "GENERATING" and not self._round.stopped
+        """True while a round generates; False as soon as it is to stop or pause."""
+        return self.round is not None and self._phase == "GENERATING" and not self.round.stopped
 
     @property
     def has_receiver(self) -> bool:
-        """Whether what the round computes has to be stored."""
-        return self._round is not None and self._round.request.url is not None
+        """True if the round has a callback URL."""
+        return self.round is not None and self.round.request.url is not None
 
     @property
     def checkpoint_id(self) -> int | None:
         """The id of the checkpoint of a round that has not ended."""
-        if self._round is None or self._round.stopped or self._delivery is None or self._delivery.checkpoint is None:
+        if self.round is None or self.round.stopped or self._delivery is None or self._delivery.checkpoint is None:
             return None
         return self._delivery.checkpoint.round_id
 
-    def threshold_round(self) -> ThresholdRound:
-        """The threshold round that is set. Raises RequestError where there is none, or it has ended."""
-        current = self._round
-        if not isinstance(current, ThresholdRound):
-            raise RequestError("no threshold round is set; POST /api/v1/pow/init sets one")
-        if current.stopped:
-            why = current.error or STOPPED
-            raise RequestError(f"the threshold round has ended ({why}); POST /api/v1/pow/init sets another")
-        return current
-
     @property
     def state(self) -> State:
-        """The state of a threshold round; GENERATING or IDLE where there is none."""
-        if isinstance(self._round, ThresholdRound):
-            return "STOPPED" if self._round.stopped else self._phase
-        return "GENERATING" if self.generating else "IDLE"
+        """The state of the round; IDLE where there is none."""
+        if self.round is None:
+            return "IDLE"
+        return self.round.END_STATE if self.round.stopped else self._phase
 
-    def status(self, problem: str | None) -> StatusAnswer | ThresholdStatusAnswer:
-        """The round that is set, or IDLE. `problem` says why the outbox takes nothing now."""
-        current = self._round
-        if isinstance(current, ThresholdRound):
-            return current.status(self.state, problem)
-        if current is not None and self.generating:
-            return StatusAnswer(status="GENERATING", config=current.config, stats=current.stats, error=problem)
-        error = problem or (current.error if current else None)
-        return StatusAnswer(status="IDLE", config=None, stats=None, error=error)
+    def status(self, problem: str | None) -> StatusAnswer:
+        """GET /status; `problem` says why the outbox takes nothing now."""
+        if self.round is None:
+            return StatusAnswer(status="IDLE", config=None, stats=None, error=problem)
+        return self.round.status(self.state, problem)

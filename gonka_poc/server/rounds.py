@@ -7,10 +7,10 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from gonka_poc.config import Settings
-from gonka_poc.data import MAX_NONCE, BatchResult, InitGenerateRequest, RoundConfig, RoundStats
+from gonka_poc.data import MAX_NONCE, BatchResult, InitGenerateRequest, RoundConfig, RoundStats, State, StatusAnswer
 from gonka_poc.errors import ComputeError, PoCError, WorkerMemoryError, printable
 from gonka_poc.server.protocols import Manager
 from gonka_poc.threshold_data import DistanceResult, ThresholdRequest
@@ -33,6 +33,8 @@ class Round(ABC, Generic[Request, Result]):
     A nonce is done when `deliver` has returned; a batch that chat displaced is tried again with the same nonces.
     `start` of them were done before: by a round that lost its server.
     """
+
+    END_STATE: ClassVar[State] = "IDLE"
 
     def __init__(
         self,
@@ -73,6 +75,10 @@ class Round(ABC, Generic[Request, Result]):
     def resume(self) -> None:
         """Go on with the nonce after the last one that is done."""
         self._running.set()
+
+    @abstractmethod
+    def status(self, state: State, problem: str | None) -> StatusAnswer:
+        """GET /status; `problem` says why the outbox takes nothing now."""
 
     @property
     @abstractmethod
@@ -160,6 +166,12 @@ class Round(ABC, Generic[Request, Result]):
 
 class GenerateRound(Round[InitGenerateRequest, BatchResult]):
     """A round of artifacts."""
+
+    def status(self, state: State, problem: str | None) -> StatusAnswer:
+        """GET /status: once the round has ended, only the error that ended it."""
+        if state == self.END_STATE:
+            return StatusAnswer(status=state, config=None, stats=None, error=problem or self.error)
+        return StatusAnswer(status=state, config=self.config, stats=self.stats, error=problem)
 
     @property
     def config(self) -> RoundConfig:

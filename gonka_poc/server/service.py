@@ -17,13 +17,14 @@ from gonka_poc.server.background import BackgroundTasks
 from gonka_poc.server.delivery import Delivery, fingerprint, identity, round_envelope
 from gonka_poc.server.generate_queue import GenerateJob, GenerateQueue
 from gonka_poc.server.protocols import Manager
-from gonka_poc.server.round_slot import STOPPED, Phase, RoundSlot
+from gonka_poc.server.round_slot import Phase, RoundSlot
 from gonka_poc.server.rounds import GenerateRound
 from gonka_poc.server.threshold import ProofJob, ProofQueue, ThresholdRound
-from gonka_poc.threshold_data import ProofBatch, ThresholdRequest, ThresholdStatusAnswer
+from gonka_poc.threshold_data import ProofBatch, ThresholdRequest
 
 logger = logging.getLogger("vllm.gonka_poc.service")
 
+STOPPED = "stopped by POST /stop"
 REPLACED = "another round was set"
 
 
@@ -114,10 +115,19 @@ class PoCService:
     async def enter_phase(self, phase: Literal["GENERATING", "VALIDATING"]) -> None:
         """Let the threshold round generate, or only validate. Raises RequestError where there is none, or it cannot."""
         async with self._starting:
-            current = self.slot.threshold_round()
+            current = self._threshold_round()
             if phase == "GENERATING":
                 _check_can_generate(current.request)
             self.slot.enter(phase)
+
+    def _threshold_round(self) -> ThresholdRound:
+        current = self.slot.round
+        if not isinstance(current, ThresholdRound):
+            raise RequestError("no threshold round is set; POST /api/v1/pow/init sets one")
+        if current.stopped:
+            why = current.error or STOPPED
+            raise RequestError(f"the threshold round has ended ({why}); POST /api/v1/pow/init sets another")
+        return current
 
     # -- queues --
 
@@ -126,7 +136,7 @@ class PoCService:
 
         Raises RequestError where it is not of the round that is set, QueueFullError and OutboxFullError.
         """
-        current = self.slot.threshold_round()
+        current = self._threshold_round()
         request = current.request
         for name in ("block_hash", "block_height"):
             theirs, ours = getattr(proof, name), getattr(request, name)
@@ -134,7 +144,7 @@ class PoCService:
                 raise RequestError(f"{name} of the proof is {theirs!r}, of the round {ours!r}")
         if request.url is not None:
             await self.callbacks.check_room(request.url)
-            if self.slot.threshold_round() is not current:
+            if self._threshold_round() is not current:
                 raise ConflictError(REPLACED)
         return self.proofs.submit(current, proof, self._delivery(request.url, {}))
 
@@ -161,7 +171,7 @@ class PoCService:
         if size > limit - limit // 4:  # the rest is for what holds it together, and what is there already
             raise RequestError(
                 f"the callback of {len(request.nonces)} nonces may take {size} bytes of the outbox, which has {limit} "
-                "(POC_OUTBOX_MAX_BYTES); send fewer nonces a request"
+                "(POC_OUTBOX_MAX_BYTES); send fewer nonces per request"
             )
 
     def _delivery(
@@ -177,10 +187,10 @@ class PoCService:
 
     @property
     def computing(self) -> bool:
-        """Whether a round generates, and does not wait for room for its callbacks."""
+        """True while a round generates and does not wait for room for its callbacks."""
         return self.slot.generating and not (self.slot.has_receiver and self.callbacks.problem)
 
-    def status(self) -> StatusAnswer | ThresholdStatusAnswer:
+    def status(self) -> StatusAnswer:
         """The round that is set, or IDLE; and what keeps the outbox from taking more, or ended the last round."""
         return self.slot.status(self.callbacks.problem)
 

@@ -10,9 +10,8 @@ from collections.abc import Awaitable, Callable
 
 from gonka_poc.config import Settings
 from gonka_poc.data import DistanceSpec, RoundStats, State
-from gonka_poc.server.delivery import Delivery
 from gonka_poc.server.job_queue import Job, JobQueue
-from gonka_poc.server.protocols import Manager
+from gonka_poc.server.protocols import JobDelivery, Manager
 from gonka_poc.server.rounds import Round
 from gonka_poc.threshold_data import (
     DistanceResult,
@@ -82,6 +81,8 @@ class PoCStats:
 class ThresholdRound(Round[ThresholdRequest, DistanceResult]):
     """A round of distances. Begins paused; after a pause it goes on where it left off."""
 
+    END_STATE = "STOPPED"
+
     def __init__(
         self,
         manager: Manager,
@@ -148,7 +149,7 @@ class ThresholdRound(Round[ThresholdRequest, DistanceResult]):
 class ProofJob(Job[DistanceSpec, ProofVerdict]):
     """A proof that waits for its verdict."""
 
-    def __init__(self, current: ThresholdRound, proof: ProofBatch, delivery: Delivery) -> None:
+    def __init__(self, current: ThresholdRound, proof: ProofBatch, delivery: JobDelivery) -> None:
         super().__init__(current.request.spec_of(proof.public_key), proof.nonces, current.request.batch_size, delivery)
         self.round = current
         self.proof = proof
@@ -164,7 +165,7 @@ class ProofQueue(JobQueue[ProofJob, DistanceResult]):
 
     WAITING = "wait for validation"
 
-    def submit(self, current: ThresholdRound, proof: ProofBatch, delivery: Delivery) -> ProofJob:
+    def submit(self, current: ThresholdRound, proof: ProofBatch, delivery: JobDelivery) -> ProofJob:
         """Accept a proof. Raises QueueFullError where it would take the proofs that wait over their limit."""
         return self._add(ProofJob(current, proof, delivery))
 
