@@ -164,7 +164,7 @@ class Server(RuleBasedStateMachine):
         assert status["status"] == shown
         assert status.get("state", shown) == shown
         assert ("state" in status) is (self.state not in ("NONE", "ARTIFACTS"))
-        assert self.service.generating is (shown == "GENERATING")
+        assert self.service.slot.generating is (shown == "GENERATING")
         assert "error" not in status
 
     def teardown(self) -> None:
