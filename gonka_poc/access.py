@@ -21,6 +21,7 @@ from functools import partial
 
 import httpx
 
+from gonka_poc.data import has_query
 from gonka_poc.errors import RequestError, printable
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -221,11 +222,6 @@ class CheckedTransport(httpx.AsyncBaseTransport):
 def shown_url(url: str) -> str:
     """`url` for people and logs, with *** for a name and password in it."""
     return re.sub(r"^([^/?#]*//)[^/?#]*@", r"\1***@", url)
-
-
-def has_query(url: str) -> bool:
-    """True if `url` has a query or a fragment, if only an empty one: a path put behind it would become part of it."""
-    return "?" in url or "#" in url
 
 
 def _port_of(url: httpx.URL) -> int:

@@ -17,8 +17,6 @@ import httpx
 import numpy as np
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
-from gonka_poc.access import has_query
-
 MAX_NONCE = 2**63 - 1
 MAX_STEP = 2**53  # between two nonces of a node
 MAX_TEXT = 1024
@@ -36,6 +34,11 @@ Item = TypeVar("Item")
 RequestList = Annotated[list[Item], Field(max_length=MAX_LISTED), FailFast()]
 Nonce = Annotated[int, Field(ge=0, le=MAX_NONCE, description="0 to 2^63 - 1")]
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+
+
+def has_query(url: str) -> bool:
+    """Whether `url` has a query or a fragment, if only an empty one: a path put behind it would become part of it."""
+    return "?" in url or "#" in url
 
 
 def _empty_is_none(url: Any) -> Any:
@@ -320,10 +323,29 @@ class PowStatus(BaseModel):
 
 
 class OkAnswer(BaseModel):
-    """Answer of /init..., /phase/... and /stop."""
+    """Answer of /init... and /phase/..."""
 
     status: Literal["OK"] = "OK"
     pow_status: PowStatus
+
+
+class StoppedWork(BaseModel):
+    """The work that POST /stop ended."""
+
+    round: bool = Field(description="a round that had not ended, or was about to start")
+    requests: int = Field(description="queued requests and proofs")
+
+    def __str__(self) -> str:
+        ended = ["the round"] if self.round else []
+        if self.requests:
+            ended.append("1 queued request" if self.requests == 1 else f"{self.requests} queued requests")
+        return f"stopped {' and '.join(ended)}" if ended else "nothing was running"
+
+
+class StopAnswer(OkAnswer):
+    """Answer of /stop."""
+
+    stopped: StoppedWork | None = Field(default=None, exclude_if=is_none, description="always there in this release")
 
 
 class QueuedAnswer(BaseModel):

@@ -8,7 +8,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -25,7 +25,6 @@ from gonka_poc.errors import (
     raise_worker_error,
 )
 from gonka_poc.metrics import Metrics
-from gonka_poc.vllm_compat import ApiView
 
 # below vLLM's logger, so that its handlers and level apply
 logger = logging.getLogger("vllm.gonka_poc.manager")
@@ -90,10 +89,31 @@ class BatchSizer:
         return self._max_fitting[seq_len]
 
 
+class EngineView(Protocol):
+    """An engine as its API process sees it; ApiView is one."""
+
+    max_model_len: int
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    hidden_size: int
+
+    def model_names(self) -> list[str]:
+        """The names that requests may use for the served model."""
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether chat is being served."""
+
+    def is_dead(self) -> bool:
+        """Whether the engine process is gone for good."""
+
+    async def call_workers(self, method: str, *args: Any) -> list[Any]:
+        """One answer per worker. Raises EngineUnavailableError where the workers cannot be called."""
+
+
 class PoCManagerV1:
     """Drives the workers through `collective_rpc`, one micro-batch at a time; chat goes first."""
 
-    def __init__(self, view: ApiView, settings: Settings | None = None, metrics: Metrics | None = None) -> None:
+    def __init__(self, view: EngineView, settings: Settings | None = None, metrics: Metrics | None = None) -> None:
         self._settings = settings or Settings()
         self._view = view
         self._metrics = metrics or Metrics()

@@ -1,4 +1,4 @@
-"""What the parts of a server report: Prometheus metrics in vLLM's own /metrics, and the history of the status page.
+"""Reports of a server's parts: Prometheus metrics in vLLM's own /metrics, and a history in bounded memory.
 
 vLLM serves prometheus_client's default registry where it runs one API process, which is all that PoCMiddleware
 allows. (With PROMETHEUS_MULTIPROC_DIR set by hand, vLLM reads files instead: counters and histograms are in them,
@@ -8,7 +8,9 @@ the gauges, which are asked for at each scrape, are not.)
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -16,7 +18,6 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from gonka_poc.data import State
-from gonka_poc.history import History
 
 STATES: tuple[State, ...] = get_args(State)
 CHAT = "chat"
@@ -25,10 +26,52 @@ BATCH_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 CALLBACK_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60)
 # a pause after a skipped batch that is longer was no waiting for chat: the work had ended
 MAX_YIELD_SEC = 1.0
+# the history: 30 minutes
+BUCKET_SEC = 10
+NUM_BUCKETS = 180
+
+
+@dataclass
+class Bucket:
+    """Sums over BUCKET_SEC seconds."""
+
+    nonces: int = 0
+    computing_sec: float = 0.0
+    yielded_sec: float = 0.0
+
+
+class History:
+    """Sums over each of the last NUM_BUCKETS whole spans of BUCKET_SEC seconds, and the one that runs."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._buckets = deque([Bucket()], maxlen=NUM_BUCKETS + 1)
+        self._current = int(clock() // BUCKET_SEC)
+
+    def current(self) -> Bucket:
+        """The bucket to add to now."""
+        number = int(self._clock() // BUCKET_SEC)
+        for _ in range(min(number - self._current, NUM_BUCKETS + 1)):
+            self._buckets.append(Bucket())
+        self._current = max(number, self._current)
+        return self._buckets[-1]
+
+    def whole(self) -> list[Bucket]:
+        """The last NUM_BUCKETS spans that have ended, oldest first; empty ones before the server's start."""
+        self.current()
+        ended = list(self._buckets)[:-1]
+        return [Bucket() for _ in range(NUM_BUCKETS - len(ended))] + ended
+
+    def chat_share(self) -> float | None:
+        """Of the time in which there was proof to compute, the share that was left to chat; None without any."""
+        self.current()
+        yielded = sum(bucket.yielded_sec for bucket in self._buckets)
+        total = yielded + sum(bucket.computing_sec for bucket in self._buckets)
+        return yielded / total if total > 0 else None
 
 
 class Metrics(Collector):
-    """What the parts of one server report: counted for Prometheus, and remembered for the status page.
+    """Reports of one server's parts: counted for Prometheus, and kept for the status page.
 
     Its collectors live in a registry of its own, so that there can be several in one process; `attach` shows them
     in another one. `queue_nonces`, `outbox_pending` and `state` are asked at each scrape.

@@ -27,9 +27,10 @@ from gonka_poc.data import (
     QueuedAnswer,
     State,
     StatusAnswer,
+    StopAnswer,
 )
 from gonka_poc.errors import PoCError, printable
-from gonka_poc.server.dashboard import DashboardData, dashboard_data, dashboard_page
+from gonka_poc.server.dashboard import DashboardData, RecentErrors, dashboard_data, dashboard_page
 from gonka_poc.server.service import PoCService
 from gonka_poc.threshold_data import (
     InitGenerateBody,
@@ -117,32 +118,31 @@ async def generate(body: GenerateRequest, request: Request, service: Service) ->
         return QueuedAnswer(request_id=job.request_id, queued_count=len(body.nonces))
     await _outcome_while_connected(job.outcome, partial(service.queue.drop, job), request)
     assert job.body is not None  # an outcome that is no error
-    return _as_it_is(job.body)
+    return _raw_json(job.body)
 
 
 @router.get("/generate/{request_id}", response_model=PendingAnswer | Completed | FailedAnswer, responses=_errors(404))
 async def generate_result(request_id: str, service: Service) -> PendingAnswer | Response:
     """State or result of a queued request; 404 if unknown or expired."""
     answer = service.queue.poll(request_id)
-    return _as_it_is(answer) if isinstance(answer, bytes) else answer
+    return _raw_json(answer) if isinstance(answer, bytes) else answer
 
 
-def _as_it_is(text: bytes) -> Response:
+def _raw_json(body: bytes) -> Response:
     """An answer that can be large: made into JSON once, and not looked at again."""
-    return Response(text, media_type="application/json")
+    return Response(body, media_type="application/json")
 
 
 @router.get("/status")
 async def status(service: Service) -> ThresholdStatusAnswer | StatusAnswer:
-    """What generates now; of a threshold round, what it found too."""
+    """The round that generates; of a threshold round, also its valid nonces."""
     return service.status()
 
 
 @router.post("/stop")
-async def stop(service: Service) -> OkAnswer:
-    """Stop the round and drop queued requests."""
-    service.stop()
-    return _ok("STOPPED")
+async def stop(service: Service) -> StopAnswer:
+    """Stop the round and drop queued requests; `stopped` says what there was to stop."""
+    return StopAnswer(pow_status=PowStatus(status="STOPPED"), stopped=service.stop())
 
 
 @router.get("/dashboard", response_class=HTMLResponse)
@@ -152,9 +152,10 @@ async def dashboard() -> HTMLResponse:
 
 
 @router.get("/dashboard/data")
-async def dashboard_figures(service: Service) -> DashboardData:
-    """What the status page shows, as JSON."""
-    return dashboard_data(service)
+async def dashboard_figures(service: Service, request: Request) -> DashboardData:
+    """The figures of the status page."""
+    errors = request.app.state.recent_errors
+    return dashboard_data(service.settings, service.metrics, service.status(), errors)
 
 
 def _ok(state: State) -> OkAnswer:
@@ -169,7 +170,7 @@ async def _outcome_while_connected(
         while not (await asyncio.wait([outcome], timeout=DISCONNECT_POLL_SEC))[0]:
             if await request.is_disconnected():
                 break
-            service_of(request).refuse_dead()
+            service_of(request).ensure_engine_alive()
     finally:
         drop("nobody waits for its answer any more")
     return outcome.result()
@@ -198,8 +199,8 @@ def _shortened(part: str | int) -> str | int:
     return part[:MAX_ERROR_TEXT] if isinstance(part, str) else part
 
 
-def make_app(service: PoCService) -> FastAPI:
-    """The PoC application: served by PoCMiddleware inside vLLM's own."""
+def make_app(service: PoCService, recent_errors: RecentErrors | None = None) -> FastAPI:
+    """The application of /api/v1/pow/* over `service`."""
     app = FastAPI(
         title="gonka_poc",
         version=__version__,
@@ -209,6 +210,7 @@ def make_app(service: PoCService) -> FastAPI:
         redoc_url=None,
     )
     app.state.poc_service = service
+    app.state.recent_errors = recent_errors or RecentErrors()
     app.include_router(router)
     app.add_exception_handler(PoCError, answer_poc_error)
     app.add_exception_handler(RequestValidationError, answer_invalid_request)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 from gonka_poc.data import (
     MAX_NONCE,
     MAX_STEP,
+    BatchResult,
     CallbackUrl,
     DistanceSpec,
     InitGenerateRequest,
@@ -32,6 +33,12 @@ from gonka_poc.data import (
 
 Target = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False, description="a nonce is valid below this distance")]
 Distance = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def valid_distances(result: BatchResult, r_target: float) -> dict[int, float]:
+    """The valid nonces of a batch, with their distances."""
+    distances = {nonce: float(value) for nonce, value in result.values.items()}
+    return {nonce: distance for nonce, distance in distances.items() if distance < r_target}
 
 
 # --- requests ---------------------------------------------------------------------------------------------------

@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import uvicorn
-from fakes import MODEL, FakeManager
+from fakes import MODEL, FakeManager, make_poc
 
 from gonka_poc.cli import main as cli
 from gonka_poc.cli.server_process import free_port
 from gonka_poc.config import Settings
 from gonka_poc.routes import make_app
-from gonka_poc.server.service import PoCService
 
 START_SEC = 60.0
 
@@ -52,9 +51,9 @@ def engineless_server(
             return await inner[0](scope, receive, send)
         await receive()
         # the tasks of the service belong to the event loop of the server
-        service = PoCService(manager, Settings(chat_backoff_sec=0.001, callback_interval_sec=0.05))  # type: ignore[arg-type]
-        service.start()
-        inner.append(make_app(service))
+        poc = make_poc(manager, Settings(chat_backoff_sec=0.001, callback_interval_sec=0.05))
+        poc.start()
+        inner.append(make_app(poc.service))
         inner[0].add_api_route("/v1/models", vllm_models)
         if chat is not None:
             inner[0].add_api_route("/v1/chat/completions", chat, methods=["POST"])
@@ -62,7 +61,7 @@ def engineless_server(
             inner[0].add_api_route(path, answer, methods=["GET", "POST"])
         await send({"type": "lifespan.startup.complete"})
         await receive()
-        await service.close()
+        await poc.close()
         await send({"type": "lifespan.shutdown.complete"})
 
     port = free_port()

@@ -9,7 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from prometheus_client import CollectorRegistry
 
+from gonka_poc.app import PoCApp, build_app
+from gonka_poc.config import Settings
 from gonka_poc.data import VECTOR_DTYPE, BatchResult, DistanceSpec, Params, Spec, VectorSpec, spec_from
 from gonka_poc.errors import EngineUnavailableError, PoCError
 
@@ -63,6 +66,11 @@ async def until(condition: Callable[[], Any]) -> None:
             await asyncio.sleep(0.001)
 
     await asyncio.wait_for(poll(), 5)
+
+
+def make_poc(manager: FakeManager, settings: Settings | None = None) -> PoCApp:
+    """The parts of a server over `manager`; nothing is started."""
+    return build_app(FakeView(), settings or Settings(), manager=manager, registry=CollectorRegistry())
 
 
 class Clock:

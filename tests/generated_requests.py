@@ -13,10 +13,9 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from gonka_poc.app import build_app
 from gonka_poc.config import Settings
-from gonka_poc.manager import PoCManagerV1
 from gonka_poc.routes import make_app
-from gonka_poc.server.service import PoCService
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
@@ -24,7 +23,7 @@ CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance,
 def requests_schema() -> schemathesis.BaseSchema:
     """The schema of the API. Half of the bodies name the served model and stay within its limits, so that they come
     further than a 422; those name no receiver."""
-    schema = schemathesis.openapi.from_dict(make_app(PoCService(PoCManagerV1(FakeView()), Settings())).openapi())
+    schema = schemathesis.openapi.from_dict(make_app(build_app(FakeView(), Settings()).service).openapi())
 
     @schema.hook
     def map_body(context: Any, body: Any) -> Any:

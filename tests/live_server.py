@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from functools import partial
 from typing import Any
 
 import httpx
-import pytest
 import uvicorn
 from engineless import START_SEC, until_started
 from fakes import FakeView
@@ -16,8 +16,9 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from gonka_poc import middleware
+from gonka_poc.app import build_app
 from gonka_poc.cli.server_process import free_port
+from gonka_poc.metrics import Metrics
 from gonka_poc.middleware import PoCMiddleware
 from gonka_poc.routes import PREFIX
 
@@ -25,19 +26,20 @@ from gonka_poc.routes import PREFIX
 class LiveServer:
     """While entered, a server at `url` whose other routes are /health and /v1/models."""
 
-    def __init__(self, port: int | None = None) -> None:
+    def __init__(self, port: int | None = None, metrics: Metrics | None = None) -> None:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._patch = pytest.MonkeyPatch()
         app = Starlette(routes=[Route(path, lambda _: PlainTextResponse("")) for path in ("/health", "/v1/models")])
-        app.add_middleware(PoCMiddleware)
+        app.add_middleware(
+            PoCMiddleware,
+            check_release=lambda: "0.32.0",
+            make_view=lambda app: FakeView(),
+            build=partial(build_app, metrics=metrics, registry=CollectorRegistry()),
+        )
         self._server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_config=None))
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve()))
 
     def __enter__(self) -> LiveServer:
-        self._patch.setattr(middleware, "installed_version", lambda: "0.32.0")
-        self._patch.setattr(middleware, "ApiView", lambda app: FakeView())
-        self._patch.setattr(middleware, "REGISTRY", CollectorRegistry())
         self._thread.start()
         until_started(self._server, self._thread)
         return self
@@ -45,7 +47,6 @@ class LiveServer:
     def __exit__(self, *exc_info: Any) -> None:
         self._server.should_exit = True
         self._thread.join(START_SEC)
-        self._patch.undo()
         assert not self._thread.is_alive()
 
     def get(self, path: str) -> httpx.Response:

@@ -13,13 +13,12 @@ from typing import Any
 
 import httpx
 import pytest
-from fakes import FakeManager, generate_body, round_body
+from fakes import FakeManager, generate_body, make_poc, round_body
 
 from gonka_poc.access import FORBIDDEN_NETWORKS, CallbackRules, CheckedTransport, shown_url
 from gonka_poc.config import Settings
 from gonka_poc.errors import RequestError
 from gonka_poc.routes import PREFIX, make_app
-from gonka_poc.server.service import PoCService
 
 EVERYTHING = CallbackRules.parse("")
 LISTED = CallbackRules.parse(
@@ -427,7 +426,7 @@ async def test_tls_is_checked_against_the_name(monkeypatch):
     ],
 )
 async def test_a_request_with_a_refused_url_is_400(allow, url, status):
-    service = PoCService(FakeManager(), Settings(callback_allow=allow))
+    service = make_poc(FakeManager(), Settings(callback_allow=allow)).service
     transport = httpx.ASGITransport(app=make_app(service))
     async with httpx.AsyncClient(transport=transport, base_url=f"http://test{PREFIX}") as client:
         bodies = {"/init/generate": round_body(url=url), "/generate": generate_body([], url=url)}
@@ -435,5 +434,5 @@ async def test_a_request_with_a_refused_url_is_400(allow, url, status):
             response = await client.post(path, json=body)
             assert response.status_code == status
             assert (status == 200) or "refused" in response.text or "is a number" in response.text
-        assert service.generating is (status == 200)
+        assert service.slot.generating is (status == 200)
     await service.close()

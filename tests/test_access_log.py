@@ -7,15 +7,13 @@ from typing import Any
 
 import httpx
 import pytest
-from fakes import Clock, FakeManager, generate_body, round_body, until
+from fakes import Clock, FakeManager, generate_body, make_poc, round_body, until
 from live_server import LiveServer
 
-from gonka_poc.config import Settings
 from gonka_poc.errors import EngineUnavailableError
 from gonka_poc.middleware import POLLED
 from gonka_poc.routes import PREFIX, make_app
 from gonka_poc.server.access_log import ACCESS_LOGGER, PollFilter
-from gonka_poc.server.service import PoCService
 
 
 @pytest.fixture
@@ -81,7 +79,7 @@ async def test_nothing_of_a_request_makes_a_line_of_its_own(where, caplog):
     """What a request says reaches the log only through errors, and there it is escaped."""
     nasty = "x\r\nINFO: all is well \x1b[31m\u2028"
     manager = FakeManager()
-    service = PoCService(manager, Settings())
+    service = make_poc(manager).service
     client = httpx.AsyncClient(transport=httpx.ASGITransport(app=make_app(service)), base_url=f"http://test{PREFIX}")
     if where == "route":
         manager.refusal = EngineUnavailableError(nasty)
@@ -90,7 +88,7 @@ async def test_nothing_of_a_request_makes_a_line_of_its_own(where, caplog):
         manager.script.append(EngineUnavailableError(nasty))
         path, body = ("/init/generate", round_body()) if where == "round" else ("/generate", generate_body([1]))
         await client.post(path, json=body)
-        await until(lambda: not service.generating and not service.queue.queued_nonces)
+        await until(lambda: not service.slot.generating and not service.queue.queued_nonces)
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("vllm.gonka_poc")]
     assert any("all is well" in line for line in lines)
     assert all(line.isascii() and line.isprintable() for line in lines)

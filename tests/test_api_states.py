@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import httpx
-from fakes import FakeManager, generate_body, round_body, until
+from fakes import FakeManager, generate_body, make_poc, round_body, until
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from hypothesis.strategies import integers
@@ -34,7 +34,7 @@ class ArtifactApi(RuleBasedStateMachine):
 
     async def start(self) -> tuple[PoCService, httpx.AsyncClient]:
         settings = Settings(max_queued_nonces=LIMIT, chat_backoff_sec=0.001)
-        service = PoCService(self.manager, settings)  # type: ignore[arg-type]
+        service = make_poc(self.manager, settings).service
         transport = httpx.ASGITransport(app=make_app(service))
         return service, httpx.AsyncClient(transport=transport, base_url=f"http://test{PREFIX}")
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 from engineless import engineless_server, run
-from fakes import MODEL, FakeManager
+from fakes import MODEL, FakeManager, generate_body, round_body
 
 from gonka_poc.callbacks.outbox import Outbox
 from gonka_poc.cli import artifacts, demo
@@ -188,9 +188,9 @@ def test_status_and_stop(server, capsys):
     assert run("status", "--url", server.url) == 0
     assert "IDLE" in capsys.readouterr().out
     assert run("stop", "--url", server.url, "--json") == 0
-    answer = json.loads(capsys.readouterr().out)
-    answer.pop("stopped", None)  # servers of the first release do not have it
-    assert answer == {"status": "OK", "pow_status": {"status": "STOPPED"}}
+    stopped = {"round": False, "requests": 0}
+    answer = {"status": "OK", "pow_status": {"status": "STOPPED"}, "stopped": stopped}
+    assert json.loads(capsys.readouterr().out) == answer
 
 
 @pytest.mark.parametrize(
@@ -198,8 +198,8 @@ def test_status_and_stop(server, capsys):
     [
         ({}, "stopped"),
         ({"stopped": {"round": False, "requests": 0}}, "nothing was running"),
-        ({"stopped": {"round": True, "requests": 0}}, "stopped"),
-        ({"stopped": {"round": False, "requests": 2}}, "stopped"),
+        ({"stopped": {"round": True, "requests": 1}}, "stopped the round and 1 queued request"),
+        ({"stopped": {"round": False, "requests": 2}}, "stopped 2 queued requests"),
     ],
     ids=str,
 )
@@ -210,6 +210,23 @@ def test_stop_says_whether_something_ran(monkeypatch, capsys, more, text):
     assert capsys.readouterr().out == f"{text}\n"
     assert run("stop", "--json") == 0
     assert json.loads(capsys.readouterr().out) == body
+
+
+def test_stop_counts_what_it_ended(server, capsys):
+    def stop() -> str:
+        assert run("stop", "--url", server.url) == 0
+        return capsys.readouterr().out.strip()
+
+    def post(path: str, body: dict) -> None:
+        httpx.post(f"{server.url}{PREFIX}{path}", json=body).raise_for_status()
+
+    assert stop() == "nothing was running"
+    post("/init/generate", round_body())
+    post("/generate", generate_body([1]))
+    assert stop() == "stopped the round and 1 queued request"
+    assert stop() == "nothing was running"
+    post("/init/generate", round_body())
+    assert stop() == "stopped the round"
 
 
 def test_status_for_machines(server, capsys):

@@ -15,15 +15,13 @@ import pytest
 from browser import Page, open_page
 from fakes import FakeView, generate_body, round_body, until
 from live_server import LiveServer
+from prometheus_client import CollectorRegistry
 
-from gonka_poc import middleware
+from gonka_poc.app import PoCApp, build_app
 from gonka_poc.config import Settings
 from gonka_poc.data import GenerateRequest, InitGenerateRequest
-from gonka_poc.history import BUCKET_SEC, NUM_BUCKETS, History
-from gonka_poc.manager import PoCManagerV1
-from gonka_poc.metrics import Metrics
-from gonka_poc.routes import PREFIX, make_app
-from gonka_poc.server.service import PoCService
+from gonka_poc.metrics import BUCKET_SEC, NUM_BUCKETS, History, Metrics
+from gonka_poc.routes import PREFIX
 
 HTML = files("gonka_poc.server").joinpath("dashboard.html").read_text(encoding="utf-8")
 URL = f"{PREFIX}/dashboard"
@@ -32,8 +30,8 @@ NASTY = "<img src=x onerror=\"document.title='owned'\"><script>document.title='o
 # --- the figures ------------------------------------------------------------------------------------------------
 
 
-async def figures(service: PoCService) -> dict[str, Any]:
-    transport = httpx.ASGITransport(app=make_app(service))
+async def figures(poc: PoCApp) -> dict[str, Any]:
+    transport = httpx.ASGITransport(app=poc.http)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         response = await client.get(f"{URL}/data")
         assert response.status_code == 200
@@ -41,7 +39,7 @@ async def figures(service: PoCService) -> dict[str, Any]:
 
 
 async def test_figures_of_a_server_that_does_nothing():
-    found = await figures(PoCService(PoCManagerV1(FakeView()), Settings(max_queued_nonces=77)))
+    found = await figures(build_app(FakeView(), Settings(max_queued_nonces=77)))
     assert found.pop("time") > 1.7e9
     assert found.pop("version")
     assert found.pop("nonces_per_second") == [0.0] * NUM_BUCKETS
@@ -62,18 +60,17 @@ async def test_figures_of_a_server_that_does_nothing():
 async def test_figures_of_a_server_that_works():
     now = 1000.0
     metrics = Metrics(History(lambda: now))
-    service = PoCService(PoCManagerV1(FakeView(), metrics=metrics), Settings(priority="poc"), metrics)
-    service.recent_errors.install()
+    poc = build_app(FakeView(), Settings(priority="poc"), metrics=metrics, registry=CollectorRegistry())
+    poc.start()
     async with contextlib.AsyncExitStack() as stack:
-        stack.callback(service.recent_errors.remove)
-        stack.push_async_callback(service.close)
-        await service.init_generate(InitGenerateRequest.model_validate(round_body()))
-        await service.submit(GenerateRequest.model_validate(generate_body([1, 2])))
+        stack.push_async_callback(poc.close)
+        await poc.service.init_generate(InitGenerateRequest.model_validate(round_body()))
+        await poc.service.submit(GenerateRequest.model_validate(generate_body([1, 2])))
         await until(lambda: metrics.nonces_total >= 10)
         logging.getLogger("vllm.gonka_poc.test").warning("first")
         logging.getLogger("vllm.gonka_poc.test").error("second\n")
         total, now = metrics.nonces_total, now + BUCKET_SEC
-        found = await figures(service)
+        found = await figures(poc)
     assert found["status"]["status"] == "GENERATING"
     assert (found["queue_nonces"], found["priority"]) == (2, "poc")
     assert found["nonces_total"] >= total
@@ -120,8 +117,7 @@ def test_the_page_never_makes_code_of_data(word):
 
 
 async def test_the_page_is_served_with_headers_that_keep_it_to_itself():
-    service = PoCService(PoCManagerV1(FakeView()), Settings())
-    transport = httpx.ASGITransport(app=make_app(service))
+    transport = httpx.ASGITransport(app=build_app(FakeView(), Settings()).http)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         response = await client.get(URL)
     assert (response.status_code, response.text) == (200, HTML)
@@ -185,9 +181,8 @@ def page(browser: Page) -> Page:
     return browser
 
 
-def test_a_browser_shows_the_figures(page: Page, monkeypatch, tmp_path: Path):
-    monkeypatch.setattr(middleware, "Metrics", made_up_metrics)
-    with LiveServer() as server:
+def test_a_browser_shows_the_figures(page: Page, tmp_path: Path):
+    with LiveServer(metrics=made_up_metrics()) as server:
         server.post("/generate", generate_body(list(range(5))))
         server.post("/init/generate", round_body(block_height=123, node_id=2, node_count=5))
         server.post("/generate", generate_body(list(range(1234))))

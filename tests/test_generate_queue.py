@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -26,20 +27,22 @@ def request(nonces, **changes) -> GenerateRequest:
 
 @pytest.fixture
 async def make():
-    """Makes a queue; `.completed` is what it handed to on_completed."""
+    """Makes a queue; `.completed` has the answers that it handed on, `.delivery` takes them."""
     queues: list[GenerateQueue] = []
 
     def make_queue(manager: FakeManager, settings: Settings = SETTINGS) -> SimpleNamespace:
+        completed: list = []
         no_round = asyncio.Event()
         no_round.set()
-        completed: list = []
 
-        async def complete(*job_and_answer) -> None:
-            completed.append(job_and_answer)
+        async def store_answer(answer) -> None:
+            completed.append(answer)
 
-        queue = GenerateQueue(manager, settings, no_round, complete)
+        delivery = SimpleNamespace(store_answer=store_answer, expire=lambda: None)
+        queue = GenerateQueue(manager, settings, no_round)
+        queue.submit = partial(queue.submit, delivery=delivery)
         queues.append(queue)
-        return SimpleNamespace(queue=queue, no_round=no_round, completed=completed)
+        return SimpleNamespace(queue=queue, no_round=no_round, completed=completed, delivery=delivery)
 
     yield make_queue
     for queue in queues:
@@ -69,7 +72,7 @@ async def test_artifacts_of_the_nonces_in_their_order(make):
     for artifact in answer.artifacts:
         assert artifact.vector_b64 == encode_vector(made_up_vector(job.request.spec, artifact.nonce))
     assert (answer.request_id, answer.encoding.k_dim, answer.not_computed_nonces) == (job.request_id, 3, None)
-    assert made.completed == [(job, answer)]
+    assert made.completed == [answer]
 
 
 @pytest.mark.parametrize(
@@ -333,12 +336,12 @@ async def test_a_failed_job_says_why_and_the_next_one_works(make, failure, error
     assert polled(made.queue, failed) == failed_with(failed, error)
     with pytest.raises(PoCError, match=error):
         await failed.outcome
-    assert [job for job, _ in made.completed] == [good]
+    assert [answer.request_id for answer in made.completed] == [good.request_id]
 
 
 async def test_a_job_whose_result_cannot_be_handed_on_fails(make):
     made = make(FakeManager())
-    made.queue._on_completed = lambda job, answer: 1 / 0
+    made.delivery.store_answer = lambda answer: 1 / 0
     job = made.queue.submit(request([1]))
     await asyncio.wait([job.outcome])
     assert polled(made.queue, job) == failed_with(job, "ZeroDivisionError: division by zero")
@@ -348,11 +351,11 @@ async def test_a_job_that_was_delivered_has_not_failed(make):
     """Though it was stopped while its callback was being stored."""
     made, storing, stored = make(FakeManager()), asyncio.Event(), asyncio.Event()
 
-    async def store(job: GenerateJob, answer: Completed) -> None:
+    async def store(answer: Completed) -> None:
         storing.set()
         await stored.wait()
 
-    made.queue._on_completed = store
+    made.delivery.store_answer = store
     job = made.queue.submit(request([1]))
     await storing.wait()
     made.queue.clear("stopped by hand")
@@ -422,7 +425,7 @@ async def test_a_dropped_job_computes_no_further_batch_and_delivers_nothing(make
     manager.allow(2)
     assert isinstance(await following.outcome, ArtifactsAnswer)
     assert manager.asked == [[0, 1, 2, 3], [9]]
-    assert [job for job, _ in made.completed] == [following]
+    assert [answer.request_id for answer in made.completed] == [following.request_id]
     assert polled(made.queue, dropped)["error"] == "the client hung up"
 
 

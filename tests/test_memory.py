@@ -14,11 +14,9 @@ LIMIT_MB = 50
 PROGRAM = """
 import asyncio, gc, itertools, json, sys
 import numpy as np
-from fakes import FakeManager, generate_body
-from gonka_poc.config import Settings
+from fakes import FakeManager, generate_body, make_poc
 from gonka_poc.data import VECTOR_DTYPE, BatchResult, GenerateRequest
 from gonka_poc.errors import QueueFullError
-from gonka_poc.server.service import PoCService
 
 def resident_mb():
     with open("/proc/self/statm") as file:
@@ -51,7 +49,7 @@ async def fill(service, size, k_dim, vector_chars):
 
 async def main(size, k_dim, vector_chars, rounds):
     manager = Manager()
-    service = PoCService(manager, Settings())
+    service = make_poc(manager).service
     gc.collect()
     before = resident_mb()
     num_accepted = 0

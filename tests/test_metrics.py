@@ -11,12 +11,12 @@ from fakes import Clock, FakeView, generate_body, round_body, until
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from gonka_poc.app import build_app
 from gonka_poc.config import Settings
 from gonka_poc.data import GenerateRequest, InitGenerateRequest, VectorSpec
-from gonka_poc.history import BUCKET_SEC, MAX_ERROR_CHARS, MAX_ERRORS, NUM_BUCKETS, Bucket, History, RecentErrors
 from gonka_poc.manager import PoCManagerV1
-from gonka_poc.metrics import MAX_YIELD_SEC, STATES, Metrics
-from gonka_poc.server.service import PoCService
+from gonka_poc.metrics import BUCKET_SEC, MAX_YIELD_SEC, NUM_BUCKETS, STATES, Bucket, History, Metrics
+from gonka_poc.server.dashboard import MAX_ERROR_CHARS, MAX_ERRORS, RecentErrors
 
 SPEC = VectorSpec("block", "key", seq_len=4, k_dim=3)
 SAMPLES = {
@@ -153,8 +153,7 @@ async def test_the_manager_reports_its_batches():
 
 async def test_the_service_is_asked_at_each_scrape(registry):
     metrics = Metrics()
-    view = FakeView()
-    service = PoCService(PoCManagerV1(view, metrics=metrics), Settings(chat_backoff_sec=0.001), metrics)
+    service = build_app(FakeView(), Settings(chat_backoff_sec=0.001), metrics=metrics).service
     metrics.attach(registry)
     await service.init_generate(InitGenerateRequest.model_validate(round_body()))
     await service.submit(GenerateRequest.model_validate(generate_body([1, 2, 3])))

@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
+import sqlite3
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +23,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from vllm.config import ParallelConfig
 
-from gonka_poc import middleware
+from gonka_poc.app import build_app
 from gonka_poc.callbacks import client as callback_client
 from gonka_poc.callbacks import outbox_thread
 from gonka_poc.callbacks.admin import summary
@@ -28,6 +32,9 @@ from gonka_poc.cli.server_process import free_port
 from gonka_poc.errors import EngineUnavailableError, OutboxFullError, UnsupportedServerError
 from gonka_poc.middleware import PoCMiddleware
 from gonka_poc.routes import PREFIX
+from gonka_poc.server import guards
+from gonka_poc.server.guards import TokenGate
+from gonka_poc.server.service import PoCService
 from gonka_poc.vllm_compat import ApiView
 
 LIMIT = 2048
@@ -38,27 +45,57 @@ async def echo(request: Request) -> Response:
     return Response(body, 418, {"x-method": request.method, "x-path": request.url.path, "x-query": request.url.query})
 
 
-def make_host() -> Starlette:
-    app = Starlette(routes=[Route("/{path:path}", echo, methods=["GET", "POST", "PUT"])])
-    app.add_middleware(PoCMiddleware)
-    return app
+class Parts:
+    """What the middleware is given in place of vLLM: a release, and views of an engine."""
+
+    def __init__(self) -> None:
+        self.view = FakeView()
+        self.make_view: Callable[[Any], Any] = lambda app: self.view
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "check_release": self.check_release,
+            "make_view": lambda app: self.make_view(app),
+            "build": partial(build_app, registry=CollectorRegistry()),
+        }
+
+    def check_release(self) -> None: ...
+
+    def around(self, app: Any) -> PoCMiddleware:
+        """The middleware around any ASGI application."""
+        return PoCMiddleware(app, **self.options())
+
+    def host(self) -> Starlette:
+        """A server like vLLM's, which echoes what is not ours."""
+        app = Starlette(routes=[Route("/{path:path}", echo, methods=["GET", "POST", "PUT"])])
+        app.add_middleware(PoCMiddleware, **self.options())
+        return app
 
 
 @pytest.fixture(autouse=True)
-def view(monkeypatch):
-    """The middleware finds this server in place of an engine."""
-    view = FakeView()
+def _settings(monkeypatch):
     monkeypatch.setenv("POC_MAX_BODY_BYTES", str(LIMIT))
     monkeypatch.setenv("POC_OUTBOX_PATH", ":memory:")
-    monkeypatch.setattr(middleware, "installed_version", lambda: "0.32.0")
-    monkeypatch.setattr(middleware, "ApiView", lambda app: view)
-    monkeypatch.setattr(middleware, "REGISTRY", CollectorRegistry())
-    return view
 
 
 @pytest.fixture
-async def client():
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=make_host()), base_url="http://test") as client:
+def parts():
+    return Parts()
+
+
+@pytest.fixture
+def view(parts):
+    return parts.view
+
+
+@pytest.fixture
+def host(parts):
+    return parts.host()
+
+
+@pytest.fixture
+async def client(host):
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=host), base_url="http://test") as client:
         yield client
 
 
@@ -72,10 +109,10 @@ async def test_proof_is_served(client):
     assert (await client.get(f"{PREFIX}/")).status_code == 404
 
 
-async def test_one_service_an_application():
+async def test_one_service_an_application(parts):
     """A round of one server is not seen by another in the same process."""
     hosts = [
-        httpx.AsyncClient(transport=httpx.ASGITransport(app=make_host()), base_url="http://test") for _ in range(2)
+        httpx.AsyncClient(transport=httpx.ASGITransport(app=parts.host()), base_url="http://test") for _ in range(2)
     ]
     await hosts[0].post(f"{PREFIX}/init/generate", json=round_body())
     statuses = [(await host.get(f"{PREFIX}/status")).json()["status"] for host in hosts]
@@ -115,7 +152,7 @@ async def test_other_requests_arrive_as_they_were_sent(client, path):
     ],
     ids=lambda scope: f"{scope['type']} {scope.get('path')}",
 )
-async def test_other_scopes_are_handed_on_untouched(scope):
+async def test_other_scopes_are_handed_on_untouched(parts, scope):
     got: list[tuple] = []
 
     async def inner(*args: Any) -> None:
@@ -123,7 +160,7 @@ async def test_other_scopes_are_handed_on_untouched(scope):
 
     before = dict(scope)
     receive, send = object(), object()
-    await PoCMiddleware(inner)(scope, receive, send)
+    await parts.around(inner)(scope, receive, send)
     ((inner_scope, inner_receive, inner_send),) = got
     assert inner_scope is scope
     assert inner_receive is receive
@@ -131,12 +168,12 @@ async def test_other_scopes_are_handed_on_untouched(scope):
     assert scope == before
 
 
-async def test_errors_of_the_application_pass():
+async def test_errors_of_the_application_pass(parts):
     async def inner(*args: Any) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        await PoCMiddleware(inner)({"type": "http", "path": "/"}, None, None)
+        await parts.around(inner)({"type": "http", "path": "/"}, None, None)
 
 
 # --- where it is mounted ----------------------------------------------------------------------------------------
@@ -152,8 +189,8 @@ async def test_errors_of_the_application_pass():
         ("", f"/proxy{PREFIX}/status", 418),
     ],
 )
-async def test_root_path(root_path, path, status):
-    transport = httpx.ASGITransport(app=make_host(), root_path=root_path)
+async def test_root_path(host, root_path, path, status):
+    transport = httpx.ASGITransport(app=host, root_path=root_path)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         assert (await client.get(path)).status_code == status
 
@@ -161,40 +198,33 @@ async def test_root_path(root_path, path, status):
 # --- an engine that is not there --------------------------------------------------------------------------------
 
 
-async def test_503_until_the_engine_is_ready(client, view, monkeypatch):
-    monkeypatch.setattr(middleware, "ApiView", ApiView)
+async def test_503_until_the_engine_is_ready(client, parts):
+    parts.make_view = ApiView
     for method, path in (("GET", "/status"), ("POST", "/generate"), ("GET", "/no-such-path")):
         response = await client.request(method, f"{PREFIX}{path}")
         assert response.status_code == 503
         assert "not ready" in response.json()["detail"]
     assert (await client.get("/health")).status_code == 418
-    monkeypatch.setattr(middleware, "ApiView", lambda app: view)
+    parts.make_view = lambda app: parts.view
     assert (await client.get(f"{PREFIX}/status")).status_code == 200
 
 
 # --- servers that do not start ----------------------------------------------------------------------------------
 
 
-def wrong_setting(monkeypatch) -> None:
+def wrong_setting(parts: Parts, monkeypatch) -> None:
     monkeypatch.setenv("POC_RESULT_TTL_SEC", "soon")
 
 
-def wrong_vllm(monkeypatch) -> None:
-    def refuse() -> str:
+def wrong_vllm(parts: Parts, monkeypatch) -> None:
+    def refuse() -> None:
         raise UnsupportedServerError("vLLM 0.1.0 is installed")
 
-    monkeypatch.setattr(middleware, "installed_version", refuse)
+    parts.check_release = refuse
 
 
-def several_api_processes(monkeypatch) -> None:
-    monkeypatch.setattr(middleware, "ApiView", ApiView)
-
-
-def unknown_failure(monkeypatch) -> None:
-    def fail(app: Any) -> None:
-        raise AttributeError("no such name in this vLLM")
-
-    monkeypatch.setattr(middleware, "ApiView", fail)
+def several_api_processes(parts: Parts, monkeypatch) -> None:
+    parts.make_view = ApiView
 
 
 REFUSED_STARTS = [
@@ -204,9 +234,8 @@ REFUSED_STARTS = [
 ]
 
 
-def host_with_engine(num_api_processes: int) -> Starlette:
+def with_engine(host: Starlette, num_api_processes: int) -> Starlette:
     """A server whose engine is ready, with vLLM's configuration object for that many API processes."""
-    host = make_host()
     parallel_config = ParallelConfig(_api_process_count=num_api_processes)
     host.state.engine_client = SimpleNamespace()
     host.state.vllm_config = SimpleNamespace(
@@ -218,9 +247,9 @@ def host_with_engine(num_api_processes: int) -> Starlette:
 
 
 @pytest.mark.parametrize(("prepare", "status", "reason"), REFUSED_STARTS, ids=["setting", "release", "processes"])
-async def test_a_start_that_is_refused(monkeypatch, prepare, status, reason):
-    prepare(monkeypatch)
-    host = host_with_engine(num_api_processes=2)
+async def test_a_start_that_is_refused(parts, monkeypatch, prepare, status, reason):
+    prepare(parts, monkeypatch)
+    host = with_engine(parts.host(), num_api_processes=2)
     assert reason in await refusal_at_start(host)
     # and where a server runs without a lifespan, every request is told
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=host), base_url="http://test") as client:
@@ -231,9 +260,12 @@ async def test_a_start_that_is_refused(monkeypatch, prepare, status, reason):
         assert (await client.get("/health")).status_code == 418
 
 
-async def test_a_start_that_fails_for_an_unknown_reason(monkeypatch):
-    unknown_failure(monkeypatch)
-    assert "AttributeError('no such name in this vLLM')" in await refusal_at_start(make_host())
+async def test_a_start_that_fails_for_an_unknown_reason(parts):
+    def fail(app: Any) -> None:
+        raise AttributeError("no such name in this vLLM")
+
+    parts.make_view = fail
+    assert "AttributeError('no such name in this vLLM')" in await refusal_at_start(parts.host())
 
 
 async def refusal_at_start(host: Starlette) -> str:
@@ -253,10 +285,10 @@ async def refusal_at_start(host: Starlette) -> str:
 
 
 @pytest.mark.parametrize(("num_api_processes", "refused"), [(1, False), (2, True)])
-def test_a_real_server_ends_where_the_start_is_refused(monkeypatch, num_api_processes, refused):
+def test_a_real_server_ends_where_the_start_is_refused(parts, num_api_processes, refused):
     """uvicorn with its default settings, as vLLM runs it."""
-    monkeypatch.setattr(middleware, "ApiView", ApiView)
-    host = host_with_engine(num_api_processes)
+    parts.make_view = ApiView
+    host = with_engine(parts.host(), num_api_processes)
     server = uvicorn.Server(uvicorn.Config(host, port=free_port(), log_level="critical"))
 
     async def end_when_started() -> None:
@@ -320,11 +352,11 @@ async def test_the_token(client, headers, status):
 
 
 @pytest.mark.usefixtures("_token")
-async def test_the_token_comes_before_everything_else(client, monkeypatch):
+async def test_the_token_comes_before_everything_else(client, parts):
     """Before the size of a body, and before an engine that is not there."""
     response = await client.post(f"{PREFIX}/generate", content=b"x" * (2 * LIMIT))
     assert response.status_code == 401
-    monkeypatch.setattr(middleware, "ApiView", ApiView)
+    parts.make_view = ApiView
     assert (await client.get(f"{PREFIX}/status")).status_code == 401
 
 
@@ -336,9 +368,10 @@ async def test_the_status_page_needs_no_token(client):
 
 
 @pytest.mark.usefixtures("_token")
-async def test_the_token_is_not_kept():
-    served = PoCMiddleware(echo)
-    assert TOKEN not in repr(vars(served)) + repr(vars(served._token))
+async def test_the_token_is_not_kept(parts):
+    served = parts.around(echo)
+    assert isinstance(served._gate, TokenGate)
+    assert TOKEN not in repr(vars(served)) + repr(vars(served._gate)) + repr(vars(served._gate._token))
 
 
 # --- POC_PRIORITY -----------------------------------------------------------------------------------------------
@@ -366,11 +399,11 @@ async def test_chat_while_a_round_generates(client, view, monkeypatch, priority)
     assert await statuses() == {418}
 
 
-async def test_chat_is_served_while_a_round_waits_for_room(monkeypatch):
+async def test_chat_is_served_while_a_round_waits_for_room(parts, host, monkeypatch):
     """Nothing is computed then, so nothing has to go first."""
     monkeypatch.setenv("POC_PRIORITY", "poc")
     monkeypatch.setattr(outbox_thread, "ROOM_POLL_SEC", 0.01)
-    served = PoCMiddleware(make_host())
+    served = parts.around(host)
     scope_app = SimpleNamespace(state=SimpleNamespace())
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -384,7 +417,7 @@ async def test_chat_is_served_while_a_round_waits_for_room(monkeypatch):
 
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
         await client.get(f"{PREFIX}/status")
-        monkeypatch.setattr(served._service.callbacks._outbox, "add_artifacts", add)
+        monkeypatch.setattr(served._poc.service.callbacks._outbox, "add_artifacts", add)
         for url, during in ((None, 503), ("http://receiver", 418)):
             await client.post(f"{PREFIX}/init/generate", json=round_body(url=url))
             assert (await client.post(PAUSED[0])).status_code == 503
@@ -393,7 +426,7 @@ async def test_chat_is_served_while_a_round_waits_for_room(monkeypatch):
             assert (await client.post(PAUSED[0])).status_code == during
             assert (await client.get(f"{PREFIX}/status")).json()["status"] == "GENERATING"
             full = False
-            await until(lambda: served._service.callbacks.problem is None)
+            await until(lambda: served._poc.service.callbacks.problem is None)
             assert (await client.post(PAUSED[0])).status_code == 503
             await client.post(f"{PREFIX}/stop")
 
@@ -429,9 +462,9 @@ async def test_running_chats_are_left_to_finish(client, view, monkeypatch):
 @pytest.mark.parametrize(
     ("root_path", "path", "status"), [("/p", "/p/v1/completions", 503), ("/p", "/x/v1/completions", 418)]
 )
-async def test_priority_behind_a_root_path(monkeypatch, root_path, path, status):
+async def test_priority_behind_a_root_path(parts, monkeypatch, root_path, path, status):
     monkeypatch.setenv("POC_PRIORITY", "poc")
-    transport = httpx.ASGITransport(app=make_host(), root_path=root_path)
+    transport = httpx.ASGITransport(app=parts.host(), root_path=root_path)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         await client.post(f"{PREFIX}/init/generate", json=round_body())
         assert (await client.post(path)).status_code == status
@@ -494,14 +527,14 @@ async def post_in_chunks(app: Any, content_length: int | None, chunk: bytes) -> 
 
 
 @pytest.mark.parametrize("content_length", [LIMIT + 1, 10**15, None, 10])
-async def test_a_body_without_end_is_answered(content_length):
+async def test_a_body_without_end_is_answered(host, content_length):
     """With any declared length: none of a client's chunks is kept, and only so many are read."""
-    status, num_read = await post_in_chunks(make_host(), content_length, b"x" * 512)
+    status, num_read = await post_in_chunks(host, content_length, b"x" * 512)
     assert status == 413
-    assert num_read * 512 <= (middleware.DRAIN_FACTOR + 1) * LIMIT
+    assert num_read * 512 <= (guards.DRAIN_FACTOR + 1) * LIMIT
 
 
-async def test_a_sender_that_is_gone_while_its_body_is_drained(client):
+async def test_a_sender_that_is_gone_while_its_body_is_drained(host):
     async def receive() -> dict:
         return {"type": "http.disconnect"}
 
@@ -512,7 +545,7 @@ async def test_a_sender_that_is_gone_while_its_body_is_drained(client):
 
     headers = [(b"content-length", str(10**9).encode())]
     scope = {"type": "http", "method": "POST", "path": f"{PREFIX}/generate", "query_string": b"", "headers": headers}
-    await asyncio.wait_for(make_host()(scope, receive, send), 5)
+    await asyncio.wait_for(host(scope, receive, send), 5)
     assert sent[0]["status"] == 413
 
 
@@ -532,14 +565,14 @@ class Lifespan:
             await send({"type": self.events[-1] + ".complete"})
 
 
-async def test_shutdown_ends_the_service_before_the_application():
+async def test_shutdown_ends_the_service_before_the_application(parts):
     lifespan = Lifespan()
     sent: list[dict] = []
 
     async def send(message: dict) -> None:
         sent.append(message)
 
-    served = PoCMiddleware(lifespan.app)
+    served = parts.around(lifespan.app)
     task = asyncio.create_task(served({"type": "lifespan"}, lifespan.messages.get, send))
     lifespan.messages.put_nowait({"type": "lifespan.startup"})
     await until(lambda: sent)
@@ -551,7 +584,7 @@ async def test_shutdown_ends_the_service_before_the_application():
     scope = {"type": "http", "method": "POST", "path": f"{PREFIX}/init/generate", "query_string": b""}
     await served({**scope, "headers": headers, "app": None}, receive, send)
     assert sent[1]["status"] == 200
-    service = served._service
+    service = served._poc.service
     assert service.status().status == "GENERATING"
 
     closed: list[list[str]] = []
@@ -573,14 +606,28 @@ async def test_shutdown_ends_the_service_before_the_application():
     assert service.status().status == "IDLE"
 
 
-async def test_shutdown_of_a_server_that_was_never_asked():
+async def test_shutdown_goes_on_where_proof_cannot_be_closed(parts, monkeypatch, caplog):
+    """vLLM's own shutdown sees no exception of ours, and what is global is given back."""
+
+    async def fail(self: PoCService) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(PoCService, "close", fail)
+    before = list(logging.getLogger("vllm.gonka_poc").handlers)
+    sent = await lifespan_of(parts.host(), lambda: True)
+    assert [message["type"] for message in sent] == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+    assert "disk I/O error" in caplog.text
+    assert logging.getLogger("vllm.gonka_poc").handlers == before
+
+
+async def test_shutdown_of_a_server_that_was_never_asked(parts):
     lifespan = Lifespan()
 
     async def send(message: dict) -> None: ...
 
     lifespan.messages.put_nowait({"type": "lifespan.startup"})
     lifespan.messages.put_nowait({"type": "lifespan.shutdown"})
-    await asyncio.wait_for(PoCMiddleware(lifespan.app)({"type": "lifespan"}, lifespan.messages.get, send), 5)
+    await asyncio.wait_for(parts.around(lifespan.app)({"type": "lifespan"}, lifespan.messages.get, send), 5)
     assert lifespan.events == ["lifespan.startup", "lifespan.shutdown"]
 
 
@@ -603,7 +650,7 @@ async def lifespan_of(host: Starlette, until_then: Any) -> list[dict]:
     return sent
 
 
-async def test_a_server_that_starts_delivers_what_an_earlier_one_left(monkeypatch, tmp_path):
+async def test_a_server_that_starts_delivers_what_an_earlier_one_left(parts, monkeypatch, tmp_path):
     """Nobody asks it anything."""
     path, posted = str(tmp_path / "outbox"), []
     earlier = Outbox(path, 10**9)
@@ -621,12 +668,12 @@ async def test_a_server_that_starts_delivers_what_an_earlier_one_left(monkeypatc
     )
     monkeypatch.setenv("POC_OUTBOX_PATH", path)
     monkeypatch.setenv("POC_CALLBACK_INTERVAL_SEC", "0.001")
-    sent = await lifespan_of(make_host(), lambda: not summary(path))
+    sent = await lifespan_of(parts.host(), lambda: not summary(path))
     assert posted == [{"artifacts": [{"nonce": 1, "vector_b64": "AAAA"}]}]
     assert [message["type"] for message in sent] == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
 
 
-async def test_an_outbox_that_cannot_be_used_stops_the_start(monkeypatch, tmp_path):
+async def test_an_outbox_that_cannot_be_used_stops_the_start(parts, monkeypatch, tmp_path):
     (tmp_path / "outbox").write_text("my notes")
     monkeypatch.setenv("POC_OUTBOX_PATH", str(tmp_path / "outbox"))
     sent: list[dict] = []
@@ -637,16 +684,16 @@ async def test_an_outbox_that_cannot_be_used_stops_the_start(monkeypatch, tmp_pa
     async def send(message: dict) -> None:
         sent.append(message)
 
-    await make_host()({"type": "lifespan", "app": object()}, receive, send)
+    await parts.host()({"type": "lifespan", "app": object()}, receive, send)
     assert [message["type"] for message in sent] == ["lifespan.startup.failed"]
     assert "is not an outbox" in sent[0]["message"]
     assert (tmp_path / "outbox").read_text() == "my notes"
 
 
-async def test_a_server_whose_engine_comes_later_starts(monkeypatch):
+async def test_a_server_whose_engine_comes_later_starts(parts):
     def not_ready(app: Any) -> Any:
         raise EngineUnavailableError("the engine is not ready yet")
 
-    monkeypatch.setattr(middleware, "ApiView", not_ready)
-    sent = await lifespan_of(make_host(), lambda: True)
+    parts.make_view = not_ready
+    sent = await lifespan_of(parts.host(), lambda: True)
     assert [message["type"] for message in sent] == ["lifespan.startup.complete", "lifespan.shutdown.complete"]

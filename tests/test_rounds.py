@@ -93,7 +93,7 @@ async def test_a_batch_that_cannot_be_delivered_ends_the_round_uncounted():
     await current.task
     assert current.error == "OSError: disk full"
     assert current.stats.total_processed == 0
-    assert not current.active
+    assert current.stopped
     assert manager.asked == [[0, 1, 2, 3]]
 
 
@@ -108,7 +108,7 @@ async def test_what_will_not_get_better_ends_the_round(caplog, failure, error):
     await current.task
     assert current.error == error
     assert current.stats.total_processed == 4 == len(delivered.nonces)
-    assert not current.active
+    assert current.stopped
     assert "PoC round failed after 4 nonces" in caplog.text
 
 
@@ -171,7 +171,7 @@ async def test_stop_delivers_the_batch_in_flight_and_starts_no_other():
     current = start(manager, delivered)
     await until(lambda: manager.asked)
     current.stop()
-    assert not current.active
+    assert current.stopped
     manager.allow(5)
     await current.task
     assert delivered.nonces == [0, 1, 2, 3]
@@ -199,7 +199,7 @@ async def test_stop_ends_a_round_that_waits_for_chat():
     manager.script.extend([BUSY] * 1_000_000)
     current = start(manager, Delivered())
     await until(lambda: len(manager.asked) > 2)
-    assert current.active
+    assert not current.stopped
     current.stop()
     await asyncio.wait_for(current.task, 5)
     assert current.stats.total_processed == 0

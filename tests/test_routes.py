@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import sqlite3
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
-from fakes import BUSY, MODEL, FakeManager, generate_body, made_up_vector, round_body, until
+from fakes import BUSY, MODEL, FakeManager, generate_body, made_up_vector, make_poc, round_body, until
 
 from gonka_poc import routes
 from gonka_poc.callbacks import sender as callbacks
@@ -17,8 +19,7 @@ from gonka_poc.config import Settings
 from gonka_poc.data import ArtifactsAnswer, FailedAnswer, PendingAnswer, VectorSpec, encode_vector
 from gonka_poc.errors import ComputeError, ConflictError, EngineUnavailableError, RequestError, UnsupportedServerError
 from gonka_poc.routes import PREFIX, make_app
-from gonka_poc.server import service
-from gonka_poc.server.service import PoCService
+from gonka_poc.server import background
 
 SETTINGS = Settings(
     chat_backoff_sec=0.001, callback_interval_sec=0.001, max_queued_nonces=50_000, outbox_path=":memory:"
@@ -38,6 +39,7 @@ ROUTES = {
     ("GET", "/dashboard/data"),
     ("POST", "/stop"),
 }
+STOPPED = {"status": "OK", "pow_status": {"status": "STOPPED"}}
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
@@ -56,7 +58,7 @@ async def api(monkeypatch):
 
     monkeypatch.setattr(routes, "DISCONNECT_POLL_SEC", 0.001)
     manager = FakeManager(batches=0)
-    service = PoCService(manager, SETTINGS)
+    service = make_poc(manager, SETTINGS).service
     service.callbacks._client._client = httpx.AsyncClient(transport=httpx.MockTransport(receive))
     transport = httpx.ASGITransport(app=make_app(service))
     async with httpx.AsyncClient(transport=transport, base_url=f"http://test{PREFIX}") as client:
@@ -396,7 +398,8 @@ async def test_a_round_from_start_to_stop(api):
     assert api.manager.asked == [[1, 3, 5, 7], [9, 11, 13, 15], [17, 19, 21, 23]]
 
     response = await api.client.post("/stop")
-    assert (response.status_code, response.json()) == (200, {"status": "OK", "pow_status": {"status": "STOPPED"}})
+    assert response.status_code == 200
+    assert response.json() == {**STOPPED, "stopped": {"round": True, "requests": 0}}
     assert (await api.client.get("/status")).json() == {"status": "IDLE", "config": None, "stats": None}
     api.manager.allow(1)
     await until(lambda: api.manager.num_released)
@@ -416,9 +419,20 @@ async def test_of_two_rounds_at_once_one_starts(api):
     assert sorted(answer.status_code for answer in answers) == [200, 409]
 
 
-async def test_stop_without_a_round_is_ok(api):
+async def test_stop_where_nothing_runs_is_ok_and_says_so(api, caplog):
+    caplog.set_level(logging.INFO)
     for _ in range(2):
-        assert (await api.client.post("/stop")).json()["pow_status"] == {"status": "STOPPED"}
+        answer = (await api.client.post("/stop")).json()
+        assert answer == {**STOPPED, "stopped": {"round": False, "requests": 0}}
+    assert [record.getMessage() for record in caplog.records if "POST /stop" in record.getMessage()] == [
+        "POST /stop: nothing was running"
+    ] * 2
+
+
+async def test_stop_counts_what_it_ends(api):
+    for nonce in range(2):
+        await api.client.post("/generate", json=generate_body([nonce]))
+    assert (await api.client.post("/stop")).json()["stopped"] == {"round": False, "requests": 2}
 
 
 async def test_a_round_can_start_while_the_last_batch_of_another_ends(api):
@@ -491,13 +505,35 @@ async def test_nothing_runs_after_close(api):
 
 async def test_nothing_runs_after_close_where_a_worker_does_not_answer(api, monkeypatch):
     """The round is cancelled, and so is the release of its memory, which then waits for the same worker."""
-    monkeypatch.setattr(service, "CLOSE_TIMEOUT_SEC", 0.05)
+    monkeypatch.setattr(background, "CLOSE_TIMEOUT_SEC", 0.05)
     monkeypatch.setattr(api.manager, "release", asyncio.Event().wait)
     before = asyncio.all_tasks()
     await api.client.post("/init/generate", json=round_body())
     await until(lambda: api.manager.asked)
     await api.service.close()
     assert asyncio.all_tasks() <= before
+
+
+@pytest.mark.parametrize("broken", ["queue", "proofs", "_background", "callbacks"])
+async def test_close_ends_every_part_though_one_fails(api, monkeypatch, caplog, broken):
+    closed: list[str] = []
+    for name in ("queue", "proofs", "_background", "callbacks"):
+        part = getattr(api.service, name)
+
+        async def close(name: str = name, real: Any = part.close) -> None:
+            await real()
+            closed.append(name)
+            if name == broken:
+                raise sqlite3.OperationalError("disk I/O error")
+
+        monkeypatch.setattr(part, "close", close)
+    await api.client.post("/init/generate", json=round_body())
+    await until(lambda: api.manager.asked)
+    api.manager.allow(100)
+    await api.service.close()
+    assert closed == ["queue", "proofs", "_background", "callbacks"]
+    assert "was not closed in order" in caplog.text
+    assert "disk I/O error" in caplog.text
 
 
 # --- callbacks --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import pytest
-from fakes import FakeManager, generate_body, made_up_distance, round_body, until
+from fakes import FakeManager, generate_body, made_up_distance, make_poc, round_body, until
 
 from gonka_poc.callbacks import client as callback_client
 from gonka_poc.callbacks import outbox_thread
@@ -22,7 +22,7 @@ from gonka_poc.config import Settings
 from gonka_poc.data import VECTOR_DTYPE, BatchResult, GenerateRequest, InitGenerateRequest
 from gonka_poc.errors import EngineUnavailableError, OutboxFullError
 from gonka_poc.routes import PREFIX, make_app
-from gonka_poc.server import service as service_module
+from gonka_poc.server import delivery
 from gonka_poc.server.generate_queue import GenerateJob
 from gonka_poc.server.service import PoCService
 from gonka_poc.threshold_data import ThresholdRequest
@@ -46,9 +46,9 @@ async def server(monkeypatch, tmp_path):
 
     def start(manager: FakeManager, **settings) -> SimpleNamespace:
         settings = {"callback_interval_sec": 0.001, "chat_backoff_sec": 0.001, "outbox_path": server.path, **settings}
-        service = PoCService(manager, Settings(**settings))
+        service = make_poc(manager, Settings(**settings)).service
         service.callbacks._outbox._db.execute("PRAGMA synchronous = OFF")  # no test here is about what a disk keeps
-        service.start()
+        service.callbacks.start()
         transport = httpx.ASGITransport(app=make_app(service))
         client = real(transport=transport, base_url=f"http://test{PREFIX}")
         server.services.append(service)
@@ -121,7 +121,7 @@ async def test_a_round_that_is_stopped_while_the_disk_is_full_ends(server, monke
     disk.full = True
     await until(lambda: api.service.callbacks.problem)
     await api.client.post("/stop")
-    await until(lambda: api.service._no_round.is_set() and not api.service._background)
+    await until(lambda: not api.service.slot.generating and not api.service._background)
     assert "disk is full" in (await api.client.get("/status")).json()["error"]
     assert delivered(server) == []
 
@@ -137,8 +137,8 @@ async def test_nothing_waits_for_room_once_the_engine_is_dead(server, monkeypatc
     api.manager.allow(1)
     await until(lambda: api.service.callbacks.problem)
     api.manager.dead = True
-    await until(lambda: not api.service.generating)
-    assert api.service._round.error == "the engine is dead"
+    await until(lambda: not api.service.slot.generating)
+    assert api.service.slot.round.error == "the engine is dead"
     api.manager.allow(1)  # the queue's turn: its callback has no room either
     await until(lambda: not api.service.queue.queued_nonces)
     failed = (await api.client.get(f"/generate/{queued}")).json()
@@ -328,7 +328,7 @@ async def test_a_round_that_lost_its_server_goes_on_where_it_was(server, body, e
         if end == "failure":
             api.manager.script.append(EngineUnavailableError("the engine is dead"))
             api.manager.allow(1)
-            await until(lambda api=api: api.service._round.error)
+            await until(lambda api=api: api.service.slot.round.error)
         if end == "close":
             api.manager.allow(1)
         if end == "crash":
@@ -396,7 +396,7 @@ async def test_rounds_of_other_nonces_or_vectors_are_others(server):
 
 
 def fingerprint(body: dict) -> str:
-    return service_module._fingerprint(InitGenerateRequest.model_validate(body))
+    return delivery.fingerprint(InitGenerateRequest.model_validate(body))
 
 
 async def test_the_last_batch_of_a_stopped_round_waits_for_a_locked_file(server, monkeypatch):
@@ -448,7 +448,7 @@ async def test_a_large_request_does_not_hold_the_event_loop(server):
             longest = max(longest, time.perf_counter() - before)
 
     result = BatchResult({n: np.zeros(12, dtype=VECTOR_DTYPE) for n in range(100_000)}, [])
-    job = GenerateJob(GenerateRequest.model_validate(generate_body([], url=URL)))
+    job = GenerateJob(GenerateRequest.model_validate(generate_body([], url=URL)), api.service._delivery(URL, {}))
     started = time.thread_time()
     watching = asyncio.create_task(watch())
     await asyncio.sleep(0)

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from fakes import BUSY, FakeManager, FakeView, generate_body, made_up_distance, round_body, until
+from fakes import BUSY, FakeManager, FakeView, generate_body, made_up_distance, make_poc, round_body, until
 from pydantic import ValidationError
 
 from gonka_poc import routes
@@ -24,7 +24,6 @@ from gonka_poc.errors import ComputeError
 from gonka_poc.manager import PoCManagerV1
 from gonka_poc.routes import PREFIX, make_app
 from gonka_poc.server import threshold
-from gonka_poc.server.service import PoCService
 from gonka_poc.server.threshold import PoCStats
 from gonka_poc.threshold_data import ProofBatch, ThresholdRequest
 from gonka_poc.validation import validate_proof
@@ -65,7 +64,7 @@ async def serving(manager: Any) -> AsyncIterator[SimpleNamespace]:
         posted.append((str(request.url), json.loads(request.content)))
         return httpx.Response(200)
 
-    service = PoCService(manager, SETTINGS)
+    service = make_poc(manager, SETTINGS).service
     service.callbacks._client._client = httpx.AsyncClient(transport=httpx.MockTransport(receive))
     app = make_app(service)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url=f"http://test{PREFIX}") as client:
@@ -221,8 +220,9 @@ async def test_every_call_in_every_state(api, state, call):
     else:
         assert after == {"NONE": "IDLE"}.get(expected, expected)
         shown = "STOPPED" if call == "/stop" else after
-        assert call == "/validate" or answer == {"status": "OK", "pow_status": {"status": shown}}
-    assert api.service.generating is (after == "GENERATING")
+        stopped = {"stopped": {"round": state not in ("NONE", "STOPPED"), "requests": 0}} if call == "/stop" else {}
+        assert call == "/validate" or answer == {"status": "OK", "pow_status": {"status": shown}, **stopped}
+    assert api.service.slot.generating is (after == "GENERATING")
     assert api.service.metrics.state() == after
 
 
@@ -274,7 +274,7 @@ async def test_stop_while_a_round_begins(api):
     api.manager.check_seq_len = check_seq_len
     task = asyncio.create_task(api.post("/init/generate", threshold_body(), 409))
     await begun.wait()
-    await api.post("/stop")
+    assert (await api.post("/stop"))["stopped"]["round"]
     go.set()
     assert "before it began" in (await task)["detail"]
     assert (await api.status())["status"] == "IDLE"
@@ -283,7 +283,7 @@ async def test_stop_while_a_round_begins(api):
 async def test_a_round_that_fails_is_stopped(api):
     api.manager.script.append(ZeroDivisionError("oops"))
     await api.post("/init/generate", threshold_body())
-    await until(lambda: api.service.state == "STOPPED")
+    await until(lambda: api.service.slot.state == "STOPPED")
     status = await api.status()
     assert (status["state"], status["error"]) == ("STOPPED", "ZeroDivisionError: oops")
     assert "oops" in (await api.post("/phase/generate", status=400))["detail"]

@@ -17,11 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from test_threshold import SETTINGS, proof_body, threshold_body
 
+from gonka_poc.app import build_app
 from gonka_poc.data import DistanceSpec
-from gonka_poc.manager import PoCManagerV1
 from gonka_poc.routes import PREFIX, make_app
 from gonka_poc.server.rounds import Round
-from gonka_poc.server.service import PoCService
 from gonka_poc.server.threshold import ThresholdRound
 
 PHASES = {"/init": "IDLE", "/init/generate": "GENERATING", "/init/validate": "VALIDATING"}
@@ -54,7 +53,7 @@ class Server(RuleBasedStateMachine):
         self.loop.run_until_complete(self._start())
 
     async def _start(self) -> None:
-        self.service = PoCService(PoCManagerV1(self.view), SETTINGS)
+        self.service = build_app(self.view, SETTINGS).service
         self.service.callbacks._client._client = httpx.AsyncClient(transport=httpx.MockTransport(self._receive))
         transport = httpx.ASGITransport(app=make_app(self.service))
         self.client = httpx.AsyncClient(transport=transport, base_url=f"http://test{PREFIX}")
@@ -72,7 +71,7 @@ class Server(RuleBasedStateMachine):
 
     def begun(self, state: str, knows_nonces: bool) -> None:
         self.state, self.knows_nonces = state, knows_nonces
-        self.rounds.append(self.service._round)
+        self.rounds.append(self.service.slot.round)
 
     @property
     def number(self) -> int:
@@ -165,7 +164,7 @@ class Server(RuleBasedStateMachine):
         assert status["status"] == shown
         assert status.get("state", shown) == shown
         assert ("state" in status) is (self.state not in ("NONE", "ARTIFACTS"))
-        assert self.service.generating is (shown == "GENERATING")
+        assert self.service.slot.generating is (shown == "GENERATING")
         assert "error" not in status
 
     def teardown(self) -> None:

@@ -168,6 +168,5 @@ def stop_command(server: common.Server, as_json: bool) -> int:
     """
     with server.client(STATUS_TIMEOUT_SEC) as client:
         answer = client.stop()
-    was_idle = answer.stopped is not None and not (answer.stopped.round or answer.stopped.requests)
-    common.show(answer.model_dump(), as_json, "nothing was running" if was_idle else "stopped")
+    common.show(answer.model_dump(), as_json, "stopped" if answer.stopped is None else str(answer.stopped))
     return common.PASS

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
-from pydantic import BaseModel, Field, RootModel, ValidationError
+from pydantic import BaseModel, RootModel, ValidationError
 
 from gonka_poc.cli.artifact_file import ArtifactFile
 from gonka_poc.cli.polling import wait_until
@@ -26,9 +26,9 @@ from gonka_poc.data import (
     Randomization,
     StatTest,
     StatusAnswer,
+    StopAnswer,
     ValidationAnswer,
     chunks,
-    is_none,
 )
 from gonka_poc.errors import ServerAnswerError
 from gonka_poc.threshold_data import ProofBatch, ProofVerdict, ThresholdRequest, ThresholdStatusAnswer
@@ -48,19 +48,6 @@ def ignore_progress(nonces: int) -> None:
 
 
 Answer = TypeVar("Answer", bound=BaseModel)
-
-
-class Stopped(BaseModel):
-    """The work that POST /stop ended: a round or none, and the number of queued requests."""
-
-    round: bool
-    requests: int
-
-
-class StopAnswer(OkAnswer):
-    """Answer of POST /stop; older servers leave `stopped` out."""
-
-    stopped: Stopped | None = Field(default=None, exclude_if=is_none)
 
 
 Polled = PendingAnswer | ArtifactsAnswer | ValidationAnswer | FailedAnswer

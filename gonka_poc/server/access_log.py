@@ -19,7 +19,7 @@ class PollFilter(logging.Filter):
         self._next = dict.fromkeys(polled, float("-inf"))  # keyed by what is polled, never by what is asked
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether `record` is logged."""
+        """True if `record` is to be logged."""
         match record.args:
             case (_, "GET", str(path), _, int(status)) if status < 400:
                 return self._is_due(path.partition("?")[0])

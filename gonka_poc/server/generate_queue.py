@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 from cachetools import TTLCache
@@ -29,8 +29,8 @@ from gonka_poc.data import (
     vector_chars,
 )
 from gonka_poc.errors import NotFoundError, PoCError
-from gonka_poc.manager import PoCManagerV1
 from gonka_poc.server.job_queue import MAX_JOBS, Job, JobQueue
+from gonka_poc.server.protocols import JobDelivery, Manager
 from gonka_poc.validation import validate_artifacts
 
 logger = logging.getLogger("vllm.gonka_poc.queue")
@@ -53,9 +53,9 @@ class GenerateJob(Job):
 
     outcome: asyncio.Future[Completed]
 
-    def __init__(self, request: GenerateRequest) -> None:
+    def __init__(self, request: GenerateRequest, delivery: JobDelivery) -> None:
         weight = -(-request.params.k_dim // K_DIM_PER_COUNT)
-        super().__init__(request.spec, request.nonces, request.batch_size, weight)
+        super().__init__(request.spec, request.nonces, request.batch_size, delivery, weight)
         # without the objects of the received vectors, which take several times as much as their texts
         self.request = request.model_copy(update={"validation": None})
         self.received = None if request.validation is None else _received(request, request.validation)
@@ -91,29 +91,18 @@ class Results(TTLCache[str, bytes]):
 
 
 class GenerateQueue(JobQueue):
-    """Computes behind a round that generates; finished jobs can be polled for POC_RESULT_TTL_SEC seconds.
-
-    `no_round` is set while no round generates; jobs wait for it before each micro-batch. `on_completed` is awaited
-    with each job that completed, before its answer can be polled.
-    """
+    """Computes while `no_round` is set; finished jobs can be polled for POC_RESULT_TTL_SEC seconds."""
 
     WAITING = "are queued"
 
-    def __init__(
-        self,
-        manager: PoCManagerV1,
-        settings: Settings,
-        no_round: asyncio.Event,
-        on_completed: Callable[[GenerateJob, Completed], Awaitable[None]],
-    ) -> None:
+    def __init__(self, manager: Manager, settings: Settings, no_round: asyncio.Event) -> None:
         super().__init__(manager, settings)
         self._no_round = no_round
-        self._on_completed = on_completed
         self._finished = Results(settings.max_queued_nonces, settings.result_ttl_sec)
 
-    def submit(self, request: GenerateRequest) -> GenerateJob:
+    def submit(self, request: GenerateRequest, delivery: JobDelivery) -> GenerateJob:
         """Accept a request. Raises QueueFullError where it would take the queue over its limit."""
-        job = GenerateJob(request)
+        job = GenerateJob(request, delivery)
         self._add(job)
         return job
 
@@ -142,7 +131,7 @@ class GenerateQueue(JobQueue):
         # kept as JSON: the objects of 100,000 artifacts would take ten times as much
         body = await asyncio.to_thread(COMPLETED.dump_json, answer)
         if not job.outcome.done():
-            await self._on_completed(job, answer)
+            await job.delivery.store_answer(answer)
             job.body = body
             # a job that was dropped while its callback was stored has been delivered, so it has not failed
             self._finished[job.request_id] = body

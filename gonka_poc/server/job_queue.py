@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from gonka_poc.config import Settings
 from gonka_poc.data import BatchResult, Spec
 from gonka_poc.errors import ConflictError, PoCError, QueueFullError, printable
-from gonka_poc.manager import PoCManagerV1
+from gonka_poc.server.protocols import JobDelivery, Manager
 
 logger = logging.getLogger("vllm.gonka_poc.queue")
 
@@ -23,14 +23,17 @@ class Job(ABC):
     """Nonces to compute. `outcome` ends with what is made of their values, or with the PoCError that ended the job.
 
     Each nonce counts as `nonce_weight` of the queue's limit. The job is running once the workers were given its first
-    micro-batch. Its `str` is its name in the log.
+    micro-batch. `delivery` takes the outcome to the request's receiver. Its `str` is its name in the log.
     """
 
-    def __init__(self, spec: Spec, nonces: list[int], batch_size: int, nonce_weight: int = 1) -> None:
+    def __init__(
+        self, spec: Spec, nonces: list[int], batch_size: int, delivery: JobDelivery, nonce_weight: int = 1
+    ) -> None:
         self.request_id = str(uuid.uuid4())
         self.spec = spec
         self.nonces = nonces
         self.batch_size = batch_size
+        self.delivery = delivery
         self.nonce_weight = nonce_weight
         # of the queue's limit; without any nonce one
         self.weight = max(1, len(nonces) * nonce_weight)
@@ -48,7 +51,7 @@ class JobQueue(ABC):
 
     WAITING: ClassVar[str]
 
-    def __init__(self, manager: PoCManagerV1, settings: Settings) -> None:
+    def __init__(self, manager: Manager, settings: Settings) -> None:
         self._manager = manager
         self._settings = settings
         self._pending: dict[str, Job] = {}
@@ -59,10 +62,12 @@ class JobQueue(ABC):
         """End a job that has not ended; a micro-batch of it that is being computed is thrown away."""
         self._settle(job, ConflictError(reason))
 
-    def clear(self, reason: str) -> None:
-        """End all jobs that have not ended."""
-        for job in list(self._pending.values()):
+    def clear(self, reason: str) -> int:
+        """End all jobs that have not ended; their number."""
+        jobs = list(self._pending.values())
+        for job in jobs:
             self.drop(job, reason)
+        return len(jobs)
 
     async def close(self) -> None:
         """End all jobs and the worker task."""
@@ -144,3 +149,4 @@ class JobQueue(ABC):
             job.outcome.set_exception(outcome)
         else:
             job.outcome.set_result(outcome)
+        job.delivery.expire()

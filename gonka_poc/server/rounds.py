@@ -7,11 +7,12 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
+from typing import ClassVar
 
 from gonka_poc.config import Settings
-from gonka_poc.data import MAX_NONCE, BatchResult, InitGenerateRequest, RoundConfig, RoundStats
+from gonka_poc.data import MAX_NONCE, BatchResult, InitGenerateRequest, RoundConfig, RoundStats, State, StatusAnswer
 from gonka_poc.errors import ComputeError, PoCError, WorkerMemoryError, printable
-from gonka_poc.manager import PoCManagerV1
+from gonka_poc.server.protocols import Manager
 from gonka_poc.threshold_data import ThresholdRequest
 
 logger = logging.getLogger("vllm.gonka_poc.rounds")
@@ -29,9 +30,11 @@ class Round(ABC):
     The first `start` of them were done before: by a round that lost its server.
     """
 
+    END_STATE: ClassVar[State] = "IDLE"
+
     def __init__(
         self,
-        manager: PoCManagerV1,
+        manager: Manager,
         request: InitGenerateRequest | ThresholdRequest,
         deliver: Callable[[BatchResult], Awaitable[None]],
         settings: Settings,
@@ -46,7 +49,7 @@ class Round(ABC):
         self._first = self.done = start
         self._started = time.monotonic()
         self.task: asyncio.Task[None] | None = None
-        self._stopped_at: float | None = None
+        self._stopping = False
         self._running = asyncio.Event()
         self._running.set()
         self._failures = 0
@@ -58,24 +61,26 @@ class Round(ABC):
         return self.task
 
     @property
-    def active(self) -> bool:
-        """True while the round generates; False as soon as it is to stop or pause."""
-        return self._running.is_set() and not self.stopped
-
-    @property
     def stopped(self) -> bool:
         """True once the round has ended, or will with the batch that a worker is computing."""
-        return self._stopped_at is not None or (self.task is not None and self.task.done())
+        return self._stopping or (self.task is not None and self.task.done())
 
     def stop(self) -> None:
         """Start no further batch. One that a worker is computing is finished and delivered by `task`."""
-        self._stopped_at = self._stopped_at or time.monotonic()
+        self._stopping = True
         self._running.set()
 
-    @property
-    def seconds_stopped(self) -> float:
-        """Seconds since `stop`; 0 before."""
-        return 0.0 if self._stopped_at is None else time.monotonic() - self._stopped_at
+    def pause(self) -> None:
+        """Start no further batch before `resume`."""
+        self._running.clear()
+
+    def resume(self) -> None:
+        """Go on with the nonce after the last one that is done."""
+        self._running.set()
+
+    @abstractmethod
+    def status(self, state: State, problem: str | None) -> StatusAnswer:
+        """GET /status; `problem` says why the outbox takes nothing now."""
 
     @property
     @abstractmethod
@@ -108,7 +113,7 @@ class Round(ABC):
             logger.info("PoC round goes on after %d nonces that an earlier server computed", self._first)
         next_report = self._started + REPORT_INTERVAL_SEC
         try:
-            while self._stopped_at is None:
+            while not self._stopping:
                 if not self._running.is_set():
                     await self._running.wait()
                     continue
@@ -122,7 +127,7 @@ class Round(ABC):
             # a server that shuts down can lose its engine before a batch ends
             level, end = (
                 (logging.ERROR, "failed")
-                if self._stopped_at is None
+                if not self._stopping
                 else (logging.WARNING, "stopped, its last batch failed,")
             )
             logger.log(level, "PoC round %s after %d nonces: %s", end, self.done, printable(self.error))
@@ -168,6 +173,12 @@ class GenerateRound(Round):
     """A round of artifacts."""
 
     request: InitGenerateRequest
+
+    def status(self, state: State, problem: str | None) -> StatusAnswer:
+        """GET /status: once the round has ended, only the error that ended it."""
+        if state == self.END_STATE:
+            return StatusAnswer(status=state, config=None, stats=None, error=problem or self.error)
+        return StatusAnswer(status=state, config=self.config, stats=self.stats, error=problem)
 
     @property
     def config(self) -> RoundConfig:

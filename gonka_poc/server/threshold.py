@@ -7,12 +7,12 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Any, Literal
+from typing import Any
 
 from gonka_poc.config import Settings
 from gonka_poc.data import BatchResult, State
-from gonka_poc.manager import PoCManagerV1
 from gonka_poc.server.job_queue import Job, JobQueue
+from gonka_poc.server.protocols import JobDelivery, Manager
 from gonka_poc.server.rounds import Round
 from gonka_poc.threshold_data import (
     ProofBatch,
@@ -20,7 +20,7 @@ from gonka_poc.threshold_data import (
     ThresholdConfig,
     ThresholdRequest,
     ThresholdStatusAnswer,
-    ValidatedBatch,
+    valid_distances,
 )
 from gonka_poc.validation import validate_proof
 
@@ -78,23 +78,16 @@ class PoCStats:
         )
 
 
-def valid_distances(result: BatchResult, r_target: float) -> dict[int, float]:
-    """The valid nonces of a batch, with their distances."""
-    distances = {nonce: float(value) for nonce, value in result.values.items()}
-    return {nonce: distance for nonce, distance in distances.items() if distance < r_target}
-
-
 class ThresholdRound(Round):
-    """Begins IDLE. `enter` moves it between IDLE, GENERATING and VALIDATING; `stop`, or a failure, ends it: STOPPED.
+    """A round of distances. Begins paused; after a pause it goes on where it left off."""
 
-    It goes through its nonces while it is GENERATING; where it left off, it goes on.
-    """
+    END_STATE = "STOPPED"
 
     request: ThresholdRequest
 
     def __init__(
         self,
-        manager: PoCManagerV1,
+        manager: Manager,
         request: ThresholdRequest,
         deliver: Callable[[BatchResult], Awaitable[None]],
         settings: Settings,
@@ -102,7 +95,6 @@ class ThresholdRound(Round):
     ) -> None:
         super().__init__(manager, request, deliver, settings, start)
         self.progress = PoCStats()
-        self._phase: State = "IDLE"
         self._running.clear()
 
     def start(self) -> asyncio.Task[None]:
@@ -111,20 +103,15 @@ class ThresholdRound(Round):
         task.add_done_callback(lambda _: self.progress.pause())
         return task
 
-    @property
-    def state(self) -> State:
-        """Where the round is in the state machine."""
-        return "STOPPED" if self.stopped else self._phase
+    def pause(self) -> None:
+        """Start no further batch before `resume`; the time until then does not count as spent generating."""
+        super().pause()
+        self.progress.pause()
 
-    def enter(self, phase: Literal["IDLE", "GENERATING", "VALIDATING"]) -> None:
-        """Change the phase. A batch that a worker is computing is finished, delivered and counted in any phase."""
-        self._phase = phase
-        if phase == "GENERATING":
-            self._running.set()
-            self.progress.resume()
-        else:
-            self._running.clear()
-            self.progress.pause()
+    def resume(self) -> None:
+        """Go on with the nonce after the last one that is done."""
+        super().resume()
+        self.progress.resume()
 
     @property
     def config(self) -> ThresholdConfig:
@@ -136,15 +123,15 @@ class ThresholdRound(Round):
     def _seconds(self) -> float:
         return self.progress.elapsed
 
-    def status(self, problem: str | None) -> ThresholdStatusAnswer:
+    def status(self, state: State, problem: str | None) -> ThresholdStatusAnswer:
         """GET /status; `problem` is what keeps the server from storing what it computes."""
         progress = self.progress
         return ThresholdStatusAnswer(
-            status=self.state,
+            status=state,
             config=self.config,
             stats=self.stats,
             error=problem or self.error,
-            state=self.state,
+            state=state,
             valid_nonces=list(progress.valid_nonces),
             valid_distances=list(progress.valid_distances),
             total_checked=progress.total_checked,
@@ -167,8 +154,8 @@ class ProofJob(Job):
 
     outcome: asyncio.Future[ProofVerdict]
 
-    def __init__(self, current: ThresholdRound, proof: ProofBatch) -> None:
-        super().__init__(current.request.spec_of(proof.public_key), proof.nonces, current.request.batch_size)
+    def __init__(self, current: ThresholdRound, proof: ProofBatch, delivery: JobDelivery) -> None:
+        super().__init__(current.request.spec_of(proof.public_key), proof.nonces, current.request.batch_size, delivery)
         self.round = current
         self.proof = proof
 
@@ -177,25 +164,13 @@ class ProofJob(Job):
 
 
 class ProofQueue(JobQueue):
-    """Validates proofs; a round that generates takes turns with it, a micro-batch each.
-
-    `on_validated` is awaited with each job that was computed, before its outcome is known.
-    """
+    """Validates proofs; a round that generates takes turns with it, a micro-batch each."""
 
     WAITING = "wait for validation"
 
-    def __init__(
-        self,
-        manager: PoCManagerV1,
-        settings: Settings,
-        on_validated: Callable[[ProofJob, ValidatedBatch], Awaitable[None]],
-    ) -> None:
-        super().__init__(manager, settings)
-        self._on_validated = on_validated
-
-    def submit(self, current: ThresholdRound, proof: ProofBatch) -> ProofJob:
+    def submit(self, current: ThresholdRound, proof: ProofBatch, delivery: JobDelivery) -> ProofJob:
         """Accept a proof. Raises QueueFullError where it would take the proofs that wait over their limit."""
-        job = ProofJob(current, proof)
+        job = ProofJob(current, proof, delivery)
         self._add(job)
         return job
 
@@ -204,5 +179,5 @@ class ProofQueue(JobQueue):
         distances = {nonce: float(value) for nonce, value in result.values.items()}
         batch = await asyncio.to_thread(validate_proof, job.proof, distances, request.r_target, request.fraud_threshold)
         if not job.outcome.done():
-            await self._on_validated(job, batch)
+            await job.delivery.store_verdict(batch)
         return batch.verdict

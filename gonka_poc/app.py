@@ -1,0 +1,75 @@
+"""build_app: the one place where the parts of proof of compute in a server are put together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prometheus_client import REGISTRY, CollectorRegistry
+from starlette.types import ASGIApp
+
+from gonka_poc.callbacks.outbox import Outbox
+from gonka_poc.callbacks.sender import CallbackSender
+from gonka_poc.config import Settings
+from gonka_poc.manager import EngineView, PoCManagerV1
+from gonka_poc.metrics import Metrics
+from gonka_poc.routes import make_app
+from gonka_poc.server.background import BackgroundTasks
+from gonka_poc.server.dashboard import RecentErrors
+from gonka_poc.server.generate_queue import GenerateQueue
+from gonka_poc.server.guards import BodyLimit
+from gonka_poc.server.protocols import Manager
+from gonka_poc.server.round_slot import RoundSlot
+from gonka_poc.server.service import PoCService
+from gonka_poc.server.threshold import ProofQueue
+
+
+@dataclass(frozen=True)
+class PoCApp:
+    """One server's proof of compute: `http` answers /api/v1/pow/*."""
+
+    http: ASGIApp
+    service: PoCService
+    recent_errors: RecentErrors
+    registry: CollectorRegistry
+
+    def start(self) -> None:
+        """Begin to deliver callbacks, first of all those that an earlier server left, to count and to listen."""
+        self.recent_errors.install()
+        self.service.metrics.attach(self.registry)
+        self.service.callbacks.start()
+
+    async def close(self) -> None:
+        """End everything."""
+        try:
+            await self.service.close()
+        finally:
+            self.recent_errors.remove()
+            self.service.metrics.detach()
+
+
+def build_app(
+    view: EngineView,
+    settings: Settings,
+    *,
+    manager: Manager | None = None,
+    metrics: Metrics | None = None,
+    registry: CollectorRegistry = REGISTRY,
+) -> PoCApp:
+    """The parts of a server over the engine that `view` shows. Raises OutboxError where POC_OUTBOX_PATH cannot be used.
+
+    A test may hand in parts of its own.
+    """
+    metrics = metrics or Metrics()
+    manager = manager or PoCManagerV1(view, settings, metrics)
+    callbacks = CallbackSender(settings, Outbox(settings.outbox_path, settings.outbox_max_bytes), metrics)
+    background = BackgroundTasks()
+    slot = RoundSlot(manager, background)
+    queue = GenerateQueue(manager, settings, slot.no_round)
+    proofs = ProofQueue(manager, settings)
+    metrics.queue_nonces = lambda: queue.queued_nonces + proofs.queued_nonces
+    metrics.outbox_pending = lambda: callbacks.counts.pending_batches
+    metrics.state = lambda: slot.state
+    service = PoCService(manager, settings, metrics, callbacks, slot, queue, proofs, background)
+    recent_errors = RecentErrors()
+    http = BodyLimit(make_app(service, recent_errors), settings.max_body_bytes)
+    return PoCApp(http, service, recent_errors, registry)

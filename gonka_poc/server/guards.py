@@ -1,0 +1,103 @@
+"""TokenGate and BodyLimit: ASGI applications that refuse requests before another application sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gonka_poc.access import BearerToken
+from gonka_poc.errors import BodyTooLargeError, PoCError, RequestError, UnauthorizedError
+
+# how much of a body that is too large is read, and thrown away, so that its sender sees the answer
+DRAIN_FACTOR = 16
+
+
+class TokenGate:
+    """Answers 401 to requests that do not show `token`; None lets all through, and so does GET of `open_path`."""
+
+    def __init__(self, app: ASGIApp, token: str | None, open_path: str) -> None:
+        self._app = app
+        self._token = None if token is None else BearerToken(token)
+        self._open_path = open_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not self._may_pass(scope):
+            error = UnauthorizedError("this server asks for its POC_API_TOKEN as a bearer token")
+            await error_response(error, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _may_pass(self, scope: Scope) -> bool:
+        if self._token is None or (scope["method"] == "GET" and path_of(scope) == self._open_path):
+            return True
+        return self._token.matches([value for name, value in scope["headers"] if name == b"authorization"])
+
+
+class BodyLimit:
+    """Answers 413 where a body declares, or has, more than `max_bytes` bytes."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        try:
+            if _declared_length(scope) > self._max_bytes:
+                await _drain(receive, DRAIN_FACTOR * self._max_bytes)
+                raise self._too_large()
+        except PoCError as error:
+            return await error_response(error)(scope, receive, send)
+        await self._app(scope, self._limited(receive), send)
+
+    def _too_large(self) -> BodyTooLargeError:
+        return BodyTooLargeError(
+            f"the body is over {self._max_bytes} bytes (POC_MAX_BODY_BYTES); send fewer nonces per request"
+        )
+
+    def _limited(self, receive: Receive) -> Receive:
+        """`receive` that stops a body without a declared length at the limit."""
+        size = 0
+
+        async def receive_limited() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._max_bytes:
+                error = self._too_large()
+                # FastAPI hands an HTTPException on; any other exception while it reads a body becomes a 400
+                raise HTTPException(status_code=error.http_status, detail=str(error))
+            return message
+
+        return receive_limited
+
+
+def _declared_length(scope: Scope) -> int:
+    text = Headers(scope=scope).get("content-length") or "0"
+    if not (text.isascii() and text.isdecimal()):
+        raise RequestError(f"content-length {text[:20]!a} is no number of bytes")
+    return int(text[:20])
+
+
+async def _drain(receive: Receive, limit: int) -> None:
+    size, more = 0, True
+    while more and size <= limit:
+        message = await receive()
+        size += len(message.get("body", b""))
+        more = message["type"] == "http.request" and message.get("more_body", False)
+
+
+def path_of(scope: Scope) -> str:
+    """The path of a request, below where the server is mounted."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
+def error_response(error: PoCError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """The status of `error`, and its text as `detail`."""
+    return JSONResponse({"detail": str(error)}, status_code=error.http_status, headers=headers)

@@ -1,0 +1,48 @@
+"""Interfaces of the parts that rounds and queues are given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from pydantic import BaseModel
+
+from gonka_poc.data import BatchResult, Completed, Params, Spec
+
+
+class Manager(Protocol):
+    """Drives the workers; PoCManagerV1 is one."""
+
+    async def prepare(self) -> None:
+        """Reach every worker once, and warm it up."""
+
+    async def check(self, params: Params) -> None:
+        """Refuse another model, and what goes over a limit of the server."""
+
+    async def check_seq_len(self, seq_len: int) -> None:
+        """Refuse sequences that are too long for the server."""
+
+    def ensure_engine_alive(self) -> None:
+        """Raise EngineUnavailableError where the engine is gone for good."""
+
+    def micro_batch_size(self, seq_len: int) -> int:
+        """Nonces of the next micro-batch."""
+
+    async def compute(self, spec: Spec, nonces: list[int], next_nonces: Sequence[int] = ()) -> BatchResult | None:
+        """The values of a micro-batch; None if the same nonces are to be tried again."""
+
+    async def release(self) -> None:
+        """Let the workers drop what they keep between batches."""
+
+
+class JobDelivery(Protocol):
+    """Takes the outcome of a queued request to its receiver; Delivery is one."""
+
+    async def store_answer(self, answer: Completed) -> None:
+        """Store the answer to a request for nonces."""
+
+    async def store_verdict(self, verdict: BaseModel) -> None:
+        """Store the verdict on a proof."""
+
+    def expire(self) -> None:
+        """The request has ended."""
