@@ -55,6 +55,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (not is_long[_group(item)], place[_group(item)]))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Without groups every test would run, but each on a server of its own: nobody would see why it takes so long."""
+    if session.config.getoption("loadgroup", False):
+        lost = [item.nodeid for item in session.items if not item.nodeid.endswith(f"@{_group(item)}")]
+        assert not lost, f"pytest {pytest.__version__} and this pytest-xdist do not group tests: {lost[0]}"
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """How many servers and in-process engines the run started."""
     started = read_starts()

@@ -110,11 +110,8 @@ class Servers:
         self._config = self.process = None
 
 
-# most tests share this one: hardened, and with a route that tries to get a function run on the workers
-PLAIN = ServerConfig(
-    args=("--enforce-eager", "--middleware", "tests.engine.sends_function.SendsFunction"),
-    env=(("VLLM_ALLOW_INSECURE_SERIALIZATION", "0"),),
-)
+# most tests share this one; it is hardened
+PLAIN = ServerConfig(env=(("VLLM_ALLOW_INSECURE_SERIALIZATION", "0"), ("POC_CALLBACK_INTERVAL_SEC", "0.2")))
 # vLLM's own module started directly, with a worker extension for tests that vLLM's development routes can call
 PROBED = ServerConfig(
     args=(
