@@ -15,6 +15,7 @@ from gonka_poc.app import PoCApp, build_app
 from gonka_poc.config import Settings
 from gonka_poc.data import VECTOR_DTYPE, BatchResult, DistanceSpec, Params, Spec, VectorSpec, spec_from
 from gonka_poc.errors import EngineUnavailableError, PoCError
+from gonka_poc.server.protocols import Manager
 
 MODEL = "tiny"
 BUSY = "chat is being served"
@@ -68,7 +69,7 @@ async def until(condition: Callable[[], Any]) -> None:
     await asyncio.wait_for(poll(), 5)
 
 
-def make_poc(manager: FakeManager, settings: Settings | None = None) -> PoCApp:
+def make_poc(manager: Manager, settings: Settings | None = None) -> PoCApp:
     """The parts of a server over `manager`; nothing is started."""
     return build_app(FakeView(), settings or Settings(), manager=manager, registry=CollectorRegistry())
 

@@ -16,11 +16,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import venv
 from collections.abc import Callable
 from pathlib import Path
 
-import pip
 import pytest
 import tomllib
 from hosts import (
@@ -142,7 +142,7 @@ def make_python(folder: Path) -> Path:
     venv.create(folder, with_pip=False, symlinks=True)
     seen = folder / "seen"
     seen.mkdir()
-    for path in Path(pip.__file__).parent.parent.glob("pip*"):
+    for path in Path(sysconfig.get_path("purelib")).glob("pip*"):
         (seen / path.name).symlink_to(path)
     (next((folder / "lib").glob("python3*/site-packages")) / "seen.pth").write_text(f"{seen}\n")
     return folder / "bin" / "python"

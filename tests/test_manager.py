@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fakes import MODEL, FakeManager, FakeView, generate_body, made_up_value, until
+from fakes import MODEL, FakeManager, FakeView, generate_body, made_up_value, make_poc, until
 
 from gonka_poc.config import Settings
 from gonka_poc.data import DistanceSpec, GenerateRequest, Params, VectorSpec
@@ -22,7 +22,6 @@ from gonka_poc.errors import (
     WorkerMemoryError,
 )
 from gonka_poc.manager import PoCManagerV1
-from gonka_poc.server.generate_queue import GenerateQueue
 from gonka_poc.vllm_compat import WORKER_EXTENSION, ApiView
 from gonka_poc.worker import PoCWorkerExtension
 
@@ -502,14 +501,12 @@ async def test_release_reaches_the_workers_once():
 async def test_workers_keep_what_they_have_from_one_request_to_the_next(monkeypatch):
     """And drop it, once, when none came for some time."""
     monkeypatch.setattr("gonka_poc.manager.RELEASE_AFTER_SEC", 0.3)
-    view, no_round = FakeView(), asyncio.Event()
+    view = FakeView()
     manager = PoCManagerV1(view)
-    no_round.set()
-    queue = GenerateQueue(manager, Settings(), no_round, on_completed=lambda *_: asyncio.sleep(0))
+    service = make_poc(manager).service
     for nonce in range(20):
-        request = GenerateRequest.model_validate(generate_body([nonce]))
-        await manager.check(request.params)
-        await queue.submit(request).outcome
+        job = await service.submit(GenerateRequest.model_validate(generate_body([nonce])))
+        await job.outcome
         await asyncio.sleep(0.02)  # 0.4 s of requests: each puts the release off
     assert len(view.calls) == 21
     assert num_released(view) == 0
@@ -517,7 +514,7 @@ async def test_workers_keep_what_they_have_from_one_request_to_the_next(monkeypa
     assert num_released(view) == 1
     await manager.compute(SPEC, [1])
     await until(lambda: num_released(view) == 2)
-    await queue.close()
+    await service.close()
 
 
 @pytest.mark.parametrize(("prepared", "dead"), [(False, False), (True, True)])
