@@ -5,7 +5,6 @@ Importing this package imports neither torch nor vLLM: the names in `__all__` ar
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,12 +12,8 @@ if TYPE_CHECKING:
     from gonka_poc.manager import PoCManagerV1
     from gonka_poc.middleware import PoCMiddleware
     from gonka_poc.poc_model_runner import EmbeddingInjectionHook
+    from gonka_poc.version import __version__
     from gonka_poc.worker import PoCWorkerExtension
-
-try:
-    __version__ = version("gonka-poc")
-except PackageNotFoundError:  # run from a source tree that was never installed
-    __version__ = "0+source"
 
 __all__ = ["EmbeddingInjectionHook", "PoCManagerV1", "PoCMiddleware", "PoCWorkerExtension", "Settings", "__version__"]
 
@@ -31,6 +26,7 @@ def __getattr__(name: str) -> Any:
         "PoCMiddleware": "middleware",
         "PoCWorkerExtension": "worker",
         "Settings": "config",
+        "__version__": "version",
     }
     if name not in modules:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,6 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
-from gonka_poc import __version__
 from gonka_poc.data import (
     PREFIX,
     Completed,
@@ -39,6 +38,7 @@ from gonka_poc.threshold_data import (
     ThresholdRequest,
     ThresholdStatusAnswer,
 )
+from gonka_poc.version import __version__
 
 MAX_LISTED_ERRORS = 20
 MAX_ERROR_TEXT = 300

@@ -137,3 +137,60 @@ def test_no_module_holds_mutable_state():
         f"{file.name}: global" for file, tree in trees() for node in ast.walk(tree) if isinstance(node, ast.Global)
     ]
     assert found == []
+
+
+# --- levels -----------------------------------------------------------------------------------------------------
+
+MAX_LEVELS = 9
+
+
+def imports_when_loaded(tree: ast.Module) -> Iterator[str]:
+    """The modules of this package that a module imports when it is loaded, not for type checkers alone."""
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "gonka_poc":
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if name in MODULES else str(node.module)
+
+
+def levels() -> dict[str, int]:
+    """The level of each module, a folder being one: 1 above the highest that it imports. No circle has one."""
+    imported: dict[str, set[str]] = {}
+    for file, tree in trees():
+        room = room_of(MODULES[FILES.index(file)])
+        others = {room_of(name) for name in imports_when_loaded(tree)} - {room}
+        imported.setdefault(room, set()).update(others)
+
+    def level(name: str, above: tuple[str, ...] = ()) -> int:
+        assert name not in above, f"a circle: {' -> '.join((*above, name))}"
+        return 1 + max((level(other, (*above, name)) for other in imported[name]), default=0)
+
+    return {name: level(name) for name in imported}
+
+
+def room_of(module: str) -> str:
+    """The folder of a module that is in one, else the module."""
+    return ".".join(module.split(".")[:2])
+
+
+def test_imports_have_few_levels_and_no_circle():
+    found = levels()
+    assert found["gonka_poc.middleware"] > found["gonka_poc.server"] > found["gonka_poc.callbacks"] > 3
+    assert max(found.values()) <= MAX_LEVELS
+
+
+def test_the_api_process_and_the_workers_import_nothing_of_each_other():
+    names = dict(zip(FILES, MODULES, strict=True))
+    imported = {names[file]: set(imports_when_loaded(tree)) for file, tree in trees()}
+
+    def reached(name: str) -> set[str]:
+        return {name}.union(*(reached(other) for other in imported[name]))
+
+    api, worker = reached("gonka_poc.middleware"), reached("gonka_poc.poc_model_runner") | reached("gonka_poc.worker")
+    assert not api & {"gonka_poc.worker", "gonka_poc.poc_model_runner", "gonka_poc.gpu_random"}
+    assert not worker & {
+        "gonka_poc.manager",
+        "gonka_poc.server.service",
+        "gonka_poc.config",
+        "gonka_poc.callbacks.outbox",
+    }

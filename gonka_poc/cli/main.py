@@ -7,7 +7,6 @@ import sys
 
 import click
 
-from gonka_poc import __version__
 from gonka_poc.cli.artifacts import generate_command, status_command, stop_command, validate_command
 from gonka_poc.cli.bench import bench_command
 from gonka_poc.cli.calibrate import calibrate_command
@@ -22,6 +21,7 @@ from gonka_poc.cli.reference import reference_group
 from gonka_poc.cli.report import report_command
 from gonka_poc.cli.smoke import smoke_command
 from gonka_poc.errors import PoCError
+from gonka_poc.version import __version__
 
 INTERRUPTED = 130
 
