@@ -217,7 +217,7 @@ async def test_a_round_computes_nothing_before_its_start():
     manager = FakeManager(batches=0)
     current = GenerateRound(manager, InitGenerateRequest.model_validate(round_body()), Delivered().take, SETTINGS)
     await asyncio.sleep(0.01)
-    assert (current.active, current.stopped, manager.asked) == (True, False, [])
+    assert (current.stopped, manager.asked) == (False, [])
     current.start()
     await until(lambda: manager.asked)
     await finish(current, manager)

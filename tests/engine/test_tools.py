@@ -13,7 +13,7 @@ from gonka_poc.cli import main as cli
 from gonka_poc.cli.artifact_file import ArtifactFile
 from gonka_poc.cli.client import PoCClient
 from gonka_poc.cli.compare import with_turned_vectors
-from gonka_poc.cli.prover import Prover, Sizes
+from gonka_poc.cli.prover import Prover, RoundSizes
 from gonka_poc.cli.reference import check_reference
 from gonka_poc.cli.smoke import smoke
 from gonka_poc.data import StatTest
@@ -126,7 +126,7 @@ SIZES = ("--nonces", 60, "--seq-len", SEQ_LEN)
 @pytest.mark.server(PLAIN)
 def test_smoke_on_a_server_that_runs(server: Client, show: Show) -> None:
     with PoCClient(url_of(server)) as client:
-        checks = list(smoke(Prover(client, Sizes(nonces=60, seq_len=SEQ_LEN))))
+        checks = list(smoke(Prover(client, RoundSizes(nonces=60, seq_len=SEQ_LEN))))
     show("\n".join(check.line for check in checks))
     assert [check.ok for check in checks] == [True] * 8
 
