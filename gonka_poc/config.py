@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from gonka_poc.access import CallbackRules
 from gonka_poc.errors import SettingsError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Settings(BaseSettings):
@@ -19,65 +21,50 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="POC_", frozen=True, hide_input_in_errors=True)
 
     api_token: SecretStr | None = Field(
-        default=None, description="bearer token that /api/v1/pow/* asks for; none: open to all who reach the port"
+        None, description="bearer token that /api/v1/pow/* asks for; none: open to all who reach the port"
     )
     callback_allow: str = Field(
-        default="",
+        "",
         description="hosts, host:port, *.suffix, addresses and CIDR ranges, separated by commas, that callbacks may go "
         "to; empty: every host but link-local and cloud metadata addresses, which are always refused",
     )
-    callback_interval_sec: float = Field(
-        default=5.0, gt=0, allow_inf_nan=False, description="seconds between two callbacks of one receiver"
-    )
-    callback_timeout_sec: float = Field(
-        default=30.0, gt=0, allow_inf_nan=False, description="seconds that a receiver has to answer"
-    )
-    chat_backoff_sec: float = Field(
-        default=0.05, gt=0, allow_inf_nan=False, description="seconds to wait before asking again whether chat is idle"
-    )
+    callback_interval_sec: Positive = Field(5.0, description="seconds between two callbacks of one receiver")
+    callback_timeout_sec: Positive = Field(30.0, description="seconds that a receiver has to answer")
+    chat_backoff_sec: Positive = Field(0.05, description="seconds to wait before asking again whether chat is idle")
     compile: Literal["auto", "always", "never"] = Field(
-        default="auto",
+        "auto",
         description="whether proof runs decoder layers compiled with their reflections; `auto`: on one GPU, where they "
         "give the vectors of the plain forward",
     )
-    batch_timeout_sec: float = Field(
-        default=600.0, gt=0, allow_inf_nan=False, description="seconds that the workers have for one batch"
-    )
-    max_step_ms: float = Field(
-        default=200.0,
-        gt=0,
-        allow_inf_nan=False,
-        description="milliseconds of a batch, the longest that a chat waits for proof, while chat is around",
+    batch_timeout_sec: Positive = Field(600.0, description="seconds that the workers have for one batch")
+    max_step_ms: Positive = Field(
+        200.0, description="milliseconds of a batch, the longest that a chat waits for proof, while chat is around"
     )
     max_body_bytes: int = Field(
-        default=16 * 1024 * 1024,
+        16 * 1024 * 1024,
         ge=1024,
         description="largest request body, bytes; chat waits while one is parsed, half a second for 8 MB",
     )
     max_queued_nonces: int = Field(
-        default=100_000,
+        100_000,
         ge=1,
         description="nonces that may wait in the queue, in at most 1,000 requests; with vectors longer than 32 each "
         "counts `k_dim / 32` times, rounded up",
     )
-    outbox_grace_sec: float = Field(
-        default=600.0, gt=0, allow_inf_nan=False, description="seconds that a receiver is tried after its round ended"
-    )
+    outbox_grace_sec: Positive = Field(600.0, description="seconds that a receiver is tried after its round ended")
     outbox_max_bytes: int = Field(
-        default=10 * 1024**3, ge=256 * 1024, description="size of undelivered callbacks at which new work is refused"
+        10 * 1024**3, ge=256 * 1024, description="size of undelivered callbacks at which new work is refused"
     )
     outbox_path: str = Field(
-        default="$XDG_STATE_HOME/gonka_poc/outbox.sqlite3",
+        "$XDG_STATE_HOME/gonka_poc/outbox.sqlite3",
         min_length=1,
         description="file of undelivered callbacks (`$XDG_STATE_HOME`: `~/.local/state`); `:memory:` keeps no file",
     )
     priority: Literal["chat", "poc"] = Field(
-        default="chat", description="who waits; `poc`: chat and completions get 503 while a round generates"
+        "chat", description="who waits; `poc`: chat and completions get 503 while a round generates"
     )
-    result_ttl_sec: float = Field(
-        default=300.0,
-        gt=0,
-        allow_inf_nan=False,
+    result_ttl_sec: Positive = Field(
+        300.0,
         description="seconds that a finished result can be polled; the oldest go sooner "
         "where all of them together would take more room than the answers of `POC_MAX_QUEUED_NONCES` nonces may",
     )

@@ -7,7 +7,6 @@ torch nor vLLM.
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -41,10 +40,6 @@ def has_query(url: str) -> bool:
     return "?" in url or "#" in url
 
 
-def _empty_is_none(url: Any) -> Any:
-    return None if url == "" else url
-
-
 def _http_url(url: str) -> str:
     try:
         parsed = httpx.URL(url)  # the client that will use it is the one to understand it
@@ -60,7 +55,8 @@ def _http_url(url: str) -> str:
 
 # where callbacks go to; null and the empty text are no receiver
 CallbackUrl = Annotated[
-    Annotated[str, Field(max_length=4096), AfterValidator(_http_url)] | None, BeforeValidator(_empty_is_none)
+    Annotated[str, Field(max_length=4096), AfterValidator(_http_url)] | None,
+    BeforeValidator(lambda url: None if url == "" else url),
 ]
 
 
@@ -93,11 +89,9 @@ def decode_vector(vector_b64: str, k_dim: int) -> np.ndarray | None:
         return None
     try:
         raw = base64.b64decode(vector_b64, validate=True)
-    except (binascii.Error, ValueError):
+    except ValueError:
         return None
-    if len(raw) != k_dim * VECTOR_DTYPE.itemsize:
-        return None
-    return np.frombuffer(raw, dtype=VECTOR_DTYPE)
+    return np.frombuffer(raw, dtype=VECTOR_DTYPE) if len(raw) == k_dim * VECTOR_DTYPE.itemsize else None
 
 
 # --- specs and results ----------------------------------------------------------------------------------------------
@@ -223,9 +217,8 @@ class _RoundFields(StrictModel):
     @property
     def spec(self) -> VectorSpec:
         """The spec of this request's vectors."""
-        return VectorSpec(
-            self.block_hash, self.public_key, self.params.seq_len, self.params.k_dim, self.poc_stronger_rng
-        )
+        params = self.params
+        return VectorSpec(self.block_hash, self.public_key, params.seq_len, params.k_dim, self.poc_stronger_rng)
 
 
 class InitGenerateRequest(_RoundFields):

@@ -90,15 +90,10 @@ class Metrics(Collector):
         self._nan = Counter("gonka_poc_nan", "nonces dropped because of a NaN or Inf", registry=own)
         self._skipped = Counter("gonka_poc_skipped", "batches put off, by reason", ["reason"], registry=own)
         self._skipped.labels(CHAT)  # shown as 0 from the start
-        self._batch_seconds = Histogram(
-            "gonka_poc_batch_seconds", "seconds of a batch on the workers", registry=own, buckets=BATCH_BUCKETS
-        )
-        self._callback_seconds = Histogram(
-            "gonka_poc_callback_seconds",
-            "seconds of a callback, answered or not",
-            registry=own,
-            buckets=CALLBACK_BUCKETS,
-        )
+        text = "seconds of a batch on the workers"
+        self._batch_seconds = Histogram("gonka_poc_batch_seconds", text, registry=own, buckets=BATCH_BUCKETS)
+        text = "seconds of a callback, answered or not"
+        self._callback_seconds = Histogram("gonka_poc_callback_seconds", text, registry=own, buckets=CALLBACK_BUCKETS)
 
     # -- reports --
 
@@ -158,18 +153,11 @@ class Metrics(Collector):
     def collect(self) -> Iterable[Metric]:
         """All metrics, now."""
         yield from self._registry.collect()
-        yield _gauge(
-            "gonka_poc_queue_nonces",
-            "nonces of requests that have not ended, as their limit counts them",
-            self.queue_nonces(),
-        )
-        yield _gauge("gonka_poc_outbox_pending", "callbacks that no receiver has taken yet", self.outbox_pending())
+        text = "nonces of requests that have not ended, as their limit counts them"
+        yield GaugeMetricFamily("gonka_poc_queue_nonces", text, value=self.queue_nonces())
+        text = "callbacks that no receiver has taken yet"
+        yield GaugeMetricFamily("gonka_poc_outbox_pending", text, value=self.outbox_pending())
         state = GaugeMetricFamily("gonka_poc_state", "1 for the state of the server", labels=["state"])
-        now = self.state()
         for name in STATES:
-            state.add_metric([name], float(name == now))
+            state.add_metric([name], float(name == self.state()))
         yield state
-
-
-def _gauge(name: str, text: str, value: float) -> Metric:
-    return GaugeMetricFamily(name, text, value=value)

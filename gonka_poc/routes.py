@@ -31,13 +31,7 @@ from gonka_poc.data import (
 from gonka_poc.errors import PoCError, printable
 from gonka_poc.server.dashboard import DashboardData, RecentErrors, dashboard_data, dashboard_page
 from gonka_poc.server.service import PoCService
-from gonka_poc.threshold_data import (
-    InitGenerateBody,
-    ProofBatch,
-    ProofVerdict,
-    ThresholdRequest,
-    ThresholdStatusAnswer,
-)
+from gonka_poc.threshold_data import InitGenerateBody, ProofBatch, ProofVerdict, ThresholdRequest, ThresholdStatusAnswer
 from gonka_poc.version import __version__
 
 MAX_LISTED_ERRORS = 20

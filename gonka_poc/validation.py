@@ -38,13 +38,11 @@ def binomial_p_value(n_mismatch: int, n_total: int, p_mismatch: float) -> float:
 
 def is_mismatch(received_b64: str, computed: np.ndarray, dist_threshold: float) -> bool:
     """True if a received vector is not base64 of the recomputed one's length (float16 [k_dim]), holds a value that is
-    not finite, or is further from it than `dist_threshold` (L2 distance).
-    """
+    not finite, or is further from it than `dist_threshold` (L2 distance)."""
     received = decode_vector(received_b64, len(computed))
     if received is None or not np.isfinite(received).all():
         return True
-    distance = np.linalg.norm(received.astype(np.float64) - computed.astype(np.float64))
-    return bool(distance > dist_threshold)
+    return bool(np.linalg.norm(received.astype(np.float64) - computed.astype(np.float64)) > dist_threshold)
 
 
 def validate_artifacts(
