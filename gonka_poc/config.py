@@ -21,50 +21,55 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="POC_", frozen=True, hide_input_in_errors=True)
 
     api_token: SecretStr | None = Field(
-        None, description="bearer token that /api/v1/pow/* asks for; none: open to all who reach the port"
+        default=None, description="bearer token that /api/v1/pow/* asks for; none: open to all who reach the port"
     )
     callback_allow: str = Field(
-        "",
+        default="",
         description="hosts, host:port, *.suffix, addresses and CIDR ranges, separated by commas, that callbacks may go "
         "to; empty: every host but link-local and cloud metadata addresses, which are always refused",
     )
-    callback_interval_sec: Positive = Field(5.0, description="seconds between two callbacks of one receiver")
-    callback_timeout_sec: Positive = Field(30.0, description="seconds that a receiver has to answer")
-    chat_backoff_sec: Positive = Field(0.05, description="seconds to wait before asking again whether chat is idle")
+    callback_interval_sec: Positive = Field(default=5.0, description="seconds between two callbacks of one receiver")
+    callback_timeout_sec: Positive = Field(default=30.0, description="seconds that a receiver has to answer")
+    chat_backoff_sec: Positive = Field(
+        default=0.05, description="seconds to wait before asking again whether chat is idle"
+    )
     compile: Literal["auto", "always", "never"] = Field(
-        "auto",
+        default="auto",
         description="whether proof runs decoder layers compiled with their reflections; `auto`: on one GPU, where they "
         "give the vectors of the plain forward",
     )
-    batch_timeout_sec: Positive = Field(600.0, description="seconds that the workers have for one batch")
+    batch_timeout_sec: Positive = Field(default=600.0, description="seconds that the workers have for one batch")
     max_step_ms: Positive = Field(
-        200.0, description="milliseconds of a batch, the longest that a chat waits for proof, while chat is around"
+        default=200.0,
+        description="milliseconds of a batch, the longest that a chat waits for proof, while chat is around",
     )
     max_body_bytes: int = Field(
-        16 * 1024 * 1024,
+        default=16 * 1024 * 1024,
         ge=1024,
         description="largest request body, bytes; chat waits while one is parsed, half a second for 8 MB",
     )
     max_queued_nonces: int = Field(
-        100_000,
+        default=100_000,
         ge=1,
         description="nonces that may wait in the queue, in at most 1,000 requests; with vectors longer than 32 each "
         "counts `k_dim / 32` times, rounded up",
     )
-    outbox_grace_sec: Positive = Field(600.0, description="seconds that a receiver is tried after its round ended")
+    outbox_grace_sec: Positive = Field(
+        default=600.0, description="seconds that a receiver is tried after its round ended"
+    )
     outbox_max_bytes: int = Field(
-        10 * 1024**3, ge=256 * 1024, description="size of undelivered callbacks at which new work is refused"
+        default=10 * 1024**3, ge=256 * 1024, description="size of undelivered callbacks at which new work is refused"
     )
     outbox_path: str = Field(
-        "$XDG_STATE_HOME/gonka_poc/outbox.sqlite3",
+        default="$XDG_STATE_HOME/gonka_poc/outbox.sqlite3",
         min_length=1,
         description="file of undelivered callbacks (`$XDG_STATE_HOME`: `~/.local/state`); `:memory:` keeps no file",
     )
     priority: Literal["chat", "poc"] = Field(
-        "chat", description="who waits; `poc`: chat and completions get 503 while a round generates"
+        default="chat", description="who waits; `poc`: chat and completions get 503 while a round generates"
     )
     result_ttl_sec: Positive = Field(
-        300.0,
+        default=300.0,
         description="seconds that a finished result can be polled; the oldest go sooner "
         "where all of them together would take more room than the answers of `POC_MAX_QUEUED_NONCES` nonces may",
     )

@@ -29,8 +29,9 @@ from gonka_poc.data import (
     vector_chars,
 )
 from gonka_poc.errors import NotFoundError, PoCError
+from gonka_poc.server.delivery import Delivery
 from gonka_poc.server.job_queue import MAX_JOBS, Job, JobQueue
-from gonka_poc.server.protocols import JobDelivery, Manager
+from gonka_poc.server.protocols import Manager
 from gonka_poc.validation import validate_artifacts
 
 logger = logging.getLogger("vllm.gonka_poc.queue")
@@ -53,7 +54,7 @@ class GenerateJob(Job):
 
     outcome: asyncio.Future[Completed]
 
-    def __init__(self, request: GenerateRequest, delivery: JobDelivery) -> None:
+    def __init__(self, request: GenerateRequest, delivery: Delivery) -> None:
         weight = -(-request.params.k_dim // K_DIM_PER_COUNT)
         super().__init__(request.spec, request.nonces, request.batch_size, delivery, weight)
         # without the objects of the received vectors, which take several times as much as their texts
@@ -100,7 +101,7 @@ class GenerateQueue(JobQueue):
         self._no_round = no_round
         self._finished = Results(settings.max_queued_nonces, settings.result_ttl_sec)
 
-    def submit(self, request: GenerateRequest, delivery: JobDelivery) -> GenerateJob:
+    def submit(self, request: GenerateRequest, delivery: Delivery) -> GenerateJob:
         """Accept a request. Raises QueueFullError where it would take the queue over its limit."""
         job = GenerateJob(request, delivery)
         self._add(job)

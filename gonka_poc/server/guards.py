@@ -43,6 +43,7 @@ class BodyLimit:
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._refusal = f"the body is over {max_bytes} bytes (POC_MAX_BODY_BYTES); send fewer nonces per request"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -50,15 +51,10 @@ class BodyLimit:
         try:
             if _declared_length(scope) > self._max_bytes:
                 await _drain(receive, DRAIN_FACTOR * self._max_bytes)
-                raise self._too_large()
+                raise BodyTooLargeError(self._refusal)
         except PoCError as error:
             return await error_response(error)(scope, receive, send)
         await self._app(scope, self._limited(receive), send)
-
-    def _too_large(self) -> BodyTooLargeError:
-        return BodyTooLargeError(
-            f"the body is over {self._max_bytes} bytes (POC_MAX_BODY_BYTES); send fewer nonces per request"
-        )
 
     def _limited(self, receive: Receive) -> Receive:
         """`receive` that stops a body without a declared length at the limit."""
@@ -69,9 +65,8 @@ class BodyLimit:
             message = await receive()
             size += len(message.get("body", b""))
             if size > self._max_bytes:
-                error = self._too_large()
                 # FastAPI hands an HTTPException on; any other exception while it reads a body becomes a 400
-                raise HTTPException(status_code=error.http_status, detail=str(error))
+                raise HTTPException(BodyTooLargeError.http_status, self._refusal)
             return message
 
         return receive_limited
@@ -94,8 +89,7 @@ async def _drain(receive: Receive, limit: int) -> None:
 
 def path_of(scope: Scope) -> str:
     """The path of a request, below where the server is mounted."""
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
 
 
 def error_response(error: PoCError, headers: Mapping[str, str] | None = None) -> JSONResponse:

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal
 from gonka_poc.config import Settings
 from gonka_poc.data import BatchResult, Spec
 from gonka_poc.errors import ConflictError, PoCError, QueueFullError, printable
-from gonka_poc.server.protocols import JobDelivery, Manager
+from gonka_poc.server.delivery import Delivery
+from gonka_poc.server.protocols import Manager
 
 logger = logging.getLogger("vllm.gonka_poc.queue")
 
@@ -27,7 +28,7 @@ class Job(ABC):
     """
 
     def __init__(
-        self, spec: Spec, nonces: list[int], batch_size: int, delivery: JobDelivery, nonce_weight: int = 1
+        self, spec: Spec, nonces: list[int], batch_size: int, delivery: Delivery, nonce_weight: int = 1
     ) -> None:
         self.request_id = str(uuid.uuid4())
         self.spec = spec

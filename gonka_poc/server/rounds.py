@@ -88,7 +88,6 @@ class Round(ABC):
         """The round as /status shows it."""
 
     def _count(self, result: BatchResult) -> None:
-        """Count a batch that was delivered."""
         self.done += len(result.values) + len(result.not_computed_nonces)
 
     @property
@@ -103,12 +102,8 @@ class Round(ABC):
 
     async def _run(self) -> None:
         request = self.request
-        logger.info(
-            "PoC round started: node %d of %d, block height %d",
-            request.node_id,
-            request.node_count,
-            request.block_height,
-        )
+        node = f"node {request.node_id} of {request.node_count}"
+        logger.info("PoC round started: %s, block height %d", node, request.block_height)
         if self._first:
             logger.info("PoC round goes on after %d nonces that an earlier server computed", self._first)
         next_report = self._started + REPORT_INTERVAL_SEC
@@ -125,12 +120,9 @@ class Round(ABC):
         except PoCError as error:
             self.error = str(error)
             # a server that shuts down can lose its engine before a batch ends
-            level, end = (
-                (logging.ERROR, "failed")
-                if not self._stopping
-                else (logging.WARNING, "stopped, its last batch failed,")
-            )
-            logger.log(level, "PoC round %s after %d nonces: %s", end, self.done, printable(self.error))
+            log = logger.warning if self._stopping else logger.error
+            end = "stopped, its last batch failed," if self._stopping else "failed"
+            log("PoC round %s after %d nonces: %s", end, self.done, printable(self.error))
         except Exception as error:
             self.error = f"{type(error).__name__}: {error}"
             logger.exception("PoC round failed after %d nonces", self.done)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from gonka_poc.callbacks.outbox import RoundCheckpoint, most_bytes
@@ -28,28 +29,20 @@ STOPPED = "stopped by POST /stop"
 REPLACED = "another round was set"
 
 
+@dataclass(eq=False)
 class PoCService:
     """The API of one server. Its parts hold what changes; `build_app` makes them."""
 
-    def __init__(
-        self,
-        manager: Manager,
-        settings: Settings,
-        metrics: Metrics,
-        callbacks: CallbackSender,
-        slot: RoundSlot,
-        queue: GenerateQueue,
-        proofs: ProofQueue,
-        background: BackgroundTasks,
-    ) -> None:
-        self.settings = settings
-        self.metrics = metrics
-        self.callbacks = callbacks
-        self.slot = slot
-        self.queue = queue
-        self.proofs = proofs
-        self._manager = manager
-        self._background = background
+    _manager: Manager
+    settings: Settings
+    metrics: Metrics
+    callbacks: CallbackSender
+    slot: RoundSlot
+    queue: GenerateQueue
+    proofs: ProofQueue
+    _background: BackgroundTasks
+
+    def __post_init__(self) -> None:
         self._starting = asyncio.Lock()
         self._num_stops = 0
 

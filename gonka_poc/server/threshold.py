@@ -11,8 +11,9 @@ from typing import Any
 
 from gonka_poc.config import Settings
 from gonka_poc.data import BatchResult, State
+from gonka_poc.server.delivery import Delivery
 from gonka_poc.server.job_queue import Job, JobQueue
-from gonka_poc.server.protocols import JobDelivery, Manager
+from gonka_poc.server.protocols import Manager
 from gonka_poc.server.rounds import Round
 from gonka_poc.threshold_data import (
     ProofBatch,
@@ -154,7 +155,7 @@ class ProofJob(Job):
 
     outcome: asyncio.Future[ProofVerdict]
 
-    def __init__(self, current: ThresholdRound, proof: ProofBatch, delivery: JobDelivery) -> None:
+    def __init__(self, current: ThresholdRound, proof: ProofBatch, delivery: Delivery) -> None:
         super().__init__(current.request.spec_of(proof.public_key), proof.nonces, current.request.batch_size, delivery)
         self.round = current
         self.proof = proof
@@ -168,7 +169,7 @@ class ProofQueue(JobQueue):
 
     WAITING = "wait for validation"
 
-    def submit(self, current: ThresholdRound, proof: ProofBatch, delivery: JobDelivery) -> ProofJob:
+    def submit(self, current: ThresholdRound, proof: ProofBatch, delivery: Delivery) -> ProofJob:
         """Accept a proof. Raises QueueFullError where it would take the proofs that wait over their limit."""
         job = ProofJob(current, proof, delivery)
         self._add(job)
