@@ -147,9 +147,7 @@ class CallbackRules:
 
     async def allowed_addresses(self, host: str, port: int, threads: Executor | None = None) -> list[str]:
         """The addresses of `host` that a callback may connect to, in the resolver's order; looked up in `threads`.
-
-        Raises OSError if the host has none, RequestError if it has none that is allowed.
-        """
+        Raises OSError if the host has none, RequestError if it has none that is allowed."""
         lookup = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
         found = await asyncio.get_running_loop().run_in_executor(threads, lookup)
         allowed, refusal = [], None

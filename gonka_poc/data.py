@@ -1,7 +1,6 @@
 """Request and response models of the HTTP API, and the vector encoding (docs/protocol.md, sections 3 and 6).
 
-Requests are strict: unknown fields, and numbers sent as strings, floats or booleans, are refused. Imports neither
-torch nor vLLM.
+Requests are strict: unknown fields, and values of another type, are refused. Imports neither torch nor vLLM.
 """
 
 from __future__ import annotations

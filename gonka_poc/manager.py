@@ -45,8 +45,7 @@ class BatchSizer:
 
     Full size while chat is idle; within a time budget, by measured speed, once chat was seen in the last seconds.
     While chat is idle a second batch is computed behind the first, and the first chat waits for both: batches that
-    take longer than half of the budget have half of the full size. A batch that did not fit into memory halves the
-    size for good, for its length of sequence.
+    take longer than half of the budget have half of the full size.
     """
 
     def __init__(self, max_step_sec: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -126,11 +125,8 @@ class PoCManagerV1:
         self._releasing: asyncio.Task[None] | None = None
 
     async def check(self, params: Params) -> None:
-        """Refuse what this server cannot compute.
-
-        Raises ConflictError (another model), RequestError (a limit), EngineUnavailableError, UnsupportedServerError or
-        ComputeError.
-        """
+        """Refuse what this server cannot compute. Raises ConflictError (another model), RequestError (a limit),
+        EngineUnavailableError, UnsupportedServerError or ComputeError."""
         view = self._view
         names = view.model_names()
         if params.model not in names:
@@ -154,12 +150,10 @@ class PoCManagerV1:
             self._warming_up = asyncio.create_task(self._warm_up_behind_chat(), name="poc-warm-up")
 
     async def prepare(self) -> None:
-        """Reach every worker and warm it up, for a server that starts and has no chat yet.
+        """Reach every worker and warm it up, for a server that starts and has no chat yet. Raises what `check` raises.
 
-        A server that missed this, because its engine was not ready, is warmed up behind its first request for proof:
-        once no chat was served for CHAT_MEMORY_SEC. Until then proof runs the plain forward.
-
-        Raises EngineUnavailableError, UnsupportedServerError or ComputeError.
+        A server that missed this is warmed up behind its first request for proof, once no chat was served for
+        CHAT_MEMORY_SEC. Until then proof runs the plain forward.
         """
         await self._reach_workers()
         async with self._lock:
@@ -223,14 +217,11 @@ class PoCManagerV1:
         return self._sizer.limit(seq_len, min(self._view.max_num_batched_tokens // seq_len, self._view.max_num_seqs))
 
     async def compute(self, spec: Spec, nonces: list[int], next_nonces: Sequence[int] = ()) -> BatchResult | None:
-        """The vectors or distances of at most one micro-batch of nonces.
+        """The vectors or distances of at most one micro-batch; None if the same nonces are to be tried again.
 
-        `next_nonces` are those that will be asked for next, as far as is known: while chat is idle the workers compute
-        them behind `nonces`, so that they do not wait between two calls.
-
-        None if nothing was computed: chat is being served, or memory was short and `micro_batch_size` is less now.
-        Then the same nonces are to be tried again. Raises ComputeError, WorkerMemoryError (a single nonce does not
-        fit), EngineUnavailableError or UnsupportedServerError.
+        So it is while chat is served, or where memory was short and `micro_batch_size` is less now. While chat is idle
+        the workers compute `next_nonces`, asked for next, behind `nonces`, so that they do not wait between calls.
+        Raises ComputeError, WorkerMemoryError (one nonce does not fit), EngineUnavailableError, UnsupportedServerError.
         """
         async with self._lock:
             self.ensure_engine_alive()
@@ -264,10 +255,7 @@ class PoCManagerV1:
         return result
 
     async def release(self) -> None:
-        """Let the workers drop what they keep between batches; a failure is only logged.
-
-        For the end of a round; otherwise it happens by itself, RELEASE_AFTER_SEC after the last batch.
-        """
+        """Let the workers drop what they keep between batches, at the end of a round; a failure is only logged."""
         async with self._lock:
             if self._reached and self._release_timer is not None and not self._view.is_dead():
                 try:

@@ -1,8 +1,7 @@
 """Reports of a server's parts: Prometheus metrics in vLLM's own /metrics, and a history in bounded memory.
 
-vLLM serves prometheus_client's default registry where it runs one API process, which is all that PoCMiddleware
-allows. (With PROMETHEUS_MULTIPROC_DIR set by hand, vLLM reads files instead: counters and histograms are in them,
-the gauges, which are asked for at each scrape, are not.)
+With PROMETHEUS_MULTIPROC_DIR set by hand, vLLM reads files instead of the default registry: the counters and
+histograms are in them, the gauges, which are asked for at each scrape, are not.
 """
 
 from __future__ import annotations
@@ -71,11 +70,8 @@ class History:
 
 
 class Metrics(Collector):
-    """Reports of one server's parts: counted for Prometheus, and kept for the status page.
-
-    Its collectors live in a registry of its own, so that there can be several in one process; `attach` shows them
-    in another one. `queue_nonces`, `outbox_pending` and `state` are asked at each scrape.
-    """
+    """Reports of one server's parts: counted for Prometheus in a registry of its own, and kept for the status page.
+    `attach` shows them in another registry. `queue_nonces`, `outbox_pending` and `state` are asked at each scrape."""
 
     def __init__(self, history: History | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.history = history or History(clock)

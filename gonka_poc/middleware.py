@@ -34,11 +34,9 @@ RETRY_AFTER_SEC = 10
 class PoCMiddleware:
     """Answers /api/v1/pow/* and hands everything else on unchanged; with POC_PRIORITY=poc, chat waits for rounds.
 
-    What stands against serving proof at all (a POC_* variable that cannot be used, a vLLM release that is not
-    supported, several API processes) stops the server where it starts. That is in its lifespan: an exception of a
-    middleware's constructor would leave a server that runs and answers every request with 500.
-
-    vLLM gives `app` alone; tests give other parts: the release, the view of an engine, what is built over it.
+    What stands against serving proof at all (a wrong POC_* variable, an unsupported vLLM, several API processes) stops
+    the server in its lifespan: after an exception of a constructor it would run, and answer every request with 500.
+    vLLM gives `app` alone; tests give other parts.
     """
 
     def __init__(

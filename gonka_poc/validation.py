@@ -1,7 +1,4 @@
-"""Comparison of received artifacts and distances with recomputed ones (docs/protocol.md, sections 3 and 4).
-
-Imports no torch, no vLLM.
-"""
+"""Comparison of received artifacts and distances with recomputed ones (docs/protocol.md, sections 3 and 4)."""
 
 from __future__ import annotations
 
@@ -52,9 +49,7 @@ def validate_artifacts(
     stat_test: StatTest,
 ) -> Verdict:
     """Compare `received` (nonce to base64) with `computed` (nonce to float16 [k_dim]) and test the mismatches.
-
-    Nonces that this host could not compute itself are no evidence: they are reported and leave the total.
-    """
+    Nonces that this host could not compute itself are no evidence: they are reported and leave the total."""
     mismatches = [n for n, vector in computed.items() if is_mismatch(received[n], vector, stat_test.dist_threshold)]
     return judge(len(computed), mismatches, not_computed_nonces, stat_test)
 

@@ -103,11 +103,8 @@ class Outbox:
     # --- rounds -------------------------------------------------------------------------------------------------
 
     def begin_round(self, url: str, fingerprint: str, ended: Collection[int] = ()) -> RoundCheckpoint:
-        """Begin a round for `url`, after the nonces of an equal one that no client ended, whatever else did.
-
-        `ended` are the ids of rounds that end before: the one that this takes the place of, and those that clients
-        ended. Raises OutboxFullError as `check_room`.
-        """
+        """Begin a round for `url`, after the nonces of an equal one that no client ended. Raises OutboxFullError as
+        `check_room`. `ended` are the ids of rounds that end before it."""
         self.check_room(url)
         with self._transaction():
             self._db.executemany(DELETE_ROUND, [(round_id,) for round_id in ended])
@@ -152,9 +149,7 @@ class Outbox:
         checkpoint: RoundCheckpoint | None = None,
     ) -> None:
         """Store artifacts for `{url}/generated`, and how far their round is with them; on disk when this returns.
-
-        Each is {"nonce", "vector_b64"}, or all are {"nonce", "dist"}: those of a threshold round.
-        """
+        Each is {"nonce", "vector_b64"}, or all are {"nonce", "dist"}: those of a threshold round."""
         payload, round_id = _json(envelope), checkpoint.round_id if checkpoint else None
         limit = _max_artifacts(payload, artifacts)
         self.requeue_kept(url)
@@ -278,11 +273,8 @@ class Outbox:
     # --- whose it is --------------------------------------------------------------------------------------------
 
     def requeue_kept(self, url: str | None = None) -> None:
-        """Make kept batches pending again: all of them, or those for `url`.
-
-        New work for a receiver begins with this, in a transaction of its own: where there is no room for the new, what
-        was kept has to go out all the same, or there would never be any.
-        """
+        """Make kept batches pending again, all or those for `url`. New work begins with it, in a transaction of its own:
+        where there is no room for it, what was kept has to go out all the same, or there would never be any."""
         mine = self._slot.number
         # two statements: with the address in it, SQLite finds the rows by an index
         query, values = (REQUEUE_KEPT, (mine,)) if url is None else (f"{REQUEUE_KEPT} AND url = ?", (mine, url))
@@ -333,10 +325,8 @@ def _max_artifacts(payload: str, artifacts: Sequence[dict[str, Any]]) -> int:
 
 
 def _generated_body(payload: str, rows: list[tuple[int, Any]]) -> bytes:
-    """The envelope with its artifacts: vectors beside their nonces, distances in a list of their own.
-
-    Joined from small pieces: a single call of `json` would hold the GIL, and with it the event loop, to its end.
-    """
+    """The envelope with its artifacts. Joined from small pieces: a single call of `json` would hold the GIL, and with
+    it the event loop, to its end."""
     envelope = payload[:-1] + ("," if len(payload) > 2 else "")
     if isinstance(rows[0][1], float):
         nonces, distances = zip(*rows, strict=True)

@@ -52,9 +52,7 @@ class OutboxThread:
 
     async def run(self, operation: Callable[..., T], *args: Any, give_up: Callable[[], bool] | None = None) -> T:
         """Run a method of the outbox; where there is no room, or the file cannot be used now, again and again.
-
-        Raises OutboxFullError once `give_up` says so, or what that raises.
-        """
+        Raises OutboxFullError once `give_up` says so, or what that raises."""
         waits = False
         try:
             while True:

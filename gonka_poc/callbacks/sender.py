@@ -96,10 +96,7 @@ class CallbackSender:
         give_up: Callable[[], bool] | None = None,
     ) -> None:
         """Store artifacts for `{url}/generated`, and how far their round is with them. Returns when that is durable.
-
-        Those of one round travel together. Waits for room where there is none; raises OutboxFullError once `give_up`
-        says so, or what that raises.
-        """
+        Waits for room where there is none; raises OutboxFullError once `give_up` says so, or what that raises."""
         if artifacts or checkpoint is not None:
             await self._thread.add(self._outbox.add_artifacts, url, envelope, artifacts, checkpoint, give_up=give_up)
         if artifacts:
@@ -124,9 +121,7 @@ class CallbackSender:
 
     async def close(self) -> None:
         """Try once more to deliver what is left, for as long as one receiver may take, then end.
-
-        What fails is logged, and what comes after it is done all the same.
-        """
+        What fails is logged, and what comes after it is done all the same."""
         if self._closed:
             return
         self._closed = True

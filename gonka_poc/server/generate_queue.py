@@ -48,9 +48,7 @@ COMPLETED: TypeAdapter[Completed] = TypeAdapter(Completed)
 
 class GenerateJob(Job):
     """One accepted request; its outcome is its answer, and `body` the same as JSON.
-
-    `received` are the vectors to validate (base64 by nonce), instead of `request.validation`; None if there are none.
-    """
+    `received` are the vectors to validate (base64 by nonce); None if there are none."""
 
     outcome: asyncio.Future[Completed]
 
@@ -67,10 +65,8 @@ class GenerateJob(Job):
 
 
 class Results(TTLCache[str, bytes]):
-    """Answers by request id, each for `ttl` seconds; the oldest are dropped sooner where they take too much room.
-
-    There is room for the longest answers of `max_nonces` nonces.
-    """
+    """Answers by request id, each for `ttl` seconds; the oldest are dropped sooner where they take more room than the
+    longest answers of `max_nonces` nonces."""
 
     def __init__(self, max_nonces: int, ttl: float, timer: Callable[[], float] = time.monotonic) -> None:
         size = max_nonces * CHARS_PER_COUNT + MAX_JOBS * BYTES_PER_RESULT
@@ -109,9 +105,7 @@ class GenerateQueue(JobQueue):
 
     def poll(self, request_id: str) -> PendingAnswer | bytes:
         """The state of a request, or its answer (Completed or FailedAnswer) as JSON.
-
-        Raises NotFoundError for one that is unknown or has expired.
-        """
+        Raises NotFoundError for one that is unknown or has expired."""
         job = self._pending.get(request_id)
         if job is not None:
             return PendingAnswer(status=job.state, request_id=request_id)

@@ -21,11 +21,8 @@ MAX_JOBS = 1000
 
 
 class Job(ABC):
-    """Nonces to compute. `outcome` ends with what is made of their values, or with the PoCError that ended the job.
-
-    Each nonce counts as `nonce_weight` of the queue's limit. The job is running once the workers were given its first
-    micro-batch. `delivery` takes the outcome to the request's receiver. Its `str` is its name in the log.
-    """
+    """Nonces to compute, each of which counts as `nonce_weight` of the queue's limit. Its `str` is its name in the log.
+    `outcome` ends with what is made of their values, or a PoCError; `delivery` takes it to the request's receiver."""
 
     def __init__(
         self, spec: Spec, nonces: list[int], batch_size: int, delivery: Delivery, nonce_weight: int = 1

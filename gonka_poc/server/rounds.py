@@ -24,11 +24,8 @@ MAX_EMPTY_BATCHES = 3
 
 
 class Round(ABC):
-    """Goes through a node's nonces in order, from `start()` on; `deliver` takes each batch.
-
-    A nonce is done when `deliver` has returned; a batch that chat displaced is tried again with the same nonces.
-    The first `start` of them were done before: by a round that lost its server.
-    """
+    """Goes through a node's nonces in order, from `start()` on. They are done when `deliver` has taken them; the first
+    `start` of them were done before, by a round that lost its server."""
 
     END_STATE: ClassVar[State] = "IDLE"
 

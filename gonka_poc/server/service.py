@@ -48,9 +48,7 @@ class PoCService:
 
     async def prepare(self) -> None:
         """Reach the workers and warm them up, before there is chat that would wait for it.
-
-        What stands against proof here is only logged: the first request for proof is refused with it.
-        """
+        What stands against proof is only logged: the first request for proof is refused with it."""
         try:
             await self._manager.prepare()
         except PoCError as error:
@@ -59,21 +57,16 @@ class PoCService:
     # -- rounds --
 
     async def init_generate(self, request: InitGenerateRequest) -> None:
-        """Start a round of artifacts.
-
-        Raises ConflictError if one runs, RequestError for a refused callback URL, OutboxFullError, and what
-        PoCManagerV1.check raises.
-        """
+        """Start a round of artifacts. Raises ConflictError if one runs, RequestError for a refused callback URL,
+        OutboxFullError, and what PoCManagerV1.check raises."""
         async with self._starting:
             delivery, start = await self._begin_round(request, lambda: self._manager.check(request.params))
             current = GenerateRound(self._manager, request, delivery.store_batch, self.settings, start)
             self.slot.put(current, delivery, "GENERATING")
 
     async def init_threshold(self, request: ThresholdRequest, phase: Phase) -> None:
-        """Set a threshold round, in `phase`.
-
-        Raises RequestError where it cannot generate but is to, and what `init_generate` raises.
-        """
+        """Set a threshold round in `phase`. Raises what `init_generate` raises, and RequestError where it is to generate
+        but cannot."""
         async with self._starting:
             if phase == "GENERATING":
                 _check_can_generate(request)
@@ -84,10 +77,8 @@ class PoCService:
     async def _begin_round(
         self, request: InitGenerateRequest | ThresholdRequest, check: Callable[[], Awaitable[None]]
     ) -> tuple[Delivery, int]:
-        """The delivery of a new round, and how many of its nonces are done.
-
-        Refuses a round that cannot start now. Nothing is awaited after its last check.
-        """
+        """The delivery of a new round, and how many of its nonces are done. Refuses a round that cannot start now.
+        Nothing is awaited after its last check."""
         if request.url is not None:
             self.settings.callback_rules.check_url(request.url)
         if self.slot.generating:
@@ -125,10 +116,7 @@ class PoCService:
     # -- queues --
 
     async def validate(self, proof: ProofBatch) -> ProofJob:
-        """Queue a proof.
-
-        Raises RequestError where it is not of the round that is set, QueueFullError and OutboxFullError.
-        """
+        """Queue a proof. Raises RequestError where it is not of the round that is set, QueueFullError, OutboxFullError."""
         current = self._threshold_round()
         request = current.request
         for name in ("block_hash", "block_height"):
@@ -142,11 +130,8 @@ class PoCService:
         return self.proofs.submit(current, proof, self._delivery(request.url, {}))
 
     async def submit(self, request: GenerateRequest) -> GenerateJob:
-        """Queue a request for given nonces.
-
-        Raises RequestError (callback URL refused, nonce sets differ), QueueFullError, OutboxFullError, and what
-        PoCManagerV1.check raises.
-        """
+        """Queue a request for given nonces. Raises RequestError (callback URL refused, nonce sets differ),
+        QueueFullError, OutboxFullError, and what PoCManagerV1.check raises."""
         if request.url is not None:
             self.settings.callback_rules.check_url(request.url)
         _check_same_nonces(request)
@@ -208,10 +193,8 @@ class PoCService:
         return self.slot.stop(), self.queue.clear(STOPPED) + self.proofs.clear(STOPPED)
 
     async def close(self) -> None:
-        """End everything, delivering what can be delivered now. The round is one that the next server goes on with.
-
-        A part that cannot be closed is logged, and the next one is closed.
-        """
+        """End everything, delivering what can be delivered now; the next server goes on with the round.
+        A part that cannot be closed is logged, and the next one is closed."""
         self._stop()
         for part in (self.queue, self.proofs, self._background, self.callbacks):
             try:
