@@ -65,7 +65,7 @@ class PoCMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)
-        elif scope["type"] == "http" and _is_poc_path(scope):
+        elif scope["type"] == "http" and f"{path_of(scope)}/".startswith(f"{PREFIX}/"):
             await self._gate(scope, receive, send)
         elif scope["type"] == "http" and self._is_paused(scope):
             await _answer_paused(scope, receive, send)
@@ -136,13 +136,7 @@ class PoCMiddleware:
         return receive_and_close
 
 
-def _is_poc_path(scope: Scope) -> bool:
-    path = path_of(scope)
-    return path == PREFIX or path.startswith(PREFIX + "/")
-
-
 async def _answer_paused(scope: Scope, receive: Receive, send: Send) -> None:
     text = "proof of compute goes first on this server while a round generates; try again later"
     error = {"message": text, "type": "ServiceUnavailableError", "param": None, "code": 503}
-    headers = {"Retry-After": str(RETRY_AFTER_SEC)}
-    await JSONResponse({"error": error}, status_code=503, headers=headers)(scope, receive, send)
+    await JSONResponse({"error": error}, 503, {"Retry-After": str(RETRY_AFTER_SEC)})(scope, receive, send)

@@ -148,8 +148,7 @@ async def dashboard() -> HTMLResponse:
 @router.get("/dashboard/data")
 async def dashboard_figures(service: Service, request: Request) -> DashboardData:
     """The figures of the status page."""
-    errors = request.app.state.recent_errors
-    return dashboard_data(service.settings, service.metrics, service.status(), errors)
+    return dashboard_data(service.settings, service.metrics, service.status(), request.app.state.recent_errors)
 
 
 def _ok(state: State) -> OkAnswer:
@@ -188,8 +187,7 @@ async def answer_invalid_request(request: Request, error: Exception) -> JSONResp
     return JSONResponse({"detail": listed}, status_code=422)
 
 
-def _shortened(part: str | int) -> str | int:
-    """An unknown field is named by what was sent."""
+def _shortened(part: str | int) -> str | int:  # an unknown field is named by what was sent
     return part[:MAX_ERROR_TEXT] if isinstance(part, str) else part
 
 

@@ -273,7 +273,7 @@ class Outbox:
     # --- whose it is --------------------------------------------------------------------------------------------
 
     def requeue_kept(self, url: str | None = None) -> None:
-        """Make kept batches pending again, all or those for `url`. New work begins with it, in a transaction of its own:
+        """Make kept batches pending again, all or those for `url`. New work begins with it, in its own transaction:
         where there is no room for it, what was kept has to go out all the same, or there would never be any."""
         mine = self._slot.number
         # two statements: with the address in it, SQLite finds the rows by an index

@@ -79,11 +79,6 @@ class Round(ABC):
     def status(self, state: State, problem: str | None) -> StatusAnswer:
         """GET /status; `problem` says why the outbox takes nothing now."""
 
-    @property
-    @abstractmethod
-    def config(self) -> RoundConfig:
-        """The round as /status shows it."""
-
     def _count(self, result: BatchResult) -> None:
         self.done += len(result.values) + len(result.not_computed_nonces)
 
@@ -172,6 +167,5 @@ class GenerateRound(Round):
     @property
     def config(self) -> RoundConfig:
         """The round as /status shows it."""
-        request, params = self.request, self.request.params
-        fields = request.model_dump(include=set(RoundConfig.model_fields))
+        params, fields = self.request.params, self.request.model_dump(include=set(RoundConfig.model_fields))
         return RoundConfig(**fields, seq_len=params.seq_len, k_dim=params.k_dim)

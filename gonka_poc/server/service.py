@@ -6,9 +6,9 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from gonka_poc.callbacks.outbox import RoundCheckpoint, most_bytes
+from gonka_poc.callbacks.outbox import most_bytes
 from gonka_poc.callbacks.sender import CallbackSender
 from gonka_poc.config import Settings
 from gonka_poc.data import GenerateRequest, InitGenerateRequest, StatusAnswer, StoppedWork, vector_chars
@@ -65,8 +65,8 @@ class PoCService:
             self.slot.put(current, delivery, "GENERATING")
 
     async def init_threshold(self, request: ThresholdRequest, phase: Phase) -> None:
-        """Set a threshold round in `phase`. Raises what `init_generate` raises, and RequestError where it is to generate
-        but cannot."""
+        """Set a threshold round in `phase`. Raises RequestError where it cannot generate but is to, and what
+        `init_generate` raises."""
         async with self._starting:
             if phase == "GENERATING":
                 _check_can_generate(request)
@@ -88,8 +88,9 @@ class PoCService:
         if request.url is not None:
             # a round that is set and has not failed was not ended yet: the new one takes its place
             checkpoint = await self.callbacks.begin_round(request.url, fingerprint(request), self.slot.checkpoint_id)
-        grace_sec = self.settings.outbox_grace_sec
-        delivery = self._delivery(request.url, round_envelope(request), checkpoint, grace_sec)
+        envelope, grace_sec = round_envelope(request), self.settings.outbox_grace_sec
+        alive = self.ensure_engine_alive
+        delivery = Delivery(self.callbacks, request.url, envelope, alive, checkpoint, grace_sec)
         if self._num_stops != num_stops:
             self._background.add(delivery.forget())
             raise ConflictError(f"{STOPPED} before it began")
@@ -116,7 +117,7 @@ class PoCService:
     # -- queues --
 
     async def validate(self, proof: ProofBatch) -> ProofJob:
-        """Queue a proof. Raises RequestError where it is not of the round that is set, QueueFullError, OutboxFullError."""
+        """Queue a proof. Raises RequestError where it is not of the round set, QueueFullError and OutboxFullError."""
         current = self._threshold_round()
         request = current.request
         for name in ("block_hash", "block_height"):
@@ -127,7 +128,8 @@ class PoCService:
             await self.callbacks.check_room(request.url)
             if self._threshold_round() is not current:
                 raise ConflictError(REPLACED)
-        return self.proofs.submit(current, proof, self._delivery(request.url, {}))
+        delivery = Delivery(self.callbacks, request.url, {}, self.ensure_engine_alive)
+        return self.proofs.submit(current, proof, delivery)
 
     async def submit(self, request: GenerateRequest) -> GenerateJob:
         """Queue a request for given nonces. Raises RequestError (callback URL refused, nonce sets differ),
@@ -140,7 +142,8 @@ class PoCService:
         if url is not None:
             self._check_size(request)
             await self.callbacks.check_room(url)
-        return self.queue.submit(request, self._delivery(url, identity(request)))
+        delivery = Delivery(self.callbacks, url, identity(request), self.ensure_engine_alive)
+        return self.queue.submit(request, delivery)
 
     def _check_size(self, request: GenerateRequest) -> None:
         """Refuse a request whose callback would wait for ever for room. Raises RequestError."""
@@ -151,15 +154,6 @@ class PoCService:
                 f"the callback of {len(request.nonces)} nonces may take {size} bytes of the outbox, which has {limit} "
                 "(POC_OUTBOX_MAX_BYTES); send fewer nonces per request"
             )
-
-    def _delivery(
-        self,
-        url: str | None,
-        envelope: dict[str, Any],
-        checkpoint: RoundCheckpoint | None = None,
-        grace_sec: float = 0.0,
-    ) -> Delivery:
-        return Delivery(self.callbacks, url, envelope, self.ensure_engine_alive, checkpoint, grace_sec)
 
     # -- state --
 

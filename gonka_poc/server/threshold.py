@@ -6,14 +6,12 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
-from gonka_poc.config import Settings
 from gonka_poc.data import BatchResult, State
 from gonka_poc.server.delivery import Delivery
 from gonka_poc.server.job_queue import Job, JobQueue
-from gonka_poc.server.protocols import Manager
 from gonka_poc.server.rounds import Round
 from gonka_poc.threshold_data import (
     ProofBatch,
@@ -85,21 +83,12 @@ class ThresholdRound(Round):
     END_STATE = "STOPPED"
 
     request: ThresholdRequest
-
-    def __init__(
-        self,
-        manager: Manager,
-        request: ThresholdRequest,
-        deliver: Callable[[BatchResult], Awaitable[None]],
-        settings: Settings,
-        start: int = 0,
-    ) -> None:
-        super().__init__(manager, request, deliver, settings, start)
-        self.progress = PoCStats()
-        self._running.clear()
+    progress: PoCStats
 
     def start(self) -> asyncio.Task[None]:
-        """Begin in the present phase; the task ends with the round."""
+        """Begin, paused; the task ends with the round."""
+        self.progress = PoCStats()
+        self.pause()
         task = super().start()
         task.add_done_callback(lambda _: self.progress.pause())
         return task
@@ -115,21 +104,16 @@ class ThresholdRound(Round):
         self.progress.resume()
 
     @property
-    def config(self) -> ThresholdConfig:
-        """The round as /status shows it."""
-        fields = self.request.model_dump(include=set(ThresholdConfig.model_fields))
-        return ThresholdConfig(**fields, group_id=0, n_groups=1, k_dim=None)
-
-    @property
     def _seconds(self) -> float:
         return self.progress.elapsed
 
     def status(self, state: State, problem: str | None) -> ThresholdStatusAnswer:
         """GET /status; `problem` is what keeps the server from storing what it computes."""
         progress = self.progress
+        fields = self.request.model_dump(include=set(ThresholdConfig.model_fields))
         return ThresholdStatusAnswer(
             status=state,
-            config=self.config,
+            config=ThresholdConfig(**fields, group_id=0, n_groups=1, k_dim=None),
             stats=self.stats,
             error=problem or self.error,
             state=state,
