@@ -1,4 +1,4 @@
-"""Access rules: the bearer token of /api/v1/pow/*, and the addresses that callbacks may go to.
+"""The addresses that callbacks may go to.
 
 A callback URL makes this server send requests, so it must not reach what only this server can reach by accident:
 link-local and cloud metadata addresses are always refused. The host is judged twice: as it was written, when the
@@ -9,12 +9,9 @@ can change in between. Imports neither torch nor vLLM.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import ipaddress
 import re
 import socket
-from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -51,25 +48,6 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")
 NETWORKS_AROUND_IPV4 = (NAT64, ipaddress.ip_network("::ffff:0:0:0/96"), ipaddress.ip_network("::/96"))
 # names that are looked up at once; a thread for each, which a dead resolver holds long after its callback gave up
 MAX_LOOKUPS = 16
-
-
-class BearerToken:
-    """The token that callers must send; only its digest is kept, and compared in constant time."""
-
-    def __init__(self, token: str) -> None:
-        self._digest = _digest(token.encode())
-
-    def matches(self, authorization: Sequence[bytes]) -> bool:
-        """True if `authorization`, all Authorization headers of a request, is exactly one with this token."""
-        if len(authorization) != 1:
-            return False
-        scheme, _, shown = authorization[0].strip().partition(b" ")
-        right = hmac.compare_digest(_digest(shown.strip()), self._digest)
-        return right and scheme.lower() == b"bearer"
-
-
-def _digest(token: bytes) -> bytes:
-    return hashlib.sha256(token).digest()
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fai
 MAX_NONCE = 2**63 - 1
 MAX_STEP = 2**53  # between two nonces of a node
 MAX_TEXT = 1024
-# of a request's lists; twice as much as the queue takes by default (POC_MAX_QUEUED_NONCES)
-MAX_LISTED = 200_000
-# of an object of a request: pydantic makes an error of each field that it does not know
-MAX_FIELDS = 100
+MAX_LISTED = 200_000  # of a request's lists; twice as much as the queue takes by default (POC_MAX_QUEUED_NONCES)
+MAX_FIELDS = 100  # of an object of a request: pydantic makes an error of each field that it does not know
 MAX_VECTOR_TEXT = 65_536
 PREFIX = "/api/v1/pow"
 State = Literal["IDLE", "GENERATING", "VALIDATING", "STOPPED"]

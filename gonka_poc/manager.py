@@ -31,11 +31,9 @@ logger = logging.getLogger("vllm.gonka_poc.manager")
 
 DEAD_POLL_SEC = 0.5
 WARM_UP_SEQ_LEN, WARM_UP_NONCES, WARM_UP_SEC = 1024, 256, 15.0
-# the workers drop what they keep between batches after this time without one
-RELEASE_AFTER_SEC = 10.0
+RELEASE_AFTER_SEC = 10.0  # the workers drop what they keep between batches after this time without one
 MAX_LOGGED = 100
-# chat is taken to go on for this time after it was last seen
-CHAT_MEMORY_SEC = 5.0
+CHAT_MEMORY_SEC = 5.0  # chat is taken to go on for this time after it was last seen
 # the slowest of the last batches takes half of the budget; the rest is for its call, and for batches that differ
 MEASUREMENTS, SHARE = 16, 0.5
 

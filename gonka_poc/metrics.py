@@ -23,10 +23,8 @@ CHAT = "chat"
 # a batch is meant to take 0.02 to 2 seconds; the ends show what went wrong
 BATCH_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 CALLBACK_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60)
-# a pause after a skipped batch that is longer was no waiting for chat: the work had ended
-MAX_YIELD_SEC = 1.0
-# the history: 30 minutes
-BUCKET_SEC = 10
+MAX_YIELD_SEC = 1.0  # a pause after a skipped batch that is longer was no waiting for chat: the work had ended
+BUCKET_SEC = 10  # the history: 30 minutes
 NUM_BUCKETS = 180
 
 
@@ -91,8 +89,6 @@ class Metrics(Collector):
         text = "seconds of a callback, answered or not"
         self._callback_seconds = Histogram("gonka_poc_callback_seconds", text, registry=own, buckets=CALLBACK_BUCKETS)
 
-    # -- reports --
-
     def computed(self, nonces: int, nan: int, seconds: float) -> None:
         """A batch gave `nonces` vectors and dropped `nan`; the workers took `seconds`."""
         self._end_yield(self._clock() - seconds)
@@ -119,8 +115,6 @@ class Metrics(Collector):
         if self._skipped_at is not None:
             self.history.current().yielded_sec += min(max(0.0, now - self._skipped_at), MAX_YIELD_SEC)
             self._skipped_at = None
-
-    # -- what is shown --
 
     @property
     def nonces_total(self) -> int:

@@ -101,8 +101,6 @@ class PoCMiddleware:
             and path_of(scope) in PAUSED
         )
 
-    # -- start and end --
-
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             self._refuse()

@@ -28,12 +28,10 @@ from gonka_poc.callbacks.file import IN_MEMORY, Slot, connect, outbox_path, tran
 from gonka_poc.errors import OutboxFullError
 
 MAX_ARTIFACTS_PER_BATCH = 10_000
-# unless a single artifact is longer
-MAX_BODY_BYTES = 8 * 2**20
+MAX_BODY_BYTES = 8 * 2**20  # unless a single artifact is longer
 # upper bound of an artifact's JSON without its value, with room for the brackets around all artifacts
 BYTES_AROUND_VALUE = 64
-# free pages that an empty outbox keeps: room to write even if something else fills the disk
-MAX_FREE_PAGES = 16_384
+MAX_FREE_PAGES = 16_384  # free pages that an empty outbox keeps: room to write even if something else fills the disk
 MAX_ROUNDS = 100
 TO_SEND = "status IN ('open', 'pending')"
 DELETE_ROUND = "DELETE FROM round WHERE id = ?"

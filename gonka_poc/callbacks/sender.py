@@ -164,8 +164,6 @@ class CallbackSender:
                 self._thread.record_problem(error)
             await self._sleep(self._settings.callback_interval_sec)
 
-    # --- the receivers ------------------------------------------------------------------------------------------
-
     def _extend_grace(self, url: str) -> None:
         self._deadlines[url] = self._clock() + self._settings.outbox_grace_sec
 

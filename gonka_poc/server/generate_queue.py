@@ -36,12 +36,9 @@ from gonka_poc.validation import validate_artifacts
 
 logger = logging.getLogger("vllm.gonka_poc.queue")
 
-# a nonce counts once per this many values of its vector
-K_DIM_PER_COUNT = 32
-# most characters that a nonce takes in an answer, per count
-CHARS_PER_COUNT = 160
-# overhead of a finished answer
-BYTES_PER_RESULT = 1024
+K_DIM_PER_COUNT = 32  # a nonce counts once per this many values of its vector
+CHARS_PER_COUNT = 160  # most characters that a nonce takes in an answer, per count
+BYTES_PER_RESULT = 1024  # overhead of a finished answer
 DROP_WARNING_SEC = 60.0
 COMPLETED: TypeAdapter[Completed] = TypeAdapter(Completed)
 

@@ -16,8 +16,7 @@ from gonka_poc.server.protocols import Manager
 
 logger = logging.getLogger("vllm.gonka_poc.queue")
 
-# a job of one nonce takes kilobytes, which a limit of nonces alone would not see
-MAX_JOBS = 1000
+MAX_JOBS = 1000  # a job of one nonce takes kilobytes, which a limit of nonces alone would not see
 
 
 class Job(ABC):

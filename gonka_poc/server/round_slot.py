@@ -28,8 +28,6 @@ class RoundSlot:
         """Set while no round generates."""
         self.no_round.set()
 
-    # -- changes --
-
     def put(self, new: Round, delivery: Delivery, phase: Phase) -> None:
         """Start a round in `phase`, in place of one that does not generate."""
         if self.stop():
@@ -81,8 +79,6 @@ class RoundSlot:
                 held.unhold()
             if self._held is not None:
                 self._held.hold()
-
-    # -- questions --
 
     @property
     def generating(self) -> bool:

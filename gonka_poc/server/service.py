@@ -54,8 +54,6 @@ class PoCService:
         except PoCError as error:
             logger.warning("PoC is not ready: %s", printable(str(error)))
 
-    # -- rounds --
-
     async def init_generate(self, request: InitGenerateRequest) -> None:
         """Start a round of artifacts. Raises ConflictError if one runs, RequestError for a refused callback URL,
         OutboxFullError, and what PoCManagerV1.check raises."""
@@ -89,8 +87,7 @@ class PoCService:
             # a round that is set and has not failed was not ended yet: the new one takes its place
             checkpoint = await self.callbacks.begin_round(request.url, fingerprint(request), self.slot.checkpoint_id)
         envelope, grace_sec = round_envelope(request), self.settings.outbox_grace_sec
-        alive = self.ensure_engine_alive
-        delivery = Delivery(self.callbacks, request.url, envelope, alive, checkpoint, grace_sec)
+        delivery = Delivery(self.callbacks, request.url, envelope, self.ensure_engine_alive, checkpoint, grace_sec)
         if self._num_stops != num_stops:
             self._background.add(delivery.forget())
             raise ConflictError(f"{STOPPED} before it began")
@@ -113,8 +110,6 @@ class PoCService:
             why = current.error or STOPPED
             raise RequestError(f"the threshold round has ended ({why}); POST /api/v1/pow/init sets another")
         return current
-
-    # -- queues --
 
     async def validate(self, proof: ProofBatch) -> ProofJob:
         """Queue a proof. Raises RequestError where it is not of the round set, QueueFullError and OutboxFullError."""
@@ -155,8 +150,6 @@ class PoCService:
                 "(POC_OUTBOX_MAX_BYTES); send fewer nonces per request"
             )
 
-    # -- state --
-
     def ensure_engine_alive(self) -> None:
         """Raise EngineUnavailableError where the engine is gone for good."""
         self._manager.ensure_engine_alive()
@@ -169,8 +162,6 @@ class PoCService:
     def status(self) -> StatusAnswer:
         """The round that is set, or IDLE; and what keeps the outbox from taking more, or ended the last round."""
         return self.slot.status(self.callbacks.problem)
-
-    # -- the end --
 
     def stop(self) -> StoppedWork:
         """End the round and drop queued requests, also a round that is about to start; what was computed is still
