@@ -78,12 +78,10 @@ class CallbackRules:
                     if url.path != "/" or url.userinfo or has_query(entry) or _is_number(url):
                         raise ValueError("neither a host nor a range")
                     # httpx leaves out the port that is http's own
-                    port = 80 if entry.endswith(":80") else url.port
-                    names.append((host_name(url), port))
+                    names.append((host_name(url), 80 if entry.endswith(":80") else url.port))
             except (httpx.InvalidURL, ValueError) as error:
-                raise ValueError(
-                    f"{entry!a} is no host, host:port, *.suffix, address or CIDR range ({error})"
-                ) from error
+                text = f"{entry!a} is no host, host:port, *.suffix, address or CIDR range ({error})"
+                raise ValueError(text) from error
         return cls(tuple(names), tuple(suffixes), tuple(networks))
 
     @property
@@ -156,9 +154,8 @@ class CheckedTransport(httpx.AsyncBaseTransport):
 
     def __init__(self, rules: CallbackRules, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self._rules = rules
-        self._transport = transport or httpx.AsyncHTTPTransport(
-            trust_env=False, limits=httpx.Limits(max_keepalive_connections=0)
-        )
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self._transport = transport or httpx.AsyncHTTPTransport(trust_env=False, limits=limits)
         # not the event loop's threads, which vLLM uses too
         self._threads = ThreadPoolExecutor(MAX_LOOKUPS, "poc-dns")
 

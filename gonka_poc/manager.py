@@ -59,8 +59,7 @@ class BatchSizer:
         measured = self._sec_per_nonce.get(seq_len)
         if self.chat_seen_recently:
             # without a measurement yet, one nonce makes it
-            slowest = max(measured or [self._max_step_sec])
-            size = min(size, int(SHARE * self._max_step_sec / slowest))
+            size = min(size, int(SHARE * self._max_step_sec / max(measured or [self._max_step_sec])))
         elif measured and full * max(measured) > self._max_step_sec / 2:
             size = min(size, (full + 1) // 2)
         return max(1, size)
@@ -125,12 +124,11 @@ class PoCManagerV1:
     async def check(self, params: Params) -> None:
         """Refuse what this server cannot compute. Raises ConflictError (another model), RequestError (a limit),
         EngineUnavailableError, UnsupportedServerError or ComputeError."""
-        view = self._view
-        names = view.model_names()
+        names = self._view.model_names()
         if params.model not in names:
             raise ConflictError(f"model {params.model!r} is not served here; served: {', '.join(map(repr, names))}")
-        if params.k_dim > view.hidden_size:
-            raise RequestError(f"k_dim {params.k_dim} is over the model's hidden size of {view.hidden_size}")
+        if params.k_dim > self._view.hidden_size:
+            raise RequestError(f"k_dim {params.k_dim} is over the model's hidden size of {self._view.hidden_size}")
         await self.check_seq_len(params.seq_len)
 
     async def check_seq_len(self, seq_len: int) -> None:
@@ -192,8 +190,7 @@ class PoCManagerV1:
         view = self._view
         seq_len = min(WARM_UP_SEQ_LEN, view.max_model_len, view.max_num_batched_tokens)
         num_nonces = min(view.max_num_batched_tokens // seq_len, view.max_num_seqs)
-        deadline = float("inf")
-        checked, compiled = 0, True
+        deadline, checked, compiled = float("inf"), 0, True
         try:
             while checked == 0 or (compiled and checked < WARM_UP_NONCES and time.monotonic() < deadline):
                 if checked and view.has_unfinished_requests():
@@ -236,9 +233,8 @@ class PoCManagerV1:
                     raise
                 size = self._sizer.record_out_of_memory(spec.seq_len, len(nonces))
                 self._metrics.skipped("memory")
-                logger.warning(
-                    "PoC: %d nonces did not fit into memory, going on with %d: %a", len(nonces), size, str(error)
-                )
+                text = "PoC: %d nonces did not fit into memory, going on with %d: %a"
+                logger.warning(text, len(nonces), size, str(error))
                 return None
             seconds = time.monotonic() - started
             self._sizer.record_batch(spec.seq_len, len(nonces), seconds)
@@ -291,10 +287,8 @@ class PoCManagerV1:
             while not (await asyncio.wait([rpc], timeout=DEAD_POLL_SEC))[0]:
                 self.ensure_engine_alive()
                 if time.monotonic() > deadline:
-                    raise ComputeError(
-                        f"the workers gave no answer within {self._settings.batch_timeout_sec:g} s "
-                        "(POC_BATCH_TIMEOUT_SEC)"
-                    )
+                    limit = f"{self._settings.batch_timeout_sec:g} s (POC_BATCH_TIMEOUT_SEC)"
+                    raise ComputeError(f"the workers gave no answer within {limit}")
             if rpc.cancelled():  # not by us; as a CancelledError it would silently end the task that waits
                 self.ensure_engine_alive()
                 raise ComputeError("the call to the workers was cancelled; the server's log may say why")

@@ -24,8 +24,7 @@ CHAT = "chat"
 BATCH_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 CALLBACK_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60)
 MAX_YIELD_SEC = 1.0  # a pause after a skipped batch that is longer was no waiting for chat: the work had ended
-BUCKET_SEC = 10  # the history: 30 minutes
-NUM_BUCKETS = 180
+BUCKET_SEC, NUM_BUCKETS = 10, 180  # the history: 30 minutes
 
 
 @dataclass

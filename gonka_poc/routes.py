@@ -30,6 +30,7 @@ from gonka_poc.data import (
 )
 from gonka_poc.errors import PoCError, printable
 from gonka_poc.server.dashboard import DashboardData, RecentErrors, dashboard_data, dashboard_page
+from gonka_poc.server.guards import error_response
 from gonka_poc.server.service import PoCService
 from gonka_poc.threshold_data import InitGenerateBody, ProofBatch, ProofVerdict, ThresholdRequest, ThresholdStatusAnswer
 from gonka_poc.version import __version__
@@ -122,8 +123,7 @@ async def generate_result(request_id: str, service: Service) -> PendingAnswer | 
     return _raw_json(answer) if isinstance(answer, bytes) else answer
 
 
-def _raw_json(body: bytes) -> Response:
-    """An answer that can be large: made into JSON once, and not looked at again."""
+def _raw_json(body: bytes) -> Response:  # can be large: made into JSON once, and not looked at again
     return Response(body, media_type="application/json")
 
 
@@ -171,10 +171,10 @@ async def _outcome_while_connected(
 
 async def answer_poc_error(request: Request, error: Exception) -> JSONResponse:
     """A PoCError as its HTTP status and a sentence."""
-    status = error.http_status if isinstance(error, PoCError) else 500
-    if status >= 500:
+    assert isinstance(error, PoCError)
+    if error.http_status >= 500:
         logger.error("%s %a: %s", request.method, request.url.path, printable(str(error)))
-    return JSONResponse({"detail": str(error)}, status_code=status)
+    return error_response(error)
 
 
 async def answer_invalid_request(request: Request, error: Exception) -> JSONResponse:

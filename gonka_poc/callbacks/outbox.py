@@ -114,21 +114,17 @@ class Outbox:
                 )
                 assert cursor.lastrowid is not None
                 checkpoint = RoundCheckpoint(cursor.lastrowid, 0)
-            self._db.execute(
-                "DELETE FROM round WHERE id NOT IN (SELECT id FROM round ORDER BY updated_at DESC LIMIT ?)",
-                (MAX_ROUNDS,),
-            )
+            newest = "SELECT id FROM round ORDER BY updated_at DESC LIMIT ?"
+            self._db.execute(f"DELETE FROM round WHERE id NOT IN ({newest})", (MAX_ROUNDS,))
         return checkpoint
 
     def _claim_unfinished_round(self, fingerprint: str) -> RoundCheckpoint | None:
-        rows = self._db.execute(
-            "SELECT id, slot, done FROM round WHERE fingerprint = ? ORDER BY done DESC", (fingerprint,)
-        ).fetchall()
-        for round_id, slot, done in rows:
+        query = "SELECT id, slot, done FROM round WHERE fingerprint = ? ORDER BY done DESC"
+        for round_id, slot, done in self._db.execute(query, (fingerprint,)).fetchall():
             with self._slot.orphaned(slot) as is_free:  # one of this server has failed, or it would not begin again
                 if is_free:
-                    update, values = "slot = ?, updated_at = ?", (self._slot.number, time.time(), round_id)
-                    self._db.execute(f"UPDATE round SET {update} WHERE id = ?", values)
+                    values = (self._slot.number, time.time(), round_id)
+                    self._db.execute("UPDATE round SET slot = ?, updated_at = ? WHERE id = ?", values)
                     return RoundCheckpoint(round_id, done)
         return None
 
@@ -155,10 +151,8 @@ class Outbox:
             for start in range(0, len(artifacts), limit):
                 self._add_part(url, payload, round_id, artifacts[start : start + limit], limit)
             if checkpoint is not None:  # a round that was ended meanwhile stays forgotten
-                self._db.execute(
-                    "UPDATE round SET done = ?, updated_at = ? WHERE id = ?",
-                    (checkpoint.done, time.time(), checkpoint.round_id),
-                )
+                values = (checkpoint.done, time.time(), round_id)
+                self._db.execute("UPDATE round SET done = ?, updated_at = ? WHERE id = ?", values)
             self._ensure_size_below(self._max_bytes)
 
     def _add_part(
@@ -263,10 +257,9 @@ class Outbox:
 
     def mark_kept(self, url: str) -> None:
         """Keep a receiver's batches, because its grace time is over: they are not sent before `requeue_kept`."""
+        query = f"UPDATE batch SET status = 'kept' WHERE slot = ? AND url = ? AND {TO_SEND}"
         with self._transaction():
-            self._db.execute(
-                f"UPDATE batch SET status = 'kept' WHERE slot = ? AND url = ? AND {TO_SEND}", (self._slot.number, url)
-            )
+            self._db.execute(query, (self._slot.number, url))
 
     # --- whose it is --------------------------------------------------------------------------------------------
 

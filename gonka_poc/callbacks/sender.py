@@ -206,9 +206,8 @@ class CallbackSender:
             if self._grace_is_over(url):
                 await self._thread.run(self._outbox.mark_kept, url)
                 if self._grace_is_over(url):
-                    logger.warning(
-                        "PoC: callbacks to %a are kept for the next start, or `gonka-poc outbox retry`", shown_url(url)
-                    )
+                    text = "PoC: callbacks to %a are kept for the next start, or `gonka-poc outbox retry`"
+                    logger.warning(text, shown_url(url))
                     return
                 # something was added while it was written, and kept as well
                 await self._thread.run(self._outbox.requeue_kept, url)
@@ -251,9 +250,8 @@ class CallbackSender:
 
     def _pause(self, failures: int) -> float:
         interval = self._settings.callback_interval_sec
-        if failures == 0:
-            return interval
-        return min(max(MAX_BACKOFF_SEC, interval), interval * 2 ** min(failures, 16)) * random.uniform(0.5, 1.0)
+        longest = max(MAX_BACKOFF_SEC, interval)
+        return min(longest, interval * 2 ** min(failures, 16)) * random.uniform(0.5, 1.0) if failures else interval
 
 
 async def _cancel_all(tasks: Sequence[asyncio.Task[Any]]) -> None:

@@ -76,10 +76,8 @@ class Results(TTLCache[str, bytes]):
         item = super().popitem()
         self._num_dropped += 1
         if self.timer() >= self._next_warning:
-            logger.warning(
-                "PoC: %d finished results dropped before POC_RESULT_TTL_SEC had passed, to make room for newer ones",
-                self._num_dropped,
-            )
+            text = "PoC: %d finished results dropped before POC_RESULT_TTL_SEC had passed, to make room for newer ones"
+            logger.warning(text, self._num_dropped)
             self._num_dropped, self._next_warning = 0, self.timer() + DROP_WARNING_SEC
         return item
 
@@ -108,10 +106,8 @@ class GenerateQueue(JobQueue):
             return PendingAnswer(status=job.state, request_id=request_id)
         finished = self._finished.get(request_id)
         if finished is None:
-            raise NotFoundError(
-                f"no request {request_id!r}: unknown, or finished more than {self._settings.result_ttl_sec:g} s ago, "
-                "or before very many others"
-            )
+            ago = f"{self._settings.result_ttl_sec:g} s ago, or before very many others"
+            raise NotFoundError(f"no request {request_id!r}: unknown, or finished more than {ago}")
         return finished
 
     async def _wait_for_turn(self) -> None:

@@ -124,9 +124,8 @@ class JobQueue(ABC):
                 break
             size = min(job.batch_size, self._manager.micro_batch_size(job.spec.seq_len))
             nonces = job.nonces[done : done + size]
-            next_nonces = job.nonces[done + size : done + 2 * size]
             job.state = "running"
-            result = await self._manager.compute(job.spec, nonces, next_nonces)
+            result = await self._manager.compute(job.spec, nonces, job.nonces[done + size : done + 2 * size])
             if result is None:
                 if not done:  # chat goes first
                     job.state = "queued"

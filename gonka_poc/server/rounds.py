@@ -49,8 +49,7 @@ class Round(ABC):
         self._stopping = False
         self._running = asyncio.Event()
         self._running.set()
-        self._failures = 0
-        self._empty_batches = 0
+        self._failures = self._empty_batches = 0
 
     def start(self) -> asyncio.Task[None]:
         """Begin to generate; the task ends with the round."""

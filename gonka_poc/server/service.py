@@ -197,9 +197,6 @@ def _check_same_nonces(request: GenerateRequest) -> None:
     if request.validation is None:
         return
     received = {artifact.nonce for artifact in request.validation.artifacts}
-    wrong = sorted(received.symmetric_difference(request.nonces))
-    if wrong:
-        raise RequestError(
-            f"the nonces of validation.artifacts must be the same set as nonces; {len(wrong)} differ, "
-            f"the first is {wrong[0]}"
-        )
+    if wrong := sorted(received.symmetric_difference(request.nonces)):
+        differ = f"{len(wrong)} differ, the first is {wrong[0]}"
+        raise RequestError(f"the nonces of validation.artifacts must be the same set as nonces; {differ}")
