@@ -3,7 +3,7 @@
 A callback URL makes this server send requests, so it must not reach what only this server can reach by accident:
 link-local and cloud metadata addresses are always refused. The host is judged twice: as it was written, when the
 request arrives, and as the address that is connected to, when a callback is sent, because what a name resolves to
-can change in between. Imports neither torch nor vLLM.
+can change in between.
 """
 
 from __future__ import annotations

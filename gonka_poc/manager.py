@@ -207,8 +207,7 @@ class PoCManagerV1:
         self._must_warm_up = False
 
     def micro_batch_size(self, seq_len: int) -> int:
-        """Nonces of the next micro-batch: at most max_num_batched_tokens tokens and max_num_seqs sequences, and less
-        where chat was seen lately (POC_MAX_STEP_MS) or memory was short."""
+        """Nonces of the next micro-batch: what fits, and less where chat was seen lately or memory was short."""
         return self._sizer.limit(seq_len, min(self._view.max_num_batched_tokens // seq_len, self._view.max_num_seqs))
 
     async def compute(self, spec: Spec, nonces: list[int], next_nonces: Sequence[int] = ()) -> BatchResult | None:

@@ -23,7 +23,6 @@ from gonka_poc.data import VECTOR_DTYPE, BatchResult, GenerateRequest, InitGener
 from gonka_poc.errors import EngineUnavailableError, OutboxFullError
 from gonka_poc.routes import PREFIX, make_app
 from gonka_poc.server import delivery
-from gonka_poc.server.delivery import Delivery
 from gonka_poc.server.generate_queue import GenerateJob
 from gonka_poc.server.service import PoCService
 from gonka_poc.threshold_data import ThresholdRequest
@@ -449,8 +448,8 @@ async def test_a_large_request_does_not_hold_the_event_loop(server):
             longest = max(longest, time.perf_counter() - before)
 
     result = BatchResult({n: np.zeros(12, dtype=VECTOR_DTYPE) for n in range(100_000)}, [])
-    delivery = Delivery(api.service.callbacks, URL, {}, api.service.ensure_engine_alive)
-    job = GenerateJob(GenerateRequest.model_validate(generate_body([], url=URL)), delivery)
+    to_outbox = delivery.Delivery(api.service.callbacks, URL, {}, api.service.ensure_engine_alive)
+    job = GenerateJob(GenerateRequest.model_validate(generate_body([], url=URL)), to_outbox)
     started = time.thread_time()
     watching = asyncio.create_task(watch())
     await asyncio.sleep(0)

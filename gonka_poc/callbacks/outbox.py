@@ -316,8 +316,7 @@ def _max_artifacts(payload: str, artifacts: Sequence[dict[str, Any]]) -> int:
 
 
 def _generated_body(payload: str, rows: list[tuple[int, Any]]) -> bytes:
-    """The envelope with its artifacts. Joined from small pieces: a single call of `json` would hold the GIL, and with
-    it the event loop, to its end."""
+    """Joined from small pieces: a single call of `json` would hold the GIL, and with it the event loop, to its end."""
     envelope = payload[:-1] + ("," if len(payload) > 2 else "")
     if isinstance(rows[0][1], float):
         nonces, distances = zip(*rows, strict=True)

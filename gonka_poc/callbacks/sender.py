@@ -120,8 +120,7 @@ class CallbackSender:
                 self._extend_grace(url)
 
     async def close(self) -> None:
-        """Try once more to deliver what is left, for as long as one receiver may take, then end.
-        What fails is logged, and what comes after it is done all the same."""
+        """Try once more to deliver what is left, then end; what fails is logged, and the rest is done all the same."""
         if self._closed:
             return
         self._closed = True
@@ -144,8 +143,7 @@ class CallbackSender:
             await _cancel_all(tries)
 
     async def _watch(self) -> None:
-        """Find what there is to send without an addition: batches of a server that ended, those that `gonka-poc outbox
-        retry` revives, and those that new work revives for which there is no room."""
+        """Find what there is to send without an addition: of servers that ended, and what was kept or parked."""
         requeued = False
         while True:
             try:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 NOT_OF_A_ROUND = ("batch_size", "fraud_threshold", "use_sign_flips", "use_layer_hooks")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Delivery:
     """Stores results for `url`, with the fields of `envelope`; without a URL it stores nothing.
 

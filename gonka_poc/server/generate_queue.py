@@ -62,8 +62,7 @@ class GenerateJob(Job):
 
 
 class Results(TTLCache[str, bytes]):
-    """Answers by request id, each for `ttl` seconds; the oldest are dropped sooner where they take more room than the
-    longest answers of `max_nonces` nonces."""
+    """Answers by request id, each for `ttl` seconds; the oldest go sooner where room for `max_nonces` nonces ends."""
 
     def __init__(self, max_nonces: int, ttl: float, timer: Callable[[], float] = time.monotonic) -> None:
         size = max_nonces * CHARS_PER_COUNT + MAX_JOBS * BYTES_PER_RESULT
@@ -99,8 +98,7 @@ class GenerateQueue(JobQueue):
         return job
 
     def poll(self, request_id: str) -> PendingAnswer | bytes:
-        """The state of a request, or its answer (Completed or FailedAnswer) as JSON.
-        Raises NotFoundError for one that is unknown or has expired."""
+        """The state of a request, or its answer as JSON. Raises NotFoundError for one that is unknown or expired."""
         job = self._pending.get(request_id)
         if job is not None:
             return PendingAnswer(status=job.state, request_id=request_id)

@@ -91,10 +91,8 @@ class JobQueue(ABC):
                 "(POC_MAX_QUEUED_NONCES); send fewer, or later"
             )
         if len(self._pending) >= MAX_JOBS:
-            raise QueueFullError(
-                f"{len(self._pending)} requests have not ended, the most there may be; send more nonces per request, "
-                "or later"
-            )
+            text = f"{len(self._pending)} requests have not ended, the most there may be"
+            raise QueueFullError(f"{text}; send more nonces per request, or later")
         self._pending[job.request_id] = job
         self.queued_nonces += job.weight
         if self._worker is None or self._worker.done():

@@ -24,8 +24,7 @@ class RoundSlot:
         self._delivery: Delivery | None = None
         self._phase: Phase = "IDLE"
         self._held: Delivery | None = None
-        self.no_round = asyncio.Event()
-        """Set while no round generates."""
+        self.no_round = asyncio.Event()  # set while no round generates
         self.no_round.set()
 
     def put(self, new: Round, delivery: Delivery, phase: Phase) -> None:

@@ -29,7 +29,7 @@ STOPPED = "stopped by POST /stop"
 REPLACED = "another round was set"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class PoCService:
     """The API of one server. Its parts hold what changes; `build_app` makes them."""
 
@@ -75,8 +75,7 @@ class PoCService:
     async def _begin_round(
         self, request: InitGenerateRequest | ThresholdRequest, check: Callable[[], Awaitable[None]]
     ) -> tuple[Delivery, int]:
-        """The delivery of a new round, and how many of its nonces are done. Refuses a round that cannot start now.
-        Nothing is awaited after its last check."""
+        """The delivery of a round, and how many of its nonces are done; nothing is awaited after its last check."""
         if request.url is not None:
             self.settings.callback_rules.check_url(request.url)
         if self.slot.generating:
@@ -178,8 +177,7 @@ class PoCService:
         return self.slot.stop(), self.queue.clear(STOPPED) + self.proofs.clear(STOPPED)
 
     async def close(self) -> None:
-        """End everything, delivering what can be delivered now; the next server goes on with the round.
-        A part that cannot be closed is logged, and the next one is closed."""
+        """End everything, delivering what can be delivered now; a part that cannot be closed is logged."""
         self._stop()
         for part in (self.queue, self.proofs, self._background, self.callbacks):
             try:
