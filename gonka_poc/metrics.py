@@ -147,6 +147,7 @@ class Metrics(Collector):
         text = "callbacks that no receiver has taken yet"
         yield GaugeMetricFamily("gonka_poc_outbox_pending", text, value=self.outbox_pending())
         state = GaugeMetricFamily("gonka_poc_state", "1 for the state of the server", labels=["state"])
+        now = self.state()
         for name in STATES:
-            state.add_metric([name], float(name == self.state()))
+            state.add_metric([name], float(name == now))
         yield state
