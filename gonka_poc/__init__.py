@@ -1,7 +1,6 @@
 """Proof of compute for unmodified vLLM (V1 engine).
 
-Importing this package imports neither torch nor vLLM: the names in `__all__` are loaded when they are used, and
-`gonka_poc.data` and `gonka_poc.validation` need neither.
+Importing this package imports neither torch nor vLLM: the names in `__all__` are loaded when they are used.
 """
 
 from importlib import import_module

@@ -1,20 +1,17 @@
-"""Access rules: the bearer token of /api/v1/pow/*, and the addresses that callbacks may go to.
+"""The addresses that callbacks may go to.
 
 A callback URL makes this server send requests, so it must not reach what only this server can reach by accident:
 link-local and cloud metadata addresses are always refused. The host is judged twice: as it was written, when the
 request arrives, and as the address that is connected to, when a callback is sent, because what a name resolves to
-can change in between. Imports neither torch nor vLLM.
+can change in between.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import ipaddress
 import re
 import socket
-from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -53,25 +50,6 @@ NETWORKS_AROUND_IPV4 = (NAT64, ipaddress.ip_network("::ffff:0:0:0/96"), ipaddres
 MAX_LOOKUPS = 16
 
 
-class BearerToken:
-    """The token that callers must send; only its digest is kept, and compared in constant time."""
-
-    def __init__(self, token: str) -> None:
-        self._digest = _digest(token.encode())
-
-    def matches(self, authorization: Sequence[bytes]) -> bool:
-        """True if `authorization`, all Authorization headers of a request, is exactly one with this token."""
-        if len(authorization) != 1:
-            return False
-        scheme, _, shown = authorization[0].strip().partition(b" ")
-        right = hmac.compare_digest(_digest(shown.strip()), self._digest)
-        return right and scheme.lower() == b"bearer"
-
-
-def _digest(token: bytes) -> bytes:
-    return hashlib.sha256(token).digest()
-
-
 @dataclass(frozen=True)
 class CallbackRules:
     """The addresses that callbacks may go to: POC_CALLBACK_ALLOW, less what is always forbidden.
@@ -100,12 +78,10 @@ class CallbackRules:
                     if url.path != "/" or url.userinfo or has_query(entry) or _is_number(url):
                         raise ValueError("neither a host nor a range")
                     # httpx leaves out the port that is http's own
-                    port = 80 if entry.endswith(":80") else url.port
-                    names.append((host_name(url), port))
+                    names.append((host_name(url), 80 if entry.endswith(":80") else url.port))
             except (httpx.InvalidURL, ValueError) as error:
-                raise ValueError(
-                    f"{entry!a} is no host, host:port, *.suffix, address or CIDR range ({error})"
-                ) from error
+                text = f"{entry!a} is no host, host:port, *.suffix, address or CIDR range ({error})"
+                raise ValueError(text) from error
         return cls(tuple(names), tuple(suffixes), tuple(networks))
 
     @property
@@ -147,9 +123,7 @@ class CallbackRules:
 
     async def allowed_addresses(self, host: str, port: int, threads: Executor | None = None) -> list[str]:
         """The addresses of `host` that a callback may connect to, in the resolver's order; looked up in `threads`.
-
-        Raises OSError if the host has none, RequestError if it has none that is allowed.
-        """
+        Raises OSError if the host has none, RequestError if it has none that is allowed."""
         lookup = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
         found = await asyncio.get_running_loop().run_in_executor(threads, lookup)
         allowed, refusal = [], None
@@ -180,9 +154,8 @@ class CheckedTransport(httpx.AsyncBaseTransport):
 
     def __init__(self, rules: CallbackRules, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self._rules = rules
-        self._transport = transport or httpx.AsyncHTTPTransport(
-            trust_env=False, limits=httpx.Limits(max_keepalive_connections=0)
-        )
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self._transport = transport or httpx.AsyncHTTPTransport(trust_env=False, limits=limits)
         # not the event loop's threads, which vLLM uses too
         self._threads = ThreadPoolExecutor(MAX_LOOKUPS, "poc-dns")
 

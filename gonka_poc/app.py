@@ -55,10 +55,8 @@ def build_app(
     metrics: Metrics | None = None,
     registry: CollectorRegistry = REGISTRY,
 ) -> PoCApp:
-    """The parts of a server over the engine that `view` shows. Raises OutboxError where POC_OUTBOX_PATH cannot be used.
-
-    A test may hand in parts of its own.
-    """
+    """The parts of a server over the engine that `view` shows; a test may hand in parts of its own.
+    Raises OutboxError where POC_OUTBOX_PATH cannot be used."""
     metrics = metrics or Metrics()
     manager = manager or PoCManagerV1(view, settings, metrics)
     callbacks = CallbackSender(settings, Outbox(settings.outbox_path, settings.outbox_max_bytes), metrics)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from gonka_poc.access import CallbackRules
 from gonka_poc.errors import SettingsError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Settings(BaseSettings):
@@ -26,27 +28,19 @@ class Settings(BaseSettings):
         description="hosts, host:port, *.suffix, addresses and CIDR ranges, separated by commas, that callbacks may go "
         "to; empty: every host but link-local and cloud metadata addresses, which are always refused",
     )
-    callback_interval_sec: float = Field(
-        default=5.0, gt=0, allow_inf_nan=False, description="seconds between two callbacks of one receiver"
-    )
-    callback_timeout_sec: float = Field(
-        default=30.0, gt=0, allow_inf_nan=False, description="seconds that a receiver has to answer"
-    )
-    chat_backoff_sec: float = Field(
-        default=0.05, gt=0, allow_inf_nan=False, description="seconds to wait before asking again whether chat is idle"
+    callback_interval_sec: Positive = Field(default=5.0, description="seconds between two callbacks of one receiver")
+    callback_timeout_sec: Positive = Field(default=30.0, description="seconds that a receiver has to answer")
+    chat_backoff_sec: Positive = Field(
+        default=0.05, description="seconds to wait before asking again whether chat is idle"
     )
     compile: Literal["auto", "always", "never"] = Field(
         default="auto",
         description="whether proof runs decoder layers compiled with their reflections; `auto`: on one GPU, where they "
         "give the vectors of the plain forward",
     )
-    batch_timeout_sec: float = Field(
-        default=600.0, gt=0, allow_inf_nan=False, description="seconds that the workers have for one batch"
-    )
-    max_step_ms: float = Field(
+    batch_timeout_sec: Positive = Field(default=600.0, description="seconds that the workers have for one batch")
+    max_step_ms: Positive = Field(
         default=200.0,
-        gt=0,
-        allow_inf_nan=False,
         description="milliseconds of a batch, the longest that a chat waits for proof, while chat is around",
     )
     max_body_bytes: int = Field(
@@ -60,8 +54,8 @@ class Settings(BaseSettings):
         description="nonces that may wait in the queue, in at most 1,000 requests; with vectors longer than 32 each "
         "counts `k_dim / 32` times, rounded up",
     )
-    outbox_grace_sec: float = Field(
-        default=600.0, gt=0, allow_inf_nan=False, description="seconds that a receiver is tried after its round ended"
+    outbox_grace_sec: Positive = Field(
+        default=600.0, description="seconds that a receiver is tried after its round ended"
     )
     outbox_max_bytes: int = Field(
         default=10 * 1024**3, ge=256 * 1024, description="size of undelivered callbacks at which new work is refused"
@@ -74,10 +68,8 @@ class Settings(BaseSettings):
     priority: Literal["chat", "poc"] = Field(
         default="chat", description="who waits; `poc`: chat and completions get 503 while a round generates"
     )
-    result_ttl_sec: float = Field(
+    result_ttl_sec: Positive = Field(
         default=300.0,
-        gt=0,
-        allow_inf_nan=False,
         description="seconds that a finished result can be polled; the oldest go sooner "
         "where all of them together would take more room than the answers of `POC_MAX_QUEUED_NONCES` nonces may",
     )

@@ -1,13 +1,11 @@
 """Request and response models of the HTTP API, and the vector encoding (docs/protocol.md, sections 3 and 6).
 
-Requests are strict: unknown fields, and numbers sent as strings, floats or booleans, are refused. Imports neither
-torch nor vLLM.
+Requests are strict: unknown fields, and values of another type, are refused. Imports neither torch nor vLLM.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -20,10 +18,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fai
 MAX_NONCE = 2**63 - 1
 MAX_STEP = 2**53  # between two nonces of a node
 MAX_TEXT = 1024
-# of a request's lists; twice as much as the queue takes by default (POC_MAX_QUEUED_NONCES)
-MAX_LISTED = 200_000
-# of an object of a request: pydantic makes an error of each field that it does not know
-MAX_FIELDS = 100
+MAX_LISTED = 200_000  # of a request's lists; twice as much as the queue takes by default (POC_MAX_QUEUED_NONCES)
+MAX_FIELDS = 100  # of an object of a request: pydantic makes an error of each field that it does not know
 MAX_VECTOR_TEXT = 65_536
 PREFIX = "/api/v1/pow"
 State = Literal["IDLE", "GENERATING", "VALIDATING", "STOPPED"]
@@ -41,10 +37,6 @@ def has_query(url: str) -> bool:
     return "?" in url or "#" in url
 
 
-def _empty_is_none(url: Any) -> Any:
-    return None if url == "" else url
-
-
 def _http_url(url: str) -> str:
     try:
         parsed = httpx.URL(url)  # the client that will use it is the one to understand it
@@ -60,7 +52,8 @@ def _http_url(url: str) -> str:
 
 # where callbacks go to; null and the empty text are no receiver
 CallbackUrl = Annotated[
-    Annotated[str, Field(max_length=4096), AfterValidator(_http_url)] | None, BeforeValidator(_empty_is_none)
+    Annotated[str, Field(max_length=4096), AfterValidator(_http_url)] | None,
+    BeforeValidator(lambda url: None if url == "" else url),
 ]
 
 
@@ -93,11 +86,9 @@ def decode_vector(vector_b64: str, k_dim: int) -> np.ndarray | None:
         return None
     try:
         raw = base64.b64decode(vector_b64, validate=True)
-    except (binascii.Error, ValueError):
+    except ValueError:
         return None
-    if len(raw) != k_dim * VECTOR_DTYPE.itemsize:
-        return None
-    return np.frombuffer(raw, dtype=VECTOR_DTYPE)
+    return np.frombuffer(raw, dtype=VECTOR_DTYPE) if len(raw) == k_dim * VECTOR_DTYPE.itemsize else None
 
 
 # --- specs and results ----------------------------------------------------------------------------------------------
@@ -223,9 +214,8 @@ class _RoundFields(StrictModel):
     @property
     def spec(self) -> VectorSpec:
         """The spec of this request's vectors."""
-        return VectorSpec(
-            self.block_hash, self.public_key, self.params.seq_len, self.params.k_dim, self.poc_stronger_rng
-        )
+        params = self.params
+        return VectorSpec(self.block_hash, self.public_key, params.seq_len, params.k_dim, self.poc_stronger_rng)
 
 
 class InitGenerateRequest(_RoundFields):

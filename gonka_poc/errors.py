@@ -32,41 +32,32 @@ class PoCError(Exception):
 
     http_status = 500
 
+    def __init_subclass__(cls, http_status: int | None = None) -> None:
+        cls.http_status = http_status or cls.http_status
 
-class RequestError(PoCError):
+
+class RequestError(PoCError, http_status=400):
     """A value of the request breaks a limit of this server."""
 
-    http_status = 400
 
-
-class UnauthorizedError(PoCError):
+class UnauthorizedError(PoCError, http_status=401):
     """The request does not show POC_API_TOKEN."""
 
-    http_status = 401
 
-
-class ConflictError(PoCError):
+class ConflictError(PoCError, http_status=409):
     """The request does not fit the model that is served, or the round that runs."""
 
-    http_status = 409
 
-
-class NotFoundError(PoCError):
+class NotFoundError(PoCError, http_status=404):
     """There is no such request, or its result has expired."""
 
-    http_status = 404
 
-
-class BodyTooLargeError(PoCError):
+class BodyTooLargeError(PoCError, http_status=413):
     """The request body is over the limit."""
 
-    http_status = 413
 
-
-class QueueFullError(PoCError):
+class QueueFullError(PoCError, http_status=429):
     """Accepting the request would take the queue over its limit of nonces, or of requests."""
-
-    http_status = 429
 
 
 class ComputeError(PoCError):
@@ -105,30 +96,22 @@ class OutboxError(PoCError):
     """The file that POC_OUTBOX_PATH names is no outbox of this release, or cannot be opened."""
 
 
-class UnsupportedServerError(PoCError):
+class UnsupportedServerError(PoCError, http_status=501):
     """This model, vLLM release or server configuration cannot give a correct vector, so none is given."""
 
-    http_status = 501
 
-
-class EngineUnavailableError(PoCError):
+class EngineUnavailableError(PoCError, http_status=503):
     """The engine, or the way to call its workers, is missing."""
 
-    http_status = 503
 
-
-class OutboxFullError(PoCError):
+class OutboxFullError(PoCError, http_status=507):
     """The outbox is at its cap, the disk is full, or the file cannot be written now; what it has is safe."""
-
-    http_status = 507
 
 
 def error_by_name(name: str, message: str) -> PoCError:
     """The error that a worker named in its answer; a ComputeError for a name that is not ours."""
     classes = {cls.__name__: cls for cls in PoCError.__subclasses__()}
-    if name in classes:
-        return classes[name](message)
-    return ComputeError(f"{name}: {message}")
+    return classes[name](message) if name in classes else ComputeError(f"{name}: {message}")
 
 
 def raise_worker_error(answers: Sequence[Any]) -> None:

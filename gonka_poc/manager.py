@@ -31,11 +31,9 @@ logger = logging.getLogger("vllm.gonka_poc.manager")
 
 DEAD_POLL_SEC = 0.5
 WARM_UP_SEQ_LEN, WARM_UP_NONCES, WARM_UP_SEC = 1024, 256, 15.0
-# the workers drop what they keep between batches after this time without one
-RELEASE_AFTER_SEC = 10.0
+RELEASE_AFTER_SEC = 10.0  # the workers drop what they keep between batches after this time without one
 MAX_LOGGED = 100
-# chat is taken to go on for this time after it was last seen
-CHAT_MEMORY_SEC = 5.0
+CHAT_MEMORY_SEC = 5.0  # chat is taken to go on for this time after it was last seen
 # the slowest of the last batches takes half of the budget; the rest is for its call, and for batches that differ
 MEASUREMENTS, SHARE = 16, 0.5
 
@@ -45,8 +43,7 @@ class BatchSizer:
 
     Full size while chat is idle; within a time budget, by measured speed, once chat was seen in the last seconds.
     While chat is idle a second batch is computed behind the first, and the first chat waits for both: batches that
-    take longer than half of the budget have half of the full size. A batch that did not fit into memory halves the
-    size for good, for its length of sequence.
+    take longer than half of the budget have half of the full size.
     """
 
     def __init__(self, max_step_sec: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -62,8 +59,7 @@ class BatchSizer:
         measured = self._sec_per_nonce.get(seq_len)
         if self.chat_seen_recently:
             # without a measurement yet, one nonce makes it
-            slowest = max(measured or [self._max_step_sec])
-            size = min(size, int(SHARE * self._max_step_sec / slowest))
+            size = min(size, int(SHARE * self._max_step_sec / max(measured or [self._max_step_sec])))
         elif measured and full * max(measured) > self._max_step_sec / 2:
             size = min(size, (full + 1) // 2)
         return max(1, size)
@@ -126,17 +122,13 @@ class PoCManagerV1:
         self._releasing: asyncio.Task[None] | None = None
 
     async def check(self, params: Params) -> None:
-        """Refuse what this server cannot compute.
-
-        Raises ConflictError (another model), RequestError (a limit), EngineUnavailableError, UnsupportedServerError or
-        ComputeError.
-        """
-        view = self._view
-        names = view.model_names()
+        """Refuse what this server cannot compute. Raises ConflictError (another model), RequestError (a limit),
+        EngineUnavailableError, UnsupportedServerError or ComputeError."""
+        names = self._view.model_names()
         if params.model not in names:
             raise ConflictError(f"model {params.model!r} is not served here; served: {', '.join(map(repr, names))}")
-        if params.k_dim > view.hidden_size:
-            raise RequestError(f"k_dim {params.k_dim} is over the model's hidden size of {view.hidden_size}")
+        if params.k_dim > self._view.hidden_size:
+            raise RequestError(f"k_dim {params.k_dim} is over the model's hidden size of {self._view.hidden_size}")
         await self.check_seq_len(params.seq_len)
 
     async def check_seq_len(self, seq_len: int) -> None:
@@ -154,12 +146,10 @@ class PoCManagerV1:
             self._warming_up = asyncio.create_task(self._warm_up_behind_chat(), name="poc-warm-up")
 
     async def prepare(self) -> None:
-        """Reach every worker and warm it up, for a server that starts and has no chat yet.
+        """Reach every worker and warm it up, for a server that starts and has no chat yet. Raises what `check` raises.
 
-        A server that missed this, because its engine was not ready, is warmed up behind its first request for proof:
-        once no chat was served for CHAT_MEMORY_SEC. Until then proof runs the plain forward.
-
-        Raises EngineUnavailableError, UnsupportedServerError or ComputeError.
+        A server that missed this is warmed up behind its first request for proof, once no chat was served for
+        CHAT_MEMORY_SEC. Until then proof runs the plain forward.
         """
         await self._reach_workers()
         async with self._lock:
@@ -200,8 +190,7 @@ class PoCManagerV1:
         view = self._view
         seq_len = min(WARM_UP_SEQ_LEN, view.max_model_len, view.max_num_batched_tokens)
         num_nonces = min(view.max_num_batched_tokens // seq_len, view.max_num_seqs)
-        deadline = float("inf")
-        checked, compiled = 0, True
+        deadline, checked, compiled = float("inf"), 0, True
         try:
             while checked == 0 or (compiled and checked < WARM_UP_NONCES and time.monotonic() < deadline):
                 if checked and view.has_unfinished_requests():
@@ -218,19 +207,15 @@ class PoCManagerV1:
         self._must_warm_up = False
 
     def micro_batch_size(self, seq_len: int) -> int:
-        """Nonces of the next micro-batch: at most max_num_batched_tokens tokens and max_num_seqs sequences, and less
-        where chat was seen lately (POC_MAX_STEP_MS) or memory was short."""
+        """Nonces of the next micro-batch: what fits, and less where chat was seen lately or memory was short."""
         return self._sizer.limit(seq_len, min(self._view.max_num_batched_tokens // seq_len, self._view.max_num_seqs))
 
     async def compute(self, spec: Spec, nonces: list[int], next_nonces: Sequence[int] = ()) -> BatchResult | None:
-        """The vectors or distances of at most one micro-batch of nonces.
+        """The vectors or distances of at most one micro-batch; None if the same nonces are to be tried again.
 
-        `next_nonces` are those that will be asked for next, as far as is known: while chat is idle the workers compute
-        them behind `nonces`, so that they do not wait between two calls.
-
-        None if nothing was computed: chat is being served, or memory was short and `micro_batch_size` is less now.
-        Then the same nonces are to be tried again. Raises ComputeError, WorkerMemoryError (a single nonce does not
-        fit), EngineUnavailableError or UnsupportedServerError.
+        So it is while chat is served, or where memory was short and `micro_batch_size` is less now. While chat is idle
+        the workers compute `next_nonces`, asked for next, behind `nonces`, so that they do not wait between calls.
+        Raises ComputeError, WorkerMemoryError (one nonce does not fit), EngineUnavailableError, UnsupportedServerError.
         """
         async with self._lock:
             self.ensure_engine_alive()
@@ -247,9 +232,8 @@ class PoCManagerV1:
                     raise
                 size = self._sizer.record_out_of_memory(spec.seq_len, len(nonces))
                 self._metrics.skipped("memory")
-                logger.warning(
-                    "PoC: %d nonces did not fit into memory, going on with %d: %a", len(nonces), size, str(error)
-                )
+                text = "PoC: %d nonces did not fit into memory, going on with %d: %a"
+                logger.warning(text, len(nonces), size, str(error))
                 return None
             seconds = time.monotonic() - started
             self._sizer.record_batch(spec.seq_len, len(nonces), seconds)
@@ -264,10 +248,7 @@ class PoCManagerV1:
         return result
 
     async def release(self) -> None:
-        """Let the workers drop what they keep between batches; a failure is only logged.
-
-        For the end of a round; otherwise it happens by itself, RELEASE_AFTER_SEC after the last batch.
-        """
+        """Let the workers drop what they keep between batches, at the end of a round; a failure is only logged."""
         async with self._lock:
             if self._reached and self._release_timer is not None and not self._view.is_dead():
                 try:
@@ -305,10 +286,8 @@ class PoCManagerV1:
             while not (await asyncio.wait([rpc], timeout=DEAD_POLL_SEC))[0]:
                 self.ensure_engine_alive()
                 if time.monotonic() > deadline:
-                    raise ComputeError(
-                        f"the workers gave no answer within {self._settings.batch_timeout_sec:g} s "
-                        "(POC_BATCH_TIMEOUT_SEC)"
-                    )
+                    limit = f"{self._settings.batch_timeout_sec:g} s (POC_BATCH_TIMEOUT_SEC)"
+                    raise ComputeError(f"the workers gave no answer within {limit}")
             if rpc.cancelled():  # not by us; as a CancelledError it would silently end the task that waits
                 self.ensure_engine_alive()
                 raise ComputeError("the call to the workers was cancelled; the server's log may say why")

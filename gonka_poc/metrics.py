@@ -1,8 +1,7 @@
 """Reports of a server's parts: Prometheus metrics in vLLM's own /metrics, and a history in bounded memory.
 
-vLLM serves prometheus_client's default registry where it runs one API process, which is all that PoCMiddleware
-allows. (With PROMETHEUS_MULTIPROC_DIR set by hand, vLLM reads files instead: counters and histograms are in them,
-the gauges, which are asked for at each scrape, are not.)
+With PROMETHEUS_MULTIPROC_DIR set by hand, vLLM reads files instead of the default registry: the counters and
+histograms are in them, the gauges, which are asked for at each scrape, are not.
 """
 
 from __future__ import annotations
@@ -24,11 +23,8 @@ CHAT = "chat"
 # a batch is meant to take 0.02 to 2 seconds; the ends show what went wrong
 BATCH_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 CALLBACK_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60)
-# a pause after a skipped batch that is longer was no waiting for chat: the work had ended
-MAX_YIELD_SEC = 1.0
-# the history: 30 minutes
-BUCKET_SEC = 10
-NUM_BUCKETS = 180
+MAX_YIELD_SEC = 1.0  # a pause after a skipped batch that is longer was no waiting for chat: the work had ended
+BUCKET_SEC, NUM_BUCKETS = 10, 180  # the history: 30 minutes
 
 
 @dataclass
@@ -71,11 +67,8 @@ class History:
 
 
 class Metrics(Collector):
-    """Reports of one server's parts: counted for Prometheus, and kept for the status page.
-
-    Its collectors live in a registry of its own, so that there can be several in one process; `attach` shows them
-    in another one. `queue_nonces`, `outbox_pending` and `state` are asked at each scrape.
-    """
+    """Reports of one server's parts: counted for Prometheus in a registry of its own, and kept for the status page.
+    `attach` shows them in another registry. `queue_nonces`, `outbox_pending` and `state` are asked at each scrape."""
 
     def __init__(self, history: History | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.history = history or History(clock)
@@ -90,17 +83,10 @@ class Metrics(Collector):
         self._nan = Counter("gonka_poc_nan", "nonces dropped because of a NaN or Inf", registry=own)
         self._skipped = Counter("gonka_poc_skipped", "batches put off, by reason", ["reason"], registry=own)
         self._skipped.labels(CHAT)  # shown as 0 from the start
-        self._batch_seconds = Histogram(
-            "gonka_poc_batch_seconds", "seconds of a batch on the workers", registry=own, buckets=BATCH_BUCKETS
-        )
-        self._callback_seconds = Histogram(
-            "gonka_poc_callback_seconds",
-            "seconds of a callback, answered or not",
-            registry=own,
-            buckets=CALLBACK_BUCKETS,
-        )
-
-    # -- reports --
+        text = "seconds of a batch on the workers"
+        self._batch_seconds = Histogram("gonka_poc_batch_seconds", text, registry=own, buckets=BATCH_BUCKETS)
+        text = "seconds of a callback, answered or not"
+        self._callback_seconds = Histogram("gonka_poc_callback_seconds", text, registry=own, buckets=CALLBACK_BUCKETS)
 
     def computed(self, nonces: int, nan: int, seconds: float) -> None:
         """A batch gave `nonces` vectors and dropped `nan`; the workers took `seconds`."""
@@ -129,8 +115,6 @@ class Metrics(Collector):
             self.history.current().yielded_sec += min(max(0.0, now - self._skipped_at), MAX_YIELD_SEC)
             self._skipped_at = None
 
-    # -- what is shown --
-
     @property
     def nonces_total(self) -> int:
         """Vectors computed since the start."""
@@ -158,18 +142,12 @@ class Metrics(Collector):
     def collect(self) -> Iterable[Metric]:
         """All metrics, now."""
         yield from self._registry.collect()
-        yield _gauge(
-            "gonka_poc_queue_nonces",
-            "nonces of requests that have not ended, as their limit counts them",
-            self.queue_nonces(),
-        )
-        yield _gauge("gonka_poc_outbox_pending", "callbacks that no receiver has taken yet", self.outbox_pending())
+        text = "nonces of requests that have not ended, as their limit counts them"
+        yield GaugeMetricFamily("gonka_poc_queue_nonces", text, value=self.queue_nonces())
+        text = "callbacks that no receiver has taken yet"
+        yield GaugeMetricFamily("gonka_poc_outbox_pending", text, value=self.outbox_pending())
         state = GaugeMetricFamily("gonka_poc_state", "1 for the state of the server", labels=["state"])
         now = self.state()
         for name in STATES:
             state.add_metric([name], float(name == now))
         yield state
-
-
-def _gauge(name: str, text: str, value: float) -> Metric:
-    return GaugeMetricFamily(name, text, value=value)

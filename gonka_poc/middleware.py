@@ -34,11 +34,9 @@ RETRY_AFTER_SEC = 10
 class PoCMiddleware:
     """Answers /api/v1/pow/* and hands everything else on unchanged; with POC_PRIORITY=poc, chat waits for rounds.
 
-    What stands against serving proof at all (a POC_* variable that cannot be used, a vLLM release that is not
-    supported, several API processes) stops the server where it starts. That is in its lifespan: an exception of a
-    middleware's constructor would leave a server that runs and answers every request with 500.
-
-    vLLM gives `app` alone; tests give other parts: the release, the view of an engine, what is built over it.
+    What stands against serving proof at all (a wrong POC_* variable, an unsupported vLLM, several API processes) stops
+    the server in its lifespan: after an exception of a constructor it would run, and answer every request with 500.
+    vLLM gives `app` alone; tests give other parts.
     """
 
     def __init__(
@@ -67,7 +65,7 @@ class PoCMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)
-        elif scope["type"] == "http" and _is_poc_path(scope):
+        elif scope["type"] == "http" and f"{path_of(scope)}/".startswith(f"{PREFIX}/"):
             await self._gate(scope, receive, send)
         elif scope["type"] == "http" and self._is_paused(scope):
             await _answer_paused(scope, receive, send)
@@ -103,8 +101,6 @@ class PoCMiddleware:
             and path_of(scope) in PAUSED
         )
 
-    # -- start and end --
-
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             self._refuse()
@@ -138,13 +134,7 @@ class PoCMiddleware:
         return receive_and_close
 
 
-def _is_poc_path(scope: Scope) -> bool:
-    path = path_of(scope)
-    return path == PREFIX or path.startswith(PREFIX + "/")
-
-
 async def _answer_paused(scope: Scope, receive: Receive, send: Send) -> None:
     text = "proof of compute goes first on this server while a round generates; try again later"
     error = {"message": text, "type": "ServiceUnavailableError", "param": None, "code": 503}
-    headers = {"Retry-After": str(RETRY_AFTER_SEC)}
-    await JSONResponse({"error": error}, status_code=503, headers=headers)(scope, receive, send)
+    await JSONResponse({"error": error}, 503, {"Retry-After": str(RETRY_AFTER_SEC)})(scope, receive, send)

@@ -30,14 +30,9 @@ from gonka_poc.data import (
 )
 from gonka_poc.errors import PoCError, printable
 from gonka_poc.server.dashboard import DashboardData, RecentErrors, dashboard_data, dashboard_page
+from gonka_poc.server.guards import error_response
 from gonka_poc.server.service import PoCService
-from gonka_poc.threshold_data import (
-    InitGenerateBody,
-    ProofBatch,
-    ProofVerdict,
-    ThresholdRequest,
-    ThresholdStatusAnswer,
-)
+from gonka_poc.threshold_data import InitGenerateBody, ProofBatch, ProofVerdict, ThresholdRequest, ThresholdStatusAnswer
 from gonka_poc.version import __version__
 
 MAX_LISTED_ERRORS = 20
@@ -128,8 +123,7 @@ async def generate_result(request_id: str, service: Service) -> PendingAnswer | 
     return _raw_json(answer) if isinstance(answer, bytes) else answer
 
 
-def _raw_json(body: bytes) -> Response:
-    """An answer that can be large: made into JSON once, and not looked at again."""
+def _raw_json(body: bytes) -> Response:  # can be large: made into JSON once, and not looked at again
     return Response(body, media_type="application/json")
 
 
@@ -154,8 +148,7 @@ async def dashboard() -> HTMLResponse:
 @router.get("/dashboard/data")
 async def dashboard_figures(service: Service, request: Request) -> DashboardData:
     """The figures of the status page."""
-    errors = request.app.state.recent_errors
-    return dashboard_data(service.settings, service.metrics, service.status(), errors)
+    return dashboard_data(service.settings, service.metrics, service.status(), request.app.state.recent_errors)
 
 
 def _ok(state: State) -> OkAnswer:
@@ -178,10 +171,10 @@ async def _outcome_while_connected(
 
 async def answer_poc_error(request: Request, error: Exception) -> JSONResponse:
     """A PoCError as its HTTP status and a sentence."""
-    status = error.http_status if isinstance(error, PoCError) else 500
-    if status >= 500:
+    assert isinstance(error, PoCError)
+    if error.http_status >= 500:
         logger.error("%s %a: %s", request.method, request.url.path, printable(str(error)))
-    return JSONResponse({"detail": str(error)}, status_code=status)
+    return error_response(error)
 
 
 async def answer_invalid_request(request: Request, error: Exception) -> JSONResponse:
@@ -194,8 +187,7 @@ async def answer_invalid_request(request: Request, error: Exception) -> JSONResp
     return JSONResponse({"detail": listed}, status_code=422)
 
 
-def _shortened(part: str | int) -> str | int:
-    """An unknown field is named by what was sent."""
+def _shortened(part: str | int) -> str | int:  # an unknown field is named by what was sent
     return part[:MAX_ERROR_TEXT] if isinstance(part, str) else part
 
 

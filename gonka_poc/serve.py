@@ -19,11 +19,8 @@ ENABLE = "--enable-poc"
 
 
 def server_arguments(args: Sequence[str]) -> list[str]:
-    """The arguments of vLLM's server, from those of this module.
-
-    Raises UnsupportedServerError for a release of vLLM that is not supported, for several API processes, and for
-    another worker extension than ours.
-    """
+    """The arguments of vLLM's server, from those of this module. Raises UnsupportedServerError for an unsupported vLLM,
+    several API processes, or another worker extension than ours."""
     rest = [arg for arg in args if arg != ENABLE]
     if len(rest) == len(args):
         return rest

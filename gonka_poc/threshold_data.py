@@ -1,7 +1,4 @@
-"""Request and response models of threshold rounds (docs/protocol.md, sections 4 and 6).
-
-As strict as `data`; imports neither torch nor vLLM.
-"""
+"""Request and response models of threshold rounds (docs/protocol.md, sections 4 and 6); as strict as `data`."""
 
 from __future__ import annotations
 

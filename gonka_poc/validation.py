@@ -1,7 +1,4 @@
-"""Comparison of received artifacts and distances with recomputed ones (docs/protocol.md, sections 3 and 4).
-
-Imports no torch, no vLLM.
-"""
+"""Comparison of received artifacts and distances with recomputed ones (docs/protocol.md, sections 3 and 4)."""
 
 from __future__ import annotations
 
@@ -38,13 +35,11 @@ def binomial_p_value(n_mismatch: int, n_total: int, p_mismatch: float) -> float:
 
 def is_mismatch(received_b64: str, computed: np.ndarray, dist_threshold: float) -> bool:
     """True if a received vector is not base64 of the recomputed one's length (float16 [k_dim]), holds a value that is
-    not finite, or is further from it than `dist_threshold` (L2 distance).
-    """
+    not finite, or is further from it than `dist_threshold` (L2 distance)."""
     received = decode_vector(received_b64, len(computed))
     if received is None or not np.isfinite(received).all():
         return True
-    distance = np.linalg.norm(received.astype(np.float64) - computed.astype(np.float64))
-    return bool(distance > dist_threshold)
+    return bool(np.linalg.norm(received.astype(np.float64) - computed.astype(np.float64)) > dist_threshold)
 
 
 def validate_artifacts(
@@ -54,9 +49,7 @@ def validate_artifacts(
     stat_test: StatTest,
 ) -> Verdict:
     """Compare `received` (nonce to base64) with `computed` (nonce to float16 [k_dim]) and test the mismatches.
-
-    Nonces that this host could not compute itself are no evidence: they are reported and leave the total.
-    """
+    Nonces that this host could not compute itself are no evidence: they are reported and leave the total."""
     mismatches = [n for n, vector in computed.items() if is_mismatch(received[n], vector, stat_test.dist_threshold)]
     return judge(len(computed), mismatches, not_computed_nonces, stat_test)
 

@@ -448,7 +448,8 @@ async def test_a_large_request_does_not_hold_the_event_loop(server):
             longest = max(longest, time.perf_counter() - before)
 
     result = BatchResult({n: np.zeros(12, dtype=VECTOR_DTYPE) for n in range(100_000)}, [])
-    job = GenerateJob(GenerateRequest.model_validate(generate_body([], url=URL)), api.service._delivery(URL, {}))
+    to_outbox = delivery.Delivery(api.service.callbacks, URL, {}, api.service.ensure_engine_alive)
+    job = GenerateJob(GenerateRequest.model_validate(generate_body([], url=URL)), to_outbox)
     started = time.thread_time()
     watching = asyncio.create_task(watch())
     await asyncio.sleep(0)

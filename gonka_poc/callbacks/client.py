@@ -57,9 +57,7 @@ class CallbackClient:
 
     async def post(self, batch: Batch) -> DeliveryResult:
         """Send a batch; it is not accepted by a receiver that cannot be reached, or has not answered in time.
-
-        A URL that the rules do not allow (an earlier server, with others, accepted it) is refused without asking it.
-        """
+        A URL that the rules do not allow (an earlier server, with others, accepted it) is refused without asking it."""
         try:
             self._rules.check_url(batch.url)
         except RequestError as error:

@@ -92,10 +92,8 @@ def outbox_path(setting: str) -> str:
 
 
 def connect(path: str, create: bool) -> sqlite3.Connection:
-    """A connection to the outbox at `path`. Raises OutboxError where there is none, or another program's file.
-
-    A file that is not ours is only read, never opened as a database, so nothing of it changes.
-    """
+    """A connection to the outbox at `path`. Raises OutboxError where there is none, or another program's file, which is
+    only read, never opened as a database, so nothing of it changes."""
     try:
         if path == IN_MEMORY:
             return _prepared(path)

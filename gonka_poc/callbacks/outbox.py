@@ -28,12 +28,10 @@ from gonka_poc.callbacks.file import IN_MEMORY, Slot, connect, outbox_path, tran
 from gonka_poc.errors import OutboxFullError
 
 MAX_ARTIFACTS_PER_BATCH = 10_000
-# unless a single artifact is longer
-MAX_BODY_BYTES = 8 * 2**20
+MAX_BODY_BYTES = 8 * 2**20  # unless a single artifact is longer
 # upper bound of an artifact's JSON without its value, with room for the brackets around all artifacts
 BYTES_AROUND_VALUE = 64
-# free pages that an empty outbox keeps: room to write even if something else fills the disk
-MAX_FREE_PAGES = 16_384
+MAX_FREE_PAGES = 16_384  # free pages that an empty outbox keeps: room to write even if something else fills the disk
 MAX_ROUNDS = 100
 TO_SEND = "status IN ('open', 'pending')"
 DELETE_ROUND = "DELETE FROM round WHERE id = ?"
@@ -103,11 +101,8 @@ class Outbox:
     # --- rounds -------------------------------------------------------------------------------------------------
 
     def begin_round(self, url: str, fingerprint: str, ended: Collection[int] = ()) -> RoundCheckpoint:
-        """Begin a round for `url`, after the nonces of an equal one that no client ended, whatever else did.
-
-        `ended` are the ids of rounds that end before: the one that this takes the place of, and those that clients
-        ended. Raises OutboxFullError as `check_room`.
-        """
+        """Begin a round for `url`, after the nonces of an equal one that no client ended. Raises OutboxFullError as
+        `check_room`. `ended` are the ids of rounds that end before it."""
         self.check_room(url)
         with self._transaction():
             self._db.executemany(DELETE_ROUND, [(round_id,) for round_id in ended])
@@ -119,21 +114,17 @@ class Outbox:
                 )
                 assert cursor.lastrowid is not None
                 checkpoint = RoundCheckpoint(cursor.lastrowid, 0)
-            self._db.execute(
-                "DELETE FROM round WHERE id NOT IN (SELECT id FROM round ORDER BY updated_at DESC LIMIT ?)",
-                (MAX_ROUNDS,),
-            )
+            newest = "SELECT id FROM round ORDER BY updated_at DESC LIMIT ?"
+            self._db.execute(f"DELETE FROM round WHERE id NOT IN ({newest})", (MAX_ROUNDS,))
         return checkpoint
 
     def _claim_unfinished_round(self, fingerprint: str) -> RoundCheckpoint | None:
-        rows = self._db.execute(
-            "SELECT id, slot, done FROM round WHERE fingerprint = ? ORDER BY done DESC", (fingerprint,)
-        ).fetchall()
-        for round_id, slot, done in rows:
+        query = "SELECT id, slot, done FROM round WHERE fingerprint = ? ORDER BY done DESC"
+        for round_id, slot, done in self._db.execute(query, (fingerprint,)).fetchall():
             with self._slot.orphaned(slot) as is_free:  # one of this server has failed, or it would not begin again
                 if is_free:
-                    update, values = "slot = ?, updated_at = ?", (self._slot.number, time.time(), round_id)
-                    self._db.execute(f"UPDATE round SET {update} WHERE id = ?", values)
+                    values = (self._slot.number, time.time(), round_id)
+                    self._db.execute("UPDATE round SET slot = ?, updated_at = ? WHERE id = ?", values)
                     return RoundCheckpoint(round_id, done)
         return None
 
@@ -152,9 +143,7 @@ class Outbox:
         checkpoint: RoundCheckpoint | None = None,
     ) -> None:
         """Store artifacts for `{url}/generated`, and how far their round is with them; on disk when this returns.
-
-        Each is {"nonce", "vector_b64"}, or all are {"nonce", "dist"}: those of a threshold round.
-        """
+        Each is {"nonce", "vector_b64"}, or all are {"nonce", "dist"}: those of a threshold round."""
         payload, round_id = _json(envelope), checkpoint.round_id if checkpoint else None
         limit = _max_artifacts(payload, artifacts)
         self.requeue_kept(url)
@@ -162,10 +151,8 @@ class Outbox:
             for start in range(0, len(artifacts), limit):
                 self._add_part(url, payload, round_id, artifacts[start : start + limit], limit)
             if checkpoint is not None:  # a round that was ended meanwhile stays forgotten
-                self._db.execute(
-                    "UPDATE round SET done = ?, updated_at = ? WHERE id = ?",
-                    (checkpoint.done, time.time(), checkpoint.round_id),
-                )
+                values = (checkpoint.done, time.time(), round_id)
+                self._db.execute("UPDATE round SET done = ?, updated_at = ? WHERE id = ?", values)
             self._ensure_size_below(self._max_bytes)
 
     def _add_part(
@@ -270,19 +257,15 @@ class Outbox:
 
     def mark_kept(self, url: str) -> None:
         """Keep a receiver's batches, because its grace time is over: they are not sent before `requeue_kept`."""
+        query = f"UPDATE batch SET status = 'kept' WHERE slot = ? AND url = ? AND {TO_SEND}"
         with self._transaction():
-            self._db.execute(
-                f"UPDATE batch SET status = 'kept' WHERE slot = ? AND url = ? AND {TO_SEND}", (self._slot.number, url)
-            )
+            self._db.execute(query, (self._slot.number, url))
 
     # --- whose it is --------------------------------------------------------------------------------------------
 
     def requeue_kept(self, url: str | None = None) -> None:
-        """Make kept batches pending again: all of them, or those for `url`.
-
-        New work for a receiver begins with this, in a transaction of its own: where there is no room for the new, what
-        was kept has to go out all the same, or there would never be any.
-        """
+        """Make kept batches pending again, all or those for `url`. New work begins with it, in its own transaction:
+        where there is no room for it, what was kept has to go out all the same, or there would never be any."""
         mine = self._slot.number
         # two statements: with the address in it, SQLite finds the rows by an index
         query, values = (REQUEUE_KEPT, (mine,)) if url is None else (f"{REQUEUE_KEPT} AND url = ?", (mine, url))
@@ -333,10 +316,7 @@ def _max_artifacts(payload: str, artifacts: Sequence[dict[str, Any]]) -> int:
 
 
 def _generated_body(payload: str, rows: list[tuple[int, Any]]) -> bytes:
-    """The envelope with its artifacts: vectors beside their nonces, distances in a list of their own.
-
-    Joined from small pieces: a single call of `json` would hold the GIL, and with it the event loop, to its end.
-    """
+    """Joined from small pieces: a single call of `json` would hold the GIL, and with it the event loop, to its end."""
     envelope = payload[:-1] + ("," if len(payload) > 2 else "")
     if isinstance(rows[0][1], float):
         nonces, distances = zip(*rows, strict=True)

@@ -24,10 +24,8 @@ class OutboxThread:
     """One thread, which runs the methods of one outbox one after another."""
 
     def __init__(self, outbox: Outbox, sleep: Callable[[float], Awaitable[None]]) -> None:
-        self.problem: str | None = None
-        """Why the outbox takes nothing now; None if it does."""
-        self.counts = outbox.counts()
-        """What is in the outbox, as of the last time that it was used."""
+        self.problem: str | None = None  # why the outbox takes nothing now
+        self.counts = outbox.counts()  # as of the last time that it was used
         self._outbox = outbox
         self._sleep = sleep
         self._executor = ThreadPoolExecutor(1, "poc-outbox")
@@ -52,9 +50,7 @@ class OutboxThread:
 
     async def run(self, operation: Callable[..., T], *args: Any, give_up: Callable[[], bool] | None = None) -> T:
         """Run a method of the outbox; where there is no room, or the file cannot be used now, again and again.
-
-        Raises OutboxFullError once `give_up` says so, or what that raises.
-        """
+        Raises OutboxFullError once `give_up` says so, or what that raises."""
         waits = False
         try:
             while True:

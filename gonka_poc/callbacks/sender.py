@@ -96,10 +96,7 @@ class CallbackSender:
         give_up: Callable[[], bool] | None = None,
     ) -> None:
         """Store artifacts for `{url}/generated`, and how far their round is with them. Returns when that is durable.
-
-        Those of one round travel together. Waits for room where there is none; raises OutboxFullError once `give_up`
-        says so, or what that raises.
-        """
+        Waits for room where there is none; raises OutboxFullError once `give_up` says so, or what that raises."""
         if artifacts or checkpoint is not None:
             await self._thread.add(self._outbox.add_artifacts, url, envelope, artifacts, checkpoint, give_up=give_up)
         if artifacts:
@@ -123,10 +120,7 @@ class CallbackSender:
                 self._extend_grace(url)
 
     async def close(self) -> None:
-        """Try once more to deliver what is left, for as long as one receiver may take, then end.
-
-        What fails is logged, and what comes after it is done all the same.
-        """
+        """Try once more to deliver what is left, then end; what fails is logged, and the rest is done all the same."""
         if self._closed:
             return
         self._closed = True
@@ -149,8 +143,7 @@ class CallbackSender:
             await _cancel_all(tries)
 
     async def _watch(self) -> None:
-        """Find what there is to send without an addition: batches of a server that ended, those that `gonka-poc outbox
-        retry` revives, and those that new work revives for which there is no room."""
+        """Find what there is to send without an addition: of servers that ended, and what was kept or parked."""
         requeued = False
         while True:
             try:
@@ -168,8 +161,6 @@ class CallbackSender:
             except Exception as error:
                 self._thread.record_problem(error)
             await self._sleep(self._settings.callback_interval_sec)
-
-    # --- the receivers ------------------------------------------------------------------------------------------
 
     def _extend_grace(self, url: str) -> None:
         self._deadlines[url] = self._clock() + self._settings.outbox_grace_sec
@@ -213,9 +204,8 @@ class CallbackSender:
             if self._grace_is_over(url):
                 await self._thread.run(self._outbox.mark_kept, url)
                 if self._grace_is_over(url):
-                    logger.warning(
-                        "PoC: callbacks to %a are kept for the next start, or `gonka-poc outbox retry`", shown_url(url)
-                    )
+                    text = "PoC: callbacks to %a are kept for the next start, or `gonka-poc outbox retry`"
+                    logger.warning(text, shown_url(url))
                     return
                 # something was added while it was written, and kept as well
                 await self._thread.run(self._outbox.requeue_kept, url)
@@ -258,9 +248,8 @@ class CallbackSender:
 
     def _pause(self, failures: int) -> float:
         interval = self._settings.callback_interval_sec
-        if failures == 0:
-            return interval
-        return min(max(MAX_BACKOFF_SEC, interval), interval * 2 ** min(failures, 16)) * random.uniform(0.5, 1.0)
+        longest = max(MAX_BACKOFF_SEC, interval)
+        return min(longest, interval * 2 ** min(failures, 16)) * random.uniform(0.5, 1.0) if failures else interval
 
 
 async def _cancel_all(tasks: Sequence[asyncio.Task[Any]]) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 NOT_OF_A_ROUND = ("batch_size", "fraud_threshold", "use_sign_flips", "use_layer_hooks")
 
 
+@dataclass(eq=False, repr=False)
 class Delivery:
     """Stores results for `url`, with the fields of `envelope`; without a URL it stores nothing.
 
@@ -39,78 +41,69 @@ class Delivery:
     server that shuts down loses its engine first, and is closed only when no request waits.
     """
 
-    def __init__(
-        self,
-        sender: CallbackSender,
-        url: str | None,
-        envelope: dict[str, Any],
-        ensure_engine_alive: Callable[[], None],
-        checkpoint: RoundCheckpoint | None = None,
-        grace_sec: float = 0.0,
-    ) -> None:
-        self.checkpoint = checkpoint
-        self._sender = sender
-        self._url = url
-        self._envelope = envelope
-        self._ensure_engine_alive = ensure_engine_alive
-        self._grace_sec = grace_sec
-        self._deadline = math.inf
-        self._forgotten = False
+    sender: CallbackSender
+    url: str | None
+    envelope: dict[str, Any]
+    ensure_engine_alive: Callable[[], None]
+    checkpoint: RoundCheckpoint | None = None
+    grace_sec: float = 0.0
+    _deadline: float = math.inf
+    _forgotten: bool = False
 
     async def store_batch(self, result: BatchResult) -> None:
         """Store a round's vectors, or its valid distances, and advance its checkpoint."""
-        if self._url is None or self.checkpoint is None:
+        if self.url is None or self.checkpoint is None:
             return
         artifacts: list[dict[str, Any]]
-        if "r_target" in self._envelope:
-            valid = valid_distances(result, self._envelope["r_target"])
+        if "r_target" in self.envelope:
+            valid = valid_distances(result, self.envelope["r_target"])
             artifacts = [{"nonce": nonce, "dist": distance} for nonce, distance in valid.items()]
         else:
             artifacts = [{"nonce": nonce, "vector_b64": encode_vector(v)} for nonce, v in result.values.items()]
         done = self.checkpoint.done + len(result.values) + len(result.not_computed_nonces)
         advanced = RoundCheckpoint(self.checkpoint.round_id, done)
-        await self._sender.add_artifacts(self._url, self._envelope, artifacts, advanced, give_up=self._is_over)
+        await self.sender.add_artifacts(self.url, self.envelope, artifacts, advanced, give_up=self._is_over)
         self.checkpoint = advanced
 
     async def store_answer(self, answer: Completed) -> None:
         """Store the answer to a queued request."""
-        if self._url is None:
+        if self.url is None:
             return
         if isinstance(answer, ArtifactsAnswer):
-            envelope = {**self._envelope, "encoding": answer.encoding.model_dump(), "request_id": answer.request_id}
+            envelope = {**self.envelope, "encoding": answer.encoding.model_dump(), "request_id": answer.request_id}
             artifacts = await asyncio.to_thread(lambda: [item.model_dump() for item in answer.artifacts])
-            await self._sender.add_artifacts(self._url, envelope, artifacts, give_up=self._is_over)
+            await self.sender.add_artifacts(self.url, envelope, artifacts, give_up=self._is_over)
         else:
-            payload = {**self._envelope, **answer.model_dump(exclude={"status"})}
-            await self._sender.add_validated(self._url, payload, self._is_over)
+            payload = {**self.envelope, **answer.model_dump(exclude={"status"})}
+            await self.sender.add_validated(self.url, payload, self._is_over)
 
     async def store_verdict(self, verdict: BaseModel) -> None:
         """Store the verdict on a proof."""
-        if self._url is not None:
-            await self._sender.add_validated(self._url, verdict.model_dump(mode="json"), self._is_over)
+        if self.url is not None:
+            await self.sender.add_validated(self.url, verdict.model_dump(mode="json"), self._is_over)
 
     def expire(self) -> None:
         """The round or request has ended: wait for room no longer than the grace time from now."""
-        self._deadline = min(self._deadline, time.monotonic() + self._grace_sec)
+        self._deadline = min(self._deadline, time.monotonic() + self.grace_sec)
 
     async def forget(self) -> None:
         """Drop the checkpoint: an equal round begins with its first nonce."""
         if self.checkpoint is not None and not self._forgotten:
             self._forgotten = True
-            await self._sender.end_round(self.checkpoint.round_id)
+            await self.sender.end_round(self.checkpoint.round_id)
 
     def hold(self) -> None:
         """Stop the receiver's grace time, until `unhold`."""
-        if self._url is not None:
-            self._sender.hold(self._url)
+        if self.url is not None:
+            self.sender.hold(self.url)
 
     def unhold(self) -> None:
         """Let the receiver's grace time run."""
-        if self._url is not None:
-            self._sender.unhold(self._url)
+        if self.url is not None:
+            self.sender.unhold(self.url)
 
     def _is_over(self) -> bool:
-        self._ensure_engine_alive()
+        self.ensure_engine_alive()
         return time.monotonic() >= self._deadline
 
 

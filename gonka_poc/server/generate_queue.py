@@ -29,31 +29,27 @@ from gonka_poc.data import (
     vector_chars,
 )
 from gonka_poc.errors import NotFoundError, PoCError
+from gonka_poc.server.delivery import Delivery
 from gonka_poc.server.job_queue import MAX_JOBS, Job, JobQueue
-from gonka_poc.server.protocols import JobDelivery, Manager
+from gonka_poc.server.protocols import Manager
 from gonka_poc.validation import validate_artifacts
 
 logger = logging.getLogger("vllm.gonka_poc.queue")
 
-# a nonce counts once per this many values of its vector
-K_DIM_PER_COUNT = 32
-# most characters that a nonce takes in an answer, per count
-CHARS_PER_COUNT = 160
-# overhead of a finished answer
-BYTES_PER_RESULT = 1024
+K_DIM_PER_COUNT = 32  # a nonce counts once per this many values of its vector
+CHARS_PER_COUNT = 160  # most characters that a nonce takes in an answer, per count
+BYTES_PER_RESULT = 1024  # overhead of a finished answer
 DROP_WARNING_SEC = 60.0
 COMPLETED: TypeAdapter[Completed] = TypeAdapter(Completed)
 
 
 class GenerateJob(Job):
     """One accepted request; its outcome is its answer, and `body` the same as JSON.
-
-    `received` are the vectors to validate (base64 by nonce), instead of `request.validation`; None if there are none.
-    """
+    `received` are the vectors to validate (base64 by nonce); None if there are none."""
 
     outcome: asyncio.Future[Completed]
 
-    def __init__(self, request: GenerateRequest, delivery: JobDelivery) -> None:
+    def __init__(self, request: GenerateRequest, delivery: Delivery) -> None:
         weight = -(-request.params.k_dim // K_DIM_PER_COUNT)
         super().__init__(request.spec, request.nonces, request.batch_size, delivery, weight)
         # without the objects of the received vectors, which take several times as much as their texts
@@ -66,10 +62,7 @@ class GenerateJob(Job):
 
 
 class Results(TTLCache[str, bytes]):
-    """Answers by request id, each for `ttl` seconds; the oldest are dropped sooner where they take too much room.
-
-    There is room for the longest answers of `max_nonces` nonces.
-    """
+    """Answers by request id, each for `ttl` seconds; the oldest go sooner where room for `max_nonces` nonces ends."""
 
     def __init__(self, max_nonces: int, ttl: float, timer: Callable[[], float] = time.monotonic) -> None:
         size = max_nonces * CHARS_PER_COUNT + MAX_JOBS * BYTES_PER_RESULT
@@ -82,10 +75,8 @@ class Results(TTLCache[str, bytes]):
         item = super().popitem()
         self._num_dropped += 1
         if self.timer() >= self._next_warning:
-            logger.warning(
-                "PoC: %d finished results dropped before POC_RESULT_TTL_SEC had passed, to make room for newer ones",
-                self._num_dropped,
-            )
+            text = "PoC: %d finished results dropped before POC_RESULT_TTL_SEC had passed, to make room for newer ones"
+            logger.warning(text, self._num_dropped)
             self._num_dropped, self._next_warning = 0, self.timer() + DROP_WARNING_SEC
         return item
 
@@ -100,26 +91,21 @@ class GenerateQueue(JobQueue):
         self._no_round = no_round
         self._finished = Results(settings.max_queued_nonces, settings.result_ttl_sec)
 
-    def submit(self, request: GenerateRequest, delivery: JobDelivery) -> GenerateJob:
+    def submit(self, request: GenerateRequest, delivery: Delivery) -> GenerateJob:
         """Accept a request. Raises QueueFullError where it would take the queue over its limit."""
         job = GenerateJob(request, delivery)
         self._add(job)
         return job
 
     def poll(self, request_id: str) -> PendingAnswer | bytes:
-        """The state of a request, or its answer (Completed or FailedAnswer) as JSON.
-
-        Raises NotFoundError for one that is unknown or has expired.
-        """
+        """The state of a request, or its answer as JSON. Raises NotFoundError for one that is unknown or expired."""
         job = self._pending.get(request_id)
         if job is not None:
             return PendingAnswer(status=job.state, request_id=request_id)
         finished = self._finished.get(request_id)
         if finished is None:
-            raise NotFoundError(
-                f"no request {request_id!r}: unknown, or finished more than {self._settings.result_ttl_sec:g} s ago, "
-                "or before very many others"
-            )
+            ago = f"{self._settings.result_ttl_sec:g} s ago, or before very many others"
+            raise NotFoundError(f"no request {request_id!r}: unknown, or finished more than {ago}")
         return finished
 
     async def _wait_for_turn(self) -> None:

@@ -1,7 +1,9 @@
-"""TokenGate and BodyLimit: ASGI applications that refuse requests before another application sees them."""
+"""TokenGate and BodyLimit: ASGI applications that refuse HTTP requests before another application sees them."""
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 from collections.abc import Mapping
 
 from starlette.datastructures import Headers
@@ -9,11 +11,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gonka_poc.access import BearerToken
 from gonka_poc.errors import BodyTooLargeError, PoCError, RequestError, UnauthorizedError
 
-# how much of a body that is too large is read, and thrown away, so that its sender sees the answer
-DRAIN_FACTOR = 16
+DRAIN_FACTOR = 16  # how much of a body that is too large is read, and thrown away, so that its sender sees the answer
 
 
 class TokenGate:
@@ -21,20 +21,29 @@ class TokenGate:
 
     def __init__(self, app: ASGIApp, token: str | None, open_path: str) -> None:
         self._app = app
-        self._token = None if token is None else BearerToken(token)
+        self._digest = None if token is None else _digest(token.encode())
         self._open_path = open_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not self._may_pass(scope):
+        if self._may_pass(scope):
+            await self._app(scope, receive, send)
+        else:
             error = UnauthorizedError("this server asks for its POC_API_TOKEN as a bearer token")
             await error_response(error, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
 
     def _may_pass(self, scope: Scope) -> bool:
-        if self._token is None or (scope["method"] == "GET" and path_of(scope) == self._open_path):
+        if self._digest is None or (scope["method"] == "GET" and path_of(scope) == self._open_path):
             return True
-        return self._token.matches([value for name, value in scope["headers"] if name == b"authorization"])
+        headers = [value for name, value in scope["headers"] if name == b"authorization"]
+        if len(headers) != 1:
+            return False
+        scheme, _, shown = headers[0].strip().partition(b" ")
+        # only digests are compared, in constant time
+        return hmac.compare_digest(_digest(shown.strip()), self._digest) and scheme.lower() == b"bearer"
+
+
+def _digest(token: bytes) -> bytes:
+    return hashlib.sha256(token).digest()
 
 
 class BodyLimit:
@@ -43,22 +52,16 @@ class BodyLimit:
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._refusal = f"the body is over {max_bytes} bytes (POC_MAX_BODY_BYTES); send fewer nonces per request"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
         try:
             if _declared_length(scope) > self._max_bytes:
                 await _drain(receive, DRAIN_FACTOR * self._max_bytes)
-                raise self._too_large()
+                raise BodyTooLargeError(self._refusal)
         except PoCError as error:
             return await error_response(error)(scope, receive, send)
         await self._app(scope, self._limited(receive), send)
-
-    def _too_large(self) -> BodyTooLargeError:
-        return BodyTooLargeError(
-            f"the body is over {self._max_bytes} bytes (POC_MAX_BODY_BYTES); send fewer nonces per request"
-        )
 
     def _limited(self, receive: Receive) -> Receive:
         """`receive` that stops a body without a declared length at the limit."""
@@ -69,9 +72,8 @@ class BodyLimit:
             message = await receive()
             size += len(message.get("body", b""))
             if size > self._max_bytes:
-                error = self._too_large()
                 # FastAPI hands an HTTPException on; any other exception while it reads a body becomes a 400
-                raise HTTPException(status_code=error.http_status, detail=str(error))
+                raise HTTPException(BodyTooLargeError.http_status, self._refusal)
             return message
 
         return receive_limited
@@ -94,8 +96,7 @@ async def _drain(receive: Receive, limit: int) -> None:
 
 def path_of(scope: Scope) -> str:
     """The path of a request, below where the server is mounted."""
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
 
 
 def error_response(error: PoCError, headers: Mapping[str, str] | None = None) -> JSONResponse:

@@ -11,23 +11,20 @@ from typing import Any, ClassVar, Literal
 from gonka_poc.config import Settings
 from gonka_poc.data import BatchResult, Spec
 from gonka_poc.errors import ConflictError, PoCError, QueueFullError, printable
-from gonka_poc.server.protocols import JobDelivery, Manager
+from gonka_poc.server.delivery import Delivery
+from gonka_poc.server.protocols import Manager
 
 logger = logging.getLogger("vllm.gonka_poc.queue")
 
-# a job of one nonce takes kilobytes, which a limit of nonces alone would not see
-MAX_JOBS = 1000
+MAX_JOBS = 1000  # a job of one nonce takes kilobytes, which a limit of nonces alone would not see
 
 
 class Job(ABC):
-    """Nonces to compute. `outcome` ends with what is made of their values, or with the PoCError that ended the job.
-
-    Each nonce counts as `nonce_weight` of the queue's limit. The job is running once the workers were given its first
-    micro-batch. `delivery` takes the outcome to the request's receiver. Its `str` is its name in the log.
-    """
+    """Nonces to compute, each of which counts as `nonce_weight` of the queue's limit. Its `str` is its name in the log.
+    `outcome` ends with what is made of their values, or a PoCError; `delivery` takes it to the request's receiver."""
 
     def __init__(
-        self, spec: Spec, nonces: list[int], batch_size: int, delivery: JobDelivery, nonce_weight: int = 1
+        self, spec: Spec, nonces: list[int], batch_size: int, delivery: Delivery, nonce_weight: int = 1
     ) -> None:
         self.request_id = str(uuid.uuid4())
         self.spec = spec
@@ -94,10 +91,8 @@ class JobQueue(ABC):
                 "(POC_MAX_QUEUED_NONCES); send fewer, or later"
             )
         if len(self._pending) >= MAX_JOBS:
-            raise QueueFullError(
-                f"{len(self._pending)} requests have not ended, the most there may be; send more nonces per request, "
-                "or later"
-            )
+            text = f"{len(self._pending)} requests have not ended, the most there may be"
+            raise QueueFullError(f"{text}; send more nonces per request, or later")
         self._pending[job.request_id] = job
         self.queued_nonces += job.weight
         if self._worker is None or self._worker.done():
@@ -127,9 +122,8 @@ class JobQueue(ABC):
                 break
             size = min(job.batch_size, self._manager.micro_batch_size(job.spec.seq_len))
             nonces = job.nonces[done : done + size]
-            next_nonces = job.nonces[done + size : done + 2 * size]
             job.state = "running"
-            result = await self._manager.compute(job.spec, nonces, next_nonces)
+            result = await self._manager.compute(job.spec, nonces, job.nonces[done + size : done + 2 * size])
             if result is None:
                 if not done:  # chat goes first
                     job.state = "queued"

@@ -1,13 +1,11 @@
-"""Interfaces of the parts that rounds and queues are given."""
+"""The interface of the manager that rounds and queues are given."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol
 
-from pydantic import BaseModel
-
-from gonka_poc.data import BatchResult, Completed, Params, Spec
+from gonka_poc.data import BatchResult, Params, Spec
 
 
 class Manager(Protocol):
@@ -33,16 +31,3 @@ class Manager(Protocol):
 
     async def release(self) -> None:
         """Let the workers drop what they keep between batches."""
-
-
-class JobDelivery(Protocol):
-    """Takes the outcome of a queued request to its receiver; Delivery is one."""
-
-    async def store_answer(self, answer: Completed) -> None:
-        """Store the answer to a request for nonces."""
-
-    async def store_verdict(self, verdict: BaseModel) -> None:
-        """Store the verdict on a proof."""
-
-    def expire(self) -> None:
-        """The request has ended."""

@@ -24,11 +24,8 @@ class RoundSlot:
         self._delivery: Delivery | None = None
         self._phase: Phase = "IDLE"
         self._held: Delivery | None = None
-        self.no_round = asyncio.Event()
-        """Set while no round generates."""
+        self.no_round = asyncio.Event()  # set while no round generates
         self.no_round.set()
-
-    # -- changes --
 
     def put(self, new: Round, delivery: Delivery, phase: Phase) -> None:
         """Start a round in `phase`, in place of one that does not generate."""
@@ -81,8 +78,6 @@ class RoundSlot:
                 held.unhold()
             if self._held is not None:
                 self._held.hold()
-
-    # -- questions --
 
     @property
     def generating(self) -> bool:

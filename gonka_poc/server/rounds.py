@@ -24,11 +24,8 @@ MAX_EMPTY_BATCHES = 3
 
 
 class Round(ABC):
-    """Goes through a node's nonces in order, from `start()` on; `deliver` takes each batch.
-
-    A nonce is done when `deliver` has returned; a batch that chat displaced is tried again with the same nonces.
-    The first `start` of them were done before: by a round that lost its server.
-    """
+    """Goes through a node's nonces in order, from `start()` on. They are done when `deliver` has taken them; the first
+    `start` of them were done before, by a round that lost its server."""
 
     END_STATE: ClassVar[State] = "IDLE"
 
@@ -52,8 +49,7 @@ class Round(ABC):
         self._stopping = False
         self._running = asyncio.Event()
         self._running.set()
-        self._failures = 0
-        self._empty_batches = 0
+        self._failures = self._empty_batches = 0
 
     def start(self) -> asyncio.Task[None]:
         """Begin to generate; the task ends with the round."""
@@ -82,13 +78,7 @@ class Round(ABC):
     def status(self, state: State, problem: str | None) -> StatusAnswer:
         """GET /status; `problem` says why the outbox takes nothing now."""
 
-    @property
-    @abstractmethod
-    def config(self) -> RoundConfig:
-        """The round as /status shows it."""
-
     def _count(self, result: BatchResult) -> None:
-        """Count a batch that was delivered."""
         self.done += len(result.values) + len(result.not_computed_nonces)
 
     @property
@@ -103,12 +93,8 @@ class Round(ABC):
 
     async def _run(self) -> None:
         request = self.request
-        logger.info(
-            "PoC round started: node %d of %d, block height %d",
-            request.node_id,
-            request.node_count,
-            request.block_height,
-        )
+        node = f"node {request.node_id} of {request.node_count}"
+        logger.info("PoC round started: %s, block height %d", node, request.block_height)
         if self._first:
             logger.info("PoC round goes on after %d nonces that an earlier server computed", self._first)
         next_report = self._started + REPORT_INTERVAL_SEC
@@ -125,12 +111,9 @@ class Round(ABC):
         except PoCError as error:
             self.error = str(error)
             # a server that shuts down can lose its engine before a batch ends
-            level, end = (
-                (logging.ERROR, "failed")
-                if not self._stopping
-                else (logging.WARNING, "stopped, its last batch failed,")
-            )
-            logger.log(level, "PoC round %s after %d nonces: %s", end, self.done, printable(self.error))
+            log = logger.warning if self._stopping else logger.error
+            end = "stopped, its last batch failed," if self._stopping else "failed"
+            log("PoC round %s after %d nonces: %s", end, self.done, printable(self.error))
         except Exception as error:
             self.error = f"{type(error).__name__}: {error}"
             logger.exception("PoC round failed after %d nonces", self.done)
@@ -183,6 +166,5 @@ class GenerateRound(Round):
     @property
     def config(self) -> RoundConfig:
         """The round as /status shows it."""
-        request, params = self.request, self.request.params
-        fields = request.model_dump(include=set(RoundConfig.model_fields))
+        params, fields = self.request.params, self.request.model_dump(include=set(RoundConfig.model_fields))
         return RoundConfig(**fields, seq_len=params.seq_len, k_dim=params.k_dim)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-from gonka_poc.callbacks.outbox import RoundCheckpoint, most_bytes
+from gonka_poc.callbacks.outbox import most_bytes
 from gonka_poc.callbacks.sender import CallbackSender
 from gonka_poc.config import Settings
 from gonka_poc.data import GenerateRequest, InitGenerateRequest, StatusAnswer, StoppedWork, vector_chars
@@ -28,59 +29,42 @@ STOPPED = "stopped by POST /stop"
 REPLACED = "another round was set"
 
 
+@dataclass(eq=False, repr=False)
 class PoCService:
     """The API of one server. Its parts hold what changes; `build_app` makes them."""
 
-    def __init__(
-        self,
-        manager: Manager,
-        settings: Settings,
-        metrics: Metrics,
-        callbacks: CallbackSender,
-        slot: RoundSlot,
-        queue: GenerateQueue,
-        proofs: ProofQueue,
-        background: BackgroundTasks,
-    ) -> None:
-        self.settings = settings
-        self.metrics = metrics
-        self.callbacks = callbacks
-        self.slot = slot
-        self.queue = queue
-        self.proofs = proofs
-        self._manager = manager
-        self._background = background
+    _manager: Manager
+    settings: Settings
+    metrics: Metrics
+    callbacks: CallbackSender
+    slot: RoundSlot
+    queue: GenerateQueue
+    proofs: ProofQueue
+    _background: BackgroundTasks
+
+    def __post_init__(self) -> None:
         self._starting = asyncio.Lock()
         self._num_stops = 0
 
     async def prepare(self) -> None:
         """Reach the workers and warm them up, before there is chat that would wait for it.
-
-        What stands against proof here is only logged: the first request for proof is refused with it.
-        """
+        What stands against proof is only logged: the first request for proof is refused with it."""
         try:
             await self._manager.prepare()
         except PoCError as error:
             logger.warning("PoC is not ready: %s", printable(str(error)))
 
-    # -- rounds --
-
     async def init_generate(self, request: InitGenerateRequest) -> None:
-        """Start a round of artifacts.
-
-        Raises ConflictError if one runs, RequestError for a refused callback URL, OutboxFullError, and what
-        PoCManagerV1.check raises.
-        """
+        """Start a round of artifacts. Raises ConflictError if one runs, RequestError for a refused callback URL,
+        OutboxFullError, and what PoCManagerV1.check raises."""
         async with self._starting:
             delivery, start = await self._begin_round(request, lambda: self._manager.check(request.params))
             current = GenerateRound(self._manager, request, delivery.store_batch, self.settings, start)
             self.slot.put(current, delivery, "GENERATING")
 
     async def init_threshold(self, request: ThresholdRequest, phase: Phase) -> None:
-        """Set a threshold round, in `phase`.
-
-        Raises RequestError where it cannot generate but is to, and what `init_generate` raises.
-        """
+        """Set a threshold round in `phase`. Raises RequestError where it cannot generate but is to, and what
+        `init_generate` raises."""
         async with self._starting:
             if phase == "GENERATING":
                 _check_can_generate(request)
@@ -91,10 +75,7 @@ class PoCService:
     async def _begin_round(
         self, request: InitGenerateRequest | ThresholdRequest, check: Callable[[], Awaitable[None]]
     ) -> tuple[Delivery, int]:
-        """The delivery of a new round, and how many of its nonces are done.
-
-        Refuses a round that cannot start now. Nothing is awaited after its last check.
-        """
+        """The delivery of a round, and how many of its nonces are done; nothing is awaited after its last check."""
         if request.url is not None:
             self.settings.callback_rules.check_url(request.url)
         if self.slot.generating:
@@ -104,8 +85,8 @@ class PoCService:
         if request.url is not None:
             # a round that is set and has not failed was not ended yet: the new one takes its place
             checkpoint = await self.callbacks.begin_round(request.url, fingerprint(request), self.slot.checkpoint_id)
-        grace_sec = self.settings.outbox_grace_sec
-        delivery = self._delivery(request.url, round_envelope(request), checkpoint, grace_sec)
+        envelope, grace_sec = round_envelope(request), self.settings.outbox_grace_sec
+        delivery = Delivery(self.callbacks, request.url, envelope, self.ensure_engine_alive, checkpoint, grace_sec)
         if self._num_stops != num_stops:
             self._background.add(delivery.forget())
             raise ConflictError(f"{STOPPED} before it began")
@@ -129,13 +110,8 @@ class PoCService:
             raise RequestError(f"the threshold round has ended ({why}); POST /api/v1/pow/init sets another")
         return current
 
-    # -- queues --
-
     async def validate(self, proof: ProofBatch) -> ProofJob:
-        """Queue a proof.
-
-        Raises RequestError where it is not of the round that is set, QueueFullError and OutboxFullError.
-        """
+        """Queue a proof. Raises RequestError where it is not of the round set, QueueFullError and OutboxFullError."""
         current = self._threshold_round()
         request = current.request
         for name in ("block_hash", "block_height"):
@@ -146,14 +122,12 @@ class PoCService:
             await self.callbacks.check_room(request.url)
             if self._threshold_round() is not current:
                 raise ConflictError(REPLACED)
-        return self.proofs.submit(current, proof, self._delivery(request.url, {}))
+        delivery = Delivery(self.callbacks, request.url, {}, self.ensure_engine_alive)
+        return self.proofs.submit(current, proof, delivery)
 
     async def submit(self, request: GenerateRequest) -> GenerateJob:
-        """Queue a request for given nonces.
-
-        Raises RequestError (callback URL refused, nonce sets differ), QueueFullError, OutboxFullError, and what
-        PoCManagerV1.check raises.
-        """
+        """Queue a request for given nonces. Raises RequestError (callback URL refused, nonce sets differ),
+        QueueFullError, OutboxFullError, and what PoCManagerV1.check raises."""
         if request.url is not None:
             self.settings.callback_rules.check_url(request.url)
         _check_same_nonces(request)
@@ -162,7 +136,8 @@ class PoCService:
         if url is not None:
             self._check_size(request)
             await self.callbacks.check_room(url)
-        return self.queue.submit(request, self._delivery(url, identity(request)))
+        delivery = Delivery(self.callbacks, url, identity(request), self.ensure_engine_alive)
+        return self.queue.submit(request, delivery)
 
     def _check_size(self, request: GenerateRequest) -> None:
         """Refuse a request whose callback would wait for ever for room. Raises RequestError."""
@@ -173,17 +148,6 @@ class PoCService:
                 f"the callback of {len(request.nonces)} nonces may take {size} bytes of the outbox, which has {limit} "
                 "(POC_OUTBOX_MAX_BYTES); send fewer nonces per request"
             )
-
-    def _delivery(
-        self,
-        url: str | None,
-        envelope: dict[str, Any],
-        checkpoint: RoundCheckpoint | None = None,
-        grace_sec: float = 0.0,
-    ) -> Delivery:
-        return Delivery(self.callbacks, url, envelope, self.ensure_engine_alive, checkpoint, grace_sec)
-
-    # -- state --
 
     def ensure_engine_alive(self) -> None:
         """Raise EngineUnavailableError where the engine is gone for good."""
@@ -197,8 +161,6 @@ class PoCService:
     def status(self) -> StatusAnswer:
         """The round that is set, or IDLE; and what keeps the outbox from taking more, or ended the last round."""
         return self.slot.status(self.callbacks.problem)
-
-    # -- the end --
 
     def stop(self) -> StoppedWork:
         """End the round and drop queued requests, also a round that is about to start; what was computed is still
@@ -215,10 +177,7 @@ class PoCService:
         return self.slot.stop(), self.queue.clear(STOPPED) + self.proofs.clear(STOPPED)
 
     async def close(self) -> None:
-        """End everything, delivering what can be delivered now. The round is one that the next server goes on with.
-
-        A part that cannot be closed is logged, and the next one is closed.
-        """
+        """End everything, delivering what can be delivered now; a part that cannot be closed is logged."""
         self._stop()
         for part in (self.queue, self.proofs, self._background, self.callbacks):
             try:
@@ -236,9 +195,6 @@ def _check_same_nonces(request: GenerateRequest) -> None:
     if request.validation is None:
         return
     received = {artifact.nonce for artifact in request.validation.artifacts}
-    wrong = sorted(received.symmetric_difference(request.nonces))
-    if wrong:
-        raise RequestError(
-            f"the nonces of validation.artifacts must be the same set as nonces; {len(wrong)} differ, "
-            f"the first is {wrong[0]}"
-        )
+    if wrong := sorted(received.symmetric_difference(request.nonces)):
+        differ = f"{len(wrong)} differ, the first is {wrong[0]}"
+        raise RequestError(f"the nonces of validation.artifacts must be the same set as nonces; {differ}")

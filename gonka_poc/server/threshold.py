@@ -6,13 +6,12 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
-from gonka_poc.config import Settings
 from gonka_poc.data import BatchResult, State
+from gonka_poc.server.delivery import Delivery
 from gonka_poc.server.job_queue import Job, JobQueue
-from gonka_poc.server.protocols import JobDelivery, Manager
 from gonka_poc.server.rounds import Round
 from gonka_poc.threshold_data import (
     ProofBatch,
@@ -84,21 +83,12 @@ class ThresholdRound(Round):
     END_STATE = "STOPPED"
 
     request: ThresholdRequest
-
-    def __init__(
-        self,
-        manager: Manager,
-        request: ThresholdRequest,
-        deliver: Callable[[BatchResult], Awaitable[None]],
-        settings: Settings,
-        start: int = 0,
-    ) -> None:
-        super().__init__(manager, request, deliver, settings, start)
-        self.progress = PoCStats()
-        self._running.clear()
+    progress: PoCStats
 
     def start(self) -> asyncio.Task[None]:
-        """Begin in the present phase; the task ends with the round."""
+        """Begin, paused; the task ends with the round."""
+        self.progress = PoCStats()
+        self.pause()
         task = super().start()
         task.add_done_callback(lambda _: self.progress.pause())
         return task
@@ -114,21 +104,16 @@ class ThresholdRound(Round):
         self.progress.resume()
 
     @property
-    def config(self) -> ThresholdConfig:
-        """The round as /status shows it."""
-        fields = self.request.model_dump(include=set(ThresholdConfig.model_fields))
-        return ThresholdConfig(**fields, group_id=0, n_groups=1, k_dim=None)
-
-    @property
     def _seconds(self) -> float:
         return self.progress.elapsed
 
     def status(self, state: State, problem: str | None) -> ThresholdStatusAnswer:
         """GET /status; `problem` is what keeps the server from storing what it computes."""
         progress = self.progress
+        fields = self.request.model_dump(include=set(ThresholdConfig.model_fields))
         return ThresholdStatusAnswer(
             status=state,
-            config=self.config,
+            config=ThresholdConfig(**fields, group_id=0, n_groups=1, k_dim=None),
             stats=self.stats,
             error=problem or self.error,
             state=state,
@@ -154,7 +139,7 @@ class ProofJob(Job):
 
     outcome: asyncio.Future[ProofVerdict]
 
-    def __init__(self, current: ThresholdRound, proof: ProofBatch, delivery: JobDelivery) -> None:
+    def __init__(self, current: ThresholdRound, proof: ProofBatch, delivery: Delivery) -> None:
         super().__init__(current.request.spec_of(proof.public_key), proof.nonces, current.request.batch_size, delivery)
         self.round = current
         self.proof = proof
@@ -168,7 +153,7 @@ class ProofQueue(JobQueue):
 
     WAITING = "wait for validation"
 
-    def submit(self, current: ThresholdRound, proof: ProofBatch, delivery: JobDelivery) -> ProofJob:
+    def submit(self, current: ThresholdRound, proof: ProofBatch, delivery: Delivery) -> ProofJob:
         """Accept a proof. Raises QueueFullError where it would take the proofs that wait over their limit."""
         job = ProofJob(current, proof, delivery)
         self._add(job)
