@@ -90,10 +90,7 @@ class CompiledReflections:
     """
 
     def __init__(
-        self,
-        layers: Mapping[int, nn.Module],
-        vectors: Mapping[int, torch.Tensor],
-        run: Callable[..., Any],
+        self, layers: Mapping[int, nn.Module], vectors: Mapping[int, torch.Tensor], run: Callable[..., Any]
     ) -> None:
         replaced = [index for index, layer in layers.items() if "forward" in vars(layer)]
         if replaced:

@@ -213,10 +213,7 @@ class Projection(NamedTuple):
 
 def nonce_projection(keys: NonceKeys, hidden_size: int, k_dim: int, device: Device = None) -> Projection:
     """The projection of each nonce, to be made before its hidden state."""
-    return Projection(
-        pick_indices(keys, hidden_size, k_dim, device),
-        rotation_vectors(keys, k_dim, device),
-    )
+    return Projection(pick_indices(keys, hidden_size, k_dim, device), rotation_vectors(keys, k_dim, device))
 
 
 def artifact_vectors(hidden: torch.Tensor, projection: Projection) -> torch.Tensor:
@@ -274,11 +271,7 @@ def permutations(keys: NonceKeys, vocab_size: int, device: Device = None) -> tor
 
 
 def projected_distances(
-    keys: NonceKeys,
-    hidden: torch.Tensor,
-    flip_signs: bool,
-    projection: torch.Tensor,
-    target_vector: torch.Tensor,
+    keys: NonceKeys, hidden: torch.Tensor, flip_signs: bool, projection: torch.Tensor, target_vector: torch.Tensor
 ) -> torch.Tensor:
     """Distances of the model's outputs at the last position to the target, in [0, 2]: float32 [len(nonces)].
 

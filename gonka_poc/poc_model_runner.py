@@ -123,11 +123,7 @@ class PoCModelRunner:
         if values is None:
             return None
         finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
-        return {
-            "nonces": list(nonces),
-            "values": values.astype(spec.value_dtype).tobytes(),
-            "finite": finite.tolist(),
-        }
+        return {"nonces": list(nonces), "values": values.astype(spec.value_dtype).tobytes(), "finite": finite.tolist()}
 
     @torch.inference_mode()
     def warm_up(self, seq_len: int, num_nonces: int, first: int = 0) -> dict[str, Any]:

@@ -132,9 +132,7 @@ class WorkerView:
                 received = IntermediateTensors(self._pp_group.recv_tensor_dict(all_gather_group=self._tp_group))
             with set_forward_context(metadata, self._config, num_tokens=num_tokens, **options):
                 output = self.model(
-                    input_ids=input_ids,
-                    positions=self._model_positions(positions),
-                    intermediate_tensors=received,
+                    input_ids=input_ids, positions=self._model_positions(positions), intermediate_tensors=received
                 )
             if not self.is_last_rank:
                 self._pp_group.send_tensor_dict(output.tensors, all_gather_group=self._tp_group)
