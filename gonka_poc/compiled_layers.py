@@ -139,9 +139,8 @@ class CompiledReflections:
 class LastPositions:
     """Only the last position of each sequence leaves the attention of the last decoder layer.
 
-    Nothing but that position is read of the model's output, so the layer's MLP, the largest part of it, need not see
-    the others. They are left out at the norm that takes the attention's output and the residual: `norm`, a child of
-    the layer.
+    Nothing else is read of the model's output, so the layer's MLP, the largest part of it, need not see the others.
+    They are left out at `norm`, the layer's child that takes the attention's output and the residual.
     """
 
     def __init__(self, norm: nn.Module) -> None:
@@ -170,16 +169,15 @@ class NormSearch:
         self._layer = layer
         self._is_attention = is_attention
         self._calls: list[tuple[nn.Module, bool]] = []
-        self._handles: list[Any] = []
+        self._hooks = contextlib.ExitStack()
 
     def __enter__(self) -> NormSearch:
         for child in self._layer.children():
-            self._handles.append(child.register_forward_hook(self._note, with_kwargs=True))
+            self._hooks.enter_context(child.register_forward_hook(self._note, with_kwargs=True))
         return self
 
     def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.close()
 
     def _note(self, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
