@@ -27,9 +27,7 @@ class LayerReflections:
     def __init__(
         self, layers: Mapping[int, nn.Module], vectors: Mapping[int, torch.Tensor], normalise: bool = False
     ) -> None:
-        self._layers = layers
-        self._vectors = vectors
-        self._normalise = normalise
+        self._layers, self._vectors, self._normalise = layers, vectors, normalise
         self._calls = dict.fromkeys(layers, 0)
         self._hooks = contextlib.ExitStack()
 

@@ -47,8 +47,7 @@ class EmbeddingInjectionHook:
                 f"{type(model).__name__}.forward has no inputs_embeds, so embeddings cannot be given to it; looked at "
                 f"{parameters}"
             )
-        self._model = model
-        self._embeddings = embeddings
+        self._model, self._embeddings = model, embeddings
         self._calls = 0
         self._handle: Any = None
 
@@ -205,7 +204,10 @@ class PoCModelRunner:
         self, stack: contextlib.ExitStack, spec: Spec, nonces: Sequence[int]
     ) -> tuple[Callable[[], Any], Callable[[torch.Tensor], torch.Tensor | None]]:
         """The forward of a batch, its contexts on `stack`, and what makes its values of the last hidden states."""
-        view, tensors = self.view, self._tensors_of(spec.block_hash)
+        view = self.view
+        if self._tensors is None or self._tensors.block_hash != spec.block_hash:
+            self._tensors = RoundTensors(spec.block_hash, view, self._layers)
+        tensors = self._tensors
         finish: Callable[[torch.Tensor], torch.Tensor | None]
         if isinstance(spec, VectorSpec):
             # what can be made before the forward is, so that only the hidden states are missing when it ends
@@ -255,8 +257,3 @@ class PoCModelRunner:
                 f"the model returned hidden states of shape {tuple(output.shape)}, not {expected}"
             )
         return output.view(len(nonces), spec.seq_len, self.view.hidden_size)[:, -1]
-
-    def _tensors_of(self, block_hash: str) -> RoundTensors:
-        if self._tensors is None or self._tensors.block_hash != block_hash:
-            self._tensors = RoundTensors(block_hash, self.view, self._layers)
-        return self._tensors

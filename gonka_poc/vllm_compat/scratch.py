@@ -16,9 +16,7 @@ class ScratchAttention:
     """The attention of `layers`, by name, on scratch KV cache; `runner` and `config` are vLLM's."""
 
     def __init__(self, runner: Any, config: Any, layers: Mapping[str, Any]) -> None:
-        self._runner = runner
-        self._config = config
-        self._layers = layers
+        self._runner, self._config, self._layers = runner, config, layers
         self._caches: dict[Any, Any] = {}
 
     @contextlib.contextmanager
