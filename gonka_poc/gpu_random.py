@@ -27,7 +27,6 @@ except ImportError as error:  # pragma: no cover - exercised in a subprocess by 
 from gonka_poc import kernels
 
 _MASK = 0xFFFFFFFF
-NUM_SUB_SEEDS = 8
 NUM_NONCE_REFLECTIONS = 8
 PROJECTION_DIM = 8192
 EPS = 1e-8
@@ -49,7 +48,7 @@ def seed_from_string(text: str) -> int:
 def sub_seeds_from_string(text: str) -> list[int]:
     """The 32 bytes of SHA-256 of the UTF-8 `text` as 8 big-endian uint32."""
     digest = hashlib.sha256(text.encode()).digest()
-    return [int.from_bytes(digest[i : i + 4], "big") for i in range(0, 4 * NUM_SUB_SEEDS, 4)]
+    return [int.from_bytes(digest[i : i + 4], "big") for i in range(0, len(digest), 4)]
 
 
 @dataclass(frozen=True)

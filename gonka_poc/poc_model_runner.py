@@ -248,12 +248,10 @@ class PoCModelRunner:
         """The model's output at the last position: [len(nonces), hidden_size] on the last pipeline rank."""
         if output is None:
             return None
-        size = (len(nonces), self.view.hidden_size)
-        if self._compiler_for(spec) and self._last_positions and tuple(output.shape) == size:
+        shape = tuple(output.shape)
+        if self._compiler_for(spec) and self._last_positions and shape == (len(nonces), self.view.hidden_size):
             return output
         expected = (len(nonces) * spec.seq_len, self.view.hidden_size)
-        if tuple(output.shape) != expected:
-            raise UnsupportedServerError(
-                f"the model returned hidden states of shape {tuple(output.shape)}, not {expected}"
-            )
+        if shape != expected:
+            raise UnsupportedServerError(f"the model returned hidden states of shape {shape}, not {expected}")
         return output.view(len(nonces), spec.seq_len, self.view.hidden_size)[:, -1]

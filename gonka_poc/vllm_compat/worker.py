@@ -39,9 +39,8 @@ class WorkerView:
         registered = self._config.compilation_config.static_forward_context
         layers = {name: layer for name, layer in registered.items() if id(layer) in own}
         # those with a KV cache (or a recurrent state), by name
-        self.attention_layers = {
-            name: layer for name, layer in layers.items() if has_values(getattr(layer, "kv_cache", None))
-        }
+        caches = {name: getattr(layer, "kv_cache", None) for name, layer in layers.items()}
+        self.attention_layers = {name: layers[name] for name, cache in caches.items() if has_values(cache)}
         refuse_unsupported(self._config, self.model, self.attention_layers)
         self._forward_options = forward_options(self._config)
         self.scratch = ScratchAttention(self._runner, self._config, self.attention_layers)
@@ -111,15 +110,15 @@ class WorkerView:
 
         Gives the function that runs it on embeddings that the caller injects. It returns the model's output after the
         final norm, [num_seqs * seq_len, hidden_size], on the last pipeline rank and None on the others; it alone talks
-        to other ranks. Without `skip_compiled` a server that compiled its model runs it compiled, as for chat; then no
-        hook inside of the model is called.
+        to other ranks. The serving KV cache is neither read nor written. Without `skip_compiled` a compiled model runs
+        compiled, as for chat; then no hook inside of it is called.
         """
         from vllm.forward_context import set_forward_context
         from vllm.sequence import IntermediateTensors
 
         num_tokens = num_seqs * seq_len
         positions = torch.arange(seq_len, device=self.device).repeat(num_seqs)
-        input_ids = torch.zeros(num_tokens, dtype=torch.int32, device=self.device)
+        input_ids = torch.zeros(num_tokens, dtype=torch.int32, device=self.device)  # dummies
 
         def run() -> Any:
             received = None
