@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from gonka_poc.data import VectorSpec
 from gonka_poc.gpu_random import NonceKeys, artifact_vectors, nonce_inputs, nonce_projection
@@ -27,11 +26,7 @@ MAX_PRODUCTS, TRIES = 20, 3
 
 @torch.inference_mode()
 def describe(runner: PoCModelRunner, spec: VectorSpec) -> dict[str, Any]:
-    """The device and the work that a sequence is to it: what does not change from batch to batch.
-
-    {"device", "dtype", "model_flops": of the prefill of one sequence, "matrix_flops_per_second": matrix_rate in the
-    model's dtype}.
-    """
+    """{"device", "dtype", "model_flops": of the prefill of one sequence, "matrix_flops_per_second": in that dtype}."""
     view = runner.view
     with view.error_barrier():
         return {
@@ -45,7 +40,7 @@ def describe(runner: PoCModelRunner, spec: VectorSpec) -> dict[str, Any]:
 def measure_batch(runner: PoCModelRunner, spec: VectorSpec, nonces: Sequence[int]) -> dict[str, Any]:
     """{"seconds": of PoCModelRunner.compute, "scratch_bytes": of the scratch KV cache that it needed}."""
     seconds = seconds_of(runner.view.device, runner.compute, spec, nonces)
-    return {"seconds": seconds, "scratch_bytes": runner.view.scratch_bytes}
+    return {"seconds": seconds, "scratch_bytes": runner.view.scratch.num_bytes}
 
 
 @torch.inference_mode()
@@ -70,12 +65,13 @@ def measure_parts(runner: PoCModelRunner, spec: VectorSpec, nonces: Sequence[int
     with contextlib.ExitStack() as stack:
         with view.error_barrier():
             run = stack.enter_context(view.prefill(len(nonces), spec.seq_len, skip_compiled=False))
-            stack.enter_context(_TokenIds(view, len(nonces) * spec.seq_len))
-            bare = stack.enter_context(_ForwardClock(view))
+            stack.enter_context(_token_ids(view, len(nonces) * spec.seq_len))
+            bare = stack.enter_context(_forward_times(view))
         seconds["prefill"] = seconds_of(view.device, run)
-    with _ForwardClock(view) as reflected:
+    with _forward_times(view) as reflected:
         runner.compute(spec, nonces)
-    seconds["forward"], seconds["proof_forward"] = bare.seconds, reflected.seconds
+    for part, times in (("forward", bare), ("proof_forward", reflected)):
+        seconds[part] = sum(times[1::2]) - sum(times[::2])
     return {"stage": view.stage, "seconds": seconds}
 
 
@@ -114,8 +110,7 @@ def _prepare(view: WorkerView, num_seqs: int, seq_len: int) -> None:
 
 
 def _project(keys: NonceKeys, k_dim: int, hidden: torch.Tensor) -> torch.Tensor:
-    projection = nonce_projection(keys, hidden.shape[-1], k_dim, hidden.device)
-    return artifact_vectors(hidden, projection).cpu()
+    return artifact_vectors(hidden, nonce_projection(keys, hidden.shape[-1], k_dim, hidden.device)).cpu()
 
 
 def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, count: int) -> None:
@@ -129,55 +124,27 @@ def _device_name(device: torch.device) -> str:
     return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
 
 
-class _ForwardClock:
-    """Context manager: `seconds` that the worker's model runs, from its call to its end on the device."""
+@contextlib.contextmanager
+def _forward_times(view: WorkerView) -> Iterator[list[float]]:
+    """The start and the end on the device of each run of the worker's model while this is entered."""
+    times: list[float] = []
 
-    def __init__(self, view: WorkerView) -> None:
-        self.seconds = 0.0
-        self._model: nn.Module = view.model
-        self._device = view.device
-        self._started = 0.0
-        self._handles: list[Any] = []
+    def note(*args: Any) -> None:
+        _wait_for(view.device)
+        times.append(time.perf_counter())
 
-    def __enter__(self) -> _ForwardClock:
-        # the first hook before the model and the last one after it, of those that are there
-        self._handles = [
-            self._model.register_forward_pre_hook(self._start, prepend=True),
-            self._model.register_forward_hook(self._stop),
-        ]
-        return self
-
-    def __exit__(self, *exc_info: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _start(self, module: nn.Module, args: Any) -> None:
-        _wait_for(self._device)
-        self._started = time.perf_counter()
-
-    def _stop(self, module: nn.Module, args: Any, output: Any) -> None:
-        _wait_for(self._device)
-        self.seconds += time.perf_counter() - self._started
+    # the first hook before the model and the last one after it, of those that are there
+    with view.model.register_forward_pre_hook(note, prepend=True), view.model.register_forward_hook(note):
+        yield times
 
 
-class _TokenIds:
-    """Context manager: the model is called with token ids that differ, as those of a chat do.
+def _token_ids(view: WorkerView, num_tokens: int) -> contextlib.AbstractContextManager[Any]:
+    """Until the exit, the model is called with token ids that differ, as those of a chat do.
 
     With one token repeated, all tokens would go through the same experts.
     """
-
-    def __init__(self, view: WorkerView, num_tokens: int) -> None:
-        generator = torch.Generator().manual_seed(0)  # every rank must have the same
-        ids = torch.randint(view.vocab_size, (num_tokens,), generator=generator, dtype=torch.int32)
-        self._ids = ids.to(view.device)
-        self._model: nn.Module = view.model
-        self._handle: Any = None
-
-    def __enter__(self) -> _TokenIds:
-        self._handle = self._model.register_forward_pre_hook(
-            lambda module, args, kwargs: (args, {**kwargs, "input_ids": self._ids}), with_kwargs=True
-        )
-        return self
-
-    def __exit__(self, *exc_info: Any) -> None:
-        self._handle.remove()
+    generator = torch.Generator().manual_seed(0)  # every rank must have the same
+    ids = torch.randint(view.vocab_size, (num_tokens,), generator=generator, dtype=torch.int32).to(view.device)
+    return view.model.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "input_ids": ids}), with_kwargs=True
+    )

@@ -25,8 +25,8 @@ SHORT_REDUCTION = 1024
 class LayerCompiler:
     """Calls `run_reflected`, compiled at its first call for each kind of layer; one object per worker.
 
-    Where the compiler fails, torch runs the plain operations. Raises UnsupportedServerError where this release of
-    torch has not what the compiler is set up with: those names are private, and may move.
+    Where the compiler fails, torch runs the plain operations. Raises UnsupportedServerError where this release of torch
+    has not what the compiler is set up with: those names are private, and may move.
     """
 
     def __init__(self) -> None:
@@ -85,22 +85,17 @@ class CompiledReflections:
     """`LayerReflections` by way of `run`, a LayerCompiler: each layer reflects what the layer before it returned.
 
     The last layer's output is reflected behind it. Raises UnsupportedServerError for a layer whose `forward` was
-    replaced (vLLM's CPU offloading fetches its weights there), and on a clean exit unless each layer ran exactly once
-    and in order, and was given what the one before it had returned, as it was.
+    replaced (vLLM's CPU offloading fetches weights there), and unless each layer runs exactly once and in order, and is
+    given what the one before it returned.
     """
 
     def __init__(
-        self,
-        layers: Mapping[int, nn.Module],
-        vectors: Mapping[int, torch.Tensor],
-        run: Callable[..., Any],
+        self, layers: Mapping[int, nn.Module], vectors: Mapping[int, torch.Tensor], run: Callable[..., Any]
     ) -> None:
         replaced = [index for index, layer in layers.items() if "forward" in vars(layer)]
         if replaced:
             raise UnsupportedServerError(f"decoder layers {replaced} have a forward that is not their class's")
-        self._layers = layers
-        self._vectors = vectors
-        self._run = run
+        self._layers, self._vectors, self._run = layers, vectors, run
         self._to_run = list(layers)
         self._returned: list[torch.Tensor] = []
 
@@ -142,9 +137,8 @@ class CompiledReflections:
 class LastPositions:
     """Only the last position of each sequence leaves the attention of the last decoder layer.
 
-    Nothing but that position is read of the model's output, so the layer's MLP, the largest part of it, need not see
-    the others. They are left out at the norm that takes the attention's output and the residual: `norm`, a child of
-    the layer.
+    Nothing else is read of the model's output, so the layer's MLP, the largest part of it, need not see the others.
+    They are left out at `norm`, the layer's child that takes the attention's output and the residual.
     """
 
     def __init__(self, norm: nn.Module) -> None:
@@ -170,19 +164,17 @@ class NormSearch:
     """Context manager: looks for that norm in `layer`, the last one, while the model runs."""
 
     def __init__(self, layer: nn.Module, is_attention: Callable[[nn.Module], bool]) -> None:
-        self._layer = layer
-        self._is_attention = is_attention
+        self._layer, self._is_attention = layer, is_attention
         self._calls: list[tuple[nn.Module, bool]] = []
-        self._handles: list[Any] = []
+        self._hooks = contextlib.ExitStack()
 
     def __enter__(self) -> NormSearch:
         for child in self._layer.children():
-            self._handles.append(child.register_forward_hook(self._note, with_kwargs=True))
+            self._hooks.enter_context(child.register_forward_hook(self._note, with_kwargs=True))
         return self
 
     def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.close()
 
     def _note(self, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         tensors = [x for x in args if isinstance(x, torch.Tensor)]

@@ -14,7 +14,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 try:
     import torch
@@ -27,7 +27,6 @@ except ImportError as error:  # pragma: no cover - exercised in a subprocess by 
 from gonka_poc import kernels
 
 _MASK = 0xFFFFFFFF
-NUM_SUB_SEEDS = 8
 NUM_NONCE_REFLECTIONS = 8
 PROJECTION_DIM = 8192
 EPS = 1e-8
@@ -35,6 +34,7 @@ PIECE = 2**22  # values of a large draw that are made at once
 MAX_KERNEL_VALUES = 2**31 - 2**16  # the kernel counts the values of a nonce in 32 bits
 
 Device: TypeAlias = torch.device | str | None
+Projection: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # what nonce_projection makes
 
 
 # --- seeds and hashes (section 1) -------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ def seed_from_string(text: str) -> int:
 def sub_seeds_from_string(text: str) -> list[int]:
     """The 32 bytes of SHA-256 of the UTF-8 `text` as 8 big-endian uint32."""
     digest = hashlib.sha256(text.encode()).digest()
-    return [int.from_bytes(digest[i : i + 4], "big") for i in range(0, 4 * NUM_SUB_SEEDS, 4)]
+    return [int.from_bytes(digest[i : i + 4], "big") for i in range(0, len(digest), 4)]
 
 
 @dataclass(frozen=True)
@@ -201,22 +201,9 @@ def rotate(x: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
     return x
 
 
-class Projection(NamedTuple):
-    """The coordinates that are picked of some nonces' hidden states, and their rotations; drawn before the forward.
-
-    `indices`: `pick_indices`, int64 [n, k_dim]. `rotations`: `rotation_vectors`, float32 [n, k_dim - 1, k_dim].
-    """
-
-    indices: torch.Tensor
-    rotations: torch.Tensor
-
-
 def nonce_projection(keys: NonceKeys, hidden_size: int, k_dim: int, device: Device = None) -> Projection:
-    """The projection of each nonce, to be made before its hidden state."""
-    return Projection(
-        pick_indices(keys, hidden_size, k_dim, device),
-        rotation_vectors(keys, k_dim, device),
-    )
+    """`pick_indices` and `rotation_vectors` of each nonce, which can be made before its hidden state."""
+    return pick_indices(keys, hidden_size, k_dim, device), rotation_vectors(keys, k_dim, device)
 
 
 def artifact_vectors(hidden: torch.Tensor, projection: Projection) -> torch.Tensor:
@@ -225,8 +212,9 @@ def artifact_vectors(hidden: torch.Tensor, projection: Projection) -> torch.Tens
     Float32 [n, k_dim]; a row with a NaN or Inf in `hidden` comes out not finite as a whole, so that a bad value
     outside the picked coordinates is seen too (step 6).
     """
-    picked = unit(hidden.to(torch.float32), EPS).gather(-1, projection.indices)
-    y = unit(rotate(picked, projection.rotations), EPS)
+    indices, rotations = projection
+    picked = unit(hidden.to(torch.float32), EPS).gather(-1, indices)
+    y = unit(rotate(picked, rotations), EPS)
     finite = torch.isfinite(hidden).all(dim=-1, keepdim=True)
     return torch.where(finite, y, torch.full_like(y, torch.nan))
 
@@ -274,16 +262,11 @@ def permutations(keys: NonceKeys, vocab_size: int, device: Device = None) -> tor
 
 
 def projected_distances(
-    keys: NonceKeys,
-    hidden: torch.Tensor,
-    flip_signs: bool,
-    projection: torch.Tensor,
-    target_vector: torch.Tensor,
+    keys: NonceKeys, hidden: torch.Tensor, flip_signs: bool, projection: torch.Tensor, target_vector: torch.Tensor
 ) -> torch.Tensor:
-    """Distances of the model's outputs at the last position to the target, in [0, 2]: float32 [len(nonces)].
+    """Distances of `hidden` (any dtype [len(nonces), hidden_size]) to the target, in [0, 2]: float32 [len(nonces)].
 
-    `hidden` is of any dtype [len(nonces), hidden_size], `projection` the round's `random_projection`,
-    `target_vector` its `target`. NaN where a value of `hidden` is not finite.
+    `projection` is the round's `random_projection`. NaN where a value of `hidden` is not finite.
     """
     size = hidden.shape[-1]
     x = hidden.to(torch.float32)

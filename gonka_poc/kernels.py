@@ -99,9 +99,8 @@ def can_fill_normal(out: torch.Tensor) -> bool:
 def fill_normal(out: torch.Tensor, seeds: Sequence[Sequence[int]], segment_size: int) -> None:
     """Row r of `out` [rows, n]: normal values of each of `seeds[r]`, `segment_size` of them (the last: the rest)."""
     rows, n = out.shape
-    num_segments = len(seeds[0])
+    num_segments, block = len(seeds[0]), 1024
     flat = upload(seeds, out.device)
-    block = 1024
     grid = (rows * num_segments, triton.cdiv((min(segment_size, n) + 1) // 2, block))
     with torch.cuda.device(out.device):
         _normal_kernel[grid](out, flat, n, segment_size, num_segments, BLOCK=block)
@@ -109,16 +108,9 @@ def fill_normal(out: torch.Tensor, seeds: Sequence[Sequence[int]], segment_size:
 
 def can_reflect(x: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether `reflect` takes these arguments."""
-    return (
-        HAS_TRITON
-        and x.is_cuda
-        and x.dtype in DTYPES
-        and v.dtype == x.dtype
-        and x.ndim == 2
-        and x.stride(-1) == 1
-        and v.is_contiguous()
-        and 0 < x.shape[-1] <= MAX_HIDDEN
-    )
+    of_one_dtype = x.dtype in DTYPES and v.dtype == x.dtype
+    has_rows = x.ndim == 2 and x.stride(-1) == 1 and 0 < x.shape[-1] <= MAX_HIDDEN
+    return HAS_TRITON and x.is_cuda and of_one_dtype and has_rows and v.is_contiguous()
 
 
 def reflect(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

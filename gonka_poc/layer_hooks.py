@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,34 +17,30 @@ from gonka_poc.gpu_random import EPS, householder, unit
 class LayerReflections:
     """Context manager: while it is entered, each layer's hidden states leave it reflected.
 
-    `layers` maps a global layer index to its module, `vectors` the same indices to float32 [hidden_size] unit
-    vectors on the layers' device. Every tensor that a layer returns with hidden_size as its last dimension
-    (`hidden_states`, and `residual` where there is one) is reflected, with `normalise` after it was divided by its
-    norm (threshold protocol). On a clean exit each layer must have run
-    exactly once (UnsupportedServerError otherwise): hooks that were bypassed would mean vectors that look right
-    and are wrong. All hooks are gone after the exit, whatever was raised.
+    `layers` are the modules by global layer index, `vectors` their float32 [hidden_size] unit vectors on the same
+    device. Every tensor that a layer returns with hidden_size as its last dimension (`hidden_states`, and `residual`
+    where there is one) is reflected, with `normalise` after it was divided by its norm (threshold protocol). On a clean
+    exit each layer must have run exactly once (UnsupportedServerError otherwise): hooks that were bypassed would mean
+    vectors that look right and are wrong. All hooks are gone after the exit, whatever was raised.
     """
 
     def __init__(
         self, layers: Mapping[int, nn.Module], vectors: Mapping[int, torch.Tensor], normalise: bool = False
     ) -> None:
-        self._layers = layers
-        self._vectors = vectors
-        self._normalise = normalise
+        self._layers, self._vectors, self._normalise = layers, vectors, normalise
         self._calls = dict.fromkeys(layers, 0)
-        self._handles: list[Any] = []
+        self._hooks = contextlib.ExitStack()
 
     def __enter__(self) -> LayerReflections:
-        try:
+        with self._hooks as hooks:
             for index, layer in self._layers.items():
-                self._handles.append(layer.register_forward_hook(self._make_hook(index)))
-        except BaseException:
-            self._remove()
-            raise
+                reflect = partial(self._reflect, index, self._vectors[index])
+                hooks.enter_context(layer.register_forward_hook(reflect))
+            self._hooks = hooks.pop_all()
         return self
 
     def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
-        self._remove()
+        self._hooks.close()
         wrong = {index: calls for index, calls in self._calls.items() if calls != 1}
         if exc_type is None and wrong:
             raise UnsupportedServerError(
@@ -50,19 +48,9 @@ class LayerReflections:
                 "Start the server with --enforce-eager; if it already runs so, this model is not supported"
             )
 
-    def _remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def _make_hook(self, index: int) -> Any:
-        vector = self._vectors[index]
-
-        def reflect(module: nn.Module, args: Any, output: Any) -> Any:
-            self._calls[index] += 1
-            return reflect_output(output, vector, index, self._normalise)
-
-        return reflect
+    def _reflect(self, index: int, vector: torch.Tensor, module: nn.Module, args: Any, output: Any) -> Any:
+        self._calls[index] += 1
+        return reflect_output(output, vector, index, self._normalise)
 
 
 def reflect_output(output: Any, vector: torch.Tensor, index: int, normalise: bool = False) -> Any:
@@ -70,7 +58,6 @@ def reflect_output(output: Any, vector: torch.Tensor, index: int, normalise: boo
 
     `normalise` divides each token's hidden state by (its norm + 1e-8) first, in the tensor's dtype.
     """
-
     parts = output if isinstance(output, (tuple, list)) else (output,)
     hidden = [is_hidden_state(x, vector) for x in parts]
     if not any(hidden):

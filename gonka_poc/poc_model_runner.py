@@ -32,23 +32,22 @@ MAX_COMPILED_DISTANCE = 0.01
 class EmbeddingInjectionHook:
     """Context manager: the next forward of `model` sees `embeddings` in place of its token ids.
 
-    vLLM's V1 runners call a model with `input_ids`; the hook leaves those as dummies and hands `embeddings`
-    ([num_tokens, hidden_size], model dtype) to the model's own `inputs_embeds` path, so that a model which
-    scales the output of its embedding table skips that scaling, as it does in vLLM. `embeddings` None (a later
-    pipeline rank, whose input comes from the rank before it) injects nothing.
+    `embeddings` ([num_tokens, hidden_size], model dtype) go to the model's own `inputs_embeds` path, so that a model
+    which scales the output of its embedding table skips that scaling, as it does in vLLM. None (a later pipeline rank,
+    whose input comes from the rank before it) injects nothing.
 
     Raises UnsupportedServerError if the model has no `inputs_embeds`, and on a clean exit if the model was not
     called exactly once. The hook is gone after the exit, whatever was raised.
     """
 
     def __init__(self, model: nn.Module, embeddings: torch.Tensor | None) -> None:
-        if "inputs_embeds" not in inspect.signature(model.forward).parameters:
+        parameters = list(inspect.signature(model.forward).parameters)
+        if "inputs_embeds" not in parameters:
             raise UnsupportedServerError(
                 f"{type(model).__name__}.forward has no inputs_embeds, so embeddings cannot be given to it; looked at "
-                f"{list(inspect.signature(model.forward).parameters)}"
+                f"{parameters}"
             )
-        self._model = model
-        self._embeddings = embeddings
+        self._model, self._embeddings = model, embeddings
         self._calls = 0
         self._handle: Any = None
 
@@ -58,7 +57,6 @@ class EmbeddingInjectionHook:
 
     def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
         self._handle.remove()
-        self._handle = None
         if exc_type is None and self._calls != 1:
             raise UnsupportedServerError(
                 f"the model must be called exactly once with the injected embeddings; it was called {self._calls} times"
@@ -69,16 +67,11 @@ class EmbeddingInjectionHook:
         return args, {**kwargs, "inputs_embeds": self._embeddings}
 
 
-def _largest_norm(rows: np.ndarray) -> float:
-    """The largest L2 norm of a row; infinite where one is not a number."""
-    return float(np.nan_to_num(np.linalg.norm(rows, axis=-1), nan=np.inf).max())
-
-
 class PoCModelRunner:
     """Computes PoC batches on the worker behind `view`; one object per worker, made at its first PoC call."""
 
     def __init__(self, view: WorkerView) -> None:
-        self._view = view
+        self.view = view
         self._layers = view.decoder_layers()
         self._tensors: RoundTensors | None = None
         self._prefetched = Prefetched()
@@ -88,17 +81,12 @@ class PoCModelRunner:
         # asked for now, so that a model that cannot be used is refused before the first batch
         EmbeddingInjectionHook(view.model, None)
 
-    @property
-    def view(self) -> WorkerView:
-        """The worker that this computes on."""
-        return self._view
-
     def describe(self) -> dict[str, Any]:
         """Rank, kind of device and layers of this worker, for the log, for the warm-up and for tests.
 
         Prepares the smallest prefill, so that a server that cannot be prepared for one is refused here.
         """
-        view = self._view
+        view = self.view
         with view.error_barrier(), view.prefill(1, 1):
             pass
         return {
@@ -113,44 +101,39 @@ class PoCModelRunner:
         """The artifact vectors or distances of `nonces`, on the output rank; None on every other rank.
 
         Returns {"nonces": the same again, "values": bytes, `spec.value_dtype` [len(nonces), *spec.value_shape],
-        "finite": list[bool]}; a value that is not finite must not be sent. Every rank makes the same inputs and runs
-        its part of the same forward. `next_nonces` are those of the call that is expected next: they are computed while
-        this answer is on its way, and taken from there if that call comes.
+        "finite": list[bool]}; a value that is not finite must not be sent. `next_nonces`, those of the call that is
+        expected next, are computed while this answer is on its way.
         """
-        if isinstance(spec, VectorSpec) and spec.k_dim > self._view.hidden_size:
-            raise RequestError(f"k_dim {spec.k_dim} is larger than the model's hidden size {self._view.hidden_size}")
+        if isinstance(spec, VectorSpec) and spec.k_dim > self.view.hidden_size:
+            raise RequestError(f"k_dim {spec.k_dim} is larger than the model's hidden size {self.view.hidden_size}")
         values = self._values(spec, nonces, next_nonces)
         if values is None:
             return None
         finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
-        return {
-            "nonces": list(nonces),
-            "values": values.astype(spec.value_dtype).tobytes(),
-            "finite": finite.tolist(),
-        }
+        return {"nonces": list(nonces), "values": values.astype(spec.value_dtype).tobytes(), "finite": finite.tolist()}
 
     @torch.inference_mode()
     def warm_up(self, seq_len: int, num_nonces: int, first: int = 0) -> dict[str, Any]:
         """Compile the decoder layers with a batch of this size, and use them as long as their vectors are right.
 
         Called again with another `first` nonce it compares more vectors: rounding that sends a token to other experts
-        is rare, and its vectors are far apart.
+        is rare, and its vectors are far apart. Where one rank cannot compile its layers, all go on with the plain
+        forward.
 
         Returns {"compiled": whether all ranks use them, "distance": the largest L2 so far of a vector to that of the
-        plain forward, on the output rank}. A model whose layers cannot be compiled goes on with the plain forward, and
-        so do all ranks where one of them cannot.
+        plain forward, on the output rank}.
         """
-        spec = VectorSpec("warm-up", "warm-up", seq_len, min(12, self._view.hidden_size))
+        spec = VectorSpec("warm-up", "warm-up", seq_len, min(12, self.view.hidden_size))
         nonces = range(first, first + num_nonces)
         compiler, self._compiler = self._compiler, None
         calls = None
-        if compiler is None and self._view.is_last_rank:
-            calls = NormSearch(self._layers[max(self._layers)], self._view.is_attention)
+        if compiler is None and self.view.is_last_rank:
+            calls = NormSearch(self._layers[max(self._layers)], self.view.is_attention)
         with calls or contextlib.nullcontext():
             plain = self._values(spec, nonces)
         try:
-            with self._view.error_barrier():
-                with self._view.error_barrier():  # a batch begins with one of its own, which all ranks have to reach
+            with self.view.error_barrier():
+                with self.view.error_barrier():  # a batch begins with one of its own, which all ranks have to reach
                     if compiler is None:
                         self._last_positions = calls.found() if calls else None
                     self._compiler = compiler or LayerCompiler()
@@ -158,7 +141,8 @@ class PoCModelRunner:
                 one = self._values(spec, nonces[:1])  # torch compiles a single sequence by itself
                 if plain is not None and compiled is not None and one is not None:
                     differences = np.concatenate([compiled - plain, one - plain[:1]])
-                    self._compiled_distance = max(self._compiled_distance or 0.0, _largest_norm(differences))
+                    largest = float(np.nan_to_num(np.linalg.norm(differences, axis=-1), nan=np.inf).max())
+                    self._compiled_distance = max(self._compiled_distance or 0.0, largest)
                     if not self._compiled_distance <= MAX_COMPILED_DISTANCE:
                         raise UnsupportedServerError(
                             f"the compiled layers gave vectors at a distance of {self._compiled_distance:g}"
@@ -174,9 +158,9 @@ class PoCModelRunner:
 
     def release(self) -> None:
         """Drop what is kept between calls: the scratch KV cache, the tensors of the round, a prefetched batch."""
-        self._view.release()  # waits for the device first
+        self.view.release()  # waits for the device first
         self._tensors = None
-        self._prefetched.clear()
+        self._prefetched = Prefetched()
 
     # -- batches --
 
@@ -188,33 +172,29 @@ class PoCModelRunner:
             if count < len(nonces):
                 batches.append(self._launch(spec, nonces[count:]))
             if next_nonces and self._prefetched.is_empty:
-                self._prefetch(spec, next_nonces)
+                try:
+                    self._prefetched.put(self._launch(spec, next_nonces))
+                except Exception as error:  # raised when they are asked for
+                    self._prefetched.put(InFlightBatch(spec, next_nonces, None, None, error))
             # only now, with the next batch given to the device, is this one waited for
             parts = [values for batch in batches if (values := batch.values()) is not None]
-            self._view.settle()
+            self.view.settle()
         except BaseException:
             self.release()
             raise
         return np.concatenate(parts) if parts else None
 
-    def _prefetch(self, spec: Spec, nonces: Sequence[int]) -> None:
-        """Have the device compute `nonces` next. A failure is raised when they are asked for."""
-        try:
-            self._prefetched.put(self._launch(spec, nonces))
-        except Exception as error:
-            self._prefetched.put(InFlightBatch(spec, nonces, None, None, error))
-
     def _launch(self, spec: Spec, nonces: Sequence[int]) -> InFlightBatch:
         """Give a batch to the device, without waiting for it; all ranks give it, or none.
 
-        What a rank does before the forward and behind it can fail on that rank alone (memory is short, say). The others
-        hear of it before they go on, with this batch or with the next one.
+        What a rank does before and after the forward can fail on it alone (memory is short, say). The others hear of it
+        before they go on.
         """
         # a failure, here or on another rank, waits for the device before anything on the stack is released
-        with contextlib.ExitStack() as stack, self._view.synchronized_on_failure():
-            with self._view.error_barrier():
+        with contextlib.ExitStack() as stack, self.view.synchronized_on_failure():
+            with self.view.error_barrier():
                 run, finish = self._prepared(stack, spec, nonces)
-            with self._view.error_barrier():
+            with self.view.error_barrier():
                 hidden = self._last_hidden_states(run(), spec, nonces)
                 batch = InFlightBatch.launched(spec, nonces, None if hidden is None else finish(hidden))
                 stack.close()  # refuses a forward that went past its hooks
@@ -224,7 +204,10 @@ class PoCModelRunner:
         self, stack: contextlib.ExitStack, spec: Spec, nonces: Sequence[int]
     ) -> tuple[Callable[[], Any], Callable[[torch.Tensor], torch.Tensor | None]]:
         """The forward of a batch, its contexts on `stack`, and what makes its values of the last hidden states."""
-        view, tensors = self._view, self._tensors_of(spec.block_hash)
+        view = self.view
+        if self._tensors is None or self._tensors.block_hash != spec.block_hash:
+            self._tensors = RoundTensors(spec.block_hash, view, self._layers)
+        tensors = self._tensors
         finish: Callable[[torch.Tensor], torch.Tensor | None]
         if isinstance(spec, VectorSpec):
             # what can be made before the forward is, so that only the hidden states are missing when it ends
@@ -265,17 +248,10 @@ class PoCModelRunner:
         """The model's output at the last position: [len(nonces), hidden_size] on the last pipeline rank."""
         if output is None:
             return None
-        size = (len(nonces), self._view.hidden_size)
-        if self._compiler_for(spec) and self._last_positions and tuple(output.shape) == size:
+        shape = tuple(output.shape)
+        if self._compiler_for(spec) and self._last_positions and shape == (len(nonces), self.view.hidden_size):
             return output
-        expected = (len(nonces) * spec.seq_len, self._view.hidden_size)
-        if tuple(output.shape) != expected:
-            raise UnsupportedServerError(
-                f"the model returned hidden states of shape {tuple(output.shape)}, not {expected}"
-            )
-        return output.view(len(nonces), spec.seq_len, self._view.hidden_size)[:, -1]
-
-    def _tensors_of(self, block_hash: str) -> RoundTensors:
-        if self._tensors is None or self._tensors.block_hash != block_hash:
-            self._tensors = RoundTensors(block_hash, self._view, self._layers)
-        return self._tensors
+        expected = (len(nonces) * spec.seq_len, self.view.hidden_size)
+        if shape != expected:
+            raise UnsupportedServerError(f"the model returned hidden states of shape {shape}, not {expected}")
+        return output.view(len(nonces), spec.seq_len, self.view.hidden_size)[:, -1]

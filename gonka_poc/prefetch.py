@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,8 +40,8 @@ class InFlightBatch:
 
     def num_leading(self, nonces: Sequence[int]) -> int:
         """Number of leading nonces that `nonces` and this batch have in common."""
-        pairs = zip(nonces, self.nonces, strict=False)
-        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        different = (i for i, (a, b) in enumerate(zip(nonces, self.nonces, strict=False)) if a != b)
+        return next(different, min(len(nonces), len(self.nonces)))
 
     def part(self, start: int, stop: int | None = None) -> InFlightBatch:
         """Some of its rows."""
@@ -71,10 +70,6 @@ class Prefetched:
     def put(self, batch: InFlightBatch) -> None:
         """Keep `batch` until it is asked for."""
         self._batch, self._num_passed = batch, 0
-
-    def clear(self) -> None:
-        """Drop what is kept."""
-        self._batch = None
 
     def take(self, spec: Spec, nonces: Sequence[int], prefetches: bool) -> list[InFlightBatch]:
         """The part of the kept batch that begins `nonces`, if any; a batch of other nonces of `spec` is dropped.

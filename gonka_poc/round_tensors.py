@@ -35,9 +35,8 @@ class RoundTensors:
         """A function from the last hidden states to artifact vectors, which it returns on the output rank."""
         if not self._view.is_output_rank:
             return lambda hidden: None
-        size, device = self._view.hidden_size, self._view.device
         keys = NonceKeys(spec.block_hash, spec.public_key, nonces)
-        projection = nonce_projection(keys, size, spec.k_dim, device)
+        projection = nonce_projection(keys, self._view.hidden_size, spec.k_dim, self._view.device)
         return lambda hidden: artifact_vectors(hidden, projection)
 
     def distances(self, spec: DistanceSpec, nonces: Sequence[int], hidden: torch.Tensor) -> torch.Tensor | None:

@@ -18,14 +18,12 @@ class PoCWorkerExtension:
     """Worker extension (`--worker-extension-cls`): vLLM adds these methods to each of its workers.
 
     A server that was started without it is sent the functions themselves; `self` is then vLLM's wrapper of a worker.
-
-    Answers and arguments are plain values that vLLM carries without pickle. Every attribute starts with `poc_`:
-    an extension may share no name with the worker. A failure is answered as {"error": {"type", "message"}}, so that
-    its class survives the way back.
+    Answers and arguments are plain values that vLLM carries without pickle. Every attribute starts with `poc_`: an
+    extension may share no name with the worker. A failure is answered as {"error": {"type", "message"}}.
     """
 
     def poc_describe(self) -> dict[str, Any]:
-        """PoCModelRunner.describe: refuses here, before any batch, if this server cannot give correct vectors."""
+        """PoCModelRunner.describe; before any batch, a server that cannot give correct vectors is refused here."""
         return poc_answer(lambda: poc_runner_of(self).describe())
 
     def poc_warm_up(self, seq_len: int, num_nonces: int, first: int = 0) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Runner(PoCModelRunner):
     """`events` has what the device was given and waited for; `failures` are raised by the next launches."""
 
     def __init__(self) -> None:
-        self._view, self._prefetched, self._tensors = View(), Prefetched(), None  # type: ignore[assignment]
+        self.view, self._prefetched, self._tensors = View(), Prefetched(), None  # type: ignore[assignment]
         self.events: list[Any] = []
         self.failures: list[Exception | None] = []
 
@@ -205,7 +205,7 @@ class BusyView(View):
 
 class BusyRunner(PoCModelRunner):
     def __init__(self, view: BusyView, fails: str) -> None:
-        self._view, self._prefetched, self._tensors = view, Prefetched(), None  # type: ignore[assignment]
+        self.view, self._prefetched, self._tensors = view, Prefetched(), None  # type: ignore[assignment]
         self._fails, self._events = fails, view.events
 
     def _fail(self, where: str) -> None:
@@ -233,7 +233,7 @@ def test_release_waits_for_the_device_before_it_drops_a_prefetched_batch():
     runner = Runner()
     runner.rows([0], [1])
     kept: list[bool] = []
-    runner._view.release = lambda: kept.append(not runner._prefetched.is_empty)  # type: ignore[method-assign]
+    runner.view.release = lambda: kept.append(not runner._prefetched.is_empty)  # type: ignore[method-assign]
     runner.release()
     assert (kept, runner._prefetched.is_empty) == ([True], True)
 
@@ -281,14 +281,14 @@ class RankView(View):
 class RankRunner(Runner):
     def __init__(self, view: RankView) -> None:
         super().__init__()
-        self._view = view  # type: ignore[assignment]
+        self.view = view  # type: ignore[assignment]
         self._layers: dict[int, Any] = {0: torch.nn.Linear(1, 1)}
         self._compiler = self._last_positions = self._compiled_distance = None
 
     def _launch(self, spec: Any, nonces: Sequence[int]) -> InFlightBatch:
-        with self._view.error_barrier():
+        with self.view.error_barrier():
             pass
-        with self._view.error_barrier():
+        with self.view.error_barrier():
             return super()._launch(spec, nonces)
 
 

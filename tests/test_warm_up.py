@@ -35,7 +35,7 @@ class Runner(PoCModelRunner):
     """Compiled, the vector of nonce `n` is `errors[n]` away from that of the plain forward."""
 
     def __init__(self, errors: dict[int, float]) -> None:
-        self._view, self._prefetched, self._tensors = View(), Prefetched(), None  # type: ignore[assignment]
+        self.view, self._prefetched, self._tensors = View(), Prefetched(), None  # type: ignore[assignment]
         self._compiler = self._last_positions = self._compiled_distance = None
         self._errors = errors
 

@@ -19,15 +19,5 @@ from gonka_poc.vllm_compat.release import (
     is_cpu_build,
 )
 
-__all__ = [
-    "API_SERVER_MODULE",
-    "INSECURE_SERIALIZATION",
-    "MIDDLEWARE",
-    "SUPPORTED",
-    "WORKER_EXTENSION",
-    "ApiView",
-    "OfflineEngine",
-    "can_skip_compiled",
-    "installed_version",
-    "is_cpu_build",
-]
+__all__ = ["API_SERVER_MODULE", "INSECURE_SERIALIZATION", "MIDDLEWARE", "SUPPORTED", "WORKER_EXTENSION"]
+__all__ += ["ApiView", "OfflineEngine", "can_skip_compiled", "installed_version", "is_cpu_build"]

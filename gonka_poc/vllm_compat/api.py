@@ -14,8 +14,7 @@ from gonka_poc.vllm_compat.release import INSECURE_SERIALIZATION, WORKER_EXTENSI
 class ApiView:
     """The server as its API process sees it: `app` is vLLM's FastAPI application.
 
-    Raises EngineUnavailableError before the engine is there, UnsupportedServerError if there are several API
-    processes.
+    Raises EngineUnavailableError before the engine is there, UnsupportedServerError for several API processes.
     """
 
     def __init__(self, app: Any) -> None:
@@ -24,7 +23,13 @@ class ApiView:
         if self.client is None:
             raise EngineUnavailableError("the engine is not ready yet; try again when GET /health answers 200")
         config = getattr(state, "vllm_config", None) or self.client.vllm_config
-        _refuse_several_api_processes(config.parallel_config)
+        # by default `vllm serve` starts one for each data-parallel replica, and says so to each (0.14 to 0.33)
+        num_processes = getattr(config.parallel_config, "_api_process_count", 1)
+        if num_processes > 1:
+            raise UnsupportedServerError(
+                f"this server has {num_processes} API processes, each of which would run rounds, queues and callbacks "
+                "of its own and see a part of the chats only; start it with --api-server-count 1"
+            )
         self._config = config
         self._serving_models = getattr(state, "openai_serving_models", None)
         self.max_model_len: int = config.model_config.max_model_len
@@ -46,9 +51,9 @@ class ApiView:
         return bool(getattr(self.client, "errored", False))
 
     async def call_workers(self, method: str, *args: Any) -> list[Any]:
-        """Call a method of our worker extension: one answer per worker.
+        """One answer per worker of a method of our worker extension.
 
-        By its name where the workers were started with the extension, else by sending the function. Raises
+        Called by name where the workers have the extension, else by sending the function. Raises
         EngineUnavailableError where this server allows neither.
         """
         import vllm.envs as envs
@@ -66,25 +71,11 @@ class ApiView:
         return await self.client.collective_rpc(call, args=args)
 
 
-def _refuse_several_api_processes(parallel_config: Any) -> None:
-    """Raise UnsupportedServerError where a request would reach one of several API processes.
-
-    `vllm serve` starts one API process for each data-parallel replica if it is not told otherwise, and tells each
-    how many there are (0.14 to 0.33).
-    """
-    count = getattr(parallel_config, "_api_process_count", 1)
-    if count > 1:
-        raise UnsupportedServerError(
-            f"this server has {count} API processes, each of which would run rounds, queues and callbacks of its own "
-            "and see a part of the chats only; start it with --api-server-count 1"
-        )
-
-
 class OfflineEngine:
     """vLLM's engine over `model` in this process, without a server; its workers have our worker extension.
 
-    `args` are vLLM's own options, as its server takes them. Under tensor or pipeline parallelism the workers are
-    processes of their own. Raises UnsupportedServerError for a release that we do not support, and ServerStartError.
+    `args` are vLLM's own options, as its server takes them. Raises UnsupportedServerError for a release that we do
+    not support, and ServerStartError.
     """
 
     def __init__(self, model: Path, args: Sequence[str]) -> None:

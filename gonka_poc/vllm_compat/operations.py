@@ -18,16 +18,15 @@ class ModelOperations:
     """The operations of `model` that vLLM has several forms of; `layers` are those registered with vLLM, by name."""
 
     def __init__(self, model: nn.Module, layers: Mapping[str, Any], device: torch.device, enforce_eager: bool) -> None:
-        self.model = model
-        self.device = device
-        self._layers = layers
-        self._enforce_eager = enforce_eager
+        self.model, self.device = model, device
+        self._layers, self._enforce_eager = layers, enforce_eager
 
     @contextlib.contextmanager
     def compilable(self) -> Iterator[None]:
-        """While entered, torch can compile the decoder layers: norms, rotary embeddings and activations are plain
-        torch operations that it may fuse, and the layers that are registered with vLLM (attention, experts, states)
-        are called as they are, never traced: they name themselves, which would compile each layer anew.
+        """While entered, torch can compile the decoder layers.
+
+        Norms, rotary embeddings and activations are plain torch operations, which it may fuse. Layers registered with
+        vLLM (attention, experts, states) are not traced: they name themselves, which would compile each layer anew.
         """
         with contextlib.ExitStack() as stack:
             for cls in {type(layer) for layer in self._layers.values()}:
@@ -46,9 +45,9 @@ class ModelOperations:
     def eager_kernels(self) -> Iterator[None]:
         """While entered, norms, rotary embeddings and activations are the kernels of a server with --enforce-eager.
 
-        A server that compiles its model has plain torch operations there, for torch to fuse. One by one they are slow,
-        and they round otherwise. What is no module of the model (FP8 quantization of inputs), and what an operation
-        decided when it was built, stays as it was chosen for the compiled model.
+        A server that compiles its model has plain torch operations there; one by one they are slow and round otherwise.
+        What is no module of the model (FP8 quantization of inputs), and what an operation decided when it was built,
+        stays as it was chosen for the compiled model.
         """
         with contextlib.ExitStack() as stack:
             if not self._enforce_eager:
@@ -79,8 +78,7 @@ class ModelOperations:
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """While entered, `owner.name` is `value`."""
-    own = name in vars(owner)
-    original = vars(owner).get(name)
+    own, original = name in vars(owner), vars(owner).get(name)
     setattr(owner, name, value)
     try:
         yield

@@ -13,8 +13,7 @@ from gonka_poc.vllm_compat.release import installed_version
 def forward_options(config: Any) -> dict[str, Any]:
     """Keyword arguments for `set_forward_context` in this release.
 
-    Raises UnsupportedServerError where the server compiled its model and the forward cannot leave the compiled
-    code aside: hooks would be compiled away.
+    Raises UnsupportedServerError where a forward cannot leave the compiled model aside: its hooks would not run.
     """
     from vllm.forward_context import set_forward_context
 

@@ -16,18 +16,16 @@ class ScratchAttention:
     """The attention of `layers`, by name, on scratch KV cache; `runner` and `config` are vLLM's."""
 
     def __init__(self, runner: Any, config: Any, layers: Mapping[str, Any]) -> None:
-        self._runner = runner
-        self._config = config
-        self._layers = layers
+        self._runner, self._config, self._layers = runner, config, layers
         self._caches: dict[Any, Any] = {}
 
     @contextlib.contextmanager
     def installed(self, num_seqs: int, seq_len: int) -> Iterator[None]:
         """While entered, every layer's cache is a scratch one, shared by all layers of the same cache shape.
 
-        One layer deep is enough: layers run one after another, and a prefill reads only what its own layer has
-        just written. Layers that share one cache by design (KV sharing) get a scratch of their own. The scratch
-        stays for the next forward of the same or a smaller size, and goes with any exception.
+        One layer deep is enough: layers run one after another, and a prefill reads only what its own layer has just
+        written. Layers that share a cache by design (KV sharing) get a scratch of their own. It stays for the next
+        forward of the same or a smaller size, and goes with any exception.
         """
         sharing = {name: getattr(layer, "kv_sharing_target_layer_name", None) for name, layer in self._layers.items()}
         targets = set(filter(None, sharing.values()))
@@ -36,11 +34,10 @@ class ScratchAttention:
             for group, block_size in self._groups():
                 num_blocks = 1 + num_seqs * -(-seq_len // block_size)
                 for name in group.layer_names:
-                    if (layer := self._layers.get(name)) is None:
-                        continue
-                    axis = _block_axis(group, self._config.cache_config.cache_dtype)
-                    owner = sharing[name] or (name if name in targets else None)
-                    layer.kv_cache = self._scratch_like(originals[name], axis, num_blocks, owner)
+                    if (layer := self._layers.get(name)) is not None:
+                        axis = _block_axis(group, self._config.cache_config.cache_dtype)
+                        owner = sharing[name] or (name if name in targets else None)
+                        layer.kv_cache = self._scratch_like(originals[name], axis, num_blocks, owner)
             yield
         except BaseException:
             self.release()
@@ -78,9 +75,8 @@ class ScratchAttention:
     def metadata(self, num_seqs: int, seq_len: int, positions: torch.Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
         """Metadata and slot mapping by layer name, from the engine's own builders, fresh for each forward.
 
-        Sequence i owns blocks 1 + i*b to (i+1)*b of the scratch cache, b being its blocks per sequence; block 0
-        stays free, as in vLLM, where it is the null block. Raises UnsupportedServerError where a layer would be
-        left without metadata: its attention would return zeros.
+        Sequence i owns blocks 1 + i*b to (i+1)*b of the scratch cache; block 0 stays free, as in vLLM (the null block).
+        Raises UnsupportedServerError where a layer would be left without metadata: its attention would return zeros.
         """
         from vllm.v1.attention.backend import CommonAttentionMetadata  # 0.14
 
@@ -135,23 +131,18 @@ class ScratchAttention:
         self._caches.clear()
 
 
-def has_cache(layer: Any) -> bool:
-    """Whether `layer` has a KV cache or a recurrent state."""
-    return _has_values(getattr(layer, "kv_cache", None))
-
-
-def _has_values(cache: Any) -> bool:
-    """Whether a cache attribute (a tensor, or nested lists of them) has a tensor that is not empty."""
+def has_values(cache: Any) -> bool:
+    """Whether `cache`, a tensor or nested lists of them, has a tensor that is not empty."""
     if isinstance(cache, torch.Tensor):
         return cache.numel() > 0
-    return isinstance(cache, (list, tuple)) and any(map(_has_values, cache))
+    return isinstance(cache, (list, tuple)) and any(map(has_values, cache))
 
 
 def _block_axis(group: Any, cache_dtype: str) -> int:
     """The axis of a layer's cache that counts blocks.
 
-    A backend that gives the shape of its cache is asked with a number of blocks that stands out; from 0.29 on
-    there is none to ask, and recurrent states never had one: there the first axis counts blocks.
+    A backend that gives the shape of its cache is asked with a number of blocks that stands out. From 0.29 on there is
+    none to ask, and recurrent states never had one: there it is the first axis.
     """
     spec = group.kv_cache_spec
     get_shape = getattr(group.backend, "get_kv_cache_shape", None)  # until 0.28

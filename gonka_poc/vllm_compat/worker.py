@@ -13,7 +13,7 @@ from torch import nn
 from gonka_poc.errors import OtherRankError, UnsupportedServerError
 from gonka_poc.vllm_compat.operations import ModelOperations
 from gonka_poc.vllm_compat.refusals import forward_options, refuse_unsupported
-from gonka_poc.vllm_compat.scratch import ScratchAttention, has_cache
+from gonka_poc.vllm_compat.scratch import ScratchAttention, has_values
 
 logger = logging.getLogger("vllm.gonka_poc.worker_view")
 
@@ -39,12 +39,12 @@ class WorkerView:
         registered = self._config.compilation_config.static_forward_context
         layers = {name: layer for name, layer in registered.items() if id(layer) in own}
         # those with a KV cache (or a recurrent state), by name
-        self.attention_layers = {name: layer for name, layer in layers.items() if has_cache(layer)}
+        caches = {name: getattr(layer, "kv_cache", None) for name, layer in layers.items()}
+        self.attention_layers = {name: layers[name] for name, cache in caches.items() if has_values(cache)}
         refuse_unsupported(self._config, self.model, self.attention_layers)
         self._forward_options = forward_options(self._config)
-        self._scratch = ScratchAttention(self._runner, self._config, self.attention_layers)
-        enforce_eager = self._config.model_config.enforce_eager
-        self.operations = ModelOperations(self.model, layers, self.device, enforce_eager)
+        self.scratch = ScratchAttention(self._runner, self._config, self.attention_layers)
+        self.operations = ModelOperations(self.model, layers, self.device, self._config.model_config.enforce_eager)
         self._metadata_read: Any = None
 
         from vllm.distributed.parallel_state import get_pp_group, get_tp_group, get_world_group
@@ -60,19 +60,13 @@ class WorkerView:
     # -- the model --
 
     def decoder_layers(self) -> dict[int, Any]:
-        """The decoder layers of this rank by global index (a pipeline stage holds placeholders for the others)."""
+        """The decoder layers of this rank by global index (a pipeline stage holds placeholders for the others).
+
+        vLLM builds the list of them by `make_layers`, and the module that owns it has start_layer and end_layer.
+        """
         from vllm.model_executor.models.utils import PPMissingLayer
 
-        stack = self._decoder_stack()
-        return {i: layer for i, layer in enumerate(stack) if not isinstance(layer, PPMissingLayer)}
-
-    def _decoder_stack(self) -> Any:
-        """The module list of decoder layers.
-
-        vLLM builds it by `make_layers`, and the module that owns it has start_layer and end_layer.
-        """
-        model_config = self._config.model_config
-        expected = model_config.get_total_num_hidden_layers()
+        expected = self._config.model_config.get_total_num_hidden_layers()
         stacks = {
             f"{name}.{child_name}": child
             for name, module in self.model.named_modules()
@@ -85,7 +79,8 @@ class WorkerView:
                 f"cannot tell the decoder layers of {type(self.model).__name__}: looked for one module list of "
                 f"{expected} layers in a module with start_layer and end_layer, found {sorted(stacks) or 'none'}"
             )
-        return next(iter(stacks.values()))
+        (stack,) = stacks.values()
+        return {i: layer for i, layer in enumerate(stack) if not isinstance(layer, PPMissingLayer)}
 
     # -- one prefill --
 
@@ -93,8 +88,8 @@ class WorkerView:
     def error_barrier(self) -> Iterator[None]:
         """Collective: raises on every rank if any rank failed inside.
 
-        Around what can fail on one rank alone: the others would go on into a collective operation and wait there for
-        ever, and the server with them. Raises what this rank raised, or OtherRankError.
+        Around what can fail on one rank alone: the others would wait in their next collective operation for ever.
+        Raises what this rank raised, or OtherRankError.
         """
         failure: Exception | None = None
         try:
@@ -113,18 +108,17 @@ class WorkerView:
     def prefill(self, num_seqs: int, seq_len: int, skip_compiled: bool = True) -> Iterator[Callable[[], Any]]:
         """Prepares one run of the model over `num_seqs` fresh sequences of `seq_len` tokens, on scratch KV cache.
 
-        Gives the function that runs it, with embeddings that the caller has injected (EmbeddingInjectionHook); the
-        token ids given here are dummies. It returns the model's output after the final norm,
-        [num_seqs * seq_len, hidden_size], on the last pipeline rank and None on the others. Only that function talks
-        to other ranks. The serving KV cache is neither read nor written. Without `skip_compiled` a server that compiled
-        its model runs it compiled, as for chat; then no hook inside of the model is called.
+        Gives the function that runs it on embeddings that the caller injects. It returns the model's output after the
+        final norm, [num_seqs * seq_len, hidden_size], on the last pipeline rank and None on the others; it alone talks
+        to other ranks. The serving KV cache is neither read nor written. Without `skip_compiled` a compiled model runs
+        compiled, as for chat; then no hook inside of it is called.
         """
         from vllm.forward_context import set_forward_context
         from vllm.sequence import IntermediateTensors
 
         num_tokens = num_seqs * seq_len
         positions = torch.arange(seq_len, device=self.device).repeat(num_seqs)
-        input_ids = torch.zeros(num_tokens, dtype=torch.int32, device=self.device)
+        input_ids = torch.zeros(num_tokens, dtype=torch.int32, device=self.device)  # dummies
 
         def run() -> Any:
             received = None
@@ -132,9 +126,7 @@ class WorkerView:
                 received = IntermediateTensors(self._pp_group.recv_tensor_dict(all_gather_group=self._tp_group))
             with set_forward_context(metadata, self._config, num_tokens=num_tokens, **options):
                 output = self.model(
-                    input_ids=input_ids,
-                    positions=self._model_positions(positions),
-                    intermediate_tensors=received,
+                    input_ids=input_ids, positions=self._model_positions(positions), intermediate_tensors=received
                 )
             if not self.is_last_rank:
                 self._pp_group.send_tensor_dict(output.tensors, all_gather_group=self._tp_group)
@@ -143,8 +135,8 @@ class WorkerView:
             return output[0] if isinstance(output, tuple) else output
 
         self.settle()
-        with self._scratch.installed(num_seqs, seq_len), self.synchronized_on_failure():
-            metadata, slot_mapping = self._scratch.metadata(num_seqs, seq_len, positions)
+        with self.scratch.installed(num_seqs, seq_len), self.synchronized_on_failure():
+            metadata, slot_mapping = self.scratch.metadata(num_seqs, seq_len, positions)
             if self.device.type == "cuda":
                 self._metadata_read = torch.cuda.Event(blocking=True)
                 self._metadata_read.record()
@@ -159,7 +151,7 @@ class WorkerView:
     def synchronized_on_failure(self) -> Iterator[None]:
         """A failure leaves this only when the device has done all that it was given.
 
-        Until then it may read and write what the failure releases, and the host buffers of the engine's builders.
+        Until then the device may use what the failure releases, and the host buffers of the engine's builders.
         """
         try:
             yield
@@ -184,10 +176,9 @@ class WorkerView:
             self._metadata_read = None
 
     def logits(self, hidden: Any) -> Any:
-        """The model's own logits of `hidden` [n, hidden_size]: [n, vocab_size] on the output rank.
+        """The model's logits of `hidden` [n, hidden_size]: [n, vocab_size] on the output rank, None on others.
 
-        Every tensor parallel rank of the last stage must call this; ranks that are not given the gathered logits
-        get None.
+        Every tensor parallel rank of the last stage must call this.
         """
         return self.model.compute_logits(hidden)
 
@@ -195,15 +186,10 @@ class WorkerView:
         """Whether `module` has a KV cache (or a recurrent state)."""
         return any(module is layer for layer in self.attention_layers.values())
 
-    @property
-    def scratch_bytes(self) -> int:
-        """Memory of the scratch KV cache."""
-        return self._scratch.num_bytes
-
     def release(self) -> None:
         """Drop the scratch KV cache, once the device is done with it."""
         self._synchronize()
-        self._scratch.release()
+        self.scratch.release()
 
     def _model_positions(self, positions: Any) -> Any:
         """Multi-axis rotary models (M-RoPE) take one row per axis; text has the same position on each."""

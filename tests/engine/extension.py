@@ -38,7 +38,7 @@ class Probe(PoCWorkerExtension):
         return {
             "num_hooks": len(hooks),
             "moved_caches": [name for name, layer in layers.items() if layer.kv_cache is not first[name]],
-            "num_scratch": len(runner._view._scratch._caches) if runner else 0,
+            "num_scratch": len(runner.view.scratch._caches) if runner else 0,
             "has_round": runner is not None and runner._tensors is not None,
             "forward_context": is_forward_context_available(),
         }
