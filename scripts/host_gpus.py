@@ -73,8 +73,8 @@ def find_gpus(script: str, force: bool) -> Gpus:
     return Gpus(text, driver, generation)
 
 
-def _refusal(problem: str, *advice: str) -> RefusalError:
-    return RefusalError("\n    ".join([problem, *advice]))
+def _refusal(*lines: str) -> RefusalError:
+    return RefusalError("\n    ".join(lines))
 
 
 def _no_gpus(problem: str, advice: str) -> RefusalError:
@@ -90,10 +90,8 @@ def _parse_row(line: str) -> tuple[str, str, str]:
     """Name, compute capability and driver; from the right, since a name may hold a comma."""
     row = re.fullmatch(r"(.+), *(\d+\.\d+), *(\d[\d.]*)\s*", line)
     if row is None:
-        raise _no_gpus(
-            f"nvidia-smi answered a line that is not understood: {line}",
-            "the line should be: name, compute capability, driver version",
-        )
+        problem = f"nvidia-smi answered a line that is not understood: {line}"
+        raise _no_gpus(problem, "the line should be: name, compute capability, driver version")
     return row[1], row[2], row[3]
 
 
@@ -104,30 +102,19 @@ def _ask_nvidia_smi() -> str:
             "nvidia-smi is not on PATH, so there is no NVIDIA driver here, or a container without access to one",
             "install the NVIDIA driver, or start the container with its GPUs (--gpus all)",
         )
+    command = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
-            timeout=60,
-        )
-        status, answer = done.returncode, done.stdout.strip()
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+        status, answer = done.returncode, done.stdout.decode(errors="replace").strip()
     except subprocess.TimeoutExpired:
         status, answer = 124, "no answer within 60 s"
     first_line = answer.partition("\n")[0]
     if "No devices were found" in answer or (status == 0 and not answer):
-        raise _no_gpus(
-            "nvidia-smi finds no GPUs",
-            "are they visible to this machine or container (lspci | grep -i nvidia, NVIDIA_VISIBLE_DEVICES)?",
-        )
+        advice = "are they visible to this machine or container (lspci | grep -i nvidia, NVIDIA_VISIBLE_DEVICES)?"
+        raise _no_gpus("nvidia-smi finds no GPUs", advice)
     if "not a valid field" in answer:
-        raise _no_gpus(
-            "this nvidia-smi does not know compute_cap: its driver is older than any that vLLM can use",
-            "update the NVIDIA driver to 580 or newer",
-        )
+        problem = "this nvidia-smi does not know compute_cap: its driver is older than any that vLLM can use"
+        raise _no_gpus(problem, "update the NVIDIA driver to 580 or newer")
     if status != 0:
         raise _no_gpus(
             f"nvidia-smi failed (status {status}): {first_line}",

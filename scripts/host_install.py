@@ -6,6 +6,7 @@ Whatever changes the host is written into a journal before it happens, so that a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -45,11 +46,10 @@ def install(host: Host) -> int:
     begun = list(journal.changes)
     try:
         for number, step in enumerate(steps, 1):
+            if step.todo or isinstance(step, DoctorStep):
+                say(f"[{number}/{len(steps)}] {step.title}: {step.todo}".rstrip())
             if step.todo:
-                say(f"[{number}/{len(steps)}] {step.title}: {step.todo}")
                 step.act(journal)
-            elif isinstance(step, DoctorStep):
-                say(f"[{number}/{len(steps)}] {step.title}:")
             step.verify()
     except BaseException as error:
         roll_back(host, journal, begun, error)
@@ -82,24 +82,21 @@ def confirm(host: Host, question: str) -> None:
         return
     if not sys.stdin.isatty():
         raise RefusalError("there is no terminal to ask on; add --yes to go on without being asked")
-    try:
-        answer = input(f"{question} [y/N] ")
-    except EOFError:
-        answer = ""
-    if answer.strip().lower() not in ("y", "yes"):
-        raise RefusalError("stopped; nothing was changed")
+    with contextlib.suppress(EOFError):
+        if input(f"{question} [y/N] ").strip().lower() in ("y", "yes"):
+            return
+    raise RefusalError("stopped; nothing was changed")
 
 
 def finish_earlier_run(host: Host, journal: Journal) -> None:
     """Take back the one step that a killed run left half done."""
     unfinished = [change for change in reversed(journal.changes) if change["state"] != "done"]
-    if not unfinished:
-        return
-    say("An earlier run was cut short; its unfinished step is taken back first:")
-    confirm(host, "Go on?")
-    for change in unfinished:
-        undo(host, journal, change, force=False)
-    host.target.look()
+    if unfinished:
+        say("An earlier run was cut short; its unfinished step is taken back first:")
+        confirm(host, "Go on?")
+        for change in unfinished:
+            undo(host, journal, change, force=False)
+        host.target.look()
 
 
 def undo(host: Host, journal: Journal, change: dict[str, Any], force: bool) -> None:
@@ -183,14 +180,11 @@ def status(host: Host) -> int:
                 trouble.append("changed since")
         elif change["kind"] == "packages":
             for name, record in change["records"].items():
-                if last_of[name] is change and (name not in own or sha256((own[name].record or "").encode()) != record):
+                if last_of[name] is change and (name not in own or sha256(own[name].record.encode()) != record):
                     trouble.append(f"{name} was changed since")
         problems += len(trouble)
         say(f"    {describe(change)}" + "".join(f" [{text}]" for text in trouble))
     return FAILED if problems else DONE
-
-
-ACTIONS = {"install": install, "uninstall": uninstall, "status": status}
 
 
 def stop(number: int, _frame: object) -> None:
@@ -208,11 +202,14 @@ def main(script: str, *words: str) -> int:
             return DONE
         gpus = find_gpus(script, options.force) if options.action == "install" else None
         host = find_host(options, gpus)
-        if options.dry_run or options.action == "status":
-            return ACTIONS[options.action](host)
+        if options.action == "status":
+            return status(host)
+        act = install if options.action == "install" else uninstall
+        if options.dry_run:
+            return act(host)
         with locked(host):
             host.target.look()
-            return ACTIONS[options.action](host)
+            return act(host)
     except InstallError as error:
         if not error.printed:
             complain(f"error: {error}")
