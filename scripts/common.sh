@@ -49,16 +49,11 @@ step() {
 readonly LOCK_WAIT_S=1800
 
 take_lock() {
-    local file=$1
-    exec 9>"$file"
-    if flock --nonblock 9; then
-        return
-    fi
+    exec 9>"$1"
+    if flock --nonblock 9; then return; fi
     say "another set-up is at work in this checkout; waiting for it (at most $((LOCK_WAIT_S / 60)) minutes)"
-    flock --timeout "$LOCK_WAIT_S" 9 || die "it is still at work after $((LOCK_WAIT_S / 60)) minutes; lock: $file"
+    flock --timeout "$LOCK_WAIT_S" 9 || die "it is still at work after $((LOCK_WAIT_S / 60)) minutes; lock: $1"
 }
-
-drop_lock() { exec 9>&-; }
 
 # free_mib PATH: the room left on the file system that holds PATH.
 free_mib() { df -Pk -- "$1" | awk 'NR == 2 { print int($4 / 1024) }'; }
