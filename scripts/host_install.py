@@ -28,7 +28,6 @@ def install(host: Host) -> int:
     journal = Journal(host.state)
     if not host.options.dry_run:
         finish_earlier_run(host, journal)
-    assert host.gpus is not None
     choice = choose_vllm(host.target, host.options, host.gpus.generation)
     steps = [cls(host, choice) for cls in STEPS]
     say(f"Plan for {host.target.python} and {host.runner}:")
@@ -43,7 +42,7 @@ def install(host: Host) -> int:
     if busy:
         refuse_unwritable(host, steps)
         confirm(host, "Go on?")
-    begun = list(journal.changes)
+    begun = len(journal.changes)
     try:
         for number, step in enumerate(steps, 1):
             if step.todo or isinstance(step, DoctorStep):
@@ -68,7 +67,7 @@ def refuse_unwritable(host: Host, steps: Sequence[Step]) -> None:
     for step in steps:
         if step.todo and isinstance(step, (VllmStep, PackageStep)):
             folders += [existing(host.target.purelib), existing(host.target.scripts)]
-        elif step.todo and isinstance(step, RunnerStep) and host.runner:
+        elif step.todo and isinstance(step, RunnerStep):
             folders.append(str(host.runner.parent))
     folders.append(existing(host.state))
     closed = [folder for folder in dict.fromkeys(folders) if not os.access(folder, os.W_OK)]
@@ -111,18 +110,17 @@ def undo(host: Host, journal: Journal, change: dict[str, Any], force: bool) -> N
     journal.forget(change)
 
 
-def roll_back(host: Host, journal: Journal, begun: Sequence[Any], error: BaseException) -> None:
-    """Take back what this run did, and say how to go on."""
+def roll_back(host: Host, journal: Journal, begun: int, error: BaseException) -> None:
+    """Take back what this run did, the changes from index `begun` on, and say how to go on."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if isinstance(error, InstallError):
         complain(f"error: {error}")
         error.printed = True
-    changes = [change for change in journal.changes if not any(change is old for old in begun)]
-    if changes:
+    if journal.changes[begun:]:
         say("Taking back what this run did:")
     try:
-        for change in reversed(changes):
+        for change in reversed(journal.changes[begun:]):
             undo(host, journal, change, force=True)
     except (InstallError, OSError) as problem:
         complain(f"error: not everything could be taken back: {problem}")

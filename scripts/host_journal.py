@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import csv
 import hashlib
 import json
 import os
@@ -79,9 +80,6 @@ class Journal:
         write_file(str(self.path), (json.dumps(content, indent=1) + "\n").encode("ascii"))
 
 
-# --- packages
-
-
 def install_packages(host: Host, journal: Journal, spec: Sequence[str]) -> None:
     """pip install, in such a way that `undo_packages` can take it back to the byte and without the network."""
     before = host.target.look().own()
@@ -95,13 +93,13 @@ def install_packages(host: Host, journal: Journal, spec: Sequence[str]) -> None:
         raise InstallError(f"{problem}\ninstall into a virtual environment instead: --python VENV/bin/python")
     for name in replaced:
         say(f"    replaces {name} {before[name].version} by {planned[name]}; what is replaced is kept")
-    kept = journal.folder / f"kept-{os.getpid()}-{len(journal.changes)}" if replaced else None
+    kept = str(journal.folder / f"kept-{os.getpid()}-{len(journal.changes)}") if replaced else None
     change: dict[str, Any] = {
         "kind": "packages",
         "planned": planned,
         "before": sorted(before),
         "replaced": {name: before[name].version for name in replaced},
-        "kept": str(kept) if kept else None,
+        "kept": kept,
         "prefix": host.target.prefix,
     }
     journal.begin(change, "keeping")  # until what is replaced is kept in full, there is nothing to undo
@@ -119,10 +117,9 @@ def install_packages(host: Host, journal: Journal, spec: Sequence[str]) -> None:
 
 def plan_packages(host: Host, spec: Sequence[str]) -> dict[str, str]:
     """Name and version of what pip would install now."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = os.path.join(folder, "report.json")
-        host.pip("install", "--quiet", "--dry-run", "--report", report, *spec)
-        items = json.loads(Path(report).read_text(encoding="utf-8"))["install"]
+    with tempfile.NamedTemporaryFile(suffix=".json") as report:
+        host.pip("install", "--quiet", "--dry-run", "--report", report.name, *spec)
+        items = json.loads(Path(report.name).read_bytes())["install"]
     return {normal_name(item["metadata"]["name"]): item["metadata"]["version"] for item in items}
 
 
@@ -179,27 +176,22 @@ def refuse_later_edits(now: Mapping[str, Distribution], change: Mapping[str, Any
     """Stop if a package is no longer the one that we put there. Our own is compared file by file."""
     for name in present:
         if sha256(now[name].record.encode()) != change["records"][name]:
-            raise InstallError(
-                f"{name} {now[name].version} was installed again since, by somebody else; it is left as it is\n"
-                f"to take it away all the same: --uninstall --force"
-            )
-    edited = edited_files(now["gonka-poc"]) if "gonka-poc" in present else []
+            what = f"{name} {now[name].version} was installed again since, by somebody else; it is left as it is"
+            raise InstallError(f"{what}\nto take it away all the same: --uninstall --force")
+    edited = ", ".join(edited_files(now["gonka-poc"])) if "gonka-poc" in present else ""
     if edited:
-        raise InstallError(
-            f"edited since it was installed: {', '.join(edited)}; left as it is\n"
-            "save what you need of it, then: --uninstall --force"
-        )
+        advice = "save what you need of it, then: --uninstall --force"
+        raise InstallError(f"edited since it was installed: {edited}; left as it is\n{advice}")
 
 
 def edited_files(found: Distribution) -> list[str]:
     """Files of a package that no longer have the hash that its RECORD names."""
     edited = []
-    for line in found.record.splitlines():
-        match = re.fullmatch(r'"?([^"]+?)"?,sha256=([\w-]+),\d*', line)
-        path = Path(found.folder).parent / match[1] if match else None
-        if path is not None and path.is_file():
+    for name, recorded, *_ in csv.reader(found.record.splitlines()):
+        path = Path(found.folder).parent / name
+        if recorded.startswith("sha256=") and path.is_file():
             digest = base64.urlsafe_b64encode(hashlib.sha256(path.read_bytes()).digest()).rstrip(b"=").decode()
-            if digest != match[2]:
+            if recorded != f"sha256={digest}":
                 edited.append(str(path))
     return edited
 
@@ -225,16 +217,13 @@ def remove_empty(folders: set[str], prefix: Path) -> None:
     every = {parent for name in folders for parent in (Path(name), *Path(name).parents)}
     inside = [path for path in every if path.is_relative_to(prefix) and path != prefix and path.is_dir()]
     for path in sorted(inside, key=lambda path: -len(path.parts)):
-        cache = path / "__pycache__"
-        for compiled in [*cache.glob("*.pyc"), *([*path.glob("*.pyc")] if path.name == "__pycache__" else [])]:
+        cache = path if path.name == "__pycache__" else path / "__pycache__"
+        for compiled in cache.glob("*.pyc"):
             if not (compiled.parent.parent / f"{compiled.name.split('.')[0]}.py").exists():
                 compiled.unlink()
         for empty in (cache, path):
             with contextlib.suppress(OSError):
                 os.rmdir(empty)
-
-
-# --- a file
 
 
 def change_file(journal: Journal, path: Path, old: bytes, new: bytes) -> None:
@@ -267,7 +256,5 @@ def undo_file(change: Mapping[str, Any], force: bool) -> None:
         elif force:
             write_file(str(path), unpatched)
         else:
-            raise InstallError(
-                f"{path} was edited since it was patched; it is left as it is\n"
-                "to take out the patch and keep the edits: --uninstall --force"
-            )
+            advice = "to take out the patch and keep the edits: --uninstall --force"
+            raise InstallError(f"{path} was edited since it was patched; it is left as it is\n{advice}")

