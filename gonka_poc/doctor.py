@@ -13,7 +13,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -24,7 +23,8 @@ from typing import Literal
 
 from packaging.version import Version
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from gonka_poc import vllm_compat
 from gonka_poc.config import load_settings
@@ -42,6 +42,7 @@ MIN_DRIVER = ((12, 525), (13, 580))
 SCRATCH_MIB = 1024
 
 State = Literal["ok", "warn", "fail"]
+STYLES: dict[State, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"}  # from good to bad
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,17 @@ class Surroundings:
 
     def runner_python(self) -> str | None:
         """The interpreter that runner.py names."""
-        found = re.search(r"^\s+VLLM_PYTHON_PATH\s*=\s*[\"']([^\"'\n]+)[\"']", self.runner_text(), flags=re.MULTILINE)
-        return found[1] if found else None
+        return _find(r"^\s+VLLM_PYTHON_PATH\s*=\s*[\"']([^\"'\n]+)[\"']", self.runner_text())
 
     def mlnode_python(self) -> str:
         """The interpreter that MLNode starts vLLM with, as far as can be known here."""
         return self.python or self.environment.get(PYTHON_VARIABLE) or self.runner_python() or sys.executable
+
+
+def _find(pattern: str, text: str) -> str | None:
+    """The first group of the first match."""
+    found = re.search(pattern, text, flags=re.MULTILINE)
+    return found[1] if found else None
 
 
 def run_checks(runner: Path | None = None, python: str | None = None) -> list[Check]:
@@ -84,19 +90,9 @@ def run_checks(runner: Path | None = None, python: str | None = None) -> list[Ch
     `python` is the interpreter that MLNode uses if neither runner.py nor the environment names one.
     """
     here = Surroundings(runner, python, os.environ)
-    return [
-        check_python(),
-        check_vllm(),
-        check_settings(),
-        check_gpu(),
-        check_extension_points(),
-        check_package(here),
-        check_runner(here),
-        check_module(here),
-        check_serialization(here),
-        check_eager(here),
-        check_memory(),
-    ]
+    checks = [check_python(), check_vllm(), check_settings(), check_gpu(), check_extension_points()]
+    checks += [check(here) for check in (check_package, check_runner, check_module, check_serialization, check_eager)]
+    return [*checks, check_memory()]
 
 
 def check_python() -> Check:
@@ -136,8 +132,7 @@ def check_gpu() -> Check:
         return Check(name, "fail", "nvidia-smi shows no GPU", "install the driver, or give the container its GPUs")
     driver = rows[0][-1]
     found = f"{len(rows)} x {rows[0][0]}, driver {driver}; torch is built for CUDA {cuda}"
-    major = re.match(r"\d+", driver)
-    if not major or int(major[0]) < need:
+    if int(_find(r"\A(\d+)", driver) or 0) < need:
         return Check(name, "fail", found, f"update the driver to {need} or newer, or take a vLLM for an older CUDA")
     return Check(name, "ok", found)
 
@@ -147,14 +142,12 @@ def torch_cuda() -> int | None:
     folder = package_folder("torch")
     path = folder / "version.py" if folder else None
     text = path.read_text(encoding="utf-8", errors="replace") if path and path.is_file() else ""
-    found = re.search(r"^cuda\b[^=\n]*=\s*'(\d+)", text, flags=re.MULTILINE)
-    return int(found[1]) if found else None
+    found = _find(r"^cuda\b[^=\n]*=\s*'(\d+)", text)
+    return int(found) if found else None
 
 
 def nvidia_smi(query: str) -> list[list[str]]:
     """The answer's cells, one row per GPU; empty if nvidia-smi is missing or fails."""
-    if shutil.which("nvidia-smi") is None:
-        return []
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60, check=True)
@@ -194,8 +187,8 @@ def contract_checks(path: Path, release: str = "") -> list[Check]:
     """
     package = read_package(path)
     package.release = release or package.release
-    checks = [check_release(package.release)] + [check_finding(finding) for finding in judge(package)]
-    return sorted(checks, key=lambda check: ("ok", "warn", "fail").index(check.state))
+    checks = [check_release(package.release), *map(check_finding, judge(package))]
+    return sorted(checks, key=lambda check: list(STYLES).index(check.state))
 
 
 GIVE_RELEASE = "give its release by --release"
@@ -206,9 +199,8 @@ def check_release(release: str) -> Check:
     fix = f"if nothing below fails, run the engine tests with it, then raise SUPPORTED ({SUPPORTED})"
     known = known_release(release)
     if known is None:
-        found = (
-            f"{release}, which names no release" if release else "unknown: there is no _version.py, as in a checkout"
-        )
+        unknown = "unknown: there is no _version.py, as in a checkout"
+        found = f"{release}, which names no release" if release else unknown
         return Check("release", "warn", found, f"{GIVE_RELEASE}; {fix}")
     if known < min(Version(limit.version) for limit in SUPPORTED):
         return Check("release", "fail", f"{release}, too old (supported: {SUPPORTED})", "take a newer release of vLLM")
@@ -336,9 +328,7 @@ def check_memory() -> Check:
 def available_mib() -> int:
     """Memory that Linux could give to a new process."""
     with contextlib.suppress(OSError):
-        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), flags=re.MULTILINE)
-        if found:
-            return int(found[1]) // 1024
+        return int(_find(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text()) or 0) // 1024
     return 0
 
 
@@ -350,27 +340,21 @@ def doctor_command(json_output: bool = False, runner: Path | None = None, python
 def print_checks(checks: Sequence[Check], json_output: bool) -> int:
     """Print the checks; 1 if one failed."""
     states = Counter(check.state for check in checks)
-    failed = states["fail"] > 0
     if json_output:
-        print(json.dumps({"ok": not failed, "checks": [asdict(check) for check in checks]}, indent=2))
+        print(json.dumps({"ok": not states["fail"], "checks": [asdict(check) for check in checks]}, indent=2))
     else:
         print_table(checks)
-        print(", ".join(f"{states[state]} {state}" for state in ("ok", "warn", "fail") if states[state]))
-    return 1 if failed else 0
+        print(", ".join(f"{states[state]} {state}" for state in STYLES if states[state]))
+    return 1 if states["fail"] else 0
 
 
 def print_table(checks: Sequence[Check]) -> None:
     """Print one row per check."""
     console = Console(highlight=False, **({} if sys.stdout.isatty() else {"width": 160}))  # type: ignore[arg-type]
-    table = Table(box=None, pad_edge=False)
-    table.add_column("state")
-    table.add_column("check")
-    table.add_column("found", overflow="fold")
-    table.add_column("what to do", overflow="fold")
-    styles = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+    folded = [Column(title, overflow="fold") for title in ("found", "what to do")]
+    table = Table("state", "check", *folded, box=None, pad_edge=False)
     for check in checks:
-        row = (check.state, check.name, check.found, check.fix)
-        table.add_row(*(text.replace("[", r"\[") for text in row), style=styles[check.state])
+        table.add_row(*map(Text, (check.state, check.name, check.found, check.fix)), style=STYLES[check.state])
     console.print(table)
 
 

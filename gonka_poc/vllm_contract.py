@@ -141,7 +141,7 @@ CONTRACT = (
     *_names("v1/worker/gpu_model_runner.py", "GPUModelRunner: device get_model() model attn_groups"),
     *_names("v1/worker/gpu/model_runner.py", "GPUModelRunner: device get_model() model attn_groups"),
     # other ranks
-    *_names(PARALLEL, "get_pp_group() get_tp_group() get_world_group()"),
+    *_names(PARALLEL, "get_pp_group() get_tp_group() get_world_group() cleanup_dist_env_and_memory()"),
     *_names(PARALLEL, "GroupCoordinator: is_first_rank is_last_rank rank_in_group world_size cpu_group"),
     *_names(PARALLEL, "GroupCoordinator: recv_tensor_dict(all_gather_group)"),
     *_names(PARALLEL, "GroupCoordinator: send_tensor_dict(tensor_dict, all_gather_group)"),
@@ -180,7 +180,6 @@ CONTRACT = (
     *_names("v1/engine/llm_engine.py", "LLMEngine: from_engine_args(engine_args) collective_rpc(method, args)"),
     *_names("v1/engine/llm_engine.py", "LLMEngine: engine_core vllm_config"),
     *_names("v1/engine/core_client.py", "EngineCoreClient.shutdown()"),
-    *_names(PARALLEL, "cleanup_dist_env_and_memory()"),
     *_names(LINEAR, "LinearBase: input_size output_size"),
     *_names(LINEAR, "ColumnParallelLinear.output_size_per_partition RowParallelLinear.input_size_per_partition"),
     *_names("model_executor/layers/fused_moe/*.py", "self.moe_config"),
@@ -188,10 +187,9 @@ CONTRACT = (
     *_names(FUSED_MOE, "FusedMoEConfig.intermediate_size_per_partition", first="0.15"),
     *_names("model_executor/layers/fused_moe/layer.py", "FusedMoE.intermediate_size_per_partition", last="0.14"),
     *_names(ATTENTION, "Attention: num_heads head_size head_size_v sliding_window"),
-    *_names(MLA_ATTENTION, "MLAAttention: num_heads qk_nope_head_dim qk_rope_head_dim v_head_dim"),
+    *_names(MLA_ATTENTION, "MLAAttention: num_heads qk_nope_head_dim qk_rope_head_dim v_head_dim kv_cache impl"),
     # layers that have a KV cache
     *_names(ATTENTION, "Attention: kv_cache impl kv_sharing_target_layer_name"),
-    *_names(MLA_ATTENTION, "MLAAttention: kv_cache impl"),
     *_names("model_executor/layers/mamba/mamba_mixer2.py", "MambaMixer2.kv_cache"),
     *_names("v1/attention/backends/triton_attn.py", "TritonAttentionImpl._k_scale_cache", first="0.20"),
 )

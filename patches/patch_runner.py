@@ -13,7 +13,6 @@ import ast
 import difflib
 import errno
 import hashlib
-import io
 import os
 import re
 import shutil
@@ -22,7 +21,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 PATCH_VERSION = 1
 EAGER_OPTION = "--enforce-eager"
@@ -117,29 +116,9 @@ class Variant(NamedTuple):
     def name(self) -> str:
         return self.profile if self.enforce_eager else f"{self.profile}-cuda-graphs"
 
-    def options(self) -> dict[str, str]:
-        """Option and value, "" for a flag."""
-        eager = {EAGER_OPTION: ""} if self.enforce_eager else {}
-        return {**eager, "--middleware": MIDDLEWARE, "--worker-extension-cls": WORKER_EXTENSION}
-
-    def environment(self) -> dict[str, str]:
-        eager = {"VLLM_USE_CUDA_GRAPHS": "0"} if self.enforce_eager else {}
-        by_function = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if self.profile == "standard" else {}
-        return {"VLLM_USE_V1": "1", **eager, **by_function}
-
 
 SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 LIST_MUTATORS = {"append", "clear", "extend", "insert", "pop", "remove", "reverse", "sort"}
-Found = TypeVar("Found")
-
-
-class Assignment(NamedTuple):
-    """`name = value`, with or without an annotation."""
-
-    node: ast.stmt
-    name: str
-    value: ast.expr
-    lineno: int
 
 
 def find_blocks(tree: ast.Module, lines: Sequence[bytes], variant: Variant) -> dict[int, list[str]]:
@@ -149,25 +128,27 @@ def find_blocks(tree: ast.Module, lines: Sequence[bytes], variant: Variant) -> d
     starts = [node for node in runner.body if isinstance(node, ast.FunctionDef) and node.name == "start"]
     start = _only(starts, "method VLLMRunner.start")
 
-    assignments = _assignments(start)
+    nodes = list(_walk(start))
+    assignments = sorted((node for node in nodes if _assigned_name(node)), key=_position)
     command = _only([a for a in assignments if _is_vllm_command(a)], "vLLM command list + self.additional_args")
+    name = _assigned_name(command)
     derived = _derived(assignments, command)
-    names = {command.name, *(a.name for a in derived)}
-    calls = [node for node in _walk(start) if isinstance(node, ast.Call)]
+    names = {name, *map(_assigned_name, derived)}
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
     popens = [call for call in calls if ast.unparse(call.func) in ("subprocess.Popen", "Popen")]
     launches = [call for call in popens if _mentions(_argument(call, "args"), names)]
     launch = _only(launches, "subprocess.Popen of that command")
     use_env = f"{_environment_name(assignments, launch)}.update(_GONKA_POC_ENV)"
-    first_use = _first_use(start, command, [*(a.node for a in derived), launch])
-    innermost = [node for node in _walk(start) if isinstance(node, ast.stmt) and launch in _walk(node)][-1]
+    first_use = _first_use(nodes, command, [*derived, launch])
+    innermost = [node for node in nodes if isinstance(node, ast.stmt) and launch in _walk(node)][-1]
 
     blocks = {_own_line(runner, lines): _definitions(variant, _leading_space(lines[start.lineno - 1]))}
-    blocks[_own_line(first_use, lines)] = [f"{command.name} = _gonka_poc_command({command.name})"]
+    blocks[_own_line(first_use, lines)] = [f"{name} = _gonka_poc_command({name})"]
     blocks.setdefault(_own_line(innermost, lines), []).append(use_env)
     return blocks
 
 
-def _only(found: Sequence[Found], what: str) -> Found:
+def _only(found: Sequence[Any], what: str) -> Any:
     if len(found) != 1:
         where = ", ".join(str(getattr(node, "lineno", "?")) for node in found)
         raise UnknownShapeError(f"expected one {what}, found {len(found)}" + (f" (lines {where})" if found else ""))
@@ -182,26 +163,23 @@ def _walk(node: ast.AST) -> Iterator[ast.AST]:
             yield from _walk(child)
 
 
-def _assignments(function: ast.FunctionDef) -> list[Assignment]:
-    """The assignments to one plain name, in the order of the file."""
-    found = []
-    for node in _walk(function):
-        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
-            target, *more = node.targets if isinstance(node, ast.Assign) else [node.target]
-            if isinstance(target, ast.Name) and not more:
-                found.append(Assignment(node, target.id, node.value, node.lineno))
-    return sorted(found, key=lambda assignment: _position(assignment.node))
+def _assigned_name(node: ast.AST) -> str:
+    """The one plain name that `node` gives a value, with or without an annotation; else empty."""
+    if not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.value is None:
+        return ""
+    target, *more = node.targets if isinstance(node, ast.Assign) else [node.target]
+    return target.id if isinstance(target, ast.Name) and not more else ""
 
 
 def _position(node: Any) -> tuple[int, int]:
     return node.lineno, node.col_offset
 
 
-def _is_vllm_command(assignment: Assignment) -> bool:
+def _is_vllm_command(assignment: Any) -> bool:
     """`command = [..., "-m", ..., "--host", ...] + self.additional_args`, perhaps with more lists added."""
     first, *others = _sum_terms(assignment.value)
     return (
-        assignment.name in ("command", "vllm_command")
+        _assigned_name(assignment) in ("command", "vllm_command")
         and isinstance(first, ast.List)
         and {"-m", "--host"} <= {word.value for word in first.elts if isinstance(word, ast.Constant)}
         and any(ast.unparse(term) == "self.additional_args" for term in others)
@@ -216,49 +194,49 @@ def _sum_terms(node: ast.expr) -> list[ast.expr]:
 
 def _argument(launch: ast.Call, name: str) -> ast.expr | None:
     """An argument of Popen; only `args` may be positional."""
-    if name == "args" and launch.args:
-        return launch.args[0]
-    return next((keyword.value for keyword in launch.keywords if keyword.arg == name), None)
+    named = {keyword.arg: keyword.value for keyword in launch.keywords}
+    return launch.args[0] if name == "args" and launch.args else named.get(name)
 
 
 def _mentions(node: ast.AST | None, names: set[str]) -> bool:
     return node is not None and any(isinstance(part, ast.Name) and part.id in names for part in ast.walk(node))
 
 
-def _derived(assignments: Sequence[Assignment], command: Assignment) -> list[Assignment]:
+def _derived(assignments: Sequence[Any], command: ast.stmt) -> list[ast.stmt]:
     """The assignments that make something of the command before it is started: `sh -c` and its string."""
-    names, derived = {command.name}, []
-    for a in assignments:
-        grows = a.name == command.name and isinstance(a.value, ast.BinOp)
-        if _position(a.node) > _position(command.node) and not grows and _mentions(a.value, names):
-            names.add(a.name)
+    names, derived = {_assigned_name(command)}, []
+    for a in assignments[assignments.index(command) + 1 :]:
+        grows = _assigned_name(a) == _assigned_name(command) and isinstance(a.value, ast.BinOp)
+        if not grows and _mentions(a.value, names):
+            names.add(_assigned_name(a))
             derived.append(a)
     return derived
 
 
-def _environment_name(assignments: Sequence[Assignment], launch: ast.Call) -> str:
+def _environment_name(assignments: Sequence[Any], launch: ast.Call) -> str:
     """The variable that holds the child's environment: a copy, so changing it changes nothing else."""
     env = _argument(launch, "env")
     if not isinstance(env, ast.Name):
         raise UnknownShapeError("subprocess.Popen has no `env=` variable")
-    made = _only([a for a in assignments if a.name == env.id], f"assignment to `{env.id}`")
+    made = _only([a for a in assignments if _assigned_name(a) == env.id], f"assignment to `{env.id}`")
     if ast.unparse(made.value) != "os.environ.copy()":
         raise UnknownShapeError(f"`{env.id}` in line {made.lineno} is not os.environ.copy()")
     return env.id
 
 
-def _first_use(start: ast.FunctionDef, command: Assignment, uses: Sequence[ast.AST]) -> ast.stmt:
+def _first_use(nodes: Sequence[ast.AST], command: ast.stmt, uses: Sequence[ast.AST]) -> ast.stmt:
     """The first statement behind the command, in the same block, that uses it; nothing may change it later."""
-    fields = [value for node in _walk(start) for _, value in ast.iter_fields(node)]
-    block: list[ast.stmt] = next(value for value in fields if isinstance(value, list) and command.node in value)
-    behind = block[block.index(command.node) + 1 :]
+    fields = [value for node in nodes for _, value in ast.iter_fields(node)]
+    block: list[ast.stmt] = next(value for value in fields if isinstance(value, list) and command in value)
+    behind = block[block.index(command) + 1 :]
     first = next((s for s in behind if any(use in _walk(s) for use in uses)), None)
     if first is None:
         raise UnknownShapeError("the vLLM command is made in one block and used in another")
     made_of_it = [node for use in uses if isinstance(use, ast.stmt) for node in ast.walk(use)]
-    for node in _walk(start):
-        if _changes(node, command.name) and _position(node) > _position(first) and node not in made_of_it:
-            raise UnknownShapeError(f"`{command.name}` is used in line {first.lineno} and changed after that")
+    name = _assigned_name(command)
+    for node in nodes:
+        if _changes(node, name) and _position(node) > _position(first) and node not in made_of_it:
+            raise UnknownShapeError(f"`{name}` is used in line {first.lineno} and changed after that")
     return first
 
 
@@ -346,8 +324,13 @@ def _parse(data: bytes) -> ast.Module:
 
 
 def _definitions(variant: Variant, indent_unit: str) -> list[str]:
+    options = {EAGER_OPTION: ""} if variant.enforce_eager else {}  # "" for a flag
+    options.update({"--middleware": MIDDLEWARE, "--worker-extension-cls": WORKER_EXTENSION})
+    environment = {"VLLM_USE_V1": "1", **({"VLLM_USE_CUDA_GRAPHS": "0"} if variant.enforce_eager else {})}
+    if variant.profile == "standard":
+        environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     lines = []
-    for name, values in (("OPTIONS", variant.options()), ("ENV", variant.environment())):
+    for name, values in (("OPTIONS", options), ("ENV", environment)):
         lines += [f"_GONKA_POC_{name} = {{", *(f'    "{key}": "{value}",' for key, value in values.items()), "}"]
     lines += ["", "", *COMMAND_FUNCTION.split("\n"), ""]
     return [re.sub(r"^(?:    )+", lambda spaces: indent_unit * (len(spaces[0]) // 4), line) for line in lines]
@@ -418,16 +401,17 @@ def run_apply(args: argparse.Namespace) -> int:
 def run_check(args: argparse.Namespace) -> int:
     data = read_file(args.target)
     original, marks = remove_patch(data)
+    found = ", ".join(sorted(marks))
     text, code = "not patched", NOT_PATCHED
     if marks:
-        text, code = f"patched by another version or profile ({', '.join(sorted(marks))})", OTHER_PATCH
+        text, code = f"patched by another version or profile ({found})", OTHER_PATCH
     try:
         if make_patched(original, args.variant) == data:
             text, code = f"patched ({args.variant.name})", OK
     except UnknownShapeError as error:
         if not marks:
             raise
-        text = f"patched ({', '.join(sorted(marks))}), but the code around it changed ({error})"
+        text = f"patched ({found}), but the code around it changed ({error})"
     print(f"{text}: {args.target}")
     return code
 
@@ -492,6 +476,5 @@ def _complain(text: str) -> None:
 
 
 if __name__ == "__main__":
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path that this locale cannot write is no reason to fail
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path that this locale cannot write is no reason to fail
     sys.exit(main())

@@ -20,13 +20,6 @@ ensure_stdin() {
     fi
 }
 
-need_commands() {
-    local name
-    for name in "$@"; do
-        command -v "$name" >/dev/null || die "the command '$name' is needed and is not on PATH"
-    done
-}
-
 # step TEXT COMMAND...: announce, run with the output in $STEP_LOG, tell how long it took. On failure the end of the
 # log is shown and the command's status returned; what follows from it is the caller's choice.
 step() {
@@ -49,16 +42,11 @@ step() {
 readonly LOCK_WAIT_S=1800
 
 take_lock() {
-    local file=$1
-    exec 9>"$file"
-    if flock --nonblock 9; then
-        return
-    fi
+    exec 9>"$1"
+    if flock --nonblock 9; then return; fi
     say "another set-up is at work in this checkout; waiting for it (at most $((LOCK_WAIT_S / 60)) minutes)"
-    flock --timeout "$LOCK_WAIT_S" 9 || die "it is still at work after $((LOCK_WAIT_S / 60)) minutes; lock: $file"
+    flock --timeout "$LOCK_WAIT_S" 9 || die "it is still at work after $((LOCK_WAIT_S / 60)) minutes; lock: $1"
 }
-
-drop_lock() { exec 9>&-; }
 
 # free_mib PATH: the room left on the file system that holds PATH.
 free_mib() { df -Pk -- "$1" | awk 'NR == 2 { print int($4 / 1024) }'; }

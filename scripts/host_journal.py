@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import csv
 import hashlib
 import json
 import os
@@ -47,7 +48,10 @@ class Journal:
 
     def begin(self, change: dict[str, Any], state: str = "begun") -> dict[str, Any]:
         """Record a change before it is made."""
-        self._make_folder()
+        if not self.folder.is_dir():
+            missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+            self.made_folders = [str(path) for path in reversed(missing)]
+            self.folder.mkdir(parents=True)
         self.changes.append(change)
         self.set_state(change, state)
         return change
@@ -75,16 +79,6 @@ class Journal:
         content = {"format": JOURNAL_FORMAT, "made_folders": self.made_folders, "changes": self.changes}
         write_file(str(self.path), (json.dumps(content, indent=1) + "\n").encode("ascii"))
 
-    def _make_folder(self) -> None:
-        if self.folder.is_dir():
-            return
-        missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
-        self.made_folders = [str(path) for path in reversed(missing)]
-        self.folder.mkdir(parents=True)
-
-
-# --- packages
-
 
 def install_packages(host: Host, journal: Journal, spec: Sequence[str]) -> None:
     """pip install, in such a way that `undo_packages` can take it back to the byte and without the network."""
@@ -93,26 +87,22 @@ def install_packages(host: Host, journal: Journal, spec: Sequence[str]) -> None:
     if not planned:
         return
     replaced = sorted(name for name in planned if name in before)
-    unlisted = [name for name in replaced if before[name].files is None]
+    unlisted = ", ".join(name for name in replaced if before[name].files is None)
     if unlisted:
-        raise InstallError(
-            f"{', '.join(unlisted)} in {host.target.prefix} did not come from pip, and would have to be replaced\n"
-            "install into a virtual environment instead: --python VENV/bin/python"
-        )
+        problem = f"{unlisted} in {host.target.prefix} did not come from pip, and would have to be replaced"
+        raise InstallError(f"{problem}\ninstall into a virtual environment instead: --python VENV/bin/python")
     for name in replaced:
         say(f"    replaces {name} {before[name].version} by {planned[name]}; what is replaced is kept")
-    kept = journal.folder / f"kept-{os.getpid()}-{len(journal.changes)}" if replaced else None
-    change = journal.begin(
-        {
-            "kind": "packages",
-            "planned": planned,
-            "before": sorted(before),
-            "replaced": {name: before[name].version for name in replaced},
-            "kept": str(kept) if kept else None,
-            "prefix": host.target.prefix,
-        },
-        "keeping",  # until what is replaced is kept in full, there is nothing to undo
-    )
+    kept = str(journal.folder / f"kept-{os.getpid()}-{len(journal.changes)}") if replaced else None
+    change: dict[str, Any] = {
+        "kind": "packages",
+        "planned": planned,
+        "before": sorted(before),
+        "replaced": {name: before[name].version for name in replaced},
+        "kept": kept,
+        "prefix": host.target.prefix,
+    }
+    journal.begin(change, "keeping")  # until what is replaced is kept in full, there is nothing to undo
     for name in replaced:
         keep_files(before[name], Path(host.target.prefix), Path(change["kept"]))
     journal.set_state(change, "begun")
@@ -121,16 +111,15 @@ def install_packages(host: Host, journal: Journal, spec: Sequence[str]) -> None:
     missing = [name for name in planned if name not in now or now[name].version != planned[name]]
     if missing:
         raise InstallError(f"pip installed something else than it said it would: {', '.join(missing)}")
-    change["records"] = {name: sha256((now[name].record or "").encode()) for name in planned}
+    change["records"] = {name: sha256(now[name].record.encode()) for name in planned}
     journal.set_state(change, "done")
 
 
 def plan_packages(host: Host, spec: Sequence[str]) -> dict[str, str]:
     """Name and version of what pip would install now."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = os.path.join(folder, "report.json")
-        host.pip("install", "--quiet", "--dry-run", "--report", report, *spec)
-        items = json.loads(Path(report).read_text(encoding="utf-8"))["install"]
+    with tempfile.NamedTemporaryFile(suffix=".json") as report:
+        host.pip("install", "--quiet", "--dry-run", "--report", report.name, *spec)
+        items = json.loads(Path(report.name).read_bytes())["install"]
     return {normal_name(item["metadata"]["name"]): item["metadata"]["version"] for item in items}
 
 
@@ -142,14 +131,13 @@ def keep_files(found: Distribution, prefix: Path, kept: Path) -> None:
     """Second names (or copies, across file systems) for the files; pip writes new files and leaves these alone."""
     for name in found.files or []:
         source = Path(os.path.normpath(name))
-        if not source.is_file() or not source.is_relative_to(prefix):
-            continue
-        target = kept / source.relative_to(prefix)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        link_or_copy(source, target)
+        if source.is_file() and source.is_relative_to(prefix):
+            link_or_copy(source, kept / source.relative_to(prefix))
 
 
 def link_or_copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:
@@ -170,14 +158,11 @@ def undo_packages(host: Host, change: Mapping[str, Any], force: bool) -> list[st
     folders = {str(Path(f).parent) for name in going for f in now[name].files or []}
     if going:
         host.pip("uninstall", "--yes", *going)
-    kept = change["kept"] and Path(change["kept"])
-    if kept:
+    if change["kept"]:
+        kept = Path(change["kept"])
         for path in sorted(kept.rglob("*")):
             if path.is_symlink() or not path.is_dir():
-                target = prefix / path.relative_to(kept)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.unlink(missing_ok=True)
-                link_or_copy(path, target)
+                link_or_copy(path, prefix / path.relative_to(kept))
     remove_empty(folders, prefix)
     left = host.target.look().own()
     wrong = [name for name in going if name in left and name not in change["replaced"]]
@@ -190,28 +175,23 @@ def undo_packages(host: Host, change: Mapping[str, Any], force: bool) -> list[st
 def refuse_later_edits(now: Mapping[str, Distribution], change: Mapping[str, Any], present: Sequence[str]) -> None:
     """Stop if a package is no longer the one that we put there. Our own is compared file by file."""
     for name in present:
-        if sha256((now[name].record or "").encode()) != change["records"][name]:
-            raise InstallError(
-                f"{name} {now[name].version} was installed again since, by somebody else; it is left as it is\n"
-                f"to take it away all the same: --uninstall --force"
-            )
-    edited = edited_files(now["gonka-poc"]) if "gonka-poc" in present else []
+        if sha256(now[name].record.encode()) != change["records"][name]:
+            what = f"{name} {now[name].version} was installed again since, by somebody else; it is left as it is"
+            raise InstallError(f"{what}\nto take it away all the same: --uninstall --force")
+    edited = ", ".join(edited_files(now["gonka-poc"])) if "gonka-poc" in present else ""
     if edited:
-        raise InstallError(
-            f"edited since it was installed: {', '.join(edited)}; left as it is\n"
-            "save what you need of it, then: --uninstall --force"
-        )
+        advice = "save what you need of it, then: --uninstall --force"
+        raise InstallError(f"edited since it was installed: {edited}; left as it is\n{advice}")
 
 
 def edited_files(found: Distribution) -> list[str]:
     """Files of a package that no longer have the hash that its RECORD names."""
     edited = []
-    for line in (found.record or "").splitlines():
-        match = re.fullmatch(r'"?([^"]+?)"?,sha256=([\w-]+),\d*', line)
-        path = Path(found.folder).parent / match[1] if match else None
-        if path is not None and path.is_file():
+    for name, recorded, *_ in csv.reader(found.record.splitlines()):
+        path = Path(found.folder).parent / name
+        if recorded.startswith("sha256=") and path.is_file():
             digest = base64.urlsafe_b64encode(hashlib.sha256(path.read_bytes()).digest()).rstrip(b"=").decode()
-            if digest != match[2]:
+            if recorded != f"sha256={digest}":
                 edited.append(str(path))
     return edited
 
@@ -237,8 +217,8 @@ def remove_empty(folders: set[str], prefix: Path) -> None:
     every = {parent for name in folders for parent in (Path(name), *Path(name).parents)}
     inside = [path for path in every if path.is_relative_to(prefix) and path != prefix and path.is_dir()]
     for path in sorted(inside, key=lambda path: -len(path.parts)):
-        cache = path / "__pycache__"
-        for compiled in [*cache.glob("*.pyc"), *([*path.glob("*.pyc")] if path.name == "__pycache__" else [])]:
+        cache = path if path.name == "__pycache__" else path / "__pycache__"
+        for compiled in cache.glob("*.pyc"):
             if not (compiled.parent.parent / f"{compiled.name.split('.')[0]}.py").exists():
                 compiled.unlink()
         for empty in (cache, path):
@@ -246,17 +226,9 @@ def remove_empty(folders: set[str], prefix: Path) -> None:
                 os.rmdir(empty)
 
 
-# --- a file
-
-
 def change_file(journal: Journal, path: Path, old: bytes, new: bytes) -> None:
-    change = {
-        "kind": "file",
-        "path": str(path),
-        "old_sha256": sha256(old),
-        "new_sha256": sha256(new),
-        "original_base64": base64.b64encode(old).decode("ascii"),
-    }
+    change = {"kind": "file", "path": str(path), "old_sha256": sha256(old), "new_sha256": sha256(new)}
+    change["original_base64"] = base64.b64encode(old).decode("ascii")
     journal.begin(change)
     write_file(str(path), new)
     journal.set_state(change, "done")
@@ -284,7 +256,5 @@ def undo_file(change: Mapping[str, Any], force: bool) -> None:
         elif force:
             write_file(str(path), unpatched)
         else:
-            raise InstallError(
-                f"{path} was edited since it was patched; it is left as it is\n"
-                "to take out the patch and keep the edits: --uninstall --force"
-            )
+            advice = "to take out the patch and keep the edits: --uninstall --force"
+            raise InstallError(f"{path} was edited since it was patched; it is left as it is\n{advice}")

