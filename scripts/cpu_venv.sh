@@ -36,9 +36,7 @@ set_up_venv() {
         command -v "$name" >/dev/null || die "the command '$name' is needed and is not on PATH"
     done
     claim_venv_folder
-    # Settings that would make pip or Python look or write somewhere else than .venv.
-    unset PYTHONHOME PYTHONPATH PIP_TARGET PIP_PREFIX PIP_ROOT PIP_USER
-    export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off PIP_CACHE_DIR="$VENV/cache/pip"
+    isolate_environment
     take_lock "$VENV/.lock"
     why_rebuild "$wanted_python"
     # The test tools do no harm where they are not asked for.
@@ -61,6 +59,12 @@ claim_venv_folder() {
     fi
     mkdir -p -- "$VENV" || die "cannot create $VENV"
     [[ -w $VENV ]] || die "$VENV is not writable by $(id -un)"
+}
+
+# Settings that would make pip or Python look or write somewhere else than .venv.
+isolate_environment() {
+    unset PYTHONHOME PYTHONPATH PIP_TARGET PIP_PREFIX PIP_ROOT PIP_USER
+    export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off PIP_CACHE_DIR="$VENV/cache/pip"
 }
 
 # What the engine gets from us, in the demo and in the tests alike.
