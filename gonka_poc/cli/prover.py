@@ -111,7 +111,8 @@ class Prover:
 
     def threshold_request(self, block_hash: str, public_key: str, r_target: float = R_TARGET) -> ThresholdRequest:
         """A threshold round with this host's sizes."""
-        return threshold_request(block_hash, public_key, r_target, self.sizes.seq_len, self.sizes.batch_size)
+        size = {"seq_len": self.sizes.seq_len, "batch_size": self.sizes.batch_size}
+        return threshold_request(block_hash=block_hash, public_key=public_key, r_target=r_target, **size)
 
     @contextmanager
     def _callbacks(self) -> Iterator[tuple[str, list[ReceivedCallback]]]:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gonka_poc.cli import common
 from gonka_poc.cli.artifact_file import ArtifactFile, read_artifact_file, writing
-from gonka_poc.cli.common import PASS, FilePath, dist_threshold_option, json_option, print_json, theme_option
-from gonka_poc.cli.compare import HEAD, Comparison, compare, print_table
+from gonka_poc.cli.common import PASS, FilePath
+from gonka_poc.cli.compare import HEAD, Comparison, compare
 from gonka_poc.cli.plots import DARK, LIGHT, Theme, as_svg, distance_histogram, save_png, theme_of
 from gonka_poc.data import StatTest
 from gonka_poc.errors import ArtifactFileError
@@ -95,9 +96,9 @@ def as_html(reference: ArtifactFile, comparisons: Sequence[Comparison], stat_tes
 @click.argument("files", metavar="REFERENCE FILE...", type=FilePath, nargs=-1, required=True)
 @click.option("--png", type=FilePath, help="Write the histogram here (needs matplotlib).")
 @click.option("--html", "page", type=FilePath, help="Write one self-contained page here (needs matplotlib).")
-@dist_threshold_option
-@theme_option
-@json_option
+@common.dist_threshold_option
+@common.theme_option
+@common.json_option
 def report_command(
     files: tuple[Path, ...],
     png: Path | None,
@@ -123,13 +124,15 @@ def report_command(
     for path, other in zip(files[1:], others, strict=True):
         different = [name for name in first.differences(other) if name != "model"]  # a name may differ between hosts
         if different:
-            what = ", ".join(different)
-            raise ArtifactFileError(f"{path} and {files[0]} cannot be compared: they have another {what}")
+            they = f"{path} and {files[0]}"
+            raise ArtifactFileError(f"{they} cannot be compared: they have another {', '.join(different)}")
         comparisons.append(compare(path.stem, other, first, stat_test))
     if as_json:
-        print_json([{"file": str(path), **found.figures} for path, found in zip(files[1:], comparisons, strict=True)])
+        common.print_json(
+            [{"file": str(path), **found.figures} for path, found in zip(files[1:], comparisons, strict=True)]
+        )
     else:
-        print_table(comparisons)
+        common.print_table(HEAD, (comparison.cells for comparison in comparisons))
     if png is not None:
         save_png(plot_of(comparisons, stat_test, theme_of(theme)), png)
     if page is not None:
