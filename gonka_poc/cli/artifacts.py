@@ -40,19 +40,23 @@ def generate_command(
         file = ArtifactFile(model=model or client.model_name(), **fields)
         is_new = not out.exists()
         if not is_new:
-            file = _resumed(out, file)
+            existing = read_artifact_file(out)
+            if different := file.differences(existing):
+                raise ArtifactFileError(f"{out} exists and has another {', '.join(different)}; name another --out")
+            file = existing
         done = {artifact.nonce for artifact in file.artifacts}
         missing = [nonce for nonce in nonces if nonce not in done]
         write_artifact_file(out, file)  # now, so that a path that cannot be written costs no computation
         _warn_if_generating(client)
-        save_at = _next_save(len(file.artifacts))
+        num_saved = len(file.artifacts)
 
         def add(artifacts: list[Artifact]) -> None:
-            nonlocal save_at
+            nonlocal num_saved
             file.artifacts.extend(artifacts)
-            if len(file.artifacts) >= save_at:
+            # the steps grow, so that writing stays a small part
+            if len(file.artifacts) - num_saved >= max(SAVE_EVERY, num_saved // 4):
                 write_artifact_file(out, file)
-                save_at = _next_save(len(file.artifacts))
+                num_saved = len(file.artifacts)
 
         try:
             with common.progress_bar("generating", len(missing)) as progress:
@@ -80,19 +84,6 @@ def _warn_if_generating(client: PoCClient) -> None:
         )
 
 
-def _resumed(out: Path, wanted: ArtifactFile) -> ArtifactFile:
-    existing = read_artifact_file(out)
-    different = wanted.differences(existing)
-    if different:
-        raise ArtifactFileError(f"{out} exists and has another {', '.join(different)}; name another --out")
-    return existing
-
-
-def _next_save(count: int) -> int:
-    """The number of artifacts at which to write the file again; the steps grow, so that writing stays a small part."""
-    return count + max(SAVE_EVERY, count // 4)
-
-
 @click.command("validate")
 @click.argument("file", type=common.FilePath)
 @common.renamed_model_option
@@ -114,8 +105,7 @@ def validate_command(
         raise ArtifactFileError(f"{file} holds no artifacts; there is nothing to validate")
     given = {name: value for name, value in thresholds.items() if value is not None}
     stat_test = content.stat_test.model_copy(update=given)
-    if model is not None:
-        content = content.model_copy(update={"model": model})
+    content = content.model_copy(update={"model": model or content.model})
     with connect() as client:
         _warn_if_generating(client)
         with common.progress_bar("validating", len(content.artifacts)) as progress:

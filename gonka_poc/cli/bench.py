@@ -7,16 +7,12 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from gonka_poc.cli import common
+from gonka_poc.cli import common, plots
 from gonka_poc.cli.bench_measure import Bench, BenchSizes, bench_offline, bench_server
-from gonka_poc.cli.plots import Theme, save_png, stacked_bars, theme_of
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MEANING: Mapping[str, str] = MappingProxyType(
     {
@@ -68,7 +64,7 @@ def phase_rows(found: Bench) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def plot_of(found: Bench, theme: Theme) -> Figure:
+def plot_of(found: Bench, theme: plots.Theme) -> plots.Figure:
     """Two bars: a batch by phase, and a bare prefill of the same number of tokens."""
     proof = found.phases or {"batch": found.batch_seconds}
     bars = {
@@ -76,7 +72,7 @@ def plot_of(found: Bench, theme: Theme) -> Figure:
         "bare prefill": {"forward": 1e3 * found.batch_size / found.prefill_per_second},
     }
     title = f"{found.model}: {found.batch_size} nonces x {found.seq_len} tokens, {found.nonces_per_second:.4g} nonces/s"
-    return stacked_bars(bars, title, "milliseconds", theme)
+    return plots.stacked_bars(bars, title, "milliseconds", theme)
 
 
 @click.command("bench")
@@ -129,7 +125,7 @@ def bench_command(
         if found.not_measured:
             click.echo(f"only --offline measures: {', '.join(found.not_measured)}; model flops, memory")
     if png is not None:  # last, so that a missing matplotlib costs no measurement
-        save_png(plot_of(found, theme_of(theme)), png)
+        plots.save_png(plot_of(found, plots.theme_of(theme)), png)
     return common.PASS
 
 

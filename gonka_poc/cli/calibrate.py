@@ -122,7 +122,7 @@ def _block_rate(block_hash: str, distances: np.ndarray, r_target: float) -> Bloc
 @click.option(
     "--randomization",
     type=click.Choice([each.value for each in Randomization]),
-    default=Randomization.SIGN_FLIPS.value,
+    default="sign_flips",
     show_default=True,
 )
 @common.batch_size_option

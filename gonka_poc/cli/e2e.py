@@ -30,10 +30,7 @@ TAMPERED_SHARE = 0.01
 
 
 def e2e(model: Path, work: Path, sizes: RoundSizes, server_args: Sequence[str]) -> Iterator[CaseResult]:
-    """The results of all cases on servers of `model`; the log and the artifacts stay in `work`.
-
-    Raises ServerStartError.
-    """
+    """The results of all cases on servers of `model`; log and artifacts stay in `work`. Raises ServerStartError."""
     server = server_of(model, work, server_args)
     try:
         say(f"starting a server of {model.name}")

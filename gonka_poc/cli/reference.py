@@ -25,8 +25,7 @@ def check_reference(
 ) -> tuple[Comparison, ArtifactFile]:
     """Compare the reference's artifacts with the server's own of the same nonces; returns those too.
 
-    `model` is the name of the reference's model on the server; None: the same name. Raises ToolError if the reference
-    itself has something that is no vector.
+    `model` is the name of the reference's model on the server, if it has another one. Raises ToolError.
     """
     if not reference.artifacts:
         raise ToolError("the reference has no artifacts; there is nothing to check")

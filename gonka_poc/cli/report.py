@@ -6,20 +6,15 @@ import base64
 import html
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from gonka_poc.cli import common
+from gonka_poc.cli import common, plots
 from gonka_poc.cli.artifact_file import ArtifactFile, read_artifact_file, writing
 from gonka_poc.cli.common import PASS, FilePath
 from gonka_poc.cli.compare import HEAD, Comparison, compare
-from gonka_poc.cli.plots import DARK, LIGHT, Theme, as_svg, distance_histogram, save_png, theme_of
 from gonka_poc.data import StatTest
 from gonka_poc.errors import ArtifactFileError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -50,12 +45,10 @@ td:last-child {{ font-weight: 600; }}
 <img alt="Histogram of the L2 distances of each file to the reference" src="data:image/svg+xml;base64,{light_plot}">
 </picture>
 <div class="scroll">
-<table>
-<thead><tr>{head}</tr></thead>
+<table><thead><tr>{head}</tr></thead>
 <tbody>
 {rows}
-</tbody>
-</table>
+</tbody></table>
 </div>
 </body>
 </html>
@@ -63,10 +56,10 @@ td:last-child {{ font-weight: 600; }}
 TITLE = "Artifacts against their reference"
 
 
-def plot_of(comparisons: Sequence[Comparison], stat_test: StatTest, theme: Theme) -> Figure:
+def plot_of(comparisons: Sequence[Comparison], stat_test: StatTest, theme: plots.Theme) -> plots.Figure:
     """The histogram of all comparisons."""
     series = {comparison.name: comparison.distances for comparison in comparisons}
-    return distance_histogram(series, {"dist_threshold": stat_test.dist_threshold}, TITLE, theme)
+    return plots.distance_histogram(series, {"dist_threshold": stat_test.dist_threshold}, TITLE, theme)
 
 
 def as_html(reference: ArtifactFile, comparisons: Sequence[Comparison], stat_test: StatTest) -> str:
@@ -80,10 +73,10 @@ def as_html(reference: ArtifactFile, comparisons: Sequence[Comparison], stat_tes
     return _PAGE.format(
         title=TITLE,
         about=html.escape(about),
-        light=LIGHT,
-        dark=DARK,
-        light_plot=base64.b64encode(as_svg(plot_of(comparisons, stat_test, LIGHT))).decode(),
-        dark_plot=base64.b64encode(as_svg(plot_of(comparisons, stat_test, DARK))).decode(),
+        light=plots.LIGHT,
+        dark=plots.DARK,
+        light_plot=base64.b64encode(plots.as_svg(plot_of(comparisons, stat_test, plots.LIGHT))).decode(),
+        dark_plot=base64.b64encode(plots.as_svg(plot_of(comparisons, stat_test, plots.DARK))).decode(),
         head="".join(f"<th>{cell}</th>" for cell in HEAD),
         rows="\n".join(
             f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in comparison.cells)}</tr>"
@@ -134,7 +127,7 @@ def report_command(
     else:
         common.print_table(HEAD, (comparison.cells for comparison in comparisons))
     if png is not None:
-        save_png(plot_of(comparisons, stat_test, theme_of(theme)), png)
+        plots.save_png(plot_of(comparisons, stat_test, plots.theme_of(theme)), png)
     if page is not None:
         with writing(page):
             page.write_text(as_html(first, comparisons, stat_test), encoding="utf-8")

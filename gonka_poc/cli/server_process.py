@@ -6,10 +6,10 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from subprocess import DEVNULL, STDOUT, Popen, TimeoutExpired
 from types import MappingProxyType
 from typing import Any
 
@@ -51,7 +51,7 @@ class ServerProcess:
         enable = ["--enable-poc"] if enable_poc else []
         where = ["--model", str(model), "--host", "127.0.0.1", "--port", str(self.port)]
         self._command = [sys.executable, "-m", "gonka_poc.serve", *enable, *where, *args]
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Popen[bytes] | None = None
 
     def __enter__(self) -> ServerProcess:
         self.start()
@@ -75,16 +75,12 @@ class ServerProcess:
     def start(self) -> None:
         """Start the server and wait until it answers. Raises ServerStartError."""
         with self._log_file.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command,
-                env=self._env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+            self._process = Popen(
+                self._command, env=self._env, stdin=DEVNULL, stdout=log, stderr=STDOUT, start_new_session=True
             )
         try:
-            self._await_health()
+            if not wait_until(self._is_healthy, self._startup_timeout, interval=0.25):
+                raise ServerStartError(f"no answer within {self._startup_timeout:g} s:\n{self.log_tail()}")
         except BaseException:
             self.stop()
             raise
@@ -94,7 +90,7 @@ class ServerProcess:
         if self._process is None:
             return
         self._signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with contextlib.suppress(TimeoutExpired):
             self._process.wait(GRACE_SEC)
         self.kill()
 
@@ -116,10 +112,6 @@ class ServerProcess:
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, number)
-
-    def _await_health(self) -> None:
-        if not wait_until(self._is_healthy, self._startup_timeout, interval=0.25):
-            raise ServerStartError(f"no answer within {self._startup_timeout:g} s:\n{self.log_tail()}")
 
     def _is_healthy(self) -> bool:
         assert self._process is not None
