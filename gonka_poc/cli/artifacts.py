@@ -105,7 +105,8 @@ def validate_command(
         raise ArtifactFileError(f"{file} holds no artifacts; there is nothing to validate")
     given = {name: value for name, value in thresholds.items() if value is not None}
     stat_test = content.stat_test.model_copy(update=given)
-    content = content.model_copy(update={"model": model or content.model})
+    if model is not None:
+        content = content.model_copy(update={"model": model})
     with connect() as client:
         _warn_if_generating(client)
         with common.progress_bar("validating", len(content.artifacts)) as progress:

@@ -130,7 +130,6 @@ def bench_command(
 
 
 def _refuse_unused_options(context: click.Context, offline: bool) -> None:
-    """Raise UsageError for an option that would be ignored."""
     unused = ("url", "model", "callback_url") if offline else ("server_args",)
     for option in context.command.params:
         source = context.get_parameter_source(option.name or "")

@@ -13,8 +13,8 @@ from pydantic import BaseModel, RootModel, ValidationError
 
 from gonka_poc import data
 from gonka_poc.cli.artifact_file import ArtifactFile
-from gonka_poc.cli.polling import wait_until
 from gonka_poc.cli.refusals import NO_POC_SERVER, refusal_text
+from gonka_poc.cli.server_process import wait_until
 from gonka_poc.errors import ServerAnswerError
 from gonka_poc.threshold_data import ProofBatch, ProofVerdict, ThresholdRequest, ThresholdStatusAnswer
 from gonka_poc.validation import Verdict, judge

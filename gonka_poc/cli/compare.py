@@ -82,9 +82,9 @@ def with_turned_vectors(file: ArtifactFile, count: int) -> ArtifactFile:
     return file.model_copy(update={"artifacts": artifacts})
 
 
-def fabricated(file: ArtifactFile, nonces: Sequence[int], seed: int = 0) -> ArtifactFile:
+def fabricated(file: ArtifactFile, nonces: Sequence[int]) -> ArtifactFile:
     """`file` with vectors of length 1 that nobody computed, for `nonces`."""
-    rows = np.random.default_rng(seed).standard_normal((len(nonces), file.k_dim))
+    rows = np.random.default_rng(0).standard_normal((len(nonces), file.k_dim))
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     artifacts = [
         Artifact(nonce=n, vector_b64=encode_vector(r.astype(VECTOR_DTYPE))) for n, r in zip(nonces, rows, strict=True)

@@ -38,10 +38,7 @@ class Step(CaseResult):
 
 
 def demo(work: Path) -> Iterator[Step]:
-    """Generate, chat while a round generates, restart, validate, and try two frauds; the server is stopped at the end.
-
-    Raises UnsupportedServerError if vLLM is not built for the CPU, ServerStartError or ServerAnswerError.
-    """
+    """The steps, on a server of its own. Raises UnsupportedServerError, ServerStartError or ServerAnswerError."""
     if not is_cpu_build():
         raise UnsupportedServerError(
             "the demo runs on vLLM for the CPU, so that it takes no memory of a GPU in use; against the server of this "

@@ -14,9 +14,8 @@ import click
 from gonka_poc.cli.artifact_file import ArtifactFile
 from gonka_poc.cli.client import PoCClient, proof_of, round_request, threshold_request
 from gonka_poc.cli.common import count_option, json_option, options, server_args_option, size_options
-from gonka_poc.cli.polling import wait_until
 from gonka_poc.cli.receive import ReceivedCallback, Receiver
-from gonka_poc.cli.server_process import ServerProcess
+from gonka_poc.cli.server_process import ServerProcess, wait_until
 from gonka_poc.config import load_settings
 from gonka_poc.data import Artifact, NonceSequence
 from gonka_poc.errors import ServerAnswerError
@@ -86,9 +85,9 @@ class Prover:
         file.artifacts += [Artifact.model_validate(a) for body in _payloads(callbacks) for a in body["artifacts"]]
         return file, stats.total_processed if stats else 0
 
-    def threshold_round(self, r_target: float = R_TARGET) -> tuple[ProofBatch, ThresholdStatusAnswer]:
+    def threshold_round(self) -> tuple[ProofBatch, ThresholdStatusAnswer]:
         """Run a round until it delivered enough valid nonces; those, and the status just before it was stopped."""
-        request = self.threshold_request(r_target=r_target)
+        request = self.threshold_request()
         with self._callbacks() as (url, callbacks):
             self.client.init_threshold(request.model_copy(update={"callback_url": url}), "generate")
             self._await_nonces(callbacks)
@@ -107,10 +106,10 @@ class Prover:
             self.client.stop()
 
     def threshold_request(self, **changed: Any) -> ThresholdRequest:
-        """This host's threshold round, or one with other fields."""
-        usual = {"block_hash": BLOCK_HASH, "public_key": PUBLIC_KEY, "r_target": R_TARGET}
-        sizes = {"seq_len": self.sizes.seq_len, "batch_size": self.sizes.batch_size}
-        return threshold_request(**{**usual, **sizes, **changed})
+        """This host's threshold round, or one with another block hash or public key."""
+        fields = {"block_hash": BLOCK_HASH, "public_key": PUBLIC_KEY, **changed}
+        sizes = self.sizes
+        return threshold_request(**fields, r_target=R_TARGET, seq_len=sizes.seq_len, batch_size=sizes.batch_size)
 
     @contextmanager
     def _callbacks(self) -> Iterator[tuple[str, list[ReceivedCallback]]]:

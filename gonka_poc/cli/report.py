@@ -17,9 +17,7 @@ from gonka_poc.data import StatTest
 from gonka_poc.errors import ArtifactFileError
 
 _PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
+<html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
@@ -35,10 +33,8 @@ table {{ border-collapse: collapse; width: 100%; }}
 th, td {{ padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }}
 th:first-child, td:first-child {{ text-align: left; }}
 td:last-child {{ font-weight: 600; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
+</style></head>
+<body><h1>{title}</h1>
 <p>{about}</p>
 <picture>
 <source media="(prefers-color-scheme: dark)" srcset="data:image/svg+xml;base64,{dark_plot}">
@@ -50,8 +46,7 @@ td:last-child {{ font-weight: 600; }}
 {rows}
 </tbody></table>
 </div>
-</body>
-</html>
+</body></html>
 """
 TITLE = "Artifacts against their reference"
 
@@ -78,27 +73,19 @@ def as_html(reference: ArtifactFile, comparisons: Sequence[Comparison], stat_tes
         light_plot=base64.b64encode(plots.as_svg(plot_of(comparisons, stat_test, plots.LIGHT))).decode(),
         dark_plot=base64.b64encode(plots.as_svg(plot_of(comparisons, stat_test, plots.DARK))).decode(),
         head="".join(f"<th>{cell}</th>" for cell in HEAD),
-        rows="\n".join(
-            f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in comparison.cells)}</tr>"
-            for comparison in comparisons
-        ),
+        rows="\n".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in c.cells)}</tr>" for c in comparisons),
     )
 
 
 @click.command("report")
 @click.argument("files", metavar="REFERENCE FILE...", type=FilePath, nargs=-1, required=True)
 @click.option("--png", type=FilePath, help="Write the histogram here (needs matplotlib).")
-@click.option("--html", "page", type=FilePath, help="Write one self-contained page here (needs matplotlib).")
+@click.option("--html", "doc", type=FilePath, help="Write one self-contained page here (needs matplotlib).")
 @common.dist_threshold_option
 @common.theme_option
 @common.json_option
 def report_command(
-    files: tuple[Path, ...],
-    png: Path | None,
-    page: Path | None,
-    dist_threshold: float | None,
-    theme: str,
-    as_json: bool,
+    files: tuple[Path, ...], png: Path | None, doc: Path | None, dist_threshold: float | None, theme: str, as_json: bool
 ) -> int:
     """Show L2 distances of the vectors of each FILE from those of the first, with the thresholds of the first.
 
@@ -110,7 +97,7 @@ def report_command(
     if len(files) < 2:
         raise click.UsageError("name the reference, and one file or more to compare with it")
     first, *others = (read_artifact_file(file) for file in files)
-    stat_test: StatTest = first.stat_test
+    stat_test = first.stat_test
     if dist_threshold is not None:
         stat_test = stat_test.model_copy(update={"dist_threshold": dist_threshold})
     comparisons = []
@@ -121,14 +108,13 @@ def report_command(
             raise ArtifactFileError(f"{they} cannot be compared: they have another {', '.join(different)}")
         comparisons.append(compare(path.stem, other, first, stat_test))
     if as_json:
-        common.print_json(
-            [{"file": str(path), **found.figures} for path, found in zip(files[1:], comparisons, strict=True)]
-        )
+        shown = zip(files[1:], comparisons, strict=True)
+        common.print_json([{"file": str(path), **found.figures} for path, found in shown])
     else:
         common.print_table(HEAD, (comparison.cells for comparison in comparisons))
     if png is not None:
         plots.save_png(plot_of(comparisons, stat_test, plots.theme_of(theme)), png)
-    if page is not None:
-        with writing(page):
-            page.write_text(as_html(first, comparisons, stat_test), encoding="utf-8")
+    if doc is not None:
+        with writing(doc):
+            doc.write_text(as_html(first, comparisons, stat_test), encoding="utf-8")
     return PASS

@@ -7,7 +7,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen, TimeoutExpired
 from types import MappingProxyType
@@ -15,7 +16,6 @@ from typing import Any
 
 import httpx
 
-from gonka_poc.cli.polling import wait_until
 from gonka_poc.errors import ServerStartError
 
 CPU_ENVIRONMENT = MappingProxyType({"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"})
@@ -27,6 +27,16 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float, interval: float = 0.05) -> bool:
+    """Poll `condition` every `interval` seconds for at most `seconds`; True as soon as it holds, else False."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(interval)
+    return True
 
 
 class ServerProcess:
@@ -48,8 +58,8 @@ class ServerProcess:
         self._log_file = log_file
         self._env = {**CPU_ENVIRONMENT, **os.environ, **(env or {})}
         self._startup_timeout = startup_timeout
-        enable = ["--enable-poc"] if enable_poc else []
         where = ["--model", str(model), "--host", "127.0.0.1", "--port", str(self.port)]
+        enable = ["--enable-poc"] if enable_poc else []
         self._command = [sys.executable, "-m", "gonka_poc.serve", *enable, *where, *args]
         self._process: Popen[bytes] | None = None
 
