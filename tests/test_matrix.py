@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from gonka_poc.cli.artifact_file import ArtifactFile
-from gonka_poc.cli.polling import wait_until
+from gonka_poc.cli.server_process import wait_until
 from gonka_poc.data import VECTOR_DTYPE, Artifact, encode_vector
 from tests.matrix.measure import cause, commit, read_junit, run_tests
 from tests.matrix.result import RESULTS, Failure, Result, read_results

@@ -30,10 +30,10 @@ from gonka_poc.cli.coexist import Load, coexist
 from gonka_poc.cli.compare import compare, fabricated, with_turned_vectors
 from gonka_poc.cli.e2e import least_fraud
 from gonka_poc.cli.plots import as_svg
-from gonka_poc.cli.polling import wait_until
 from gonka_poc.cli.prover import RoundSizes, is_gapless
 from gonka_poc.cli.receive import ReceivedCallback, Receiver
 from gonka_poc.cli.report import plot_of
+from gonka_poc.cli.server_process import wait_until
 from gonka_poc.cli.smoke import smoke
 from gonka_poc.data import VECTOR_DTYPE, Artifact, DistanceSpec, StatTest, VectorSpec, encode_vector
 from gonka_poc.errors import ComputeError, ServerAnswerError, ToolError

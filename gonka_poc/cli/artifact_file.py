@@ -15,10 +15,7 @@ from gonka_poc.errors import ArtifactFileError
 
 
 class ArtifactFile(BaseModel):
-    """JSON: model, seq_len, k_dim, block_hash, block_height, public_key, node_id, node_count, stat_test, artifacts.
-
-    `poc_stronger_rng` is written too; a file without it means false. Fields that others add are kept.
-    """
+    """The JSON in a file; fields that others add are kept."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -41,8 +38,7 @@ class ArtifactFile(BaseModel):
 
     def differences(self, other: ArtifactFile) -> list[str]:
         """The fields of `identity` of which `other` has another value."""
-        theirs = other.identity
-        return [name for name, value in self.identity.items() if theirs[name] != value]
+        return [name for name, value in self.identity.items() if other.identity[name] != value]
 
 
 def read_artifact_file(path: Path) -> ArtifactFile:

@@ -14,6 +14,7 @@ from rich.text import Text
 from gonka_poc.cli import common
 from gonka_poc.cli.artifact_file import ArtifactFile, read_artifact_file, write_artifact_file
 from gonka_poc.cli.client import PoCClient
+from gonka_poc.cli.common import Connect
 from gonka_poc.data import Artifact
 from gonka_poc.errors import ArtifactFileError
 
@@ -28,36 +29,34 @@ STATUS_TIMEOUT_SEC = 30.0
 @common.artifact_options
 @common.server_options
 def generate_command(
-    nonces: list[int],
-    out: Path,
-    model: str | None,
-    batch_size: int,
-    server: common.Server,
-    as_json: bool,
-    **fields: Any,
+    nonces: list[int], out: Path, model: str | None, batch_size: int, connect: Connect, as_json: bool, **fields: Any
 ) -> int:
     """Compute artifacts of NONCES into a file. What the file already holds is not computed again.
 
     \b
     gonka-poc generate --nonces 0-99 --out artifacts.json --block-hash HASH --public-key KEY
     """
-    with server.client() as client:
+    with connect() as client:
         file = ArtifactFile(model=model or client.model_name(), **fields)
         is_new = not out.exists()
         if not is_new:
-            file = _resumed(out, file)
+            existing = read_artifact_file(out)
+            if different := file.differences(existing):
+                raise ArtifactFileError(f"{out} exists and has another {', '.join(different)}; name another --out")
+            file = existing
         done = {artifact.nonce for artifact in file.artifacts}
         missing = [nonce for nonce in nonces if nonce not in done]
         write_artifact_file(out, file)  # now, so that a path that cannot be written costs no computation
         _warn_if_generating(client)
-        save_at = _next_save(len(file.artifacts))
+        num_saved = len(file.artifacts)
 
         def add(artifacts: list[Artifact]) -> None:
-            nonlocal save_at
+            nonlocal num_saved
             file.artifacts.extend(artifacts)
-            if len(file.artifacts) >= save_at:
+            # the steps grow, so that writing stays a small part
+            if len(file.artifacts) - num_saved >= max(SAVE_EVERY, num_saved // 4):
                 write_artifact_file(out, file)
-                save_at = _next_save(len(file.artifacts))
+                num_saved = len(file.artifacts)
 
         try:
             with common.progress_bar("generating", len(missing)) as progress:
@@ -85,20 +84,6 @@ def _warn_if_generating(client: PoCClient) -> None:
         )
 
 
-def _resumed(out: Path, wanted: ArtifactFile) -> ArtifactFile:
-    """The existing file. Raises ArtifactFileError if its artifacts are of another kind."""
-    existing = read_artifact_file(out)
-    different = wanted.differences(existing)
-    if different:
-        raise ArtifactFileError(f"{out} exists and has another {', '.join(different)}; name another --out")
-    return existing
-
-
-def _next_save(count: int) -> int:
-    """The number of artifacts at which to write the file again; the steps grow, so that writing stays a small part."""
-    return count + max(SAVE_EVERY, count // 4)
-
-
 @click.command("validate")
 @click.argument("file", type=common.FilePath)
 @common.renamed_model_option
@@ -108,7 +93,7 @@ def _next_save(count: int) -> int:
 @common.batch_size_option
 @common.server_options
 def validate_command(
-    file: Path, model: str | None, batch_size: int, server: common.Server, as_json: bool, **thresholds: float | None
+    file: Path, model: str | None, batch_size: int, connect: Connect, as_json: bool, **thresholds: float | None
 ) -> int:
     """Recompute the artifacts of FILE. Exit status: 0 pass, 2 fraud, 1 error (also if nothing was compared).
 
@@ -122,7 +107,7 @@ def validate_command(
     stat_test = content.stat_test.model_copy(update=given)
     if model is not None:
         content = content.model_copy(update={"model": model})
-    with server.client() as client:
+    with connect() as client:
         _warn_if_generating(client)
         with common.progress_bar("validating", len(content.artifacts)) as progress:
             verdict = client.validate(content, stat_test, batch_size, progress)
@@ -136,13 +121,13 @@ def validate_command(
 
 @click.command("status")
 @common.server_options
-def status_command(server: common.Server, as_json: bool) -> int:
+def status_command(connect: Connect, as_json: bool) -> int:
     """Show what the server generates now.
 
     \b
     gonka-poc status --url http://127.0.0.1:8000
     """
-    with server.client(STATUS_TIMEOUT_SEC) as client:
+    with connect(STATUS_TIMEOUT_SEC) as client:
         answer = client.status()
     if as_json:
         common.print_json(answer.model_dump())
@@ -160,13 +145,13 @@ def status_command(server: common.Server, as_json: bool) -> int:
 
 @click.command("stop")
 @common.server_options
-def stop_command(server: common.Server, as_json: bool) -> int:
+def stop_command(connect: Connect, as_json: bool) -> int:
     """Stop the round and drop queued requests.
 
     \b
     gonka-poc stop --url http://127.0.0.1:8000
     """
-    with server.client(STATUS_TIMEOUT_SEC) as client:
+    with connect(STATUS_TIMEOUT_SEC) as client:
         answer = client.stop()
     common.show(answer.model_dump(), as_json, "stopped" if answer.stopped is None else str(answer.stopped))
     return common.PASS

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from gonka_poc.cli import common
+from gonka_poc.cli import common, plots
 from gonka_poc.cli.bench_measure import Bench, BenchSizes, bench_offline, bench_server
-from gonka_poc.cli.plots import Theme, save_png, stacked_bars, theme_of
-from gonka_poc.errors import printable
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MEANING: Mapping[str, str] = MappingProxyType(
     {
@@ -66,15 +58,13 @@ def phase_rows(found: Bench) -> list[tuple[str, str, str, str]]:
         for name, seconds in found.phases.items()
     ]
     if found.overlap_seconds:
-        share = found.overlap_seconds / found.batch_seconds
-        rows.append(
-            ("overlap", f"-{1e3 * found.overlap_seconds:.3g}", f"-{share:.1%}", "at the same time as other phases")
-        )
+        milliseconds, share = 1e3 * found.overlap_seconds, found.overlap_seconds / found.batch_seconds
+        rows.append(("overlap", f"-{milliseconds:.3g}", f"-{share:.1%}", "at the same time as other phases"))
     rows.append(("batch", f"{1e3 * found.batch_seconds:.3g}", "100.0%", ""))
     return rows
 
 
-def plot_of(found: Bench, theme: Theme) -> Figure:
+def plot_of(found: Bench, theme: plots.Theme) -> plots.Figure:
     """Two bars: a batch by phase, and a bare prefill of the same number of tokens."""
     proof = found.phases or {"batch": found.batch_seconds}
     bars = {
@@ -82,7 +72,7 @@ def plot_of(found: Bench, theme: Theme) -> Figure:
         "bare prefill": {"forward": 1e3 * found.batch_size / found.prefill_per_second},
     }
     title = f"{found.model}: {found.batch_size} nonces x {found.seq_len} tokens, {found.nonces_per_second:.4g} nonces/s"
-    return stacked_bars(bars, title, "milliseconds", theme)
+    return plots.stacked_bars(bars, title, "milliseconds", theme)
 
 
 @click.command("bench")
@@ -106,7 +96,7 @@ def bench_command(
     callback_url: str | None,
     png: Path | None,
     theme: str,
-    server: common.Server,
+    connect: common.Connect,
     as_json: bool,
     **sizes: Any,
 ) -> int:
@@ -124,33 +114,25 @@ def bench_command(
     if offline is not None:
         found = bench_offline(offline, shlex.split(server_args), bench_sizes)
     else:
-        with server.client(timeout=600) as client:
-            common.say(f"measuring {server.url}: prefill, /generate, a round; about {3 * bench_sizes.seconds:g} s")
+        with connect(timeout=600) as client:
+            common.say(f"measuring {client.url}: prefill, /generate, a round; about {3 * bench_sizes.seconds:g} s")
             found = bench_server(client, model or client.model_name(), bench_sizes, callback_url)
     if as_json:
         common.print_json(dataclasses.asdict(found))
     else:
-        figures = _table(["", found.where], rows_of(found))
-        Console().print(figures, _table(["phase", "ms per batch", "share", "meaning"], phase_rows(found)))
+        common.print_table(("", found.where), rows_of(found))
+        common.print_table(("phase", "ms per batch", "share", "meaning"), phase_rows(found))
         if found.not_measured:
             click.echo(f"only --offline measures: {', '.join(found.not_measured)}; model flops, memory")
     if png is not None:  # last, so that a missing matplotlib costs no measurement
-        save_png(plot_of(found, theme_of(theme)), png)
+        plots.save_png(plot_of(found, plots.theme_of(theme)), png)
     return common.PASS
 
 
 def _refuse_unused_options(context: click.Context, offline: bool) -> None:
-    """Raise UsageError for an option that would be ignored."""
     unused = ("url", "model", "callback_url") if offline else ("server_args",)
     for option in context.command.params:
         source = context.get_parameter_source(option.name or "")
         if option.name in unused and source is click.core.ParameterSource.COMMANDLINE:
             without = "makes no sense with --offline" if offline else "needs --offline"
             raise click.UsageError(f"{option.opts[0]} {without}")
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
-    table = Table(*head)
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    return table

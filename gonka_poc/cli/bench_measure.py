@@ -79,14 +79,10 @@ class Bench:
     scratch_bytes: int | None = None
 
 
-# --- without a server -------------------------------------------------------------------------------------------
-
-
 def bench_offline(model: Path, server_args: Sequence[str], sizes: BenchSizes) -> Bench:
     """Measure `model` on an engine of this process, whose vLLM batch is as large as `sizes` unless `server_args` say.
 
-    The output of vLLM goes to stderr. Raises the errors of OfflineEngine and its workers, and RequestError if `sizes`
-    break a limit of the engine.
+    Raises the errors of OfflineEngine and its workers, and RequestError if `sizes` break a limit of the engine.
     """
     for name, value in CPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -130,20 +126,17 @@ def measure_engine(engine: Any, name: str, sizes: BenchSizes) -> Bench:
                 break
     workers = ask("poc_bench_describe", spec)
     times: list[dict[str, float]] = []
-    scratch_bytes = 0
     deadline = time.monotonic() + sizes.seconds
-    batch = 0
-    while batch < WARM_UPS + MIN_BATCHES or time.monotonic() < deadline:
-        nonces = list(range(batch * batch_size, (batch + 1) * batch_size))
+    while len(times) < WARM_UPS + MIN_BATCHES or time.monotonic() < deadline:
+        nonces = list(range(len(times) * batch_size, (len(times) + 1) * batch_size))
         started = time.perf_counter()
         answers = ask("poc_bench_batch", spec, nonces)
         seconds = time.perf_counter() - started
         computing = max(answer["seconds"] for answer in answers)
         scratch_bytes = max(answer["scratch_bytes"] for answer in answers)
         times.append({"batch": seconds, "rpc": seconds - computing, **_parts(ask("poc_bench_parts", spec, nonces))})
-        batch += 1
     ask("poc_release")
-    return _offline_result(name, sizes, batch_size, workers, times[WARM_UPS:], scratch_bytes)
+    return _offline_result(sizes, batch_size, workers, times[WARM_UPS:], model=name, scratch_bytes=scratch_bytes)
 
 
 def _parts(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -160,12 +153,7 @@ def _parts(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _offline_result(
-    name: str,
-    sizes: BenchSizes,
-    batch_size: int,
-    workers: Sequence[Mapping[str, Any]],
-    times: Sequence[Mapping[str, float]],
-    scratch_bytes: int,
+    sizes: BenchSizes, batch_size: int, workers: list[dict[str, Any]], times: list[dict[str, float]], **more: Any
 ) -> Bench:
     median = {part: statistics.median(each[part] for each in times) for part in times[0]}
     phases = {
@@ -178,42 +166,34 @@ def _offline_result(
     }
     flops = sum(worker["model_flops"] for worker in workers)
     rate = sum(worker["matrix_flops_per_second"] for worker in workers)
-    found = _result("offline", name, sizes, batch_size, batch_size / median["batch"], batch_size / median["prefill"])
-    return dataclasses.replace(
-        _with_phases(found, phases),
+    speed, prefill = batch_size / median["batch"], batch_size / median["prefill"]
+    return _result(
+        *(sizes, batch_size, speed, prefill, phases),
+        where="offline",
         device=", ".join(sorted({worker["device"] for worker in workers})),
         num_workers=len(workers),
         dtype=workers[0]["dtype"],
         model_flops=flops,
         matrix_flops_per_second=rate,
-        matrix_rate_share=flops * found.nonces_per_second / rate,
-        scratch_bytes=scratch_bytes,
+        matrix_rate_share=flops * speed / rate,
+        **more,
     )
-
-
-# --- a running server -------------------------------------------------------------------------------------------
 
 
 def bench_server(client: PoCClient, model: str, sizes: BenchSizes, callback_url: str | None = None) -> Bench:
-    """Measure a server over HTTP: its own prefill, POST /generate, then a round, which is stopped.
-
-    Callbacks of the round go to `callback_url`. Raises ServerAnswerError, also if the server generates already.
-    """
+    """Measure a server over HTTP: its own prefill, POST /generate, then a round. Raises ServerAnswerError."""
     client.refuse_if_generating()
-    file = ArtifactFile(
-        model=model, seq_len=sizes.seq_len, k_dim=sizes.k_dim, block_hash=BLOCK_HASH, public_key=PUBLIC_KEY
-    )
+    who = {"block_hash": BLOCK_HASH, "public_key": PUBLIC_KEY}
+    file = ArtifactFile.model_validate({"model": model, "seq_len": sizes.seq_len, "k_dim": sizes.k_dim, **who})
     prefill = prefill_rate(client, model, sizes)
     generate = _generate_rate(client, file, sizes)
     with client.round(file, sizes.batch_size, callback_url):
-        rate, counted = _round_rate(client, sizes)
-    nonces, batches, seconds = counted
+        rate, (nonces, batches, seconds) = _round_rate(client, sizes)
     batch_size = round(nonces / batches) if batches else sizes.batch_size
-    found = _result(client.url, model, sizes, batch_size, rate, prefill)
-    found = dataclasses.replace(found, generate_nonces_per_second=generate, not_measured=ONLY_OFFLINE)
-    if not batches:
-        return dataclasses.replace(found, not_measured=(*ONLY_OFFLINE, "idle"))
-    return _with_phases(found, {"calls": batch_size * seconds / nonces})
+    phases = {"calls": batch_size * seconds / nonces} if batches else {}
+    not_measured = ONLY_OFFLINE if batches else (*ONLY_OFFLINE, "idle")
+    more = {"generate_nonces_per_second": generate, "not_measured": not_measured}
+    return _result(sizes, batch_size, rate, prefill, phases, where=client.url, model=model, **more)
 
 
 def prefill_rate(client: PoCClient, model: str, sizes: BenchSizes) -> float:
@@ -221,10 +201,9 @@ def prefill_rate(client: PoCClient, model: str, sizes: BenchSizes) -> float:
     chance = random.Random()  # not seeded: a prompt of an earlier run could be in the prefix cache
 
     def ask(_: int) -> None:
-        rows = [chance.choices(range(FIRST_TOKEN, FIRST_TOKEN + NUM_TOKENS), k=sizes.seq_len) for _ in each_nonce]
-        client.prefill(model, rows)
+        tokens = range(FIRST_TOKEN, FIRST_TOKEN + NUM_TOKENS)
+        client.prefill(model, [chance.choices(tokens, k=sizes.seq_len) for _ in range(sizes.batch_size)])
 
-    each_nonce = range(sizes.batch_size)
     ask(0)
     started = time.perf_counter()
     ask(0)
@@ -248,10 +227,7 @@ def _generate_rate(client: PoCClient, file: ArtifactFile, sizes: BenchSizes) -> 
 
 
 def _round_rate(client: PoCClient, sizes: BenchSizes) -> tuple[float, tuple[float, float, float]]:
-    """Nonces/s of the current round, from batch to batch; and the server's counts of nonces, batches and seconds.
-
-    The counts are zero if its /metrics cannot be read.
-    """
+    """Nonces/s of the current round, from batch to batch; and the increase of the server's counts meanwhile."""
     begun = _after_next_batch(client, WARM_UPS * sizes.batch_size)
     before = _counted(client)
     time.sleep(sizes.seconds)
@@ -288,16 +264,14 @@ def _counted(client: PoCClient) -> tuple[float, float, float]:
     return nonces, found.get(f"{batch}_count", 0.0), found.get(f"{batch}_sum", 0.0)
 
 
-# --- results ----------------------------------------------------------------------------------------------------
-
-
-def _result(where: str, name: str, sizes: BenchSizes, batch_size: int, rate: float, prefill: float) -> Bench:
-    """The rates, without phases."""
+def _result(
+    sizes: BenchSizes, batch_size: int, rate: float, prefill: float, phases: Mapping[str, float], **more: Any
+) -> Bench:
+    """The result with `more` of its fields; what is left of a batch after its `phases` is idle."""
     if rate <= 0:
         raise ToolError("the round made no nonces while it was measured")
+    rest = batch_size / rate - sum(phases.values())
     return Bench(
-        where=where,
-        model=name,
         seq_len=sizes.seq_len,
         k_dim=sizes.k_dim,
         batch_size=batch_size,
@@ -306,12 +280,7 @@ def _result(where: str, name: str, sizes: BenchSizes, batch_size: int, rate: flo
         prefill_per_second=prefill,
         poc_tax=1 - rate / prefill,
         batch_seconds=batch_size / rate,
-        phases={},
-        overlap_seconds=0.0,
+        phases={**phases, "idle": max(0.0, rest)} if phases else {},
+        overlap_seconds=max(0.0, -rest) if phases else 0.0,
+        **more,
     )
-
-
-def _with_phases(found: Bench, phases: Mapping[str, float]) -> Bench:
-    """`found` with `phases`; the rest of a batch is idle."""
-    rest = found.batch_seconds - sum(phases.values())
-    return dataclasses.replace(found, phases={**phases, "idle": max(0.0, rest)}, overlap_seconds=max(0.0, -rest))

@@ -10,12 +10,11 @@ from typing import Any
 
 import click
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 from scipy.stats import binom, binomtest, chi2
 
 from gonka_poc.cli import common
 from gonka_poc.cli.client import ANY_DISTANCE, PoCClient, Progress, ignore_progress, threshold_request
+from gonka_poc.cli.common import Connect
 from gonka_poc.cli.plots import save_png, terminal_histogram, theme_of, value_histogram
 from gonka_poc.data import Randomization
 from gonka_poc.errors import ToolError
@@ -61,32 +60,18 @@ class Calibration:
         return abs(self.mean - math.sqrt(2)) / (self.sd / math.sqrt(self.nonces))
 
 
-def block_hashes(count: int) -> list[str]:
-    """The first `count` block hashes of this tool, always the same."""
-    return [f"calibrate-{i}" for i in range(count)]
-
-
 def measure_distances(
     client: PoCClient,
     hashes: Sequence[str],
     nonces_per_block: int,
-    *,
-    public_key: str = "calibrate",
-    seq_len: int = 256,
-    randomization: str = "sign_flips",
-    batch_size: int = 32,
     progress: Progress = ignore_progress,
+    **sizes: Any,
 ) -> dict[str, np.ndarray]:
-    """Distances of nonces 0, 1, ... for each block hash: float64, without those that gave NaN or Inf.
-
-    A generating server is left alone: ServerAnswerError.
-    """
+    """Distances of nonces 0, 1, ... by block hash, without NaN and Inf; ServerAnswerError if the server generates."""
     client.refuse_if_generating()
     found = {}
     for block_hash in hashes:
-        request = threshold_request(
-            block_hash, public_key, ANY_DISTANCE, seq_len, batch_size, Randomization(randomization)
-        )
+        request = threshold_request(block_hash=block_hash, public_key="calibrate", r_target=ANY_DISTANCE, **sizes)
         distances = client.distances(request, range(nonces_per_block), progress)
         found[block_hash] = np.array([distance for distance in distances if distance is not None])
     return found
@@ -130,11 +115,11 @@ def _block_rate(block_hash: str, distances: np.ndarray, r_target: float) -> Bloc
 @click.option("--rate", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.10, show_default=True)
 @common.count_option("--nonces", 2000, "Over all block hashes.")
 @common.count_option("--blocks", 8, "Block hashes to try.")
-@common.seq_len_option(256)
+@common.count_option("--seq-len", 256, "Tokens per nonce.")
 @click.option(
     "--randomization",
     type=click.Choice([each.value for each in Randomization]),
-    default=Randomization.SIGN_FLIPS.value,
+    default="sign_flips",
     show_default=True,
 )
 @common.batch_size_option
@@ -142,14 +127,7 @@ def _block_rate(block_hash: str, distances: np.ndarray, r_target: float) -> Bloc
 @common.theme_option
 @common.server_options
 def calibrate_command(
-    rate: float,
-    nonces: int,
-    blocks: int,
-    png: Path | None,
-    theme: str,
-    server: common.Server,
-    as_json: bool,
-    **sizes: Any,
+    rate: float, nonces: int, blocks: int, png: Path | None, theme: str, connect: Connect, as_json: bool, **sizes: Any
 ) -> int:
     """Find the r_target at which a share of --rate of nonces is valid on the served model, and its spread over blocks.
 
@@ -157,8 +135,9 @@ def calibrate_command(
     gonka-poc calibrate --rate 0.10 --nonces 2000 --png distances.png
     """
     per_block = max(1, nonces // blocks)
-    with server.client() as client, common.progress_bar("measuring", per_block * blocks) as progress:
-        distances = measure_distances(client, block_hashes(blocks), per_block, progress=progress, **sizes)
+    with connect() as client, common.progress_bar("measuring", per_block * blocks) as progress:
+        hashes = [f"calibrate-{i}" for i in range(blocks)]
+        distances = measure_distances(client, hashes, per_block, progress, **sizes)
     found = calibrate(distances, rate)
     pooled = np.concatenate(list(distances.values()))
     if as_json:
@@ -172,13 +151,18 @@ def calibrate_command(
 
 
 def _print_calibration(found: Calibration, distances: np.ndarray) -> None:
-    for line in terminal_histogram(distances, found.r_target):
-        click.echo(line)
-    table = Table("block hash", "nonces", "mean distance", "valid", "95% interval")
-    for block in found.blocks:
-        interval = f"{block.low:.1%} to {block.high:.1%}"
-        table.add_row(block.block_hash, str(block.nonces), f"{block.mean:.5f}", f"{block.rate:.1%}", interval)
-    Console().print(table)
+    click.echo("\n".join(terminal_histogram(distances, found.r_target)))
+    rows = [
+        (
+            block.block_hash,
+            block.nonces,
+            f"{block.mean:.5f}",
+            f"{block.rate:.1%}",
+            f"{block.low:.1%} to {block.high:.1%}",
+        )
+        for block in found.blocks
+    ]
+    common.print_table(("block hash", "nonces", "mean distance", "valid", "95% interval"), rows)
     click.echo(
         f"r_target {found.r_target:.5f} for {found.rate:.1%} valid; 95% interval {found.low:.5f} to {found.high:.5f}"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
@@ -11,25 +11,10 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel, RootModel, ValidationError
 
+from gonka_poc import data
 from gonka_poc.cli.artifact_file import ArtifactFile
-from gonka_poc.cli.polling import wait_until
 from gonka_poc.cli.refusals import NO_POC_SERVER, refusal_text
-from gonka_poc.data import (
-    PREFIX,
-    Artifact,
-    ArtifactsAnswer,
-    FailedAnswer,
-    InitGenerateRequest,
-    OkAnswer,
-    PendingAnswer,
-    QueuedAnswer,
-    Randomization,
-    StatTest,
-    StatusAnswer,
-    StopAnswer,
-    ValidationAnswer,
-    chunks,
-)
+from gonka_poc.cli.server_process import wait_until
 from gonka_poc.errors import ServerAnswerError
 from gonka_poc.threshold_data import ProofBatch, ProofVerdict, ThresholdRequest, ThresholdStatusAnswer
 from gonka_poc.validation import Verdict, judge
@@ -48,31 +33,30 @@ def ignore_progress(nonces: int) -> None:
 
 
 Answer = TypeVar("Answer", bound=BaseModel)
-
-
-Polled = PendingAnswer | ArtifactsAnswer | ValidationAnswer | FailedAnswer
+Polled = data.PendingAnswer | data.ArtifactsAnswer | data.ValidationAnswer | data.FailedAnswer
 
 
 class PoCClient:
-    """A client of one server. Raises ServerAnswerError if it refuses, cannot be reached, or has no such API."""
+    """A client of one server. Raises ServerAnswerError if it refuses, cannot be reached, or has no such API.
+
+    `url`: of the server or of its API. `timeout`: seconds for one answer; None waits as long as it takes. `token` is
+    the server's POC_API_TOKEN, `api_key` vLLM's own, for /v1.
+    """
 
     def __init__(
         self, url: str, timeout: float | None = None, token: str | None = None, api_key: str | None = None
     ) -> None:
-        """`url`: of the server or of its API. `timeout`: seconds for one answer; None waits as long as it takes.
-
-        `token` is the server's POC_API_TOKEN, `api_key` vLLM's own, for /v1.
-        """
         self._token, self._api_key = token, api_key
-        self.url = url.rstrip("/").removesuffix(PREFIX)
-        if not _is_address(self.url):
+        self.url = url.rstrip("/").removesuffix(data.PREFIX)
+        try:
+            parsed = httpx.URL(self.url)
+        except httpx.InvalidURL:
+            parsed = httpx.URL()
+        if parsed.scheme not in ("http", "https") or not parsed.host:
             raise ServerAnswerError(f"{url!a} is no address of a server: write it as http://HOST:PORT")
         # only connecting is tried again: a request that was sent may have reached the server
-        self._http = httpx.Client(
-            base_url=self.url,
-            timeout=httpx.Timeout(timeout, connect=CONNECT_TIMEOUT_SEC),
-            transport=httpx.HTTPTransport(retries=2),
-        )
+        transport, limit = httpx.HTTPTransport(retries=2), httpx.Timeout(timeout, connect=CONNECT_TIMEOUT_SEC)
+        self._http = httpx.Client(base_url=self.url, timeout=limit, transport=transport)
 
     def __enter__(self) -> PoCClient:
         return self
@@ -84,9 +68,9 @@ class PoCClient:
         """The name of the model that is served."""
         return str(self._vllm("GET", "/v1/models", None, "data", 0, "id"))
 
-    def status(self) -> StatusAnswer:
+    def status(self) -> data.StatusAnswer:
         """GET /status."""
-        return self._ask(StatusAnswer, "GET", f"{PREFIX}/status")
+        return self._ask(data.StatusAnswer, "GET", "status")
 
     def total_processed(self) -> int:
         """The number of nonces that the round has processed. Raises ServerAnswerError if no round generates."""
@@ -109,9 +93,9 @@ class PoCClient:
         if self.status().status == "GENERATING":
             raise ServerAnswerError(f"{self.url} generates; `gonka-poc stop` ends that, then start this tool again")
 
-    def stop(self) -> StopAnswer:
+    def stop(self) -> data.StopAnswer:
         """POST /stop."""
-        return self._ask(StopAnswer, "POST", f"{PREFIX}/stop")
+        return self._ask(data.StopAnswer, "POST", "stop")
 
     @contextmanager
     def round(self, file: ArtifactFile, batch_size: int, url: str | None = None) -> Iterator[None]:
@@ -122,17 +106,17 @@ class PoCClient:
         finally:
             self.stop()
 
-    def init_generate(self, request: InitGenerateRequest) -> OkAnswer:
+    def init_generate(self, request: data.InitGenerateRequest) -> data.OkAnswer:
         """POST /init/generate."""
-        return self._ask(OkAnswer, "POST", f"{PREFIX}/init/generate", request.model_dump())
+        return self._ask(data.OkAnswer, "POST", "init/generate", request.model_dump())
 
-    def init_threshold(self, request: ThresholdRequest, phase: Literal["generate", "validate"]) -> OkAnswer:
+    def init_threshold(self, request: ThresholdRequest, phase: Literal["generate", "validate"]) -> data.OkAnswer:
         """POST /init/generate or /init/validate of a threshold round."""
-        return self._ask(OkAnswer, "POST", f"{PREFIX}/init/{phase}", request.model_dump(mode="json", exclude_none=True))
+        return self._ask(data.OkAnswer, "POST", f"init/{phase}", request.model_dump(mode="json", exclude_none=True))
 
     def validate_distances(self, proof: ProofBatch) -> ProofVerdict:
         """POST /validate: the server recomputes the distances of `proof` in the threshold round that is set."""
-        return self._ask(ProofVerdict, "POST", f"{PREFIX}/validate", proof.model_dump())
+        return self._ask(ProofVerdict, "POST", "validate", proof.model_dump())
 
     def distances(
         self, request: ThresholdRequest, nonces: Sequence[int], progress: Progress = ignore_progress
@@ -142,7 +126,7 @@ class PoCClient:
         distances: list[float | None] = []
         self.init_threshold(request, "validate")
         try:
-            for batch in chunks(list(nonces), request.batch_size):
+            for batch in data.chunks(list(nonces), request.batch_size):
                 proof = proof_of(request, batch, [PLACEHOLDER] * len(batch))
                 distances += self.validate_distances(proof).computed_distances
                 progress(len(batch))
@@ -152,25 +136,20 @@ class PoCClient:
 
     def threshold_status(self) -> ThresholdStatusAnswer:
         """GET /status while a threshold round is set."""
-        return self._ask(ThresholdStatusAnswer, "GET", f"{PREFIX}/status")
+        return self._ask(ThresholdStatusAnswer, "GET", "status")
 
-    def queue(self, file: ArtifactFile, nonces: Sequence[int], batch_size: int) -> QueuedAnswer:
+    def queue(self, file: ArtifactFile, nonces: Sequence[int], batch_size: int) -> data.QueuedAnswer:
         """POST /generate without waiting."""
-        return self._generate(QueuedAnswer, file, nonces, batch_size, wait=False)
+        return self._generate(data.QueuedAnswer, file, nonces, batch_size, wait=False)
 
     def poll(self, request_id: str) -> Polled:
         """GET /generate/{request_id}."""
-        return self._ask(RootModel[Polled], "GET", f"{PREFIX}/generate/{request_id}").root
+        return self._ask(RootModel[Polled], "GET", f"generate/{request_id}").root
 
-    def chat(self, model: str, text: str, max_tokens: int, ignore_eos: bool = False) -> str:
-        """The answer of a greedy chat; with `ignore_eos` (a field of vLLM's) it is `max_tokens` long."""
-        body: dict[str, Any] = {
-            "model": model,
-            "messages": [{"role": "user", "content": text}],
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            **({"ignore_eos": True} if ignore_eos else {}),
-        }
+    def chat(self, model: str, text: str, max_tokens: int) -> str:
+        """The answer of a greedy chat, `max_tokens` long."""
+        messages = [{"role": "user", "content": text}]
+        body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
         return str(self._vllm("POST", "/v1/chat/completions", body, "choices", 0, "message", "content") or "")
 
     def prefill(self, model: str, prompts: Sequence[Sequence[int]]) -> None:
@@ -182,45 +161,43 @@ class PoCClient:
 
     def metrics(self) -> dict[str, float]:
         """GET /metrics: the values of gonka_poc by name; with labels as `name{label="value"}`."""
-        response = self._response("GET", "/metrics", None)
-        families = text_string_to_metric_families(response.text)
-        samples = [sample for family in families for sample in family.samples if sample.name.startswith("gonka_poc_")]
-        return {sample.name + _labels(sample.labels): sample.value for sample in samples}
+        found = {}
+        for family in text_string_to_metric_families(self._response("GET", "/metrics", None).text):
+            for sample in family.samples:
+                labels = ",".join(f'{name}="{value}"' for name, value in sample.labels.items())
+                if sample.name.startswith("gonka_poc_"):
+                    found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+        return found
 
     def generate(
         self,
         file: ArtifactFile,
         nonces: Sequence[int],
         batch_size: int,
-        on_artifacts: Callable[[list[Artifact]], object],
+        on_artifacts: Callable[[list[data.Artifact]], object],
         progress: Progress = ignore_progress,
     ) -> list[int]:
-        """Compute `nonces` as `file` says, one request per batch; `on_artifacts` takes the artifacts of each.
-
-        Returns the nonces that the server could not compute (NaN or Inf).
-        """
+        """Compute `nonces` as `file` says, batch by batch, each for `on_artifacts`; those that gave NaN or Inf."""
         not_computed: list[int] = []
-        for batch in chunks(list(nonces), batch_size):
-            answer = self._generate(ArtifactsAnswer, file, batch, batch_size)
+        for batch in data.chunks(list(nonces), batch_size):
+            answer = self._generate(data.ArtifactsAnswer, file, batch, batch_size)
             on_artifacts(answer.artifacts)
             not_computed += answer.not_computed_nonces or []
             progress(len(batch))
         return not_computed
 
     def validate(
-        self, file: ArtifactFile, stat_test: StatTest, batch_size: int, progress: Progress = ignore_progress
+        self, file: ArtifactFile, stat_test: data.StatTest, batch_size: int, progress: Progress = ignore_progress
     ) -> Verdict:
         """Let the server recompute the artifacts of `file`; one verdict over all of them."""
         compared = 0
         mismatches: list[int] = []
         not_computed: list[int] = []
-        for batch in chunks(file.artifacts, batch_size):
-            more = {
-                "validation": {"artifacts": [artifact.model_dump() for artifact in batch]},
-                "stat_test": stat_test.model_dump(),
-            }
+        for batch in data.chunks(file.artifacts, batch_size):
             nonces = [artifact.nonce for artifact in batch]
-            answer = self._generate(ValidationAnswer, file, nonces, batch_size, **more)
+            claim = {"artifacts": [artifact.model_dump() for artifact in batch]}
+            more = {"validation": claim, "stat_test": stat_test.model_dump()}
+            answer = self._generate(data.ValidationAnswer, file, nonces, batch_size, **more)
             compared += answer.n_total
             mismatches += answer.mismatch_nonces
             not_computed += answer.not_computed_nonces or []
@@ -231,16 +208,16 @@ class PoCClient:
         self, answer: type[Answer], file: ArtifactFile, nonces: Sequence[int], batch_size: int, **more: Any
     ) -> Answer:
         body = {**_round_fields(file, batch_size), "nonces": list(nonces), "wait": True, **more}
-        return self._ask(answer, "POST", f"{PREFIX}/generate", body)
+        return self._ask(answer, "POST", "generate", body)
 
-    def _ask(self, answer: type[Answer], method: str, path: str, body: Any = None) -> Answer:
+    def _ask(self, answer: type[Answer], method: str, name: str, body: Any = None) -> Answer:
+        path = f"{data.PREFIX}/{name}"
         try:
             return answer.model_validate_json(self._response(method, path, body).content)
         except ValidationError as error:
             raise self._unexpected(path) from error
 
     def _vllm(self, method: str, path: str, body: Any, *keys: str | int) -> Any:
-        """The value at `keys` of an answer of vLLM's own API."""
         try:
             return functools.reduce(lambda value, key: value[key], keys, self._response(method, path, body).json())
         except (ValueError, LookupError, TypeError) as error:
@@ -250,7 +227,7 @@ class PoCClient:
         return ServerAnswerError(f"{self.url}{path} answered something else than expected; {NO_POC_SERVER}")
 
     def _response(self, method: str, path: str, body: Any) -> httpx.Response:
-        secret = self._token if path.startswith(PREFIX) else self._api_key
+        secret = self._token if path.startswith(data.PREFIX) else self._api_key
         headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         try:
             response = self._http.request(method, path, json=body, headers=headers)
@@ -263,55 +240,23 @@ class PoCClient:
         return response
 
 
-def _is_address(url: str) -> bool:
-    try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL:
-        return False
-    return parsed.scheme in ("http", "https") and bool(parsed.host)
-
-
-def round_request(file: ArtifactFile, batch_size: int, url: str | None = None) -> InitGenerateRequest:
+def round_request(file: ArtifactFile, batch_size: int, url: str | None = None) -> data.InitGenerateRequest:
     """A request for an artifact round as `file` says."""
-    return InitGenerateRequest(**_round_fields(file, batch_size), url=url)
+    return data.InitGenerateRequest(**_round_fields(file, batch_size), url=url)
 
 
 def _round_fields(file: ArtifactFile, batch_size: int) -> dict[str, Any]:
-    """The fields that every request for artifacts of `file` has."""
-    identity = file.model_dump(
-        include={"block_hash", "block_height", "public_key", "node_id", "node_count", "poc_stronger_rng"}
-    )
-    params = {"model": file.model, "seq_len": file.seq_len, "k_dim": file.k_dim}
-    return {**identity, "params": params, "batch_size": batch_size}
+    whose = {"block_hash", "block_height", "public_key", "node_id", "node_count", "poc_stronger_rng"}
+    params = file.model_dump(include={"model", "seq_len", "k_dim"})
+    return {**file.model_dump(include=whose), "params": params, "batch_size": batch_size}
 
 
-def threshold_request(
-    block_hash: str,
-    public_key: str,
-    r_target: float,
-    seq_len: int,
-    batch_size: int,
-    randomization: Randomization = Randomization.SIGN_FLIPS,
-) -> ThresholdRequest:
+def threshold_request(**fields: Any) -> ThresholdRequest:
     """A request for a threshold round of node 0 of 1."""
-    return ThresholdRequest(
-        block_hash=block_hash,
-        block_height=0,
-        public_key=public_key,
-        r_target=r_target,
-        node_id=0,
-        node_count=1,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        randomization=randomization,
-    )
+    return ThresholdRequest(block_height=0, node_id=0, node_count=1, **fields)
 
 
 def proof_of(request: ThresholdRequest, nonces: list[int], dist: list[float]) -> ProofBatch:
     """A claim of the prover of `request`."""
     identity = request.model_dump(include={"block_hash", "block_height", "public_key", "node_id"})
     return ProofBatch(**identity, nonces=nonces, dist=dist)
-
-
-def _labels(labels: Mapping[str, str]) -> str:
-    return "{" + ",".join(f'{name}="{value}"' for name, value in labels.items()) + "}" if labels else ""

@@ -7,22 +7,16 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import click
 
+from gonka_poc.cli import common
 from gonka_poc.cli.artifact_file import ArtifactFile
 from gonka_poc.cli.checks import Case, CaseResult, Finding, run_cases, show_results
 from gonka_poc.cli.client import PoCClient, Polled
-from gonka_poc.cli.common import (
-    Server,
-    count_option,
-    seconds_option,
-    served_model_options,
-    server_options,
-    size_options,
-)
-from gonka_poc.cli.polling import wait_until
+from gonka_poc.cli.server_process import wait_until
 from gonka_poc.data import ArtifactsAnswer, FailedAnswer
 from gonka_poc.errors import ServerAnswerError
 
@@ -53,10 +47,11 @@ def coexist(client: PoCClient, load: Load) -> Iterator[CaseResult]:
     """The results of all cases; the server is stopped at the end. Raises ServerAnswerError if it generates already."""
     client.refuse_if_generating()
     run = _Coexist(client, load)
+    one_chat = partial(chat_during_round, client, run.file, load.batch_size, 1, load.max_tokens)
     cases: list[tuple[str, Case]] = [
         ("wait=false is queued and polled to completed", run.queued),
         ("chat idle: full speed", run.full_speed),
-        ("chat while generating completes", run.chat_while_generating),
+        ("chat while generating completes", one_chat),
         ("generating resumes after chat", run.resumes),
         ("/generate waits for a round, no 409", run.generate_waits),
         ("a round that starts beside chats yields until they end", run.yields),
@@ -72,35 +67,31 @@ def coexist(client: PoCClient, load: Load) -> Iterator[CaseResult]:
 class _Coexist:
     def __init__(self, client: PoCClient, load: Load) -> None:
         self._client, self._load = client, load
+        model, who = load.model, "coexist"
+        self.file = ArtifactFile(model=model, seq_len=load.seq_len, k_dim=load.k_dim, block_hash=who, public_key=who)
         self._chatting = False  # read by the chatting threads before each chat
         self._idle_speed = 0.0
-        self._speed_of_generate = 0.0
 
     def queued(self) -> Finding:
         nonces = list(range(self._load.batch_size))
-        answer = self._client.queue(self._file(), nonces, self._load.batch_size)
+        answer = self._client.queue(self.file, nonces, self._load.batch_size)
         outcome = self._await_outcome(answer.request_id)
         got = [artifact.nonce for artifact in outcome.artifacts] if isinstance(outcome, ArtifactsAnswer) else []
         ok = answer.status == "queued" and answer.queued_count == len(nonces) and got == nonces
-        result = f"queued {answer.queued_count}, then {outcome.status}"
-        return Finding(ok, result)
+        return Finding(ok, f"queued {answer.queued_count}, then {outcome.status}")
 
     def full_speed(self) -> Finding:
         started, count = time.monotonic(), 0
         while time.monotonic() < started + self._load.seconds:
             nonces = list(range(count, count + self._load.batch_size))
-            self._client.generate(self._file(), nonces, self._load.batch_size, lambda artifacts: None)
+            self._client.generate(self.file, nonces, self._load.batch_size, lambda artifacts: None)
             count += self._load.batch_size
-        self._speed_of_generate = count / (time.monotonic() - started)
+        speed_of_generate = count / (time.monotonic() - started)
         with self._round():
             self._client.wait_for_progress()
             self._idle_speed = self._speed(self._load.seconds)
-        ok = self._idle_speed >= FULL_SPEED * self._speed_of_generate > 0
-        result = f"{self._idle_speed:.1f} nonces/s, /generate alone {self._speed_of_generate:.1f}"
-        return Finding(ok, result)
-
-    def chat_while_generating(self) -> Finding:
-        return chat_during_round(self._client, self._file(), self._load.batch_size, 1, self._load.max_tokens)
+        ok = self._idle_speed >= FULL_SPEED * speed_of_generate > 0
+        return Finding(ok, f"{self._idle_speed:.1f} nonces/s, /generate alone {speed_of_generate:.1f}")
 
     def resumes(self) -> Finding:
         with self._round():
@@ -123,7 +114,7 @@ class _Coexist:
     def generate_waits(self) -> Finding:
         with self._round():
             self._client.wait_for_progress()
-            answer = self._client.queue(self._file(), [0, 1], self._load.batch_size)
+            answer = self._client.queue(self.file, [0, 1], self._load.batch_size)
             time.sleep(min(self._load.seconds, 2.0))
             state = self._client.poll(answer.request_id).status
             round_goes_on = self._client.status().status == "GENERATING"
@@ -131,8 +122,7 @@ class _Coexist:
         # a stop drops queued work, and says so
         dropped = isinstance(outcome, FailedAnswer) and "stop" in outcome.error
         ok = state in ("queued", "running") and round_goes_on and (dropped or isinstance(outcome, ArtifactsAnswer))
-        result = f"{state} while the round goes on, {outcome.status} after /stop"
-        return Finding(ok, result)
+        return Finding(ok, f"{state} while the round goes on, {outcome.status} after /stop")
 
     def yields(self) -> Finding:
         with self._chats() as chats:
@@ -155,13 +145,10 @@ class _Coexist:
             before, started = self._skipped(), time.monotonic()
             time.sleep(self._load.seconds)
             rate = (self._skipped() - before) / (time.monotonic() - started)
-        result = (
-            f"{rate:.1f} batches skipped per second of chat, at most {MAX_SKIPS_PER_SEC:g} (POC_CHAT_BACKOFF_SEC=0.05)"
-        )
-        return Finding(0 < rate <= MAX_SKIPS_PER_SEC, result)
+        limit = f"at most {MAX_SKIPS_PER_SEC:g} (POC_CHAT_BACKOFF_SEC=0.05)"
+        return Finding(0 < rate <= MAX_SKIPS_PER_SEC, f"{rate:.1f} batches skipped per second of chat, {limit}")
 
     def _skipped(self) -> float:
-        """Number of batches that the server skipped for chat. Raises ServerAnswerError if it does not count them."""
         found = self._client.metrics()
         if SKIPPED not in found:
             raise ServerAnswerError(f"{self._client.url}/metrics has no {SKIPPED}")
@@ -174,7 +161,7 @@ class _Coexist:
         def chat_on(tokens: int) -> int:
             count = 0
             while self._chatting:
-                self._client.chat(self._load.model, "Hello", tokens, ignore_eos=True)
+                self._client.chat(self._load.model, "Hello", tokens)
                 count += 1
             return count
 
@@ -188,12 +175,7 @@ class _Coexist:
                 self._chatting = False
 
     def _round(self) -> AbstractContextManager[None]:
-        """An artifact round without callbacks."""
-        return self._client.round(self._file(), self._load.batch_size)
-
-    def _file(self) -> ArtifactFile:
-        load, who = self._load, "coexist"
-        return ArtifactFile(model=load.model, seq_len=load.seq_len, k_dim=load.k_dim, block_hash=who, public_key=who)
+        return self._client.round(self.file, self._load.batch_size)
 
     def _await_outcome(self, request_id: str) -> Polled:
         """The outcome of a queued request; the pending answer if it does not end in time."""
@@ -201,7 +183,7 @@ class _Coexist:
         return self._client.poll(request_id)
 
     def _speed(self, seconds: float) -> float:
-        """Nonces per second of the round, from now."""
+        """Nonces per second of the round."""
         before, started = self._client.total_processed(), time.monotonic()
         time.sleep(seconds)
         return (self._client.total_processed() - before) / (time.monotonic() - started)
@@ -212,7 +194,7 @@ def chat_during_round(client: PoCClient, file: ArtifactFile, batch_size: int, ch
     with client.round(file, batch_size):
         client.wait_for_progress()
         started = time.monotonic()
-        answers = [client.chat(file.model, "Hello", max_tokens, ignore_eos=True) for _ in range(chats)]
+        answers = [client.chat(file.model, "Hello", max_tokens) for _ in range(chats)]
         seconds = time.monotonic() - started
         nonces = client.wait_for_progress()
     ok = len(set(answers)) == 1
@@ -221,13 +203,13 @@ def chat_during_round(client: PoCClient, file: ArtifactFile, batch_size: int, ch
 
 
 @click.command("coexist")
-@served_model_options
-@size_options(256)
-@count_option("--chats", 4, "Chats at a time.")
-@count_option("--max-tokens", 64, "Tokens per chat.")
-@seconds_option(default=5.0)
-@server_options
-def coexist_command(model: str | None, server: Server, as_json: bool, **load: Any) -> int:
+@common.served_model_options
+@common.size_options(256)
+@common.count_option("--chats", 4, "Chats at a time.")
+@common.count_option("--max-tokens", 64, "Tokens per chat.")
+@common.seconds_option(default=5.0)
+@common.server_options
+def coexist_command(model: str | None, connect: common.Connect, as_json: bool, **load: Any) -> int:
     """Check chat and proof at the same time on a running server. Prints a PASS or FAIL line per check.
 
     The server must not generate when this starts.
@@ -235,5 +217,5 @@ def coexist_command(model: str | None, server: Server, as_json: bool, **load: An
     \b
     gonka-poc coexist --url http://127.0.0.1:8000
     """
-    with server.client(timeout=600) as client:
+    with connect(timeout=600) as client:
         return show_results(coexist(client, Load(model=model or client.model_name(), **load)), as_json, [])

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 from rich.text import Text
 
 from gonka_poc.cli.client import PoCClient
 from gonka_poc.data import MAX_NONCE
+from gonka_poc.errors import printable
 from gonka_poc.validation import Verdict
 
 PASS, ERROR, FRAUD = 0, 1, 2
 MAX_NONCES = 10_000_000
 
 Command = Callable[..., Any]
-
-
-# --- values of options ------------------------------------------------------------------------------------------
 
 
 class Nonces(click.ParamType):
@@ -69,9 +67,6 @@ FilePath = click.Path(dir_okay=False, path_type=Path)
 Share = click.FloatRange(0, 1)
 
 
-# --- options that several commands have -------------------------------------------------------------------------
-
-
 def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
     """Several options as one decorator; `--help` shows them in this order."""
     return lambda command: functools.reduce(lambda made, option: option(made), reversed(decorators), command)
@@ -99,14 +94,10 @@ served_model_options = options(
 )
 
 
-def seq_len_option(default: int) -> Callable[[Command], Command]:
-    """--seq-len with this default."""
-    return count_option("--seq-len", default, "Tokens per nonce.")
-
-
 def size_options(seq_len: int) -> Callable[[Command], Command]:
     """--seq-len, --k-dim and --batch-size."""
-    return options(seq_len_option(seq_len), count_option("--k-dim", 12, "Length of a vector."), batch_size_option)
+    tokens = count_option("--seq-len", seq_len, "Tokens per nonce.")
+    return options(tokens, count_option("--k-dim", 12, "Length of a vector."), batch_size_option)
 
 
 artifact_options = options(
@@ -120,34 +111,22 @@ artifact_options = options(
 """What to compute, for commands that make artifacts: `model`, `batch_size` and fields of ArtifactFile."""
 
 
-@dataclass(frozen=True)
-class Server:
-    """The server that a command was pointed at."""
-
-    url: str
-    token: str | None
-    api_key: str | None
-
-    def client(self, timeout: float | None = None) -> PoCClient:
-        """A client of it."""
-        return PoCClient(self.url, timeout, self.token, self.api_key)
+Connect = Callable[..., PoCClient]
+"""A PoCClient without its address and secrets: it takes a timeout in seconds, or none."""
 
 
 def server_options(command: Command) -> Command:
-    """The options of every command that talks to a server, passed on as `server` and `as_json`."""
+    """The options of every command that talks to a server, passed on as `connect` and `as_json`."""
 
     @functools.wraps(command)
     def with_server(*args: Any, url: str, token: str | None, api_key: str | None = None, **more: Any) -> Any:
-        return command(*args, server=Server(url, token, api_key), **more)
+        return command(*args, connect=functools.partial(PoCClient, url, token=token, api_key=api_key), **more)
 
     return options(
         click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Address of the server."),
         click.option("--token", envvar="POC_API_TOKEN", help="The server's POC_API_TOKEN [env: POC_API_TOKEN]"),
         json_option,
     )(with_server)
-
-
-# --- output -----------------------------------------------------------------------------------------------------
 
 
 class _RateColumn(ProgressColumn):
@@ -174,6 +153,14 @@ def say(text: str) -> None:
 def print_json(value: Any) -> None:
     """Print JSON on stdout."""
     click.echo(json.dumps(value, indent=1))
+
+
+def print_table(head: Sequence[str | Column], rows: Iterable[Iterable[object]]) -> None:
+    """Print texts as a table on stdout."""
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*(Text(printable(str(cell))) for cell in row))
+    Console().print(table)
 
 
 def show(value: Any, as_json: bool, *lines: str) -> None:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from gonka_poc.cli.artifact_file import ArtifactFile
 from gonka_poc.data import VECTOR_DTYPE, Artifact, StatTest, decode_vector, encode_vector
-from gonka_poc.errors import ToolError, printable
+from gonka_poc.errors import ToolError
 from gonka_poc.validation import Verdict, validate_artifacts
 
 HEAD = ("file", "compared", "differ", "median L2", "largest L2", "p-value", "verdict")
@@ -40,24 +37,16 @@ class Comparison:
     @property
     def cells(self) -> tuple[str, ...]:
         """The row of a table under HEAD."""
-        verdict = self.verdict
-        word = "FRAUD" if verdict.fraud_detected else "pass" if verdict.n_total else "nothing to compare"
-        figures = (f"{self.median:.2e}", f"{self.largest:.2e}", f"{verdict.p_value:.2g}")
-        return self.name, str(verdict.n_total), str(verdict.n_mismatch), *figures, word
+        found = self.verdict
+        word = "FRAUD" if found.fraud_detected else "pass" if found.n_total else "nothing to compare"
+        figures = (f"{self.median:.2e}", f"{self.largest:.2e}", f"{found.p_value:.2g}")
+        return self.name, str(found.n_total), str(found.n_mismatch), *figures, word
 
     @property
     def figures(self) -> dict[str, Any]:
         """The comparison for JSON, which has no NaN."""
         median, largest = (self.median, self.largest) if len(self.distances) else (None, None)
         return {**asdict(self.verdict), "median": median, "largest": largest}
-
-
-def print_table(comparisons: Iterable[Comparison]) -> None:
-    """Print a row for each comparison."""
-    table = Table(*HEAD)
-    for comparison in comparisons:
-        table.add_row(*(Text(printable(cell)) for cell in comparison.cells))
-    Console().print(table)
 
 
 def compare(name: str, received: ArtifactFile, computed: ArtifactFile, stat_test: StatTest) -> Comparison:
@@ -93,9 +82,9 @@ def with_turned_vectors(file: ArtifactFile, count: int) -> ArtifactFile:
     return file.model_copy(update={"artifacts": artifacts})
 
 
-def fabricated(file: ArtifactFile, nonces: Sequence[int], seed: int = 0) -> ArtifactFile:
+def fabricated(file: ArtifactFile, nonces: Sequence[int]) -> ArtifactFile:
     """`file` with vectors of length 1 that nobody computed, for `nonces`."""
-    rows = np.random.default_rng(seed).standard_normal((len(nonces), file.k_dim))
+    rows = np.random.default_rng(0).standard_normal((len(nonces), file.k_dim))
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     artifacts = [
         Artifact(nonce=n, vector_b64=encode_vector(r.astype(VECTOR_DTYPE))) for n, r in zip(nonces, rows, strict=True)

@@ -9,13 +9,11 @@ from functools import partial
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from gonka_poc.cli.artifact_file import ArtifactFile
 from gonka_poc.cli.checks import Case, CaseResult, Finding, work_folder
 from gonka_poc.cli.coexist import chat_during_round
-from gonka_poc.cli.common import ERROR, PASS, json_option, print_json, say
+from gonka_poc.cli.common import ERROR, PASS, json_option, print_json, print_table, say
 from gonka_poc.cli.compare import with_turned_vectors
 from gonka_poc.cli.e2e import judge
 from gonka_poc.cli.prover import Prover, RoundSizes, client_of, server_of
@@ -40,31 +38,28 @@ class Step(CaseResult):
 
 
 def demo(work: Path) -> Iterator[Step]:
-    """Generate, chat while a round generates, restart, validate, and try two frauds; the server is stopped at the end.
-
-    Raises UnsupportedServerError if vLLM is not built for the CPU, ServerStartError or ServerAnswerError.
-    """
+    """The steps, on a server of its own. Raises UnsupportedServerError, ServerStartError or ServerAnswerError."""
     if not is_cpu_build():
         raise UnsupportedServerError(
             "the demo runs on vLLM for the CPU, so that it takes no memory of a GPU in use; against the server of this "
             "host use `gonka-poc generate` and `gonka-poc validate`"
         )
-    _say("making a tiny random model")
+    say("==> making a tiny random model")
     server = server_of(make_tiny_model(work / "tiny"), work, SERVER_ARGS)
     try:
-        _say("starting the server")
+        say("==> starting the server")
         yield _step("start the server", partial(_come_up, server, server.start))
         with client_of(server) as client:
             prover = Prover(client, SIZES)
             file = prover.artifact_file()
-            _say(f"generating {SIZES.nonces} artifacts")
+            say(f"==> generating {SIZES.nonces} artifacts")
             yield _step("generate", partial(_generate, prover, file), SIZES.nonces, "nonces/s")
-            _say(f"chatting {CHATS} times while a round generates")
+            say(f"==> chatting {CHATS} times while a round generates")
             chat = partial(chat_during_round, client, file, SIZES.batch_size, CHATS, CHAT_TOKENS)
             yield _step("chat while generating", chat, CHATS * CHAT_TOKENS, "tokens/s")
-        _say("restarting the server")
+        say("==> restarting the server")
         yield _step("restart the server", partial(_come_up, server, server.restart))
-        _say("validating: honest, under another public key, with tampered vectors")
+        say("==> validating: honest, under another public key, with tampered vectors")
         claims = {
             "validate the same nonces": file,
             "validate under a wrong public key": file.model_copy(update={"public_key": "another-host"}),
@@ -75,12 +70,8 @@ def demo(work: Path) -> Iterator[Step]:
                 verdict = partial(judge, client, claim, SIZES.batch_size, claim is not file)
                 yield _step(name, verdict, SIZES.nonces, "nonces/s")
     finally:
-        _say("stopping the server")
+        say("==> stopping the server")
         server.stop()
-
-
-def _say(text: str) -> None:
-    say(f"==> {text}")
 
 
 def _step(name: str, case: Case, count: int = 0, unit: str = "") -> Step:
@@ -114,12 +105,9 @@ def demo_command(as_json: bool) -> int:
         steps.extend(demo(work))
     ok = all(step.ok for step in steps)
     if as_json:
-        print_json(
-            {"ok": ok, "steps": [{"step": s.name, "result": s.result, "rate": s.rate, "ok": s.ok} for s in steps]}
-        )
-        return PASS if ok else ERROR
-    table = Table("step", "result", "rate", "verdict")
-    for step in steps:
-        table.add_row(step.name, step.result, step.rate, "ok" if step.ok else "FAILED")
-    Console().print(table)
+        shown = [{"step": step.name, "result": step.result, "rate": step.rate, "ok": step.ok} for step in steps]
+        print_json({"ok": ok, "steps": shown})
+    else:
+        rows = [(step.name, step.result, step.rate, "ok" if step.ok else "FAILED") for step in steps]
+        print_table(("step", "result", "rate", "verdict"), rows)
     return PASS if ok else ERROR

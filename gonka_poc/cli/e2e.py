@@ -8,7 +8,7 @@ import random
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -30,10 +30,7 @@ TAMPERED_SHARE = 0.01
 
 
 def e2e(model: Path, work: Path, sizes: RoundSizes, server_args: Sequence[str]) -> Iterator[CaseResult]:
-    """The results of all cases on servers of `model`; the log and the artifacts stay in `work`.
-
-    Raises ServerStartError.
-    """
+    """The results of all cases on servers of `model`; log and artifacts stay in `work`. Raises ServerStartError."""
     server = server_of(model, work, server_args)
     try:
         say(f"starting a server of {model.name}")
@@ -56,24 +53,24 @@ def e2e(model: Path, work: Path, sizes: RoundSizes, server_args: Sequence[str]) 
         server.stop()
 
 
+@dataclass
 class _Delivered:
     """The cases of the first server, and what it delivered in them."""
 
-    def __init__(self, prover: Prover) -> None:
-        self._prover = prover
-        self.file: ArtifactFile | None = None
-        self.batch: ProofBatch | None = None
+    prover: Prover
+    file: ArtifactFile | None = None
+    batch: ProofBatch | None = None
 
     def artifacts(self) -> Finding:
-        file, _ = self._prover.artifact_round()
-        nonces = [artifact.nonce for artifact in file.artifacts]
-        self.file = file.model_copy(update={"artifacts": file.artifacts[: self._prover.sizes.nonces]})
+        file, _ = self.prover.artifact_round()
+        count, nonces = self.prover.sizes.nonces, [artifact.nonce for artifact in file.artifacts]
+        self.file = file.model_copy(update={"artifacts": file.artifacts[:count]})
         result = f"{len(nonces)} delivered, {'without a gap' if is_gapless(nonces) else 'WITH GAPS'}"
-        return Finding(is_gapless(nonces) and len(nonces) >= self._prover.sizes.nonces, result)
+        return Finding(is_gapless(nonces) and len(nonces) >= count, result)
 
     def distances(self) -> Finding:
-        batch, status = self._prover.threshold_round()
-        count = self._prover.sizes.nonces
+        batch, status = self.prover.threshold_round()
+        count = self.prover.sizes.nonces
         self.batch = batch.model_copy(update={"nonces": batch.nonces[:count], "dist": batch.dist[:count]})
         rate = status.total_valid / max(status.total_checked, 1)
         ok = len(batch.nonces) >= count and all(distance < R_TARGET for distance in batch.dist)
@@ -113,28 +110,24 @@ def _distance_cases(prover: Prover, honest: ProofBatch) -> Iterator[tuple[str, C
 
 def _judge_distances(prover: Prover, claim: ProofBatch, is_fraud: bool) -> Finding:
     verdict = prover.judge_distances(claim)
-    result = f"{_word(verdict.fraud_detected)}: {verdict.n_invalid} of {len(claim.nonces)} invalid"
-    p_value = verdict.probability_honest
-    return Finding(verdict.fraud_detected == is_fraud, f"{result}, p = {p_value:.2g}", p_value)
+    word, p_value = "fraud" if verdict.fraud_detected else "pass", verdict.probability_honest
+    result = f"{word}: {verdict.n_invalid} of {len(claim.nonces)} invalid, p = {p_value:.2g}"
+    return Finding(verdict.fraud_detected == is_fraud, result, p_value)
 
 
 def judge(client: PoCClient, claim: ArtifactFile, batch_size: int, is_fraud: bool) -> Finding:
     """The server's verdict on all of `claim`; ok if it is fraud where `is_fraud` says so, and a pass otherwise."""
     verdict = client.validate(claim, StatTest(), batch_size)
-    result = f"{_word(verdict.fraud_detected)}: {verdict.n_mismatch} of {verdict.n_total} differ"
+    word = "fraud" if verdict.fraud_detected else "pass"
+    result = f"{word}: {verdict.n_mismatch} of {verdict.n_total} differ, p = {verdict.p_value:.2g}"
     ok = verdict.fraud_detected == is_fraud and verdict.n_total == len(claim.artifacts)
-    return Finding(ok, f"{result}, p = {verdict.p_value:.2g}", verdict.p_value)
+    return Finding(ok, result, verdict.p_value)
 
 
 def least_fraud(n_total: int, stat_test: StatTest) -> int:
     """The smallest number of mismatches that is a fraud."""
-    numbers = range(1, n_total)
     p, threshold = stat_test.p_mismatch, stat_test.fraud_threshold
-    return next((n for n in numbers if binomial_p_value(n, n_total, p) < threshold), n_total)
-
-
-def _word(fraud_detected: bool) -> str:
-    return "fraud" if fraud_detected else "pass"
+    return next((n for n in range(1, n_total) if binomial_p_value(n, n_total, p) < threshold), n_total)
 
 
 @click.command("e2e")

@@ -32,23 +32,9 @@ def app() -> None:
     """Proof of compute on vLLM: ask a server for artifacts, validate them, see and stop a round."""
 
 
-for command in (
-    demo_command,
-    generate_command,
-    validate_command,
-    status_command,
-    stop_command,
-    doctor,
-    outbox_group,
-    receive_command,
-    reference_group,
-    calibrate_command,
-    smoke_command,
-    e2e_command,
-    coexist_command,
-    bench_command,
-    report_command,
-):
+HOST = (generate_command, validate_command, status_command, stop_command, doctor, outbox_group, demo_command)
+CHECKS = (smoke_command, e2e_command, coexist_command, calibrate_command, bench_command, reference_group)
+for command in (*HOST, *CHECKS, receive_command, report_command):
     app.add_command(command)
 
 

@@ -6,16 +6,13 @@ import dataclasses
 import time
 
 import click
-from rich.console import Console
-from rich.table import Column, Table
-from rich.text import Text
+from rich.table import Column
 
 from gonka_poc.access import shown_url
 from gonka_poc.callbacks.admin import purge, retry_parked, summary
 from gonka_poc.callbacks.file import outbox_path
-from gonka_poc.cli.common import ERROR, PASS, json_option, options, print_json, say, show
+from gonka_poc.cli.common import ERROR, PASS, json_option, options, print_json, print_table, say, show
 from gonka_poc.config import load_settings
-from gonka_poc.errors import printable
 
 chosen_options = options(
     click.option("--url", help="Only those for this receiver, written as in the request"),
@@ -50,13 +47,14 @@ def list_command(path: str, as_json: bool) -> int:
     if as_json:
         print_json([{**dataclasses.asdict(batch), "url": shown_url(batch.url)} for batch in batches])
         return PASS
-    table = Table("id", "status", Column("receiver", overflow="fold"), "artifacts", "tries", "created", "reason")
+    rows = []
     for batch in batches:
         receiver = f"{shown_url(batch.url)}/{batch.path}"
         created = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(batch.created_at))
-        cells = (batch.id, batch.status, receiver, batch.num_artifacts, batch.attempts, created, batch.reason or "")
-        table.add_row(*(Text(printable(str(cell))) for cell in cells))
-    Console().print(table)
+        rows.append(
+            (batch.id, batch.status, receiver, batch.num_artifacts, batch.attempts, created, batch.reason or "")
+        )
+    print_table(("id", "status", Column("receiver", overflow="fold"), "artifacts", "tries", "created", "reason"), rows)
     return PASS
 
 

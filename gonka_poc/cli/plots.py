@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,10 +46,7 @@ def theme_of(name: str) -> Theme:
 def distance_histogram(
     series: Mapping[str, np.ndarray], thresholds: Mapping[str, float], title: str, theme: Theme
 ) -> Figure:
-    """L2 distances, one row per series over a common axis; each threshold is a line with its name.
-
-    Both axes are logarithmic, so that a few tampered nonces of many, hundreds of times further away, are visible.
-    """
+    """L2 distances, one row per series over a common axis; each threshold is a line with its name."""
     figure, rows = _empty(title, len(series), theme)
     drawn = [np.maximum(values, SAME) for values in series.values()]
     ends = [*(float(values.max()) for values in drawn if len(values)), *thresholds.values(), 10 * SAME]
@@ -56,6 +54,7 @@ def distance_histogram(
     for i, (axes, name, values) in enumerate(zip(rows, series, drawn, strict=True)):
         colour = theme.series[i % len(theme.series)]
         axes.hist(values, bins, color=colour, edgecolor=theme.paper, linewidth=0.5)
+        # logarithmic, so that a few tampered nonces of many, hundreds of times further away, are visible
         axes.set_xscale("log")
         axes.set_yscale("symlog", linthresh=1)
         axes.set_ylim(0, 2 * max(len(values), 5))
@@ -80,17 +79,15 @@ def stacked_bars(bars: Mapping[str, Mapping[str, float]], title: str, label: str
     """Horizontal bars of named parts; a part has the same colour in all bars."""
     figure, (axes,) = _empty(title, 1, theme)
     names = list(dict.fromkeys(name for parts in bars.values() for name in parts))
-    starts = dict.fromkeys(bars, 0.0)
+    ends = np.zeros(len(bars))
     for i, name in enumerate(names):
-        there = [bar for bar, parts in bars.items() if name in parts]
-        values = [bars[bar][name] for bar in there]
+        values = np.array([parts.get(name, 0.0) for parts in bars.values()])
         colour = theme.series[i % len(theme.series)]
         # more parts than colours: the later ones are hatched
         hatch = "//" if i >= len(theme.series) else None
-        lefts = [starts[bar] for bar in there]
         style = {"color": colour, "hatch": hatch, "edgecolor": theme.paper, "linewidth": 0.5}
-        axes.barh(there, values, left=lefts, label=name, **style)
-        starts.update({bar: starts[bar] + bars[bar][name] for bar in there})
+        axes.barh(list(bars), values, left=ends, label=name, **style)
+        ends = ends + values
     axes.invert_yaxis()
     axes.set_ylabel("")
     axes.grid(axis="y", visible=False)
@@ -103,12 +100,14 @@ def stacked_bars(bars: Mapping[str, Mapping[str, float]], title: str, label: str
 def save_png(figure: Figure, path: Path) -> None:
     """Write `figure` to `path`. Raises ArtifactFileError."""
     with writing(path):
-        path.write_bytes(_rendered(figure, "png"))
+        figure.savefig(path, format="png", dpi=DPI, facecolor=figure.get_facecolor())
 
 
 def as_svg(figure: Figure) -> bytes:
     """`figure` as an SVG document."""
-    return _rendered(figure, "svg")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", dpi=DPI, facecolor=figure.get_facecolor(), metadata={"Date": None})
+    return buffer.getvalue()
 
 
 def terminal_histogram(values: np.ndarray, mark: float, rows: int = 20) -> list[str]:
@@ -118,9 +117,8 @@ def terminal_histogram(values: np.ndarray, mark: float, rows: int = 20) -> list[
     lines = []
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
         pointer = " <-" if low <= mark < high else ""
-        lines.append(
-            f"{low:.4f} {'█' * round(TERMINAL_WIDTH * int(count) / longest):<{TERMINAL_WIDTH}} {count}{pointer}"
-        )
+        bar = "█" * round(TERMINAL_WIDTH * int(count) / longest)
+        lines.append(f"{low:.4f} {bar:<{TERMINAL_WIDTH}} {count}{pointer}")
     return lines
 
 
@@ -147,11 +145,8 @@ def _empty(title: str, num_rows: int, theme: Theme) -> tuple[Figure, list[Any]]:
 
 
 def _mark(axes: Any, marks: Mapping[str, float], theme: Theme) -> None:
-    styles: Sequence[str] = ("--", ":", "-.")
-    for i, (name, value) in enumerate(marks.items()):
-        axes.axvline(
-            value, color=theme.ink, linestyle=styles[i % len(styles)], linewidth=1.4, label=f"{name} {value:.5g}"
-        )
+    for style, (name, value) in zip(itertools.cycle(("--", ":", "-.")), marks.items(), strict=False):
+        axes.axvline(value, color=theme.ink, linestyle=style, linewidth=1.4, label=f"{name} {value:.5g}")
 
 
 def _legend(axes: Any, theme: Theme) -> None:
@@ -163,10 +158,3 @@ def _legend(axes: Any, theme: Theme) -> None:
 def _plain(text: str) -> str:
     """`text` with dollar signs escaped, which matplotlib would read as mathematics."""
     return text.replace("$", r"\$")
-
-
-def _rendered(figure: Figure, form: str) -> bytes:
-    buffer = io.BytesIO()
-    metadata: dict[str, Any] = {"Date": None} if form == "svg" else {}
-    figure.savefig(buffer, format=form, dpi=DPI, facecolor=figure.get_facecolor(), metadata=metadata)
-    return buffer.getvalue()

@@ -14,9 +14,8 @@ import click
 from gonka_poc.cli.artifact_file import ArtifactFile
 from gonka_poc.cli.client import PoCClient, proof_of, round_request, threshold_request
 from gonka_poc.cli.common import count_option, json_option, options, server_args_option, size_options
-from gonka_poc.cli.polling import wait_until
 from gonka_poc.cli.receive import ReceivedCallback, Receiver
-from gonka_poc.cli.server_process import ServerProcess
+from gonka_poc.cli.server_process import ServerProcess, wait_until
 from gonka_poc.config import load_settings
 from gonka_poc.data import Artifact, NonceSequence
 from gonka_poc.errors import ServerAnswerError
@@ -52,14 +51,10 @@ tool_options = options(
 
 def server_of(model: Path, work: Path, server_args: Sequence[str]) -> ServerProcess:
     """A server of `model` to start, with its log and outbox in `work`."""
-    env = {
-        "POC_OUTBOX_PATH": str(work / "outbox.sqlite3"),
-        "POC_CALLBACK_INTERVAL_SEC": "0.2",
-        "POC_CALLBACK_ALLOW": "127.0.0.1",
-    }
-    return ServerProcess(
-        model, log_file=work / "server.log", args=["--served-model-name", MODEL, *server_args], env=env
-    )
+    env = {"POC_CALLBACK_INTERVAL_SEC": "0.2", "POC_CALLBACK_ALLOW": "127.0.0.1"}
+    env["POC_OUTBOX_PATH"] = str(work / "outbox.sqlite3")
+    args = ["--served-model-name", MODEL, *server_args]
+    return ServerProcess(model, log_file=work / "server.log", args=args, env=env)
 
 
 def client_of(server: ServerProcess) -> PoCClient:
@@ -68,12 +63,12 @@ def client_of(server: ServerProcess) -> PoCClient:
     return PoCClient(server.url, token=token.get_secret_value() if token else None)
 
 
+@dataclass(frozen=True)
 class Prover:
     """A host on one server: runs rounds of both protocols, collects their callbacks, lets the server check claims."""
 
-    def __init__(self, client: PoCClient, sizes: RoundSizes) -> None:
-        self.client = client
-        self.sizes = sizes
+    client: PoCClient
+    sizes: RoundSizes
 
     def artifact_file(self, public_key: str = PUBLIC_KEY) -> ArtifactFile:
         """The file of this host's artifact round, without artifacts."""
@@ -90,9 +85,9 @@ class Prover:
         file.artifacts += [Artifact.model_validate(a) for body in _payloads(callbacks) for a in body["artifacts"]]
         return file, stats.total_processed if stats else 0
 
-    def threshold_round(self, r_target: float = R_TARGET) -> tuple[ProofBatch, ThresholdStatusAnswer]:
+    def threshold_round(self) -> tuple[ProofBatch, ThresholdStatusAnswer]:
         """Run a round until it delivered enough valid nonces; those, and the status just before it was stopped."""
-        request = self.threshold_request(BLOCK_HASH, PUBLIC_KEY, r_target)
+        request = self.threshold_request()
         with self._callbacks() as (url, callbacks):
             self.client.init_threshold(request.model_copy(update={"callback_url": url}), "generate")
             self._await_nonces(callbacks)
@@ -103,15 +98,18 @@ class Prover:
 
     def judge_distances(self, proof: ProofBatch) -> ProofVerdict:
         """The server's verdict on a claim, as the validator of that block and key; then it is stopped."""
-        self.client.init_threshold(self.threshold_request(proof.block_hash, proof.public_key), "validate")
+        request = self.threshold_request(block_hash=proof.block_hash, public_key=proof.public_key)
+        self.client.init_threshold(request, "validate")
         try:
             return self.client.validate_distances(proof)
         finally:
             self.client.stop()
 
-    def threshold_request(self, block_hash: str, public_key: str, r_target: float = R_TARGET) -> ThresholdRequest:
-        """A threshold round with this host's sizes."""
-        return threshold_request(block_hash, public_key, r_target, self.sizes.seq_len, self.sizes.batch_size)
+    def threshold_request(self, **changed: Any) -> ThresholdRequest:
+        """This host's threshold round, or one with another block hash or public key."""
+        fields = {"block_hash": BLOCK_HASH, "public_key": PUBLIC_KEY, **changed}
+        sizes = self.sizes
+        return threshold_request(**fields, r_target=R_TARGET, seq_len=sizes.seq_len, batch_size=sizes.batch_size)
 
     @contextmanager
     def _callbacks(self) -> Iterator[tuple[str, list[ReceivedCallback]]]:
@@ -129,20 +127,18 @@ class Prover:
 
     def _await_nonces(self, callbacks: list[ReceivedCallback]) -> None:
         """Wait until enough was delivered. Raises ServerAnswerError if the round ends or takes too long."""
-
-        def num_delivered() -> int:
-            return sum(len(callback.nonces) for callback in list(callbacks))
+        delivered, wanted, seconds = 0, self.sizes.nonces, self.sizes.deadline_sec
 
         def enough() -> bool:
+            nonlocal delivered
             status = self.client.status()
             if status.status != "GENERATING":
                 raise ServerAnswerError(f"the round ended before its time: {status.error}")
-            return num_delivered() >= self.sizes.nonces
+            delivered = sum(len(callback.nonces) for callback in list(callbacks))
+            return delivered >= wanted
 
-        if not wait_until(enough, self.sizes.deadline_sec):
-            raise ServerAnswerError(
-                f"the round delivered {num_delivered()} of {self.sizes.nonces} nonces in {self.sizes.deadline_sec:g} s"
-            )
+        if not wait_until(enough, seconds):
+            raise ServerAnswerError(f"the round delivered {delivered} of {wanted} nonces in {seconds:g} s")
 
 
 def _payloads(callbacks: Sequence[ReceivedCallback]) -> list[Any]:

@@ -34,11 +34,6 @@ class ReceivedCallback:
     payload: Any
 
     @property
-    def accepted(self) -> bool:
-        """True if it was answered with a 2xx."""
-        return 200 <= self.answered < 300
-
-    @property
     def nonces(self) -> list[int]:
         """The nonces of its artifacts or distances."""
         payload = self.payload if isinstance(self.payload, dict) else {}
@@ -133,7 +128,7 @@ class Receiver:
         summary.posts += 1
         summary.by_path[callback.path] = summary.by_path.get(callback.path, 0) + 1
         summary.duplicates += callback.duplicate
-        if not callback.accepted:
+        if callback.answered != 200:
             summary.failed_on_purpose += 1
             return
         summary.taken += 1

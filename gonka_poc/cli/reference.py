@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +10,9 @@ import click
 from gonka_poc.cli import common
 from gonka_poc.cli.artifact_file import ArtifactFile, read_artifact_file, write_artifact_file
 from gonka_poc.cli.client import PoCClient, Progress, ignore_progress
-from gonka_poc.cli.compare import Comparison, compare, finite_vector, print_table
+from gonka_poc.cli.compare import HEAD, Comparison, compare, finite_vector
 from gonka_poc.data import MAX_NONCE, NonceSequence, StatTest
 from gonka_poc.errors import ArtifactFileError, ToolError
-
-
-def node_nonces(node_id: int, node_count: int, count: int) -> list[int]:
-    """The first `count` nonces of a node, in the order of a round."""
-    nonces = NonceSequence(node_id, node_count).slice(0, count)
-    if len(nonces) < count:
-        raise ToolError(f"node {node_id} of {node_count} has fewer than {count} nonces up to {MAX_NONCE}")
-    return nonces
-
-
-def make_reference(
-    client: PoCClient,
-    template: ArtifactFile,
-    nonces: Sequence[int],
-    batch_size: int,
-    progress: Progress = ignore_progress,
-) -> ArtifactFile:
-    """`template` with the server's artifacts of `nonces`. Raises ToolError if one could not be computed."""
-    file = template.model_copy(update={"artifacts": []})
-    not_computed = client.generate(file, nonces, batch_size, file.artifacts.extend, progress)
-    if not_computed:
-        raise ToolError(f"the server made NaN or Inf of {not_computed}: no reference")
-    return file
 
 
 def check_reference(
@@ -49,8 +25,7 @@ def check_reference(
 ) -> tuple[Comparison, ArtifactFile]:
     """Compare the reference's artifacts with the server's own of the same nonces; returns those too.
 
-    `model` is the name of the reference's model on the server; None: the same name. Raises ToolError if the reference
-    itself has something that is no vector.
+    `model` is the name of the reference's model on the server, if it has another one. Raises ToolError.
     """
     if not reference.artifacts:
         raise ToolError("the reference has no artifacts; there is nothing to check")
@@ -86,7 +61,7 @@ def make_command(
     out: Path,
     model: str | None,
     batch_size: int,
-    server: common.Server,
+    connect: common.Connect,
     as_json: bool,
     **fields: Any,
 ) -> int:
@@ -97,11 +72,17 @@ def make_command(
     """
     if out.exists():
         raise ArtifactFileError(f"{out} exists; a reference is not overwritten")
-    nonces = nonces or node_nonces(fields["node_id"], fields["node_count"], count)
-    with server.client() as client:
+    node_id, node_count = fields["node_id"], fields["node_count"]
+    if nonces is None:
+        nonces = NonceSequence(node_id, node_count).slice(0, count)
+        if len(nonces) < count:
+            raise ToolError(f"node {node_id} of {node_count} has fewer than {count} nonces up to {MAX_NONCE}")
+    with connect() as client:
         file = ArtifactFile(model=model or client.model_name(), **fields)
         with common.progress_bar("computing", len(nonces)) as progress:
-            file = make_reference(client, file, nonces, batch_size, progress)
+            not_computed = client.generate(file, nonces, batch_size, file.artifacts.extend, progress)
+    if not_computed:
+        raise ToolError(f"the server made NaN or Inf of {not_computed}: no reference")
     write_artifact_file(out, file)
     value = {"file": str(out), "artifacts": len(file.artifacts)}
     common.show(value, as_json, f"{len(file.artifacts)} artifacts in {out}")
@@ -115,7 +96,7 @@ def make_command(
 @click.option("--out", type=common.FilePath, help="Write the server's own vectors here, for `gonka-poc report`.")
 @common.server_options
 def check_command(
-    file: Path, model: str | None, batch_size: int, out: Path | None, server: common.Server, as_json: bool
+    file: Path, model: str | None, batch_size: int, out: Path | None, connect: common.Connect, as_json: bool
 ) -> int:
     """Compare the server's vectors with those of FILE, by FILE's thresholds. Exit status: 0 pass, 2 fraud, 1 error.
 
@@ -123,14 +104,14 @@ def check_command(
     gonka-poc reference check reference.json --url http://127.0.0.1:8000
     """
     content = read_artifact_file(file)
-    with server.client() as client, common.progress_bar("checking", len(content.artifacts)) as progress:
+    with connect() as client, common.progress_bar("checking", len(content.artifacts)) as progress:
         found, computed = check_reference(client, content, model, content.stat_test, batch_size, progress)
     if out is not None:
         write_artifact_file(out, computed)
     if as_json:
         common.print_json(found.figures)
     else:
-        print_table([found])
+        common.print_table(HEAD, [found.cells])
         if found.verdict.not_computed_nonces:
             click.echo(f"not computed here, so not compared: {found.verdict.not_computed_nonces}")
     return common.verdict_status(found.verdict)

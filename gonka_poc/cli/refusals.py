@@ -34,14 +34,13 @@ FROM_PROXIES = (403, 413, 429, 502, 503, 504)
 
 
 def refusal_text(response: httpx.Response, url: str, path: str, sent_secret: bool) -> str:
-    """One line about an answer of `url` to a request for `path` that was no success.
-
-    `sent_secret`: the request carried a token or key.
-    """
+    """One line about a failed request for `path` of `url`; `sent_secret`: it carried a token or key."""
     status, said = response.status_code, _said(response)
     is_ours = path.startswith(PREFIX)
     if status == 404 and is_ours:
-        if path.startswith(f"{PREFIX}/generate/") and _is_our_404(response):
+        detail = _object(response).get("detail")
+        # a route of gonka_poc answered, not the router of a server that has no such route
+        if path.startswith(f"{PREFIX}/generate/") and isinstance(detail, str) and detail != "Not Found":
             return f"{url} has no such request: {said}; results expire, so send its nonces again"
         return f"{url} has no {PREFIX}: start it with --middleware {MIDDLEWARE}, or correct --url"
     if status == 401:
@@ -58,19 +57,13 @@ def refusal_text(response: httpx.Response, url: str, path: str, sent_secret: boo
     return f"{url}{path} answered {status}: {said}; {advice}"
 
 
-def _is_our_404(response: httpx.Response) -> bool:
-    """True if a route of gonka_poc answered, not the router of a server that has no such route."""
-    detail = _field(_json(response), "detail")
-    return isinstance(detail, str) and detail != "Not Found"
-
-
 def _said(response: httpx.Response) -> str:
     """The reason in the answer: our sentence, FastAPI's list, vLLM's message, or the text itself."""
-    body = _json(response)
-    detail = _field(body, "detail")
+    body = _object(response)
+    detail, error = body.get("detail"), body.get("error")
     if isinstance(detail, list) and detail:
         return _one_line("; ".join(map(_invalid_value, detail)))
-    message = detail or _field(_field(body, "error"), "message") or _field(body, "message")
+    message = detail or (error.get("message") if isinstance(error, dict) else None) or body.get("message")
     if isinstance(message, str):
         return _one_line(message)
     if "<html" in response.text[:MAX_TEXT].lower():
@@ -79,19 +72,17 @@ def _said(response: httpx.Response) -> str:
 
 
 def _invalid_value(item: Any) -> str:
-    loc, msg = _field(item, "loc"), _field(item, "msg")
+    loc, msg = (item.get("loc"), item.get("msg")) if isinstance(item, dict) else (None, None)
     return f"{'.'.join(map(str, loc[1:]))}: {msg}" if isinstance(loc, list) and msg else str(item)
 
 
-def _json(response: httpx.Response) -> Any:
+def _object(response: httpx.Response) -> dict[str, Any]:
+    """The JSON object in the answer; empty if there is none."""
     try:
-        return response.json()
+        body = response.json()
     except ValueError:
-        return None
-
-
-def _field(value: Any, name: str) -> Any:
-    return value.get(name) if isinstance(value, dict) else None
+        body = None
+    return body if isinstance(body, dict) else {}
 
 
 def _one_line(text: str) -> str:

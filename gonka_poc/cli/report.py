@@ -6,24 +6,18 @@ import base64
 import html
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
+from gonka_poc.cli import common, plots
 from gonka_poc.cli.artifact_file import ArtifactFile, read_artifact_file, writing
-from gonka_poc.cli.common import PASS, FilePath, dist_threshold_option, json_option, print_json, theme_option
-from gonka_poc.cli.compare import HEAD, Comparison, compare, print_table
-from gonka_poc.cli.plots import DARK, LIGHT, Theme, as_svg, distance_histogram, save_png, theme_of
+from gonka_poc.cli.common import PASS, FilePath
+from gonka_poc.cli.compare import HEAD, Comparison, compare
 from gonka_poc.data import StatTest
 from gonka_poc.errors import ArtifactFileError
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 _PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
+<html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
@@ -39,33 +33,28 @@ table {{ border-collapse: collapse; width: 100%; }}
 th, td {{ padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }}
 th:first-child, td:first-child {{ text-align: left; }}
 td:last-child {{ font-weight: 600; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
+</style></head>
+<body><h1>{title}</h1>
 <p>{about}</p>
 <picture>
 <source media="(prefers-color-scheme: dark)" srcset="data:image/svg+xml;base64,{dark_plot}">
 <img alt="Histogram of the L2 distances of each file to the reference" src="data:image/svg+xml;base64,{light_plot}">
 </picture>
 <div class="scroll">
-<table>
-<thead><tr>{head}</tr></thead>
+<table><thead><tr>{head}</tr></thead>
 <tbody>
 {rows}
-</tbody>
-</table>
+</tbody></table>
 </div>
-</body>
-</html>
+</body></html>
 """
 TITLE = "Artifacts against their reference"
 
 
-def plot_of(comparisons: Sequence[Comparison], stat_test: StatTest, theme: Theme) -> Figure:
+def plot_of(comparisons: Sequence[Comparison], stat_test: StatTest, theme: plots.Theme) -> plots.Figure:
     """The histogram of all comparisons."""
     series = {comparison.name: comparison.distances for comparison in comparisons}
-    return distance_histogram(series, {"dist_threshold": stat_test.dist_threshold}, TITLE, theme)
+    return plots.distance_histogram(series, {"dist_threshold": stat_test.dist_threshold}, TITLE, theme)
 
 
 def as_html(reference: ArtifactFile, comparisons: Sequence[Comparison], stat_test: StatTest) -> str:
@@ -79,32 +68,24 @@ def as_html(reference: ArtifactFile, comparisons: Sequence[Comparison], stat_tes
     return _PAGE.format(
         title=TITLE,
         about=html.escape(about),
-        light=LIGHT,
-        dark=DARK,
-        light_plot=base64.b64encode(as_svg(plot_of(comparisons, stat_test, LIGHT))).decode(),
-        dark_plot=base64.b64encode(as_svg(plot_of(comparisons, stat_test, DARK))).decode(),
+        light=plots.LIGHT,
+        dark=plots.DARK,
+        light_plot=base64.b64encode(plots.as_svg(plot_of(comparisons, stat_test, plots.LIGHT))).decode(),
+        dark_plot=base64.b64encode(plots.as_svg(plot_of(comparisons, stat_test, plots.DARK))).decode(),
         head="".join(f"<th>{cell}</th>" for cell in HEAD),
-        rows="\n".join(
-            f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in comparison.cells)}</tr>"
-            for comparison in comparisons
-        ),
+        rows="\n".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in c.cells)}</tr>" for c in comparisons),
     )
 
 
 @click.command("report")
 @click.argument("files", metavar="REFERENCE FILE...", type=FilePath, nargs=-1, required=True)
 @click.option("--png", type=FilePath, help="Write the histogram here (needs matplotlib).")
-@click.option("--html", "page", type=FilePath, help="Write one self-contained page here (needs matplotlib).")
-@dist_threshold_option
-@theme_option
-@json_option
+@click.option("--html", "doc", type=FilePath, help="Write one self-contained page here (needs matplotlib).")
+@common.dist_threshold_option
+@common.theme_option
+@common.json_option
 def report_command(
-    files: tuple[Path, ...],
-    png: Path | None,
-    page: Path | None,
-    dist_threshold: float | None,
-    theme: str,
-    as_json: bool,
+    files: tuple[Path, ...], png: Path | None, doc: Path | None, dist_threshold: float | None, theme: str, as_json: bool
 ) -> int:
     """Show L2 distances of the vectors of each FILE from those of the first, with the thresholds of the first.
 
@@ -116,23 +97,24 @@ def report_command(
     if len(files) < 2:
         raise click.UsageError("name the reference, and one file or more to compare with it")
     first, *others = (read_artifact_file(file) for file in files)
-    stat_test: StatTest = first.stat_test
+    stat_test = first.stat_test
     if dist_threshold is not None:
         stat_test = stat_test.model_copy(update={"dist_threshold": dist_threshold})
     comparisons = []
     for path, other in zip(files[1:], others, strict=True):
         different = [name for name in first.differences(other) if name != "model"]  # a name may differ between hosts
         if different:
-            what = ", ".join(different)
-            raise ArtifactFileError(f"{path} and {files[0]} cannot be compared: they have another {what}")
+            they = f"{path} and {files[0]}"
+            raise ArtifactFileError(f"{they} cannot be compared: they have another {', '.join(different)}")
         comparisons.append(compare(path.stem, other, first, stat_test))
     if as_json:
-        print_json([{"file": str(path), **found.figures} for path, found in zip(files[1:], comparisons, strict=True)])
+        shown = zip(files[1:], comparisons, strict=True)
+        common.print_json([{"file": str(path), **found.figures} for path, found in shown])
     else:
-        print_table(comparisons)
+        common.print_table(HEAD, (comparison.cells for comparison in comparisons))
     if png is not None:
-        save_png(plot_of(comparisons, stat_test, theme_of(theme)), png)
-    if page is not None:
-        with writing(page):
-            page.write_text(as_html(first, comparisons, stat_test), encoding="utf-8")
+        plots.save_png(plot_of(comparisons, stat_test, plots.theme_of(theme)), png)
+    if doc is not None:
+        with writing(doc):
+            doc.write_text(as_html(first, comparisons, stat_test), encoding="utf-8")
     return PASS

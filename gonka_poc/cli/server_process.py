@@ -6,16 +6,16 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from subprocess import DEVNULL, STDOUT, Popen, TimeoutExpired
 from types import MappingProxyType
 from typing import Any
 
 import httpx
 
-from gonka_poc.cli.polling import wait_until
 from gonka_poc.errors import ServerStartError
 
 CPU_ENVIRONMENT = MappingProxyType({"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"})
@@ -27,6 +27,16 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float, interval: float = 0.05) -> bool:
+    """Poll `condition` every `interval` seconds for at most `seconds`; True as soon as it holds, else False."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(interval)
+    return True
 
 
 class ServerProcess:
@@ -48,10 +58,10 @@ class ServerProcess:
         self._log_file = log_file
         self._env = {**CPU_ENVIRONMENT, **os.environ, **(env or {})}
         self._startup_timeout = startup_timeout
-        enable = ["--enable-poc"] if enable_poc else []
         where = ["--model", str(model), "--host", "127.0.0.1", "--port", str(self.port)]
+        enable = ["--enable-poc"] if enable_poc else []
         self._command = [sys.executable, "-m", "gonka_poc.serve", *enable, *where, *args]
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Popen[bytes] | None = None
 
     def __enter__(self) -> ServerProcess:
         self.start()
@@ -75,16 +85,12 @@ class ServerProcess:
     def start(self) -> None:
         """Start the server and wait until it answers. Raises ServerStartError."""
         with self._log_file.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command,
-                env=self._env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+            self._process = Popen(
+                self._command, env=self._env, stdin=DEVNULL, stdout=log, stderr=STDOUT, start_new_session=True
             )
         try:
-            self._await_health()
+            if not wait_until(self._is_healthy, self._startup_timeout, interval=0.25):
+                raise ServerStartError(f"no answer within {self._startup_timeout:g} s:\n{self.log_tail()}")
         except BaseException:
             self.stop()
             raise
@@ -94,7 +100,7 @@ class ServerProcess:
         if self._process is None:
             return
         self._signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with contextlib.suppress(TimeoutExpired):
             self._process.wait(GRACE_SEC)
         self.kill()
 
@@ -116,10 +122,6 @@ class ServerProcess:
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, number)
-
-    def _await_health(self) -> None:
-        if not wait_until(self._is_healthy, self._startup_timeout, interval=0.25):
-            raise ServerStartError(f"no answer within {self._startup_timeout:g} s:\n{self.log_tail()}")
 
     def _is_healthy(self) -> bool:
         assert self._process is not None

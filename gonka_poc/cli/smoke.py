@@ -14,16 +14,7 @@ from gonka_poc.cli.artifact_file import ArtifactFile
 from gonka_poc.cli.checks import Case, CaseResult, Finding, run_cases, show_results, work_folder
 from gonka_poc.cli.common import ModelFolder, say
 from gonka_poc.cli.compare import compare, finite_vector
-from gonka_poc.cli.prover import (
-    BLOCK_HASH,
-    PUBLIC_KEY,
-    Prover,
-    RoundSizes,
-    client_of,
-    is_gapless,
-    server_of,
-    tool_options,
-)
+from gonka_poc.cli.prover import PUBLIC_KEY, Prover, RoundSizes, client_of, is_gapless, server_of, tool_options
 
 OTHER_KEY = "another-host"
 # float16 rounding of k_dim values, and the division before it
@@ -59,8 +50,7 @@ class _Smoke:
         nonces = [artifact.nonce for artifact in file.artifacts]
         # `total` was read before the round was stopped, so a little more may have come after
         ok = is_gapless(nonces) and self._prover.sizes.nonces <= total <= len(nonces)
-        result = f"nonces 0 to {len(nonces) - 1} delivered in order, total_processed {total}"
-        return Finding(ok, result)
+        return Finding(ok, f"nonces 0 to {len(nonces) - 1} delivered in order, total_processed {total}")
 
     def vectors_are_unit(self) -> Finding:
         file = self._generate(PUBLIC_KEY)
@@ -87,10 +77,9 @@ class _Smoke:
         mean, error = float(distances.mean()), float(distances.std(ddof=1) / math.sqrt(len(distances)))
         away = abs(mean - math.sqrt(2)) / error
         ok = bool((distances >= 0).all() and (distances <= 2).all()) and away < MAX_STANDARD_ERRORS
-        result = (
-            f"{distances.min():.4f} to {distances.max():.4f}, mean {mean:.4f}: {away:.1f} standard errors from sqrt(2)"
-        )
-        return Finding(ok and len(distances) == len(self._nonces), result)
+        span = f"{distances.min():.4f} to {distances.max():.4f}, mean {mean:.4f}"
+        ok = ok and len(distances) == len(self._nonces)
+        return Finding(ok, f"{span}: {away:.1f} standard errors from sqrt(2)")
 
     def distances_recompute(self) -> Finding:
         difference = float(np.abs(self._distances(PUBLIC_KEY) - self._distances(PUBLIC_KEY)).max())
@@ -124,8 +113,8 @@ class _Smoke:
         return file
 
     def _distances(self, public_key: str) -> np.ndarray:
-        distances = self._prover.client.distances(self._prover.threshold_request(BLOCK_HASH, public_key), self._nonces)
-        return np.array([np.nan if distance is None else distance for distance in distances])
+        request = self._prover.threshold_request(public_key=public_key)
+        return np.array(self._prover.client.distances(request, self._nonces), np.float64)  # None becomes NaN
 
 
 @click.command("smoke")

@@ -22,7 +22,7 @@ CHAT_TEMPLATE = (
 def make_tiny_model(folder: Path, seed: int = 0) -> Path:
     """Write a Qwen3-shaped checkpoint of 2.9 million float32 weights drawn with `seed`; returns `folder`.
 
-    The same seed gives the same weights. An existing `folder` is replaced, as a whole or not at all.
+    An existing `folder` is replaced, as a whole or not at all.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tiny-model-") as scratch:
@@ -99,13 +99,9 @@ def _write_tokenizer(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-        "chat_template": CHAT_TEMPLATE,
-    }
-    _write_json(folder / "tokenizer_config.json", settings)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE}
+    special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    _write_json(folder / "tokenizer_config.json", {**settings, **special})
 
 
 def _write_json(file: Path, value: Any) -> None:

@@ -18,9 +18,8 @@ import httpx
 import numpy as np
 
 from gonka_poc.cli.artifact_file import ArtifactFile
-from gonka_poc.cli.polling import wait_until
 from gonka_poc.cli.receive import ReceivedCallback, Receiver
-from gonka_poc.cli.server_process import ServerProcess
+from gonka_poc.cli.server_process import ServerProcess, wait_until
 from gonka_poc.data import Artifact, decode_vector, encode_vector
 
 ROOT = Path(__file__).resolve().parents[2]
