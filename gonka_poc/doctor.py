@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from packaging.version import Version
@@ -42,7 +43,8 @@ MIN_DRIVER = ((12, 525), (13, 580))
 SCRATCH_MIB = 1024
 
 State = Literal["ok", "warn", "fail"]
-STYLES: dict[State, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"}  # from good to bad
+# from good to bad
+STYLES: Mapping[State, str] = MappingProxyType({"ok": "green", "warn": "yellow", "fail": "bold red"})
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,8 @@ SIZES = ("--nonces", 60, "--seq-len", SEQ_LEN)
 
 
 @pytest.mark.server(PLAIN)
-def test_smoke_on_a_server_that_runs(server: Client, show: Show) -> None:
+def test_smoke_on_a_server_that_runs(server: Client, monkeypatch: pytest.MonkeyPatch, show: Show) -> None:
+    monkeypatch.setattr("gonka_poc.cli.prover.MODEL", MODEL)
     with PoCClient(url_of(server)) as client:
         checks = list(smoke(Prover(client, RoundSizes(nonces=60, seq_len=SEQ_LEN))))
     show("\n".join(check.line for check in checks))
@@ -147,6 +148,7 @@ def test_e2e_on_a_server_that_runs(
     server: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], show: Show
 ) -> None:
     monkeypatch.setattr("gonka_poc.cli.e2e.server_of", lambda *_: Running(url_of(server)))
+    monkeypatch.setattr("gonka_poc.cli.prover.MODEL", MODEL)
     out = tmp_path / "results.jsonl"
     status = run("e2e", "--models", DATA / "models" / "qwen3", "--out", out, *SIZES)
     shown = capsys.readouterr().out
