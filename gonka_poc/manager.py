@@ -175,6 +175,7 @@ class PoCManagerV1:
                 async with self._lock:
                     self.ensure_engine_alive()
                     if self._view.has_unfinished_requests():
+                        self._sizer.record_chat()
                         quiet_since = time.monotonic()
                     elif time.monotonic() - quiet_since >= CHAT_MEMORY_SEC:
                         await self._warm_up()
@@ -194,6 +195,7 @@ class PoCManagerV1:
         try:
             while checked == 0 or (compiled and checked < WARM_UP_NONCES and time.monotonic() < deadline):
                 if checked and view.has_unfinished_requests():
+                    self._sizer.record_chat()
                     await asyncio.sleep(self._settings.chat_backoff_sec)
                     continue
                 answers = await self._call("poc_warm_up", seq_len, num_nonces, checked)
@@ -249,15 +251,26 @@ class PoCManagerV1:
 
     async def release(self) -> None:
         """Let the workers drop what they keep between batches, at the end of a round; a failure is only logged."""
+        await self._release_unless_busy(None)
+
+    async def _release_unless_busy(self, due: asyncio.TimerHandle | None) -> None:
         async with self._lock:
-            if self._reached and self._release_timer is not None and not self._view.is_dead():
+            timer = self._release_timer
+            is_late = due is not None and timer is not due  # a batch came while this waited for the lock
+            if self._reached and timer is not None and not is_late and not self._view.is_dead():
                 try:
                     await self._call("poc_release")
                 except PoCError as error:
                     logger.warning("PoC scratch memory was not released: %s", printable(str(error)))
 
     def _release_idle(self) -> None:
-        self._releasing = asyncio.ensure_future(self.release())
+        self._releasing = asyncio.ensure_future(self._release_unless_busy(self._release_timer))
+
+    async def close(self) -> None:
+        """End a warm-up that waits for chat or runs: it must not compile in an engine that shuts down."""
+        if self._warming_up is not None:
+            self._warming_up.cancel()
+            await asyncio.gather(self._warming_up, return_exceptions=True)
 
     async def _call(self, method: str, *args: Any) -> list[Any]:
         """The answers of all workers, which keep something until they are released. The caller holds the lock."""

@@ -140,6 +140,8 @@ class FakeManager:
     async def release(self) -> None:
         self.num_released += 1
 
+    async def close(self) -> None: ...
+
 
 class FakeView:
     """ApiView of a server with two workers, the second of which answers with vectors.

@@ -517,6 +517,32 @@ async def test_workers_keep_what_they_have_from_one_request_to_the_next(monkeypa
     await service.close()
 
 
+async def test_a_server_that_shuts_down_is_not_warmed_up(monkeypatch):
+    monkeypatch.setattr("gonka_poc.manager.CHAT_MEMORY_SEC", 0.05)
+    view = FakeView()
+    view.device = "cuda"
+    manager = PoCManagerV1(view, Settings(chat_backoff_sec=0.001))
+    await manager.check_seq_len(4)  # the first request of a server that missed its warm-up
+    await manager.close()
+    await asyncio.sleep(0.2)
+    assert [method for method, _ in view.calls] == ["poc_describe"]
+
+
+async def test_a_release_that_comes_due_behind_a_batch_is_left_out(monkeypatch):
+    monkeypatch.setattr("gonka_poc.manager.RELEASE_AFTER_SEC", 0.05)
+    view = FakeView(call_sec=0.02)
+    manager = PoCManagerV1(view)
+    await manager.check_seq_len(4)
+    await manager.compute(SPEC, [1])
+    async with manager._lock:
+        batch = asyncio.create_task(manager.compute(SPEC, [2]))  # waits for the lock, and the release behind it
+        await asyncio.sleep(0.1)
+        monkeypatch.setattr("gonka_poc.manager.RELEASE_AFTER_SEC", 60)
+    await batch
+    await asyncio.sleep(0.1)
+    assert num_released(view) == 0
+
+
 @pytest.mark.parametrize(("prepared", "dead"), [(False, False), (True, True)])
 async def test_release_leaves_workers_alone_that_keep_nothing(prepared, dead):
     view = FakeView()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from fakes import FakeManager, make_poc, round_body, until
 
-from gonka_poc.data import InitGenerateRequest
-from gonka_poc.errors import EngineUnavailableError
+from gonka_poc.data import InitGenerateRequest, Params
+from gonka_poc.errors import ConflictError, EngineUnavailableError
 from gonka_poc.server.service import PoCService
 from gonka_poc.threshold_data import ThresholdRequest
 
@@ -48,6 +50,24 @@ async def test_an_artifact_round(service):
     await until(lambda: len(service._background) == 1)
     assert generates(service)
     assert service.manager.num_released == 0
+
+
+async def test_a_stop_ends_every_round_that_is_about_to_start(service):
+    """Also one that waits for the start of another."""
+    checking = asyncio.Event()
+
+    async def check(params: Params) -> None:
+        await checking.wait()
+
+    service.manager.check = check
+    starts = [asyncio.create_task(service.init_generate(ARTIFACTS)) for _ in range(2)]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert service.stop().round
+    checking.set()
+    outcomes = await asyncio.gather(*starts, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [ConflictError, ConflictError]
+    assert not generates(service)
 
 
 async def test_a_round_that_fails(service):

@@ -121,7 +121,7 @@ class _Coexist:
         outcome = self._await_outcome(answer.request_id)
         # a stop drops queued work, and says so
         dropped = isinstance(outcome, FailedAnswer) and "stop" in outcome.error
-        ok = state in ("queued", "running") and round_goes_on and (dropped or isinstance(outcome, ArtifactsAnswer))
+        ok = state == "queued" and round_goes_on and (dropped or isinstance(outcome, ArtifactsAnswer))
         return Finding(ok, f"{state} while the round goes on, {outcome.status} after /stop")
 
     def yields(self) -> Finding:

@@ -80,7 +80,9 @@ class Delivery:
     async def store_verdict(self, verdict: BaseModel) -> None:
         """Store the verdict on a proof."""
         if self.url is not None:
-            await self.sender.add_validated(self.url, verdict.model_dump(mode="json"), self._is_over)
+            # a verdict of 100,000 nonces would hold up the event loop
+            payload = await asyncio.to_thread(verdict.model_dump, mode="json")
+            await self.sender.add_validated(self.url, payload, self._is_over)
 
     def expire(self) -> None:
         """The round or request has ended: wait for room no longer than the grace time from now."""

@@ -29,5 +29,8 @@ class Manager(Protocol):
     async def compute(self, spec: Spec, nonces: list[int], next_nonces: Sequence[int] = ()) -> BatchResult | None:
         """The values of a micro-batch; None if the same nonces are to be tried again."""
 
+    async def close(self) -> None:
+        """Start no warm-up any more."""
+
     async def release(self) -> None:
         """Let the workers drop what they keep between batches."""

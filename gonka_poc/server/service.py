@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from gonka_poc.callbacks.outbox import most_bytes
@@ -57,30 +58,37 @@ class PoCService:
     async def init_generate(self, request: InitGenerateRequest) -> None:
         """Start a round of artifacts. Raises ConflictError if one runs, RequestError for a refused callback URL,
         OutboxFullError, and what PoCManagerV1.check raises."""
+        num_stops = self._num_stops  # before it waits for another start: a stop ends that one, and this one too
         async with self._starting:
-            delivery, start = await self._begin_round(request, lambda: self._manager.check(request.params))
+            check = partial(self._manager.check, request.params)
+            delivery, start = await self._begin_round(request, check, num_stops)
             current = GenerateRound(self._manager, request, delivery.store_batch, self.settings, start)
             self.slot.put(current, delivery, "GENERATING")
 
     async def init_threshold(self, request: ThresholdRequest, phase: Phase) -> None:
         """Set a threshold round in `phase`. Raises RequestError where it cannot generate but is to, and what
         `init_generate` raises."""
+        num_stops = self._num_stops
         async with self._starting:
             if phase == "GENERATING":
                 _check_can_generate(request)
-            delivery, start = await self._begin_round(request, lambda: self._manager.check_seq_len(request.seq_len))
+            check = partial(self._manager.check_seq_len, request.seq_len)
+            delivery, start = await self._begin_round(request, check, num_stops)
             current = ThresholdRound(self._manager, request, delivery.store_batch, self.settings, start)
             self.slot.put(current, delivery, phase)
 
     async def _begin_round(
-        self, request: InitGenerateRequest | ThresholdRequest, check: Callable[[], Awaitable[None]]
+        self, request: InitGenerateRequest | ThresholdRequest, check: Callable[[], Awaitable[None]], num_stops: int
     ) -> tuple[Delivery, int]:
-        """The delivery of a round, and how many of its nonces are done; nothing is awaited after its last check."""
+        """The delivery of a round, and how many of its nonces are done; nothing is awaited after its last check.
+
+        `num_stops` is the number of stops when the request came: one more of them ends the round before it begins.
+        """
         if request.url is not None:
             self.settings.callback_rules.check_url(request.url)
         if self.slot.generating:
             raise ConflictError("a round is already generating; POST /api/v1/pow/stop ends it")
-        num_stops, checkpoint = self._num_stops, None
+        checkpoint = None
         await check()
         if request.url is not None:
             # a round that is set and has not failed was not ended yet: the new one takes its place
@@ -179,7 +187,7 @@ class PoCService:
     async def close(self) -> None:
         """End everything, delivering what can be delivered now; a part that cannot be closed is logged."""
         self._stop()
-        for part in (self.queue, self.proofs, self._background, self.callbacks):
+        for part in (self._manager, self.queue, self.proofs, self._background, self.callbacks):
             try:
                 await part.close()
             except Exception:
