@@ -33,7 +33,7 @@ Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 
 
 def has_query(url: str) -> bool:
-    """Whether `url` has a query or a fragment, if only an empty one: a path put behind it would become part of it."""
+    """True if `url` has a query or a fragment, if only an empty one: a path put behind it would become part of it."""
     return "?" in url or "#" in url
 
 

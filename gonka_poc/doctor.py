@@ -287,7 +287,7 @@ def check_module(here: Surroundings) -> Check:
 
 
 def check_serialization(here: Surroundings) -> Check:
-    """Whether functions may be sent to the workers. Only a server without the worker extension needs that."""
+    """Check whether functions may be sent to the workers. Only a server without the worker extension needs that."""
     name = "serialization"
     text = here.runner_text()
     in_file = re.search(rf"{INSECURE_SERIALIZATION}\W+1\b", text) is not None

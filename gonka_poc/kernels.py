@@ -92,7 +92,7 @@ def upload(values: Sequence[Any], device: torch.device | str | None) -> torch.Te
 
 
 def can_fill_normal(out: torch.Tensor) -> bool:
-    """Whether `fill_normal` takes `out`."""
+    """True if `fill_normal` takes `out`."""
     return HAS_TRITON and out.is_cuda and out.dtype in DTYPES and out.ndim == 2 and out.is_contiguous()
 
 
@@ -107,7 +107,7 @@ def fill_normal(out: torch.Tensor, seeds: Sequence[Sequence[int]], segment_size:
 
 
 def can_reflect(x: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether `reflect` takes these arguments."""
+    """True if `reflect` takes these arguments."""
     of_one_dtype = x.dtype in DTYPES and v.dtype == x.dtype
     has_rows = x.ndim == 2 and x.stride(-1) == 1 and 0 < x.shape[-1] <= MAX_HIDDEN
     return HAS_TRITON and x.is_cuda and of_one_dtype and has_rows and v.is_contiguous()

@@ -73,5 +73,5 @@ def reflect_output(output: Any, vector: torch.Tensor, index: int, normalise: boo
 
 
 def is_hidden_state(x: Any, vector: torch.Tensor) -> bool:
-    """Whether `x`, a part of a layer's output, is reflected: a float tensor with hidden_size as its last dimension."""
+    """True if `x`, a part of a layer's output, is reflected: a float tensor with hidden_size as its last dimension."""
     return isinstance(x, torch.Tensor) and x.is_floating_point() and x.shape[-1:] == vector.shape

@@ -97,10 +97,10 @@ class EngineView(Protocol):
         """The names that requests may use for the served model."""
 
     def has_unfinished_requests(self) -> bool:
-        """Whether chat is being served."""
+        """True while chat is served."""
 
     def is_dead(self) -> bool:
-        """Whether the engine process is gone for good."""
+        """True if the engine process is gone for good."""
 
     async def call_workers(self, method: str, *args: Any) -> list[Any]:
         """One answer per worker. Raises EngineUnavailableError where the workers cannot be called."""

@@ -64,7 +64,7 @@ class Prefetched:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is room for the next batch."""
+        """True if there is room for the next batch."""
         return self._batch is None
 
     def put(self, batch: InFlightBatch) -> None:

@@ -115,7 +115,7 @@ class Target:
         return next(((n, self.distributions[n].version) for n in VLLM_NAMES if n in self.distributions), None)
 
     def own(self) -> dict[str, Distribution]:
-        """What lies under the prefix, and so can be changed."""
+        """The part that lies under the prefix, and so can be changed."""
         return {name: found for name, found in self.distributions.items() if found.own}
 
 

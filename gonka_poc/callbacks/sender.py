@@ -62,7 +62,7 @@ class CallbackSender:
 
     @property
     def counts(self) -> Counts:
-        """What is in the outbox, as of the last time that it was used."""
+        """The content of the outbox, as of its last use."""
         return self._thread.counts
 
     def start(self) -> None:

@@ -18,7 +18,7 @@ from gonka_poc.errors import PoCError, ServerAnswerError, printable
 
 
 class Finding(NamedTuple):
-    """What a case found. `p_value` if the verdict is a statistical one."""
+    """The finding of a case. `p_value` if the verdict is a statistical one."""
 
     ok: bool
     result: str

@@ -108,7 +108,7 @@ artifact_options = options(
     click.option("--public-key", default="test-key", show_default=True),
     click.option("--stronger-rng", "poc_stronger_rng", is_flag=True, help="Ask for poc_stronger_rng."),
 )
-"""What to compute, for commands that make artifacts: `model`, `batch_size` and fields of ArtifactFile."""
+"""The computation, for commands that make artifacts: `model`, `batch_size` and fields of ArtifactFile."""
 
 
 Connect = Callable[..., PoCClient]

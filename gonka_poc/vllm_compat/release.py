@@ -39,7 +39,7 @@ def installed_version() -> str:
 
 
 def is_cpu_build() -> bool:
-    """Whether the installed vLLM is the one for the CPU."""
+    """True if the installed vLLM is the one for the CPU."""
     with contextlib.suppress(PackageNotFoundError):
         return "cpu" in version("vllm")
     with contextlib.suppress(PackageNotFoundError):
@@ -48,7 +48,7 @@ def is_cpu_build() -> bool:
 
 
 def can_skip_compiled() -> bool:
-    """Whether a forward can leave the compiled model aside (0.15), read from the source without importing vLLM."""
+    """True if a forward can leave the compiled model aside (0.15), read from the source without importing vLLM."""
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
         return False

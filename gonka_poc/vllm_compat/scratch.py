@@ -132,7 +132,7 @@ class ScratchAttention:
 
 
 def has_values(cache: Any) -> bool:
-    """Whether `cache`, a tensor or nested lists of them, has a tensor that is not empty."""
+    """True if `cache`, a tensor or nested lists of them, has a tensor that is not empty."""
     if isinstance(cache, torch.Tensor):
         return cache.numel() > 0
     return isinstance(cache, (list, tuple)) and any(map(has_values, cache))

@@ -183,7 +183,7 @@ class WorkerView:
         return self.model.compute_logits(hidden)
 
     def is_attention(self, module: nn.Module) -> bool:
-        """Whether `module` has a KV cache (or a recurrent state)."""
+        """True if `module` has a KV cache (or a recurrent state)."""
         return any(module is layer for layer in self.attention_layers.values())
 
     def release(self) -> None:
