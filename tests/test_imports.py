@@ -153,44 +153,47 @@ def imports_when_loaded(tree: ast.Module) -> Iterator[str]:
                 yield name if name in MODULES else str(node.module)
 
 
-def levels() -> dict[str, int]:
-    """The level of each module, a folder being one: 1 above the highest that it imports. No circle has one."""
-    imported: dict[str, set[str]] = {}
-    for file, tree in trees():
-        room = room_of(MODULES[FILES.index(file)])
-        others = {room_of(name) for name in imports_when_loaded(tree)} - {room}
-        imported.setdefault(room, set()).update(others)
+def import_graph() -> dict[str, set[str]]:
+    """The modules of this package, each with those that it imports when it is loaded."""
+    return {MODULES[FILES.index(file)]: set(imports_when_loaded(tree)) for file, tree in trees()}
+
+
+def by_folder(graph: dict[str, set[str]]) -> dict[str, set[str]]:
+    """`graph` with each folder as one module."""
+    folder = {name: ".".join(name.split(".")[:2]) for name in graph}
+    folders: dict[str, set[str]] = {name: set() for name in folder.values()}
+    for name, imported in graph.items():
+        folders[folder[name]] |= {folder[other] for other in imported} - {folder[name]}
+    return folders
+
+
+def levels(graph: dict[str, set[str]]) -> dict[str, int]:
+    """The level of each module: 1 above the highest that it imports. Raises where there is a circle."""
 
     def level(name: str, above: tuple[str, ...] = ()) -> int:
         assert name not in above, f"a circle: {' -> '.join((*above, name))}"
-        return 1 + max((level(other, (*above, name)) for other in imported[name]), default=0)
+        return 1 + max((level(other, (*above, name)) for other in graph[name]), default=0)
 
-    return {name: level(name) for name in imported}
-
-
-def room_of(module: str) -> str:
-    """The folder of a module that is in one, else the module."""
-    return ".".join(module.split(".")[:2])
+    return {name: level(name) for name in graph}
 
 
-def test_imports_have_few_levels_and_no_circle():
-    found = levels()
+def test_no_module_imports_itself_by_way_of_others():
+    assert levels(import_graph())["gonka_poc.errors"] == 1
+
+
+def test_the_folders_have_few_levels():
+    found = levels(by_folder(import_graph()))
     assert found["gonka_poc.middleware"] > found["gonka_poc.server"] > found["gonka_poc.callbacks"] > 3
     assert max(found.values()) <= MAX_LEVELS
 
 
 def test_the_api_process_and_the_workers_import_nothing_of_each_other():
-    names = dict(zip(FILES, MODULES, strict=True))
-    imported = {names[file]: set(imports_when_loaded(tree)) for file, tree in trees()}
+    graph = import_graph()
 
     def reached(name: str) -> set[str]:
-        return {name}.union(*(reached(other) for other in imported[name]))
+        return {name}.union(*(reached(other) for other in graph[name]))
 
     api, worker = reached("gonka_poc.middleware"), reached("gonka_poc.poc_model_runner") | reached("gonka_poc.worker")
     assert not api & {"gonka_poc.worker", "gonka_poc.poc_model_runner", "gonka_poc.gpu_random"}
-    assert not worker & {
-        "gonka_poc.manager",
-        "gonka_poc.server.service",
-        "gonka_poc.config",
-        "gonka_poc.callbacks.outbox",
-    }
+    assert not worker & {"gonka_poc.manager", "gonka_poc.server.service", "gonka_poc.config"}
+    assert "gonka_poc.callbacks.outbox" not in worker

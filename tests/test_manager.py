@@ -21,7 +21,7 @@ from gonka_poc.errors import (
     UnsupportedServerError,
     WorkerMemoryError,
 )
-from gonka_poc.manager import PoCManagerV1
+from gonka_poc.manager import BatchSizer, PoCManagerV1
 from gonka_poc.vllm_compat import WORKER_EXTENSION, ApiView
 from gonka_poc.worker import PoCWorkerExtension
 
@@ -425,8 +425,11 @@ async def test_a_server_that_missed_its_warm_up_is_warmed_up_behind_chat(monkeyp
     view.chat_is_served = False
     await until(lambda: [args for method, args in view.calls if method == "poc_warm_up"])
     view.chat_is_served = True  # compiled: the comparisons too are behind chat
+    monkeypatch.setattr("gonka_poc.manager.CHAT_MEMORY_SEC", 1e9)
+    manager._sizer = BatchSizer(0.2)
     await asyncio.sleep(0.05)
     assert len(view.calls) == 3
+    assert manager._sizer.chat_seen_recently  # the first batches after this chat are small
     view.chat_is_served = False
     await until(lambda: len(view.calls) == 258)
     assert await manager.compute(SPEC, [1])
