@@ -66,6 +66,7 @@ def build_app(
     proofs = ProofQueue(manager, settings)
     metrics.queue_nonces = lambda: queue.queued_nonces + proofs.queued_nonces
     metrics.outbox_pending = lambda: callbacks.counts.pending_batches
+    metrics.receivers = lambda: callbacks.receivers
     metrics.state = lambda: slot.state
     service = PoCService(manager, settings, metrics, callbacks, slot, queue, proofs, background)
     recent_errors = RecentErrors()

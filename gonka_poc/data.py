@@ -409,13 +409,28 @@ class RoundStats(BaseModel):
     nonces_per_second: float
 
 
+class ReceiverStatus(BaseModel):
+    """Callbacks of one receiver: counts of artifacts, in which a verdict is one, since the server started."""
+
+    receiver: str = Field(description="the URL, without a password; `others`: what is over 20 receivers, summed up")
+    waiting: int = Field(description="not delivered yet")
+    oldest_sec: float | None = Field(default=None, exclude_if=is_none, description="how long the oldest of them waits")
+    delivered: int
+    refused: int = Field(description="tries that the receiver answered, but not with 2xx")
+    parked: int = Field(description="not tried any more, because the receiver refused the body or may not be asked")
+    expired: int = Field(description="dropped because their stage was over")
+    error: str | None = Field(default=None, exclude_if=is_none, description="why the last try failed, if it did")
+
+
 class StatusAnswer(BaseModel):
-    """`error` is there only if the last round ended by a failure, or what is computed cannot be stored now."""
+    """`error` is there only if the last round ended by a failure, or what is computed cannot be stored now; `callbacks`
+    only if there were any. They are as of the outbox's last use, a few seconds old at most."""
 
     status: State
     config: RoundConfig | None
     stats: RoundStats | None
     error: str | None = Field(default=None, exclude_if=is_none)
+    callbacks: list[ReceiverStatus] | None = Field(default=None, exclude_if=is_none)
 
 
 class ErrorAnswer(BaseModel):

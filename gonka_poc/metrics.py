@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from gonka_poc.data import State
+from gonka_poc.data import ReceiverStatus, State
 
 STATES: tuple[State, ...] = get_args(State)
 CHAT = "chat"
@@ -68,12 +68,14 @@ class History:
 
 class Metrics(Collector):
     """Reports of one server's parts: counted for Prometheus in a registry of its own, and kept for the status page.
-    `attach` shows them in another registry. `queue_nonces`, `outbox_pending` and `state` are asked at each scrape."""
+    `attach` shows them in another registry. `queue_nonces`, `outbox_pending`, `receivers` and `state` are asked at each
+    scrape."""
 
     def __init__(self, history: History | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.history = history or History(clock)
         self.queue_nonces: Callable[[], int] = int
         self.outbox_pending: Callable[[], int] = int
+        self.receivers: Callable[[], Sequence[ReceiverStatus]] = list
         self.state: Callable[[], str] = lambda: STATES[0]
         self._clock = clock
         self._skipped_at: float | None = None
@@ -146,8 +148,39 @@ class Metrics(Collector):
         yield GaugeMetricFamily("gonka_poc_queue_nonces", text, value=self.queue_nonces())
         text = "callbacks that no receiver has taken yet"
         yield GaugeMetricFamily("gonka_poc_outbox_pending", text, value=self.outbox_pending())
+        yield from _receiver_metrics(self.receivers())
         state = GaugeMetricFamily("gonka_poc_state", "1 for the state of the server", labels=["state"])
         now = self.state()
         for name in STATES:
             state.add_metric([name], float(name == now))
         yield state
+
+
+def _receiver_metrics(receivers: Sequence[ReceiverStatus]) -> Iterable[Metric]:
+    """Callbacks by receiver, of which there are at most 20, and `others`."""
+    label = ["receiver"]
+    waiting, oldest, parked = (
+        GaugeMetricFamily(f"gonka_poc_callbacks_{name}", text, labels=label)
+        for name, text in (
+            ("waiting", "artifacts and verdicts that are still to be delivered"),
+            ("oldest_seconds", "seconds that the oldest of them waits"),
+            ("parked", "artifacts and verdicts that the receiver refused, and that wait for `gonka-poc outbox retry`"),
+        )
+    )
+    delivered, refused, expired = (
+        CounterMetricFamily(f"gonka_poc_callbacks_{name}", text, labels=label)
+        for name, text in (
+            ("delivered", "artifacts and verdicts that the receiver accepted"),
+            ("refused", "tries that the receiver answered, but not with 2xx"),
+            ("expired", "artifacts and verdicts that were dropped because their stage was over"),
+        )
+    )
+    for receiver in receivers:
+        labels = [receiver.receiver]
+        waiting.add_metric(labels, receiver.waiting)
+        oldest.add_metric(labels, receiver.oldest_sec or 0.0)
+        parked.add_metric(labels, receiver.parked)
+        delivered.add_metric(labels, receiver.delivered)
+        refused.add_metric(labels, receiver.refused)
+        expired.add_metric(labels, receiver.expired)
+    yield from (waiting, oldest, parked, delivered, refused, expired)

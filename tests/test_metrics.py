@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gonka_poc.app import build_app
 from gonka_poc.config import Settings
-from gonka_poc.data import GenerateRequest, InitGenerateRequest, VectorSpec
+from gonka_poc.data import GenerateRequest, InitGenerateRequest, ReceiverStatus, VectorSpec
 from gonka_poc.manager import PoCManagerV1
 from gonka_poc.metrics import BUCKET_SEC, MAX_YIELD_SEC, NUM_BUCKETS, STATES, Bucket, History, Metrics
 from gonka_poc.server.dashboard import MAX_ERROR_CHARS, MAX_ERRORS, RecentErrors
@@ -149,6 +149,27 @@ async def test_the_manager_reports_its_batches():
     assert found["gonka_poc_skipped_total", "chat"] == 1
     assert found["gonka_poc_batch_seconds_count",] == 2
     assert 0.001 < found["gonka_poc_batch_seconds_sum",] < 5
+
+
+def test_receivers_of_callbacks(registry):
+    metrics = Metrics()
+    metrics.attach(registry)
+    numbers = {"waiting": 7, "oldest_sec": 61.5, "delivered": 100, "refused": 3, "parked": 2, "expired": 5}
+    one = ReceiverStatus(receiver="http://***@one", **numbers)
+    idle = ReceiverStatus(receiver="http://two", waiting=0, delivered=1, refused=0, parked=0, expired=0)
+    metrics.receivers = lambda: [one, idle]
+    found = scrape(registry)
+    expected = {
+        "waiting": (7, 0),
+        "oldest_seconds": (61.5, 0),
+        "delivered_total": (100, 1),
+        "refused_total": (3, 0),
+        "parked": (2, 0),
+        "expired_total": (5, 0),
+    }
+    for name, values in expected.items():
+        shown = tuple(found[f"gonka_poc_callbacks_{name}", receiver] for receiver in ("http://***@one", "http://two"))
+        assert shown == values, name
 
 
 async def test_the_service_is_asked_at_each_scrape(registry):

@@ -26,6 +26,7 @@ from gonka_poc.callbacks import outbox as outbox_module
 from gonka_poc.callbacks.admin import purge, retry_parked, summary
 from gonka_poc.callbacks.file import APPLICATION_ID, FORMAT_VERSION, outbox_path
 from gonka_poc.callbacks.outbox import Batch, Counts, Outbox, RoundCheckpoint
+from gonka_poc.callbacks.queries import Expired, ReceiverCounts
 from gonka_poc.errors import OutboxError, OutboxFullError
 
 URL = "http://receiver"
@@ -157,7 +158,18 @@ def test_what_is_kept_is_found_by_an_index(open_outbox):
     outbox._db.set_trace_callback(None)
     (statement,) = [text for text in statements if text.startswith("UPDATE batch")]
     rows = outbox._db.execute(f"EXPLAIN QUERY PLAN {statement}")
-    assert "INDEX batch_kept (slot=? AND url=?)" in str(list(rows))
+    assert re.search(r"INDEX batch_\w+ \(slot=\? AND url=\?", str(list(rows)))
+
+
+def test_receivers_are_counted_from_an_index_alone(open_outbox):
+    """Not from the rows, which hold verdicts of megabytes."""
+    outbox = open_outbox()
+    statements: list[str] = []
+    outbox._db.set_trace_callback(statements.append)
+    outbox.receiver_counts()
+    outbox._db.set_trace_callback(None)
+    rows = outbox._db.execute(f"EXPLAIN QUERY PLAN {statements[0]}")
+    assert "USING COVERING INDEX batch_counts (slot=?)" in str(list(rows))
 
 
 @pytest.mark.parametrize("query", ["SELECT max(id) FROM batch WHERE", "SELECT id FROM batch WHERE id < 9 AND"])
@@ -203,6 +215,101 @@ async def test_long_vectors_do_not_hold_up_the_event_loop(open_outbox):
     at_once = min([await longest_pause(lambda: json.dumps(long_vectors).encode()) for _ in range(3)])
     in_pieces = min([await longest_pause(lambda: box.next_batch(URL, newest)) for _ in range(5)])
     assert in_pieces < at_once / 4
+
+
+# --- receivers and stages ---------------------------------------------------------------------------------------
+
+
+def test_the_counts_of_each_receiver(open_outbox):
+    """In artifacts, a verdict being one; of this server only, as each shows its own."""
+    box, other, now = open_outbox(), open_outbox(), [1000.0]
+    box._clock = lambda: now[0]
+    box.add_artifacts(URL, {}, artifacts(1, 2))
+    parked = take(box)
+    box.mark_parked(parked.id, "answered 400")
+    now[0] += 7
+    box.add_artifacts(URL, {}, artifacts(3, 4, 5))
+    box.add_validated(URL, {})
+    now[0] += 7
+    box.add_validated("http://b", {})
+    box.mark_kept("http://b")
+    other.add_artifacts(URL, {}, artifacts(6))
+    assert box.receiver_counts() == [ReceiverCounts("http://b", 1, 0, 1014.0), ReceiverCounts(URL, 4, 2, 1007.0)]
+    now[0] += 5
+    batch = take(box)
+    assert (batch.size, batch.age_sec) == (3, 12.0)
+
+
+def test_a_file_of_an_earlier_release_is_opened_with_all_that_is_in_it(open_outbox, path):
+    box = open_outbox()
+    box.add_artifacts(URL, {"block_height": 5}, artifacts(1, 2))
+    box._db.execute("DROP INDEX batch_counts")
+    box.close()
+    box = open_outbox()
+    assert [(count.url, count.waiting) for count in box.receiver_counts()] == [(URL, 2)]
+    assert box._db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'batch_counts'").fetchone() == (1,)
+    batch = take(box)
+    assert (nonces_of(batch), batch.block_height) == ([1, 2], 5)
+
+
+@pytest.mark.parametrize(
+    ("payload", "height"),
+    [
+        ({"block_hash": "b", "block_height": 2**63 - 1, "node_id": 1}, 2**63 - 1),
+        ({"block_hash": '","block_height":3,"', "block_height": 4}, 4),
+        ({"computed_distances": [0.5] * 1000, "block_hash": "b", "block_height": 0}, 0),
+        ({"block_hash": "block_height"}, None),
+        ({}, None),
+    ],
+)
+def test_the_stage_of_a_batch(open_outbox, payload, height):
+    box = open_outbox()
+    box.add_validated(URL, payload)
+    box.add_artifacts(URL, payload, artifacts(1))
+    assert [batch.block_height for batch in drain(box)] == [height, height]
+
+
+@pytest.mark.parametrize(("untried", "left"), [(False, [1, 5, 6, 7]), (True, [5, 6, 7])])
+def test_what_is_of_past_stages_expires(open_outbox, path, untried, left):
+    """But for what is parked, on its way, of this stage, or for another receiver."""
+    box = open_outbox()
+    for height in (1, 2, 3, 4, 5, 9):
+        box.add_artifacts(URL, {"block_height": height}, artifacts(height, height + 10))
+    box.add_artifacts("http://other", {"block_height": 1}, artifacts(1))
+    newest = box.newest(URL)
+    for info in summary(path)[1:5]:
+        batch = box.next_batch(URL, newest, after=info.id - 1)
+        box.mark_failed(batch.id, "answered 503")
+    box._db.execute("UPDATE batch SET status = 'kept', attempts = 0 WHERE id = 4")
+    parked = box.next_batch(URL, newest, after=4)
+    box.mark_parked(parked.id, "answered 400")
+    expired = box.expire_past_stages(URL, 9, untried, in_flight=0)
+    assert [info.id for info in summary(path)] == left
+    assert (expired.batches, expired.size) == (4 - len(left) + 3, 2 * (4 - len(left) + 3))
+    assert box.expire_past_stages(URL, 9, untried, in_flight=0).batches == 0
+
+
+def test_the_batch_that_is_on_its_way_does_not_expire(open_outbox, path):
+    box = open_outbox()
+    box.add_artifacts(URL, {"block_height": 1}, artifacts(1))
+    box.add_artifacts(URL, {"block_height": 2}, artifacts(2))
+    box.expire_past_stages(URL, 3, untried=True, in_flight=1)
+    assert [info.id for info in summary(path)] == [1]
+
+
+def test_what_is_on_a_path_expires_up_to_what_was_known(open_outbox, path):
+    box = open_outbox()
+    box.add_artifacts(URL, {}, artifacts(1, 2))
+    box.add_validated(URL, {})
+    newest = box.newest(URL)
+    box.next_batch(URL, newest)
+    box.add_artifacts(URL, {}, artifacts(3))
+    box.add_artifacts("http://other", {}, artifacts(4))
+    assert box.expire_paths(URL, ["generated"], newest) == Expired(1, 2)
+    assert [info.id for info in summary(path)] == [2, 3, 4]
+    assert not box.expire_batch(1)
+    assert not box.expire_batch(3)  # open: it is not what was tried
+    assert box.expire_batch(take(box).id)
 
 
 # --- random operations against a model --------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 import httpx
 
 from gonka_poc.access import CallbackRules, CheckedTransport, host_name
+from gonka_poc.callbacks.answers import Meaning, meaning_of
 from gonka_poc.callbacks.outbox import Batch
 from gonka_poc.errors import RequestError
 
@@ -25,12 +26,17 @@ MAX_CONNECTIONS, MAX_CONNECTIONS_PER_HOST = 64, 8
 class DeliveryResult(NamedTuple):
     """The receiver's answer to a batch."""
 
-    accepted: bool
-    rejected: bool
-    """A 4xx, or a URL that is not allowed: another try would end the same. Not 408 and 429, which ask for one."""
+    meaning: Meaning
+    status: int | None = None
+    """The HTTP status; None if there was no answer."""
     retry_after_sec: float = 0.0
     reason: str | None = None
     """Why it was not accepted; text of the receiver, so never to be printed unescaped."""
+
+    @property
+    def asks_to_wait(self) -> bool:
+        """True if the next batch should not be sent now either: nobody answers, or the receiver has too much to do."""
+        return self.status is None or self.status == 429 or self.retry_after_sec > 0
 
 
 class CallbackClient:
@@ -61,14 +67,14 @@ class CallbackClient:
         try:
             self._rules.check_url(batch.url)
         except RequestError as error:
-            return DeliveryResult(accepted=False, rejected=True, reason=str(error))
+            return DeliveryResult(Meaning.PARK, reason=str(error))
         post = asyncio.ensure_future(self._post(batch))
         try:
             # httpx's own timeout begins again with every byte; asyncio.wait_for loses a cancellation until Python 3.12
             await asyncio.wait([post], timeout=self._timeout_sec)
             if post.done():
                 return post.result()
-            return DeliveryResult(accepted=False, rejected=False, reason=f"no answer within {self._timeout_sec:g} s")
+            return DeliveryResult(Meaning.RETRY, reason=f"no answer within {self._timeout_sec:g} s")
         finally:
             post.cancel()
 
@@ -77,16 +83,15 @@ class CallbackClient:
         request = self._client.stream("POST", f"{batch.url}/{batch.path}", content=batch.body, headers=headers)
         try:
             async with request as response:
-                if response.is_success:
-                    return DeliveryResult(accepted=True, rejected=False)
                 status = response.status_code
+                if response.is_success:
+                    return DeliveryResult(meaning_of(status, ""), status)
                 retry_after = response.headers.get("retry-after") if status in (429, 503) else None
                 prefix = await _read_prefix(response)
                 reason = f"answered {status}: {prefix}" if prefix else f"answered {status}"
-                rejected = 400 <= status < 500 and status not in (408, 429)
-                return DeliveryResult(False, rejected, parse_retry_after(retry_after), reason)
+                return DeliveryResult(meaning_of(status, prefix), status, parse_retry_after(retry_after), reason)
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # ValueError: a host that cannot be encoded
-            return DeliveryResult(accepted=False, rejected=False, reason=f"{type(error).__name__}: {error}")
+            return DeliveryResult(Meaning.RETRY, reason=f"{type(error).__name__}: {error}")
 
     async def close(self) -> None:
         """Close the connections."""

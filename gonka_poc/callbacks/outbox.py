@@ -6,12 +6,12 @@ A batch is what one POST carries. Its status is one of
     pending   fixed, because it is being sent: each try has the same body and the same idempotency key
     kept      was not delivered within the grace time; pending after a restart, a retry, or new work for its receiver,
               also where there is no room for that
-    parked    the receiver refused it (4xx), or POC_CALLBACK_ALLOW its URL; pending again only after a retry
+    parked    the receiver refused its body, or POC_CALLBACK_ALLOW its URL; pending again only after a retry
 
-and a batch that was delivered is deleted. Batches of a receiver are sent in the order of their ids. Of each round it
-is kept how many nonces are done, so that one that lost its server goes on where it was. Methods raise OutboxFullError
-where they could not add or change anything; then they did not; and OutboxError where the file is damaged. They block,
-and one thread at a time may call them.
+and a batch that was delivered, or expired because its stage is over, is deleted. Batches of a receiver are read in the
+order of their ids. Of each round it is kept how many nonces are done, so that one that lost its server goes on where it
+was. Methods raise OutboxFullError where they could not add or change anything; then they did not; and OutboxError where
+the file is damaged. They block, and one thread at a time may call them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,24 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from gonka_poc.callbacks.file import IN_MEMORY, Slot, connect, outbox_path, transaction, translate_errors
+from gonka_poc.callbacks.queries import (
+    PATHS,
+    SIZE,
+    TO_SEND,
+    Expired,
+    ReceiverCounts,
+    block_height,
+    count_receivers,
+    delete_past_stages,
+    delete_paths,
+    one_of,
+)
 from gonka_poc.errors import OutboxFullError
 
 MAX_ARTIFACTS_PER_BATCH = 10_000
@@ -33,7 +45,7 @@ MAX_BODY_BYTES = 8 * 2**20  # unless a single artifact is longer
 BYTES_AROUND_VALUE = 64
 MAX_FREE_PAGES = 16_384  # free pages that an empty outbox keeps: room to write even if something else fills the disk
 MAX_ROUNDS = 100
-TO_SEND = "status IN ('open', 'pending')"
+DELETE_PENDING = "DELETE FROM batch WHERE id = ? AND status = 'pending'"
 DELETE_ROUND = "DELETE FROM round WHERE id = ?"
 REQUEUE_KEPT = "UPDATE batch SET status = 'pending' WHERE slot = ? AND status = 'kept'"
 
@@ -47,6 +59,13 @@ class Batch:
     path: str
     key: str
     body: bytes
+    size: int = 0
+    """Its artifacts; 1 for a verdict."""
+    attempts: int = field(default=0, compare=False)
+    age_sec: float = field(default=0.0, compare=False)
+    """Since its first artifact was stored."""
+    block_height: int | None = None
+    """The stage that it belongs to; None if its envelope names none."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +96,9 @@ def most_bytes(num_artifacts: int, value_chars: int) -> int:
 class Outbox:
     """One server's part of the outbox file."""
 
-    def __init__(self, setting: str, max_bytes: int) -> None:
+    def __init__(self, setting: str, max_bytes: int, clock: Callable[[], float] = time.time) -> None:
         """Open or make the file that POC_OUTBOX_PATH names. Raises OutboxError where it cannot be used."""
+        self._clock = clock
         self.path = outbox_path(setting)
         self._max_bytes = max_bytes
         self._db = connect(self.path, create=True)
@@ -110,7 +130,7 @@ class Outbox:
             if checkpoint is None:
                 cursor = self._db.execute(
                     "INSERT INTO round (fingerprint, slot, done, updated_at) VALUES (?, ?, 0, ?)",
-                    (fingerprint, self._slot.number, time.time()),
+                    (fingerprint, self._slot.number, self._clock()),
                 )
                 assert cursor.lastrowid is not None
                 checkpoint = RoundCheckpoint(cursor.lastrowid, 0)
@@ -123,7 +143,7 @@ class Outbox:
         for round_id, slot, done in self._db.execute(query, (fingerprint,)).fetchall():
             with self._slot.orphaned(slot) as is_free:  # one of this server has failed, or it would not begin again
                 if is_free:
-                    values = (self._slot.number, time.time(), round_id)
+                    values = (self._slot.number, self._clock(), round_id)
                     self._db.execute("UPDATE round SET slot = ?, updated_at = ? WHERE id = ?", values)
                     return RoundCheckpoint(round_id, done)
         return None
@@ -151,7 +171,7 @@ class Outbox:
             for start in range(0, len(artifacts), limit):
                 self._add_part(url, payload, round_id, artifacts[start : start + limit], limit)
             if checkpoint is not None:  # a round that was ended meanwhile stays forgotten
-                values = (checkpoint.done, time.time(), round_id)
+                values = (checkpoint.done, self._clock(), round_id)
                 self._db.execute("UPDATE round SET done = ?, updated_at = ? WHERE id = ?", values)
             self._ensure_size_below(self._max_bytes)
 
@@ -190,7 +210,7 @@ class Outbox:
         cursor = self._db.execute(
             "INSERT INTO batch (slot, round_id, url, path, payload, key, status, created_at) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (self._slot.number, round_id, url, path, payload, str(uuid.uuid4()), status, time.time()),
+            (self._slot.number, round_id, url, path, payload, str(uuid.uuid4()), status, self._clock()),
         )
         assert cursor.lastrowid is not None
         return cursor.lastrowid
@@ -214,29 +234,32 @@ class Outbox:
         with translate_errors(self.path):
             return self._db.execute(query, (self._slot.number, url)).fetchone()[0]
 
-    def next_batch(self, url: str, newest: int) -> Batch | None:
-        """The first batch to send to `url`, up to the id `newest`. What is in it does not change any more."""
+    def next_batch(self, url: str, newest: int, after: int = 0, paths: Collection[str] = PATHS) -> Batch | None:
+        """The first batch to send to `url` on one of `paths`, after the id `after` and up to the id `newest`.
+        What is in it does not change any more."""
         with self._transaction():
             row = self._db.execute(
-                f"SELECT id, status, path, key, payload FROM batch WHERE slot = ? AND url = ? AND {TO_SEND} "
-                "AND id <= ? ORDER BY id LIMIT 1",
-                (self._slot.number, url, newest),
+                f"SELECT id, status, path, key, payload, {SIZE}, attempts, created_at FROM batch "
+                f"WHERE slot = ? AND url = ? AND {TO_SEND} AND id > ? AND id <= ? AND {one_of(paths)} "
+                "ORDER BY id LIMIT 1",
+                (self._slot.number, url, after, newest, *paths),
             ).fetchone()
             if row is None:
                 return None
-            batch_id, status, path, key, payload = row
+            batch_id, status, path, key, payload, size, attempts, created_at = row
             if status == "open":
                 self._db.execute("UPDATE batch SET status = 'pending' WHERE id = ? AND status = 'open'", (batch_id,))
             # here, where `gonka-poc outbox purge` cannot come between
             query = "SELECT nonce, value FROM artifact WHERE batch_id = ? ORDER BY position"
             artifacts = self._db.execute(query, (batch_id,)).fetchall()
         body = _generated_body(payload, artifacts) if path == "generated" else payload.encode()
-        return Batch(batch_id, url, path, key, body)
+        age_sec = self._clock() - created_at
+        return Batch(batch_id, url, path, key, body, size, attempts, age_sec, block_height(payload))
 
     def mark_delivered(self, batch_id: int) -> None:
         """Delete a batch that its receiver took."""
         with self._transaction():
-            self._db.execute("DELETE FROM batch WHERE id = ? AND status = 'pending'", (batch_id,))
+            self._db.execute(DELETE_PENDING, (batch_id,))
             empty = self._db.execute("SELECT NOT EXISTS (SELECT 1 FROM batch)").fetchone()[0]
         if empty and self._db.execute("PRAGMA freelist_count").fetchone()[0] > MAX_FREE_PAGES:
             with suppress(OutboxFullError), translate_errors(self.path):
@@ -252,25 +275,42 @@ class Outbox:
             self._db.execute(
                 "UPDATE batch SET status = ?, attempts = attempts + 1, reason = ?, tried_at = ? "
                 "WHERE id = ? AND status = 'pending'",
-                (status, reason, time.time(), batch_id),
+                (status, reason, self._clock(), batch_id),
             )
 
-    def mark_kept(self, url: str) -> None:
-        """Keep a receiver's batches, because its grace time is over: they are not sent before `requeue_kept`."""
+    def mark_kept(self, url: str) -> int:
+        """Keep a receiver's batches, because its grace time is over: they are not sent before `requeue_kept`.
+        Returns their number."""
         query = f"UPDATE batch SET status = 'kept' WHERE slot = ? AND url = ? AND {TO_SEND}"
         with self._transaction():
-            self._db.execute(query, (self._slot.number, url))
+            return self._db.execute(query, (self._slot.number, url)).rowcount
+
+    # --- what nobody will take any more -------------------------------------------------------------------------
+
+    def expire_batch(self, batch_id: int) -> bool:
+        """Delete a batch whose stage is over; False if it was not pending any more."""
+        with self._transaction():
+            return self._db.execute(DELETE_PENDING, (batch_id,)).rowcount > 0
+
+    def expire_paths(self, url: str, paths: Collection[str], newest: int) -> Expired:
+        """Delete what was to be sent to `url` on `paths`, up to the id `newest`: its phase is over."""
+        with self._transaction():
+            return delete_paths(self._db, self._slot.number, url, paths, newest)
+
+    def expire_past_stages(self, url: str, current: int, untried: bool, in_flight: int) -> Expired:
+        """Delete what is for `url` of stages before `current` (`delete_past_stages`)."""
+        with self._transaction():
+            return delete_past_stages(self._db, self._slot.number, url, current, untried, in_flight)
 
     # --- whose it is --------------------------------------------------------------------------------------------
 
     def requeue_kept(self, url: str | None = None) -> None:
         """Make kept batches pending again, all or those for `url`. New work begins with it, in its own transaction:
         where there is no room for it, what was kept has to go out all the same, or there would never be any."""
-        mine = self._slot.number
         # two statements: with the address in it, SQLite finds the rows by an index
-        query, values = (REQUEUE_KEPT, (mine,)) if url is None else (f"{REQUEUE_KEPT} AND url = ?", (mine, url))
+        query, more = (REQUEUE_KEPT, ()) if url is None else (f"{REQUEUE_KEPT} AND url = ?", (url,))
         with self._transaction():
-            self._db.execute(query, values)
+            self._db.execute(query, (self._slot.number, *more))
 
     def adopt(self) -> None:
         """Take over the batches of servers that ended."""
@@ -295,6 +335,11 @@ class Outbox:
         with translate_errors(self.path):
             still, parked = self._db.execute("SELECT batches, artifacts FROM total ORDER BY parked").fetchall()
         return Counts(*still, *parked)
+
+    def receiver_counts(self) -> list[ReceiverCounts]:
+        """Count what is in this server's part of the outbox, by receiver."""
+        with translate_errors(self.path):
+            return count_receivers(self._db, self._slot.number)
 
     def _transaction(self) -> AbstractContextManager[None]:
         return transaction(self._db, self.path)

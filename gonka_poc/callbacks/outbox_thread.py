@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -26,6 +27,8 @@ class OutboxThread:
     def __init__(self, outbox: Outbox, sleep: Callable[[float], Awaitable[None]]) -> None:
         self.problem: str | None = None  # why the outbox takes nothing now
         self.counts = outbox.counts()  # as of the last time that it was used
+        self.receiver_counts = outbox.receiver_counts()  # not much older
+        self._next_receiver_counts = 0.0
         self._outbox = outbox
         self._sleep = sleep
         self._executor = ThreadPoolExecutor(1, "poc-outbox")
@@ -39,6 +42,7 @@ class OutboxThread:
             result = operation(*args)
             with suppress(sqlite3.Error, PoCError):  # what was done is done, counted or not
                 self.counts = self._outbox.counts()
+                self._count_receivers()
             return result
 
         try:
@@ -47,6 +51,14 @@ class OutboxThread:
             self.record_problem(error)
             self._damage = error
             raise
+
+    def _count_receivers(self) -> None:
+        """Look at every batch; so seldom that it takes no more than a twentieth of the thread's time."""
+        started = time.monotonic()
+        if started >= self._next_receiver_counts:
+            self.receiver_counts = self._outbox.receiver_counts()
+            ended = time.monotonic()
+            self._next_receiver_counts = ended + 20 * (ended - started)
 
     async def run(self, operation: Callable[..., T], *args: Any, give_up: Callable[[], bool] | None = None) -> T:
         """Run a method of the outbox; where there is no room, or the file cannot be used now, again and again.

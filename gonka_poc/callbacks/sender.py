@@ -1,8 +1,9 @@
 """The sender of callbacks: POSTs what rounds and queued requests computed, from the outbox, to the URL that they name.
 
-Batches of one receiver go out in order, every POC_CALLBACK_INTERVAL_SEC seconds, at least once: until the receiver
-answers 2xx, or refuses with a 4xx, which parks the batch. A receiver that does not answer is tried as long as a round
-for it generates, and POC_OUTBOX_GRACE_SEC seconds beyond; after that its batches are kept for the next start.
+Batches of one receiver go out every POC_CALLBACK_INTERVAL_SEC seconds, at least once: until the receiver answers 2xx,
+refuses a batch for its content, which parks it, or the stage of the batch is over (`courier`). A receiver that does not
+answer so is tried as long as a round for it generates, and POC_OUTBOX_GRACE_SEC seconds beyond; after that its batches
+are kept for the next start.
 """
 
 from __future__ import annotations
@@ -13,21 +14,25 @@ import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
 
 from gonka_poc.access import shown_url
 from gonka_poc.callbacks.client import CallbackClient
-from gonka_poc.callbacks.outbox import Batch, Counts, Outbox, RoundCheckpoint
+from gonka_poc.callbacks.courier import Courier, PassResult
+from gonka_poc.callbacks.outbox import Counts, Outbox, RoundCheckpoint
 from gonka_poc.callbacks.outbox_thread import OutboxThread
+from gonka_poc.callbacks.tally import Tally
 from gonka_poc.config import Settings
-from gonka_poc.errors import OutboxError, OutboxFullError
+from gonka_poc.data import ReceiverStatus
+from gonka_poc.errors import OutboxError
 from gonka_poc.metrics import Metrics
 
 logger = logging.getLogger("vllm.gonka_poc.callbacks")
 
-MAX_BACKOFF_SEC = 60.0
+# a receiver that fails is asked every interval at first, so that one that is back is not kept waiting
+QUICK_TRIES, MAX_BACKOFF_SEC = 8, 15.0
 
 
 class CallbackSender:
@@ -43,11 +48,14 @@ class CallbackSender:
     ) -> None:
         self._settings = settings
         self._outbox = outbox
-        self._metrics = metrics or Metrics()
         self._clock = clock
         self._sleep = sleep
         self._thread = OutboxThread(outbox, sleep)
         self._client = CallbackClient(settings.callback_timeout_sec, settings.callback_rules)
+        self._tally = Tally()
+        self._courier = Courier(
+            outbox, self._thread, self._client, metrics or Metrics(), self._tally, settings.outbox_grace_sec
+        )
         self._watcher: asyncio.Task[None] | None = None
         self._receivers: dict[str, asyncio.Task[None]] = {}
         self._deadlines: dict[str, float] = {}
@@ -65,6 +73,11 @@ class CallbackSender:
         """The content of the outbox, as of its last use."""
         return self._thread.counts
 
+    @property
+    def receivers(self) -> list[ReceiverStatus]:
+        """What each receiver took, refused and is still to be sent; empty if there was none."""
+        return self._tally.report(self._thread.receiver_counts)
+
     def start(self) -> None:
         """Begin to deliver; what an earlier server left, too."""
         self._watcher = asyncio.create_task(self._watch(), name="poc-outbox")
@@ -73,8 +86,12 @@ class CallbackSender:
         """Raise OutboxFullError where new work for `url` could not be stored, OutboxError for a damaged file."""
         await self._thread.admit(self._outbox.check_room, url)
 
-    async def begin_round(self, url: str, fingerprint: str, replaced: int | None) -> RoundCheckpoint:
-        """Begin a round for `url` (`Outbox.begin_round`). Raises what `check_room` raises."""
+    async def begin_round(
+        self, url: str, fingerprint: str, replaced: int | None, block_height: int = 0
+    ) -> RoundCheckpoint:
+        """Begin a round for `url` (`Outbox.begin_round`), and with it the stage `block_height`: what is left of earlier
+        ones expires (`Courier.begin_stage`). Raises what `check_room` raises."""
+        await self._courier.begin_stage(url, block_height)
         # rounds whose end could not be written yet have ended all the same: this one does not go on from them
         ended = self._ending | ({replaced} if replaced is not None else set())
         return await self._thread.admit(self._outbox.begin_round, url, fingerprint, ended)
@@ -137,7 +154,7 @@ class CallbackSender:
 
     async def _send_remaining(self) -> None:
         urls = await self._thread.attempt(self._outbox.receivers)
-        tries = [asyncio.create_task(_log_errors(self._send_all(url))) for url in urls]
+        tries = [asyncio.create_task(_log_errors(self._courier.send_all(url))) for url in urls]
         if tries:
             await asyncio.wait(tries, timeout=self._settings.callback_timeout_sec)
             await _cancel_all(tries)
@@ -178,78 +195,49 @@ class CallbackSender:
     def _ended(self, url: str, task: asyncio.Task[None]) -> None:
         if self._receivers.get(url) is task:
             del self._receivers[url], self._deadlines[url]
+            self._courier.forget(url)
         if not task.cancelled() and not isinstance(task.exception(), OutboxError | None):
             logger.error("PoC callbacks to %a failed", shown_url(url), exc_info=task.exception())
 
     async def _deliver(self, url: str) -> None:
-        failures, last_error = 0, ""
-        retry_after: float | None = None
+        failures, retry_after, last_error = 0, 0.0, ""
         while True:
-            await self._sleep(max(self._pause(failures), retry_after or 0.0))
+            await self._sleep(max(self._pause(failures), retry_after))
+            result: PassResult | None = None
             try:
-                retry_after = await self._send_all(url)
-                if retry_after is None:
+                result = await self._courier.send_all(url)
+                if result is None or result.is_done:
                     if await self._thread.run(self._outbox.newest, url) is None:
                         return
-                    failures, last_error = 0, ""
+                    failures, retry_after, last_error = 0, 0.0, ""
                     continue
             except OutboxError:
                 raise
             except Exception as error:
-                retry_after = None
                 if repr(error) != last_error:  # its traceback is logged once, not at each try
                     logger.exception("PoC callbacks to %a failed", shown_url(url))
                     last_error = repr(error)
-            failures += 1
+            retry_after = result.retry_after_sec if result else 0.0
+            # out of phase is no failure: the receiver says when it takes what there is, by its phase
+            failures = 0 if result and (result.accepted or not result.failed) else failures + 1
             if self._grace_is_over(url):
-                await self._thread.run(self._outbox.mark_kept, url)
+                num_kept = await self._courier.give_up(url, result)
                 if self._grace_is_over(url):
-                    text = "PoC: callbacks to %a are kept for the next start, or `gonka-poc outbox retry`"
-                    logger.warning(text, shown_url(url))
+                    if num_kept:
+                        text = "PoC: %d callbacks to %a are kept for the next start, or `gonka-poc outbox retry`"
+                        logger.warning(text, num_kept, shown_url(url))
                     return
                 # something was added while it was written, and kept as well
                 await self._thread.run(self._outbox.requeue_kept, url)
-                failures, retry_after = 0, None
-
-    async def _send_all(self, url: str) -> float | None:
-        """Send what there is now; None if that is done, else the seconds that the receiver asked to wait."""
-        newest = await self._thread.run(self._outbox.newest, url)
-        while newest is not None:
-            # before the batch is read, so that no more batches are in memory than may be sent
-            async with self._client.limit_connections(url):
-                batch = await self._thread.run(self._outbox.next_batch, url, newest)
-                retry_after = None if batch is None else await self._send(batch)
-            if batch is None or retry_after is not None:
-                return retry_after
-        return None
-
-    async def _send(self, batch: Batch) -> float | None:
-        started = time.monotonic()
-        try:
-            result = await self._client.post(batch)
-        except Exception as error:  # a fault in this program: the try counts, and the batch stays
-            await self._record_failure(batch, f"{type(error).__name__}: {error}")
-            raise
-        self._metrics.called_back(time.monotonic() - started)
-        if result.accepted:
-            await self._thread.run(self._outbox.mark_delivered, batch.id)
-            return None
-        if result.rejected:
-            logger.error("PoC callback %d to %a is parked: %a", batch.id, shown_url(batch.url), result.reason)
-            await self._thread.run(self._outbox.mark_parked, batch.id, result.reason)
-            return None
-        await self._record_failure(batch, result.reason)
-        return result.retry_after_sec
-
-    async def _record_failure(self, batch: Batch, reason: str | None) -> None:
-        logger.warning("PoC callback %d to %a failed: %a", batch.id, shown_url(batch.url), reason)
-        with suppress(OutboxFullError):  # the count of tries is for people; the batch stays as it is
-            await self._thread.attempt(self._outbox.mark_failed, batch.id, reason)
+                failures, retry_after = 0, 0.0
 
     def _pause(self, failures: int) -> float:
+        """Seconds until the next pass, after so many in a row in which nothing was accepted."""
         interval = self._settings.callback_interval_sec
-        longest = max(MAX_BACKOFF_SEC, interval)
-        return min(longest, interval * 2 ** min(failures, 16)) * random.uniform(0.5, 1.0) if failures else interval
+        if failures <= QUICK_TRIES:
+            return interval
+        longest = min(MAX_BACKOFF_SEC, interval * 2 ** min(failures - QUICK_TRIES, 16))
+        return max(interval, longest * random.uniform(0.5, 1.0))
 
 
 async def _cancel_all(tasks: Sequence[asyncio.Task[Any]]) -> None:

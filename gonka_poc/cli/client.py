@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel, RootModel, ValidationError
 
 from gonka_poc import data
+from gonka_poc.certificates import ssl_context
 from gonka_poc.cli.artifact_file import ArtifactFile
 from gonka_poc.cli.refusals import NO_POC_SERVER, refusal_text
 from gonka_poc.cli.server_process import wait_until
@@ -55,7 +56,8 @@ class PoCClient:
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise ServerAnswerError(f"{url!a} is no address of a server: write it as http://HOST:PORT")
         # only connecting is tried again: a request that was sent may have reached the server
-        transport, limit = httpx.HTTPTransport(retries=2), httpx.Timeout(timeout, connect=CONNECT_TIMEOUT_SEC)
+        transport = httpx.HTTPTransport(verify=ssl_context(), retries=2)
+        limit = httpx.Timeout(timeout, connect=CONNECT_TIMEOUT_SEC)
         self._http = httpx.Client(base_url=self.url, timeout=limit, transport=transport)
 
     def __enter__(self) -> PoCClient:

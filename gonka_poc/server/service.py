@@ -92,7 +92,10 @@ class PoCService:
         await check()
         if request.url is not None:
             # a round that is set and has not failed was not ended yet: the new one takes its place
-            checkpoint = await self.callbacks.begin_round(request.url, fingerprint(request), self.slot.checkpoint_id)
+            replaced = self.slot.checkpoint_id
+            checkpoint = await self.callbacks.begin_round(
+                request.url, fingerprint(request), replaced, request.block_height
+            )
         envelope, grace_sec = round_envelope(request), self.settings.outbox_grace_sec
         delivery = Delivery(self.callbacks, request.url, envelope, self.ensure_engine_alive, checkpoint, grace_sec)
         if self._num_stops != num_stops:
@@ -167,8 +170,10 @@ class PoCService:
         return self.slot.generating and not (self.slot.has_receiver and self.callbacks.problem)
 
     def status(self) -> StatusAnswer:
-        """The round that is set, or IDLE; and what keeps the outbox from taking more, or ended the last round."""
-        return self.slot.status(self.callbacks.problem)
+        """The round that is set, or IDLE; what keeps the outbox from taking more, or ended the last round; and the
+        receivers of callbacks."""
+        status = self.slot.status(self.callbacks.problem)
+        return status.model_copy(update={"callbacks": self.callbacks.receivers or None})
 
     def stop(self) -> StoppedWork:
         """End the round and drop queued requests, also a round that is about to start; what was computed is still

@@ -1,0 +1,198 @@
+"""The courier: passes over the batches of a receiver, and the end of those whose stage is over.
+
+A stage is a block height. The receiver of `/generated` refuses artifacts of another stage, or took them for its own in
+older releases; the one of `/validated` does not look at the height at all, so a late verdict would be a vote on another
+stage. So a batch never goes out once its stage is known to be over: it expires, which is counted and logged.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from cachetools import LRUCache
+
+from gonka_poc.access import shown_url
+from gonka_poc.callbacks.answers import Meaning
+from gonka_poc.callbacks.client import CallbackClient, DeliveryResult
+from gonka_poc.callbacks.outbox import Batch, Outbox
+from gonka_poc.callbacks.outbox_thread import OutboxThread
+from gonka_poc.callbacks.queries import PATHS, Expired
+from gonka_poc.callbacks.tally import Tally
+from gonka_poc.errors import OutboxFullError
+from gonka_poc.metrics import Metrics
+
+logger = logging.getLogger("vllm.gonka_poc.callbacks")
+
+MAX_FAILURES_IN_A_ROW = 5  # end a pass: the receiver has more than a bad moment
+MAX_STAGES = 1000  # receivers whose stage is known
+
+
+@dataclass
+class PassResult:
+    """The outcome of one pass over a receiver's batches."""
+
+    newest: int
+    """The id of the last batch that was there when the pass began."""
+    accepted: int = 0
+    failed: int = 0
+    """Tries that failed for another reason than the phase."""
+    out_of_phase: set[str] = field(default_factory=set)
+    """Paths that the receiver takes nothing on in its present phase."""
+    retry_after_sec: float = 0.0
+    stopped: bool = False
+    """The pass ended before its last batch."""
+    is_done: bool = False
+    """Nothing is left of what there was."""
+
+
+class Courier:
+    """Posts batches from the outbox, and records what became of them."""
+
+    def __init__(
+        self,
+        outbox: Outbox,
+        thread: OutboxThread,
+        client: CallbackClient,
+        metrics: Metrics,
+        tally: Tally,
+        verdict_life_sec: float,
+    ) -> None:
+        self._outbox = outbox
+        self._thread = thread
+        self._client = client
+        self._metrics = metrics
+        self._tally = tally
+        self._verdict_life_sec = verdict_life_sec
+        self._stages: LRUCache[str, int] = LRUCache(MAX_STAGES)
+        self._failing: set[str] = set()
+        self._in_flight: dict[str, int] = {}
+        self._cursors: dict[str, int] = {}
+
+    async def begin_stage(self, url: str, block_height: int) -> None:
+        """End what is left for `url` of stages before `block_height`, whose round begins now. What was never tried has
+        one try left, unless the receiver is failing. Raises OutboxError and OutboxFullError."""
+        self._stages[url] = block_height
+        is_failing, in_flight = url in self._failing, self._in_flight.get(url, 0)
+        expire = self._outbox.expire_past_stages
+        expired = await self._thread.admit(expire, url, block_height, is_failing, in_flight)
+        self._record_expired(url, expired, f"a round of block height {block_height} begins")
+
+    async def give_up(self, url: str, result: PassResult | None) -> int:
+        """End what the receiver was out of phase for in the last pass, and keep the rest; returns the number kept."""
+        if result is not None and result.out_of_phase:
+            expire = self._outbox.expire_paths
+            expired = await self._thread.run(expire, url, sorted(result.out_of_phase), result.newest)
+            self._record_expired(url, expired, "the receiver stayed out of their phase for the grace time")
+        return await self._thread.run(self._outbox.mark_kept, url)
+
+    def forget(self, url: str) -> None:
+        """Forget how `url` answered: its task has ended."""
+        self._failing.discard(url)
+        self._cursors.pop(url, None)
+
+    async def send_all(self, url: str) -> PassResult | None:
+        """Send what there is now, the oldest first; None if there is nothing. What fails is tried again at once as long
+        as others are accepted, so that a receiver with many bad moments takes all of it in one pass."""
+        newest = await self._thread.run(self._outbox.newest, url)
+        if newest is None:
+            return None
+        result = PassResult(newest)
+        after = self._cursors.pop(url, 0)  # behind those that stopped the last pass, which may fail for ever
+        while not result.stopped:
+            accepted, failed = result.accepted, result.failed
+            await self._sweep(url, after, result)
+            some_failed, some_accepted = result.failed > failed, result.accepted > accepted
+            if after == 0 and not (some_failed and some_accepted):
+                result.is_done = not (result.stopped or some_failed or result.out_of_phase)
+                break
+            after = 0
+        if result.is_done:
+            self._failing.discard(url)
+        else:
+            self._failing.add(url)
+        return result
+
+    async def _sweep(self, url: str, after: int, result: PassResult) -> None:
+        """Try each batch behind the id `after` once."""
+        failures = 0
+        while paths := [path for path in PATHS if path not in result.out_of_phase]:
+            # before the batch is read, so that no more batches are in memory than may be sent
+            async with self._client.limit_connections(url):
+                batch = await self._thread.run(self._outbox.next_batch, url, result.newest, after, paths)
+                if batch is None:
+                    return
+                after = batch.id
+                if self._is_over(batch):
+                    await self._expire(batch, "its stage is over")
+                    continue
+                answer = await self._send(batch)
+            failures = failures + 1 if answer.meaning is Meaning.RETRY else 0
+            result.accepted += answer.meaning is Meaning.ACCEPTED
+            result.failed += answer.meaning is Meaning.RETRY
+            if answer.meaning is Meaning.OUT_OF_PHASE:
+                result.out_of_phase.add(batch.path)
+            elif answer.asks_to_wait and answer.meaning is not Meaning.PARK:
+                result.stopped, result.retry_after_sec = True, answer.retry_after_sec
+                return
+            if failures == MAX_FAILURES_IN_A_ROW:
+                result.stopped, self._cursors[url] = True, after
+                return
+
+    def _is_past(self, batch: Batch) -> bool:
+        """True if a round of a later stage has begun for the receiver."""
+        stage = self._stages.get(batch.url)
+        return stage is not None and batch.block_height is not None and batch.block_height < stage
+
+    def _is_over(self, batch: Batch) -> bool:
+        """True if a batch must not be sent any more."""
+        is_late = batch.path == "validated" and batch.age_sec > self._verdict_life_sec
+        return is_late or (batch.attempts > 0 and self._is_past(batch))
+
+    async def _send(self, batch: Batch) -> DeliveryResult:
+        """Try a batch once. The meaning of the answer is STAGE_OVER where the batch expired by it."""
+        self._in_flight[batch.url] = batch.id
+        try:
+            return await self._post(batch)
+        finally:
+            del self._in_flight[batch.url]
+
+    async def _post(self, batch: Batch) -> DeliveryResult:
+        started = time.monotonic()
+        try:
+            answer = await self._client.post(batch)
+        except Exception as error:  # a fault in this program: the try counts, and the batch stays
+            await self._record_failure(batch, f"{type(error).__name__}: {error}")
+            raise
+        self._metrics.called_back(time.monotonic() - started)
+        if answer.meaning is Meaning.ACCEPTED:
+            await self._thread.run(self._outbox.mark_delivered, batch.id)
+            self._tally.delivered(batch.url, batch.size)
+            return answer
+        self._tally.failed(batch.url, answer.reason, answered=answer.status is not None)
+        if answer.meaning is Meaning.PARK:
+            logger.error("PoC callback %d to %a is parked: %a", batch.id, shown_url(batch.url), answer.reason)
+            await self._thread.run(self._outbox.mark_parked, batch.id, answer.reason)
+        elif answer.meaning is Meaning.STAGE_OVER or self._is_past(batch):
+            await self._expire(batch, answer.reason)
+            return answer._replace(meaning=Meaning.STAGE_OVER)
+        else:
+            await self._record_failure(batch, answer.reason)
+        return answer
+
+    async def _record_failure(self, batch: Batch, reason: str | None) -> None:
+        logger.warning("PoC callback %d to %a failed: %a", batch.id, shown_url(batch.url), reason)
+        with suppress(OutboxFullError):  # the count of tries is for people; the batch stays as it is
+            await self._thread.attempt(self._outbox.mark_failed, batch.id, reason)
+
+    async def _expire(self, batch: Batch, reason: str | None) -> None:
+        if await self._thread.run(self._outbox.expire_batch, batch.id):
+            self._record_expired(batch.url, Expired(1, batch.size), reason)
+
+    def _record_expired(self, url: str, expired: Expired, reason: str | None) -> None:
+        if expired.batches:
+            self._tally.expired(url, expired.size)
+            text = "PoC: %d callbacks to %a with %d artifacts or verdicts expired: %a"
+            logger.warning(text, expired.batches, shown_url(url), expired.size, reason)

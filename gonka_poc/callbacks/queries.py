@@ -1,0 +1,83 @@
+"""Queries of the outbox over many batches: the counts of each receiver, and the end of batches whose stage is over."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from sqlite3 import Connection
+
+TO_SEND = "status IN ('open', 'pending')"
+PATHS = ("generated", "validated")
+# the size of a batch: its artifacts, or one verdict
+SIZE = "CASE path WHEN 'generated' THEN num_artifacts ELSE 1 END"
+# with both quotes unescaped, so it is a field and no part of a text
+BLOCK_HEIGHT = re.compile(r'"block_height":(\d+)')
+
+
+@dataclass(frozen=True)
+class ReceiverCounts:
+    """Artifacts and verdicts of one receiver in one server's part of the outbox."""
+
+    url: str
+    waiting: int
+    parked: int
+    oldest_at: float | None
+    """The time, in seconds since 1970, from which the oldest one waits; None if none does."""
+
+
+@dataclass(frozen=True)
+class Expired:
+    """Batches that were deleted because their stage is over, and the artifacts and verdicts in them."""
+
+    batches: int = 0
+    size: int = 0
+
+
+def one_of(paths: Collection[str]) -> str:
+    """The condition that a batch goes to one of `paths`, which are its values."""
+    return f"path IN ({', '.join('?' * len(paths))})"
+
+
+def block_height(payload: str) -> int | None:
+    """The stage that a batch belongs to. Found, not parsed: a verdict of 100,000 nonces would hold the GIL."""
+    found = BLOCK_HEIGHT.search(payload)
+    return None if found is None else int(found[1])
+
+
+def count_receivers(db: Connection, slot: int) -> list[ReceiverCounts]:
+    """Count the batches of a slot by receiver."""
+    parked = "status = 'parked'"
+    query = (
+        f"SELECT url, sum({SIZE}) FILTER (WHERE NOT {parked}), sum({SIZE}) FILTER (WHERE {parked}), "
+        f"min(created_at) FILTER (WHERE NOT {parked}) FROM batch WHERE slot = ? GROUP BY url"
+    )
+    rows = db.execute(query, (slot,))
+    return [ReceiverCounts(url, waiting or 0, parked or 0, oldest) for url, waiting, parked, oldest in rows]
+
+
+def delete_paths(db: Connection, slot: int, url: str, paths: Collection[str], newest: int) -> Expired:
+    """Delete what is to be sent to `url` on `paths`, up to the id `newest`."""
+    query = f"SELECT id, {SIZE} FROM batch WHERE slot = ? AND url = ? AND {TO_SEND} AND id <= ? AND {one_of(paths)}"
+    return _delete(db, db.execute(query, (slot, url, newest, *paths)).fetchall())
+
+
+def delete_past_stages(db: Connection, slot: int, url: str, current: int, untried: bool, kept_id: int) -> Expired:
+    """Delete what is for `url` of stages before `current` and was kept, or tried before, or with `untried` in any case;
+    but for parked batches, and the one with the id `kept_id`."""
+    query = (
+        f"SELECT id, {SIZE}, payload FROM batch WHERE slot = ? AND url = ? AND status <> 'parked' AND id <> ? "
+        "AND (? OR status = 'kept' OR attempts > 0)"
+    )
+    past = []
+    for batch_id, size, payload in db.execute(query, (slot, url, kept_id, untried)):
+        height = block_height(payload)
+        if height is not None and height < current:
+            past.append((batch_id, size))
+    return _delete(db, past)
+
+
+def _delete(db: Connection, rows: Iterable[tuple[int, int]]) -> Expired:
+    rows = list(rows)
+    db.executemany("DELETE FROM batch WHERE id = ?", [(batch_id,) for batch_id, _ in rows])
+    return Expired(len(rows), sum(size for _, size in rows))

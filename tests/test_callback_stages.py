@@ -1,0 +1,420 @@
+"""The life of a callback: what each answer means, how a receiver is caught up, and what ends with its stage."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from go_receiver import GoReceiver
+from test_callbacks import SimulatedTime, artifacts
+
+from gonka_poc.callbacks import client as callback_client
+from gonka_poc.callbacks.admin import summary
+from gonka_poc.callbacks.answers import Meaning, meaning_of
+from gonka_poc.callbacks.outbox import Outbox
+from gonka_poc.callbacks.sender import CallbackSender
+from gonka_poc.callbacks.tally import MAX_RECEIVERS, OTHERS, Tally
+from gonka_poc.config import Settings
+from gonka_poc.data import ReceiverStatus
+
+URL = "http://receiver/v2/poc-batches/model"
+
+# --- the table ----------------------------------------------------------------------------------------------------
+
+ACCEPTED, OUT_OF_PHASE, RETRY, STAGE_OVER, PARK = (
+    Meaning.ACCEPTED,
+    Meaning.OUT_OF_PHASE,
+    Meaning.RETRY,
+    Meaning.STAGE_OVER,
+    Meaning.PARK,
+)
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "meaning"),
+    [
+        (200, "", ACCEPTED),
+        (204, "", ACCEPTED),
+        (503, "not in PoC generate phase", OUT_OF_PHASE),
+        (503, '{"error":"Not in PoC validate phase"}', OUT_OF_PHASE),
+        (400, "block_height is not the active PoC stage", STAGE_OVER),
+        (400, '{"message":"unknown node_num"}', RETRY),
+        (400, "invalid base64 in artifact vector", PARK),
+        (400, "empty artifact vector", PARK),
+        (400, "decode: value 17 outside 0..15", PARK),
+        (400, "invalid model_id", PARK),
+        (400, "", PARK),
+        (413, "", PARK),
+        (422, "", PARK),
+        (404, "Unknown relay token", RETRY),
+        (502, "Callback relay failed: timed out", RETRY),
+        (503, "artifact store not configured", RETRY),
+        (503, "failed to store artifacts", RETRY),
+        (503, "", RETRY),
+        (500, "not in PoC generate phase", RETRY),  # the phase is said with 503 only
+        (500, "", RETRY),
+        *((status, "", RETRY) for status in (301, 307, 401, 403, 405, 408, 409, 410, 415, 429, 451, 501, 504)),
+    ],
+)
+def test_the_meaning_of_an_answer(status, text, meaning):
+    assert meaning_of(status, text) is meaning
+
+
+# --- over simulated time ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def world(monkeypatch, tmp_path):
+    """`start()` makes a sender over the outbox at `path`, in simulated time; `answer(path, body)` is its receiver, and
+    `posts` are the times, paths and bodies that it got."""
+    time = SimulatedTime()
+    world = SimpleNamespace(time=time, posts=[], answer=GoReceiver().answer, senders=[], path=str(tmp_path / "outbox"))
+    real = httpx.AsyncClient
+
+    def receive(request: httpx.Request) -> httpx.Response:
+        path, body = request.url.path, json.loads(request.content)
+        world.posts.append((time.now, path.rpartition("/")[2], body))
+        status, text = world.answer(path, body)
+        return httpx.Response(status, text=text)
+
+    def start(**settings) -> CallbackSender:
+        box = Outbox(world.path, 10**9, clock=lambda: time.now)
+        box._db.execute("PRAGMA synchronous = OFF")
+        sender = CallbackSender(Settings(**settings), box, clock=lambda: time.now, sleep=time.sleep)
+        sender.start()
+        world.senders.append(sender)
+        return sender
+
+    monkeypatch.setattr(
+        callback_client.httpx, "AsyncClient", lambda **o: real(**{**o, "transport": httpx.MockTransport(receive)})
+    )
+    world.start = start
+    yield world
+    for sender in world.senders:
+        await asyncio.wait_for(sender.close(), 5)
+
+
+def status_of(sender: CallbackSender) -> ReceiverStatus:
+    (status,) = sender.receivers
+    return status
+
+
+def unanswered(path: str, body: dict) -> tuple[int, str]:
+    raise httpx.ConnectError("refused")
+
+
+def flaky(seed: int) -> Callable[[str, dict], tuple[int, str]]:
+    rng, receiver = random.Random(seed), GoReceiver(stage=1)
+    return lambda path, body: (503, "busy") if rng.random() < 0.5 else receiver.answer(path, body)
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_a_receiver_that_fails_half_is_caught_up_within_a_minute_of_the_rounds_end(world, seed):
+    world.answer = flaky(seed)
+    sender = world.start()
+    sender.hold(URL)
+    for number in range(60):
+        await sender.add_artifacts(URL, {"block_height": 1, "number": number // 3}, artifacts(number))
+        await world.time.run(1, sender)
+    sender.unhold(URL)
+    await world.time.run(59, sender)
+    assert sender.counts.pending_batches == 0
+    status = status_of(sender)
+    assert (status.delivered, status.waiting, status.parked, status.expired) == (60, 0, 0, 0)
+    assert len(world.posts) / 4 < status.refused < 3 * len(world.posts) / 4
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_a_backlog_is_caught_up_by_a_receiver_that_fails_half(world, seed):
+    """What gathered while it was down."""
+    world.answer = unanswered
+    sender = world.start()
+    for number in range(100):
+        await sender.add_artifacts(URL, {"block_height": 1, "number": number}, artifacts(number))
+    await world.time.run(200, sender)
+    assert sender.counts.pending_batches == 100
+    world.answer = flaky(seed)
+    await world.time.run(59, sender)
+    assert sender.counts.pending_batches == 0
+
+
+async def test_a_relay_that_was_restarted_answers_404_for_a_while(world):
+    receiver = GoReceiver()
+    world.answer, receiver.is_routed = receiver.answer, False
+    sender = world.start()
+    sender.hold(URL)
+    for nonce in range(40):
+        await sender.add_artifacts(URL, {"block_height": 100}, artifacts(nonce))
+        await world.time.run(1, sender)
+        receiver.is_routed = nonce >= 15
+        if nonce == 14:
+            status = status_of(sender)
+            assert (status.parked, status.waiting) == (0, 15)
+            assert status.refused >= 2
+            assert status.oldest_sec >= 14
+            assert "answered 404" in status.error
+    await world.time.run(5, sender)
+    assert receiver.stored == {100: set(range(40))}
+    status = status_of(sender)
+    assert (status.parked, status.waiting, status.oldest_sec, status.error) == (0, 0, None, None)
+
+
+async def test_a_receiver_that_was_restarted_does_not_know_its_nodes_yet(world):
+    receiver = GoReceiver()
+    world.answer, receiver.knows_nodes = receiver.answer, False
+    sender = world.start()
+    await sender.add_artifacts(URL, {"block_height": 100}, artifacts(1))
+    await world.time.run(300, sender)
+    receiver.knows_nodes = True
+    await world.time.run(15, sender)
+    assert receiver.stored == {100: {1}}
+    assert summary(world.path) == []
+
+
+async def test_a_receiver_out_of_phase_is_asked_every_interval_and_then_no_more(world, caplog):
+    """For the grace time of the round's end. It is no failure, so nothing is put off; nothing is kept for later."""
+    receiver = GoReceiver(phase="validate")
+    world.answer = receiver.answer
+    sender = world.start()
+    sender.hold(URL)
+    for nonce in range(3):
+        await sender.add_artifacts(URL, {"block_height": 100, "number": nonce}, artifacts(nonce, nonce + 10))
+    await world.time.run(1000, sender)  # it generates: there is no end to it
+    assert len(world.posts) == 200
+    sender.unhold(URL)
+    await world.time.run(595, sender)
+    assert len(world.posts) == 319
+    assert status_of(sender).waiting == 6
+    await world.time.run(100, sender)
+    assert len(world.posts) == 320
+    status = status_of(sender)
+    assert (status.waiting, status.expired, status.parked, status.delivered) == (0, 6, 0, 0)
+    assert summary(world.path) == []
+    assert "3 callbacks to" in caplog.text
+    assert "with 6 artifacts or verdicts expired" in caplog.text
+
+
+async def test_what_is_out_of_phase_holds_up_no_verdict(world):
+    """In the validation phase artifacts are not taken, whatever is left of them; and the other way about."""
+    receiver = GoReceiver(phase="validate")
+    world.answer = receiver.answer
+    sender = world.start()
+    for number in range(3):
+        await sender.add_artifacts(URL, {"block_height": 100, "number": number}, artifacts(number))
+        await sender.add_validated(URL, {"block_height": 100, "number": number})
+    await world.time.run(6, sender)
+    assert [body["number"] for _, body in receiver.votes] == [0, 1, 2]
+    assert [path for _, path, _ in world.posts].count("generated") == 1
+    receiver.phase = "generate"
+    await world.time.run(5, sender)
+    assert receiver.stored == {100: {0, 1, 2}}
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("answer", [(503, "not in PoC validate phase"), (500, "bad public key"), None], ids=str)
+async def test_a_verdict_ends_by_itself(world, answer, held):
+    """Its receiver does not look at its height: it would be a vote on another stage."""
+    world.answer = (lambda path, body: answer) if answer else unanswered
+    sender = world.start()
+    if held:
+        sender.hold(URL)  # a round of the next stage generates
+    await sender.add_validated(URL, {"block_height": 100})
+    await world.time.run(590, sender)
+    assert len(world.posts) > 30
+    assert status_of(sender).waiting == 1
+    await world.time.run(40, sender)
+    world.answer = lambda path, body: (200, "")
+    await world.time.run(1000, sender)
+    await sender.close()
+    following = world.start()
+    await world.time.run(100, following)
+    assert max(when for when, *_ in world.posts) <= 600
+    assert summary(world.path) == []
+    if answer:
+        assert status_of(sender).expired == 1
+
+
+async def test_a_verdict_that_a_killed_server_left_is_not_sent_later(world):
+    world.answer = unanswered
+    sender = world.start()
+    await sender.add_validated(URL, {"block_height": 100})
+    await sender.add_artifacts(URL, {"block_height": 100}, artifacts(1))
+    await world.time.run(20, sender)
+    await sender.close()
+    world.time.now += 601
+    world.posts.clear()
+    world.answer = GoReceiver().answer
+    following = world.start()
+    await world.time.run(10, following)
+    assert [path for _, path, _ in world.posts] == ["generated"]
+    assert status_of(following).expired == 1
+    assert summary(world.path) == []
+
+
+@pytest.mark.parametrize("answer", [(503, "not in PoC generate phase"), (404, ""), None], ids=str)
+@pytest.mark.parametrize("checks_height", [True, False])
+async def test_what_was_not_taken_is_not_sent_into_the_next_stage(world, answer, checks_height):
+    """Also not to a receiver that would take it, as older ones do; what is computed now is."""
+    world.answer = (lambda path, body: answer) if answer else unanswered
+    sender = world.start()
+    for nonce in range(3):
+        await sender.add_artifacts(URL, {"block_height": 100, "number": nonce}, artifacts(nonce, nonce + 10))
+    await sender.add_validated(URL, {"block_height": 100})
+    await world.time.run(50, sender)
+    receiver = GoReceiver(stage=200)
+    receiver.checks_height = checks_height
+    world.answer = receiver.answer
+    await sender.begin_round(URL, "f", None, 200)
+    assert status_of(sender).expired == 7
+    await sender.add_artifacts(URL, {"block_height": 200}, artifacts(1))
+    await world.time.run(100, sender)
+    assert receiver.late == []
+    assert receiver.stored == {200: {1}}
+    assert summary(world.path) == []
+
+
+async def test_what_was_kept_of_a_past_stage_expires_and_what_is_of_this_one_is_sent(world):
+    """Also over a restart: the stage goes on, or has changed, and the first round says which."""
+    world.answer = unanswered
+    sender = world.start(outbox_grace_sec=30.0)
+    await sender.add_artifacts(URL, {"block_height": 100}, artifacts(1))
+    await sender.add_artifacts(URL, {"block_height": 200}, artifacts(2))
+    await world.time.run(100, sender)
+    assert {info.status for info in summary(world.path)} == {"kept"}
+    receiver = GoReceiver(stage=200)
+    world.answer = receiver.answer
+    await sender.begin_round(URL, "f", None, 200)
+    await world.time.run(10, sender)
+    assert (receiver.late, receiver.stored) == ([], {200: {2}})
+    assert status_of(sender).expired == 1
+
+
+async def test_what_a_killed_server_left_of_the_stage_that_goes_on_is_delivered(world):
+    world.answer = unanswered
+    sender = world.start()
+    await sender.add_artifacts(URL, {"block_height": 100}, artifacts(1))
+    await world.time.run(20, sender)
+    await sender.close()
+    receiver = GoReceiver()
+    world.answer = receiver.answer
+    following = world.start()
+    await following.begin_round(URL, "f", None, 100)
+    await following.add_artifacts(URL, {"block_height": 100}, artifacts(2))
+    await world.time.run(10, following)
+    assert receiver.stored == {100: {1, 2}}
+
+
+async def test_rounds_in_quick_succession_lose_nothing_that_is_taken_at_once(world):
+    """What was never tried has one try, and no more."""
+    world.answer = lambda path, body: (200, "")
+    sender = world.start()
+    for height in (1, 2, 3):
+        await sender.begin_round(URL, str(height), None, height)
+        await sender.add_artifacts(URL, {"block_height": height}, artifacts(height))
+        await world.time.run(1, sender)
+    await world.time.run(5, sender)
+    assert [body["block_height"] for *_, body in world.posts] == [1, 2, 3]
+    world.posts.clear()
+    world.answer = lambda path, body: (200, "") if body["block_height"] == 5 else (503, "")
+    for height in (4, 5):
+        await sender.begin_round(URL, str(height), None, height)
+        await sender.add_artifacts(URL, {"block_height": height}, artifacts(height))
+    await world.time.run(60, sender)
+    assert [body["block_height"] for *_, body in world.posts] == [4, 5]
+    assert (status_of(sender).expired, status_of(sender).waiting) == (1, 0)
+
+
+async def test_a_batch_that_is_on_its_way_when_the_next_stage_begins(world):
+    """It is counted by its answer, once."""
+    for status, expected in ((200, (1, 0)), (503, (1, 1))):
+        sender = world.senders[-1] if world.senders else world.start()
+
+        def answer(path, body, status=status, sender=sender):
+            world.beginning = asyncio.ensure_future(sender.begin_round(URL, "f", None, body["block_height"] + 1))
+            return status, "busy"
+
+        world.answer = answer
+        await sender.add_artifacts(URL, {"block_height": status}, artifacts(1))
+        await world.time.run(6, sender)
+        await world.beginning
+        assert (status_of(sender).delivered, status_of(sender).expired) == expected
+        assert summary(world.path) == []
+
+
+async def test_a_round_of_a_lower_height_ends_nothing(world):
+    world.answer = unanswered
+    sender = world.start()
+    await sender.add_artifacts(URL, {"block_height": 9}, artifacts(1))
+    await world.time.run(20, sender)
+    await sender.begin_round(URL, "f", None, 3)
+    world.answer = lambda path, body: (200, "")
+    await world.time.run(20, sender)
+    assert status_of(sender).delivered == 1
+
+
+async def test_the_receiver_says_that_the_stage_is_over(world):
+    """It is not parked: no retry by hand could bring it back."""
+    world.answer = GoReceiver(stage=200).answer
+    sender = world.start()
+    for nonce in range(3):
+        await sender.add_artifacts(URL, {"block_height": 100, "number": nonce}, artifacts(nonce))
+    await world.time.run(6, sender)
+    status = status_of(sender)
+    assert (status.expired, status.refused, status.parked, status.waiting) == (3, 3, 0, 0)
+    assert "not the active PoC stage" in status.error
+    assert len(world.posts) == 3
+
+
+async def test_batches_that_always_fail_hold_up_no_other(world):
+    """However many: a pass that they stopped goes on behind them. A receiver that takes nothing is asked for few."""
+    world.answer = lambda path, body: (500, "") if body["number"] < 20 else (200, "")
+    sender = world.start()
+    for number in range(30):
+        await sender.add_artifacts(URL, {"block_height": 1, "number": number}, artifacts(number))
+    await world.time.run(5, sender)
+    assert [body["number"] for *_, body in world.posts] == [0, 1, 2, 3, 4]
+    await world.time.run(30, sender)
+    assert status_of(sender).delivered == 10
+
+
+async def test_what_is_parked_is_shown(world):
+    world.answer = lambda path, body: (422, "no such field")
+    sender = world.start()
+    await sender.add_artifacts("http://me:secret@receiver", {"block_height": 1}, artifacts(1, 2))
+    await world.time.run(6, sender)
+    status = status_of(sender)
+    assert (status.receiver, status.parked, status.waiting) == ("http://***@receiver", 2, 0)
+    assert (status.oldest_sec, status.error) == (None, "answered 422: no such field")
+
+
+# --- the tally ----------------------------------------------------------------------------------------------------
+
+
+def test_many_receivers_are_summed_up():
+    """Those that were asked last are shown by name; the sums stay right."""
+    tally = Tally()
+    for number in range(100):
+        tally.delivered(f"http://{number}", 2)
+        tally.failed(f"http://{number}", "no\n", answered=True)
+        tally.expired(f"http://{number}", 3)
+    report = tally.report([])
+    assert len(report) == MAX_RECEIVERS + 1
+    assert report[0].receiver == "http://99"
+    assert report[-1].receiver == OTHERS
+    for name, total in (("delivered", 200), ("refused", 100), ("expired", 300)):
+        assert sum(getattr(entry, name) for entry in report) == total
+    assert report[0].error == "no\\n"
+
+
+def test_receivers_that_look_the_same_are_one():
+    """Two passwords, say: a label may come once only."""
+    tally = Tally()
+    for password in ("a", "b"):
+        tally.delivered(f"http://me:{password}@receiver", 2)
+    (entry,) = tally.report([])
+    assert (entry.receiver, entry.delivered) == ("http://***@receiver", 4)
