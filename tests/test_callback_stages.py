@@ -17,8 +17,9 @@ from gonka_poc.callbacks import client as callback_client
 from gonka_poc.callbacks.admin import summary
 from gonka_poc.callbacks.answers import Meaning, meaning_of
 from gonka_poc.callbacks.outbox import Outbox
+from gonka_poc.callbacks.queries import MAX_COUNTED, OTHERS, ReceiverCounts
 from gonka_poc.callbacks.sender import CallbackSender
-from gonka_poc.callbacks.tally import MAX_RECEIVERS, OTHERS, Tally
+from gonka_poc.callbacks.tally import MAX_RECEIVERS, Tally
 from gonka_poc.config import Settings
 from gonka_poc.data import ReceiverStatus
 
@@ -310,7 +311,7 @@ async def test_what_a_killed_server_left_of_the_stage_that_goes_on_is_delivered(
 
 
 async def test_rounds_in_quick_succession_lose_nothing_that_is_taken_at_once(world):
-    """What was never tried has one try, and no more."""
+    """What was never tried has one try, and no more; but for verdicts."""
     world.answer = lambda path, body: (200, "")
     sender = world.start()
     for height in (1, 2, 3):
@@ -324,9 +325,14 @@ async def test_rounds_in_quick_succession_lose_nothing_that_is_taken_at_once(wor
     for height in (4, 5):
         await sender.begin_round(URL, str(height), None, height)
         await sender.add_artifacts(URL, {"block_height": height}, artifacts(height))
+        await sender.add_validated(URL, {"block_height": height})
     await world.time.run(60, sender)
-    assert [body["block_height"] for *_, body in world.posts] == [4, 5]
-    assert (status_of(sender).expired, status_of(sender).waiting) == (1, 0)
+    assert [(path, body["block_height"]) for _, path, body in world.posts] == [
+        ("generated", 4),
+        ("generated", 5),
+        ("validated", 5),
+    ]
+    assert (status_of(sender).expired, status_of(sender).waiting) == (2, 0)
 
 
 async def test_a_batch_that_is_on_its_way_when_the_next_stage_begins(world):
@@ -414,7 +420,26 @@ def test_many_receivers_are_summed_up():
 def test_receivers_that_look_the_same_are_one():
     """Two passwords, say: a label may come once only."""
     tally = Tally()
-    for password in ("a", "b"):
-        tally.delivered(f"http://me:{password}@receiver", 2)
-    (entry,) = tally.report([])
-    assert (entry.receiver, entry.delivered) == ("http://***@receiver", 4)
+    urls = [f"http://me:{password}@receiver" for password in ("a", "b")]
+    for url in urls:
+        tally.delivered(url, 2)
+    (entry,) = tally.report([ReceiverCounts(url, 3, 1, None) for url in urls])
+    assert (entry.receiver, entry.delivered, entry.waiting, entry.parked) == ("http://***@receiver", 4, 6, 2)
+
+
+def test_an_outbox_with_very_many_receivers_is_summed_up(tmp_path):
+    """As /status is polled, it makes no entry of each."""
+    box = Outbox(str(tmp_path / "outbox"), 10**9)
+    box._db.execute("PRAGMA synchronous = OFF")
+    for number in range(MAX_COUNTED + 50):
+        box.add_artifacts(f"http://{number}", {}, artifacts(*range(1 + number % 3)))
+    counts = box.receiver_counts()
+    box.close()
+    assert len(counts) == MAX_COUNTED + 1
+    tally = Tally()
+    tally.delivered("http://7", 1)
+    report = tally.report(counts)
+    assert len(report) == MAX_RECEIVERS + 1
+    assert [entry.receiver for entry in report].count(OTHERS) == 1
+    assert sum(entry.waiting for entry in report) == sum(1 + number % 3 for number in range(MAX_COUNTED + 50))
+    assert report[-1].oldest_sec is not None

@@ -72,8 +72,8 @@ class Courier:
         self._cursors: dict[str, int] = {}
 
     async def begin_stage(self, url: str, block_height: int) -> None:
-        """End what is left for `url` of stages before `block_height`, whose round begins now. What was never tried has
-        one try left, unless the receiver is failing. Raises OutboxError and OutboxFullError."""
+        """End what is left for `url` of stages before `block_height`, whose round begins now. Artifacts that were never
+        tried have one try left, unless the receiver is failing. Raises OutboxError and OutboxFullError."""
         self._stages[url] = block_height
         is_failing, in_flight = url in self._failing, self._in_flight.get(url, 0)
         expire = self._outbox.expire_past_stages
@@ -148,8 +148,9 @@ class Courier:
 
     def _is_over(self, batch: Batch) -> bool:
         """True if a batch must not be sent any more."""
-        is_late = batch.path == "validated" and batch.age_sec > self._verdict_life_sec
-        return is_late or (batch.attempts > 0 and self._is_past(batch))
+        is_verdict = batch.path == "validated"
+        is_late = is_verdict and batch.age_sec > self._verdict_life_sec
+        return is_late or (self._is_past(batch) and (is_verdict or batch.attempts > 0))
 
     async def _send(self, batch: Batch) -> DeliveryResult:
         """Try a batch once. The meaning of the answer is STAGE_OVER where the batch expired by it."""

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from sqlite3 import Connection
 
 TO_SEND = "status IN ('open', 'pending')"
+IS_PARKED = "status = 'parked'"
 PATHS = ("generated", "validated")
 # the size of a batch: its artifacts, or one verdict
 SIZE = "CASE path WHEN 'generated' THEN num_artifacts ELSE 1 END"
 # with both quotes unescaped, so it is a field and no part of a text
 BLOCK_HEIGHT = re.compile(r'"block_height":(\d+)')
+# URLs come with requests, so there can be any number of them
+MAX_COUNTED, OTHERS = 100, "others"
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,20 @@ def block_height(payload: str) -> int | None:
 
 
 def count_receivers(db: Connection, slot: int) -> list[ReceiverCounts]:
-    """Count the batches of a slot by receiver."""
-    parked = "status = 'parked'"
+    """Count the batches of a slot by receiver; more than MAX_COUNTED receivers are summed up under OTHERS."""
     query = (
-        f"SELECT url, sum({SIZE}) FILTER (WHERE NOT {parked}), sum({SIZE}) FILTER (WHERE {parked}), "
-        f"min(created_at) FILTER (WHERE NOT {parked}) FROM batch WHERE slot = ? GROUP BY url"
+        f"SELECT url, sum({SIZE}) FILTER (WHERE NOT {IS_PARKED}), sum({SIZE}) FILTER (WHERE {IS_PARKED}), "
+        f"min(created_at) FILTER (WHERE NOT {IS_PARKED}) FROM batch WHERE slot = ? GROUP BY url"
     )
     rows = db.execute(query, (slot,))
-    return [ReceiverCounts(url, waiting or 0, parked or 0, oldest) for url, waiting, parked, oldest in rows]
+    counts = [ReceiverCounts(url, waiting or 0, parked or 0, oldest) for url, waiting, parked, oldest in rows]
+    if len(counts) <= MAX_COUNTED:
+        return counts
+    counts.sort(key=lambda count: count.waiting + count.parked, reverse=True)
+    rest = counts[MAX_COUNTED:]
+    oldest_at = min((count.oldest_at for count in rest if count.oldest_at is not None), default=None)
+    waiting, parked = sum(count.waiting for count in rest), sum(count.parked for count in rest)
+    return [*counts[:MAX_COUNTED], ReceiverCounts(OTHERS, waiting, parked, oldest_at)]
 
 
 def delete_paths(db: Connection, slot: int, url: str, paths: Collection[str], newest: int) -> Expired:
@@ -63,11 +72,11 @@ def delete_paths(db: Connection, slot: int, url: str, paths: Collection[str], ne
 
 
 def delete_past_stages(db: Connection, slot: int, url: str, current: int, untried: bool, kept_id: int) -> Expired:
-    """Delete what is for `url` of stages before `current` and was kept, or tried before, or with `untried` in any case;
-    but for parked batches, and the one with the id `kept_id`."""
+    """Delete what is for `url` of stages before `current`: verdicts, and artifacts that were kept or tried, or all of
+    them with `untried`; but for parked batches, and the one with the id `kept_id`."""
     query = (
         f"SELECT id, {SIZE}, payload FROM batch WHERE slot = ? AND url = ? AND status <> 'parked' AND id <> ? "
-        "AND (? OR status = 'kept' OR attempts > 0)"
+        "AND (? OR path = 'validated' OR status = 'kept' OR attempts > 0)"
     )
     past = []
     for batch_id, size, payload in db.execute(query, (slot, url, kept_id, untried)):

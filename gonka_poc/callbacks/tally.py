@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from gonka_poc.access import shown_url
-from gonka_poc.callbacks.queries import ReceiverCounts
+from gonka_poc.callbacks.queries import OTHERS, ReceiverCounts
 from gonka_poc.data import ReceiverStatus
 from gonka_poc.errors import printable
 
 MAX_RECEIVERS = 20  # shown by name; the URLs come with requests, so there can be any number
 MAX_URL_CHARS = 200
-OTHERS = "others"
 
 
 @dataclass
@@ -68,8 +67,10 @@ class Tally:
         for count in counts:
             name = _shown(count.url)
             self._add(entries.setdefault(name, _entry(name, _Counters())), count)
+        uncounted = entries.pop(OTHERS, None)
         ordered = sorted(entries.values(), key=lambda entry: entry.waiting + entry.parked, reverse=True)
         shown, rest = ordered[:MAX_RECEIVERS], ordered[MAX_RECEIVERS:]
+        rest += [] if uncounted is None else [uncounted]
         if rest or self._others != _Counters():
             others = _entry(OTHERS, self._others)
             for name in ("waiting", "delivered", "refused", "parked", "expired"):
