@@ -35,6 +35,7 @@ class GoReceiver:
         self.votes: list[tuple[int, dict[str, Any]]] = []
         self.late: list[tuple[str, int]] = []
         self.paths: set[str] = set()
+        self.bodies: list[tuple[str, dict[str, Any]]] = []  # that were taken
         self.num_requests = 0
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, str]:
@@ -45,9 +46,10 @@ class GoReceiver:
             self.late.append((path, body["block_height"]))
         if not self.is_routed:
             return 404, '{"detail":"Unknown relay token"}'
-        if path.endswith("/validated"):
-            return self._validated(body)
-        return self._generated(body)
+        status, text = self._validated(body) if path.endswith("/validated") else self._generated(body)
+        if status == 200:
+            self.bodies.append((path.rpartition("/")[2], body))
+        return status, text
 
     def _generated(self, body: dict[str, Any]) -> tuple[int, str]:
         if self.phase not in GENERATE:

@@ -114,6 +114,30 @@ def test_a_stage_and_the_next_one(server, outbox, metrics):
     )
 
 
+def test_the_bodies(server, outbox):
+    """Exactly the fields that MLNode's own receiver has, with their types."""
+    receiver = GoReceiver(stage=100)
+    with http_receiver(receiver.answer) as url:
+        run_round(server, url + PATH, 100, 0.2)
+        until(lambda: callbacks(server)["waiting"] == 0)
+        receiver.phase = "validate"
+        body = generate_body([1, 2], url=url, block_height=100)
+        body["validation"] = {"artifacts": [{"nonce": nonce, "vector_b64": "AAAAAAAA"} for nonce in (1, 2)]}
+        assert server.post("/generate", body).status_code == 200
+        until(lambda: receiver.votes)
+    identity = {"block_hash": "block", "block_height": 100, "public_key": "key", "node_id": 0}
+    (path, generated), (last_path, validated) = receiver.bodies[0], receiver.bodies[-1]
+    assert (path, last_path) == ("generated", "validated")
+    (artifact, *_) = generated.pop("artifacts")
+    assert artifact.keys() == {"nonce", "vector_b64"}
+    assert (type(artifact["nonce"]), len(artifact["vector_b64"])) == (int, 8)
+    assert generated == {**identity, "encoding": {"dtype": "f16", "k_dim": 3, "endian": "le"}}
+    assert isinstance(validated.pop("request_id"), str)
+    assert 0 <= validated.pop("p_value") < 0.01
+    verdict = {"n_total": 2, "n_mismatch": 2, "mismatch_nonces": [1, 2], "fraud_detected": True}
+    assert validated == {**identity, **verdict}
+
+
 def test_a_restart_of_the_relay(server, outbox):
     """404 for a while: nothing is parked, all is delivered."""
     receiver = GoReceiver(stage=100)

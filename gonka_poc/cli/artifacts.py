@@ -139,6 +139,10 @@ def status_command(connect: Connect, as_json: bool) -> int:
             table.add_row(name, f"{value:.2f}" if isinstance(value, float) else Text(str(value)))
     if answer.error:
         table.add_row("the last round ended", Text(answer.error))
+    for receiver in answer.callbacks or ():
+        counts = receiver.model_dump(exclude={"receiver"})
+        text = ", ".join(f"{name} {value}" for name, value in counts.items())
+        table.add_row("callbacks", Text(f"{receiver.receiver}: {text}"))
     Console().print(table)
     return common.PASS
 
