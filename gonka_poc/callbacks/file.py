@@ -12,7 +12,7 @@ import fcntl
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 
 from gonka_poc.errors import OutboxError, OutboxFullError
@@ -111,6 +111,15 @@ def connect(path: str, create: bool) -> sqlite3.Connection:
             f"the outbox {path!r} cannot be opened: {error.__cause__ or error}; set POC_OUTBOX_PATH to a file on a "
             f"local disk that this user may write, or to {IN_MEMORY} to do without"
         ) from error
+
+
+def try_outbox(path: str, create: bool = True) -> None:
+    """Open and lock the outbox at `path` for writing as a server does, and leave it to the servers that use it.
+
+    Raises OutboxError, or OutboxFullError where the file cannot be written now. Without `create` a file must be there.
+    """
+    with closing(connect(path, create)) as db, transaction(db, path):
+        pass
 
 
 def _refuse_foreign(path: str) -> None:
