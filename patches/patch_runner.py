@@ -64,8 +64,7 @@ MANUAL_STEPS = f"""\
 5. `python3 -m py_compile runner.py`, then restart MLNode. vLLM's port must answer `GET /api/v1/pow/status`.
 """
 
-# Put into runner.py as it is here: MLNode's Python need not have gonka_poc installed. The size of a batch and the memory
-# that it needs are those of gonka_poc.serve.
+# Put into runner.py as it is here: MLNode's Python need not have gonka_poc installed. The limits are gonka_poc.serve's.
 COMMAND_FUNCTION = '''\
 def _gonka_poc_command(command):
     """`command` with each of these options once, at its end; what the operator chose otherwise stays."""
