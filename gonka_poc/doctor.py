@@ -31,7 +31,7 @@ from rich.text import Text
 from gonka_poc import vllm_compat
 from gonka_poc.callbacks.file import IN_MEMORY, outbox_path, try_outbox
 from gonka_poc.config import load_settings, unused_variables
-from gonka_poc.errors import PoCError, SettingsError, ToolError, UnsupportedServerError
+from gonka_poc.errors import OutboxError, PoCError, SettingsError, ToolError, UnsupportedServerError
 from gonka_poc.gpus import nvidia_smi
 from gonka_poc.vllm_compat import INSECURE_SERIALIZATION, MIDDLEWARE, SUPPORTED, WORKER_EXTENSION
 from gonka_poc.vllm_contract import Finding, judge, known_release, read_package
@@ -136,6 +136,8 @@ def check_outbox() -> Check:
         path = outbox_path(load_settings().outbox_path)
     except SettingsError:
         return Check(name, "warn", "not looked at", "correct the settings first")
+    except OutboxError as error:
+        return Check(name, "fail", str(error), "set POC_OUTBOX_PATH to a file on a local disk")
     if path == IN_MEMORY:
         return Check(name, "ok", "in memory: undelivered callbacks are lost with the server")
     folder = next(folder for folder in Path(path).absolute().parents if os.path.exists(folder))

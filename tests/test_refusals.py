@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,11 +11,18 @@ import pytest
 
 pytest.importorskip("vllm")
 
+import httpx
+from fakes import generate_body, round_body
+from prometheus_client import CollectorRegistry
+from starlette.responses import Response
 from torch import nn
 from vllm.engine.arg_utils import EngineArgs
 
+from gonka_poc.app import build_app
 from gonka_poc.errors import UnsupportedServerError
 from gonka_poc.manager import PoCManagerV1
+from gonka_poc.middleware import PoCMiddleware
+from gonka_poc.routes import PREFIX
 from gonka_poc.vllm_compat import ApiView
 from gonka_poc.vllm_compat.refusals import refuse_unsupported
 from gonka_poc.vllm_compat.release import WORKER_EXTENSION
@@ -88,6 +96,30 @@ async def test_configurations_are_refused_in_the_api_process(model, part, field,
     config = config_of(model)
     object.__setattr__(getattr(config, part), field, value)  # one that this platform or release does not have
     assert f"proof of compute does not work with {reason}" in await refusal_of(config)
+
+
+async def test_such_a_server_serves_chat_and_answers_proof_with_501(model):
+    async def chat(scope: Any, receive: Any, send: Any) -> None:
+        await Response("chat", 200)(scope, receive, send)
+
+    state = {"engine_client": EngineClient(), "vllm_config": config_of(model, enable_lora=True)}
+    app = SimpleNamespace(state=SimpleNamespace(**state))
+
+    async def with_app(scope: Any, receive: Any, send: Any) -> None:
+        await middleware({**scope, "app": app}, receive, send)
+
+    middleware = PoCMiddleware(chat, build=partial(build_app, registry=CollectorRegistry()))
+    transport = httpx.ASGITransport(app=with_app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        params = {"model": model, "seq_len": 4, "k_dim": 3}
+        for path, body in (
+            ("generate", generate_body([0], wait=True, params=params)),
+            ("init/generate", round_body(params=params)),
+        ):
+            response = await client.post(f"{PREFIX}/{path}", json=body)
+            assert (response.status_code, "--enable-lora" in response.text) == (501, True), response.text
+        assert (await client.get(f"{PREFIX}/status")).status_code == 200
+        assert (await client.post("/v1/chat/completions")).text == "chat"
 
 
 async def test_all_reasons_are_named_at_once(model):

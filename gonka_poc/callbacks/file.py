@@ -86,9 +86,15 @@ CREATE TABLE artifact (
 
 
 def outbox_path(setting: str) -> str:
-    """The file that POC_OUTBOX_PATH means: `~` and `$XDG_STATE_HOME` (or its default) written out."""
+    """The file that POC_OUTBOX_PATH means: `~` and `$XDG_STATE_HOME` (or its default) written out.
+
+    Raises OutboxError where there is no home folder to write out, as for a container's user without a name.
+    """
     state_home = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return os.path.expanduser(setting.replace("$XDG_STATE_HOME", state_home))
+    path = os.path.expanduser(setting.replace("$XDG_STATE_HOME", state_home))
+    if path.startswith("~"):
+        raise OutboxError(f"the outbox {path!r} is in no known home folder; set POC_OUTBOX_PATH to a file, or set HOME")
+    return path
 
 
 def connect(path: str, create: bool) -> sqlite3.Connection:
