@@ -94,9 +94,10 @@ def _batch_option(args: Sequence[str]) -> list[str]:
     # vLLM's parser takes an option also by its beginning
     if any(name.startswith("--max-num-b") for name, _ in options):
         return []
-    # without chunked prefill a batch must hold the longest sequence; a pooling model's memory is another matter
+    # Without chunked prefill a batch must hold the longest sequence; a pooling model's memory is another matter; and on
+    # several machines each is given the same options by hand.
     if any(
-        name in ("--no-enable-chunked-prefill", "--convert", "--help", "-h")
+        name in ("--no-enable-chunked-prefill", "--convert", "--nnodes", "-n", "--help", "-h")
         or (name, value) in (("--enable-chunked-prefill", "false"), ("--runner", "pooling"))
         for name, value in options
     ):

@@ -176,6 +176,7 @@ CONTRACT = (
     # an engine without a server, and what its forward costs
     *_names("engine/arg_utils.py", "EngineArgs: worker_extension_cls enforce_eager model"),
     *_names("engine/arg_utils.py", "EngineArgs: max_num_batched_tokens enable_chunked_prefill runner convert"),
+    *_names("engine/arg_utils.py", "EngineArgs.nnodes -n"),
     *_names("engine/arg_utils.py", "EngineArgs: add_cli_args(parser) from_cli_args(args)"),
     *_names("utils/argparse_utils.py", "FlexibleArgumentParser"),
     *_names("v1/engine/llm_engine.py", "LLMEngine: from_engine_args(engine_args) collective_rpc(method, args)"),

@@ -91,7 +91,7 @@ def _gonka_poc_batch(names):
     import shutil
     import subprocess
 
-    others = {"--config", "--no-enable-chunked-prefill", "--runner", "--convert"}
+    others = {"--config", "--no-enable-chunked-prefill", "--runner", "--convert", "--nnodes", "-n"}
     if any(name.startswith("--max-num-b") for name in names) or others & names or not shutil.which("nvidia-smi"):
         return []
     ask = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]

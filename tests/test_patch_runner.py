@@ -264,6 +264,7 @@ def test_batches_are_large_where_the_gpus_are(
         ["--config", "f.yaml"],
         ["--runner", "pooling"],
         ["--convert=embed"],
+        ["--nnodes", "2"],
     ],
     ids=" ".join,
 )

@@ -232,6 +232,7 @@ def test_a_plain_server_keeps_vllms_batch(gpu):
         (["--no-enable-chunked-prefill"], False),
         (["--runner", "pooling"], False),
         (["--convert", "embed"], False),
+        (["--nnodes", "2"], False),
         (["--help"], False),
         (["--runner", "generate"], True),
         (["--enable-chunked-prefill"], True),

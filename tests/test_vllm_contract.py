@@ -52,7 +52,7 @@ OTHERS = """
     synchronize Tensor tensor to type unsqueeze update util values version zeros
 """
 # options of the server that serve.py gives or looks for
-IMPLIED = {"middleware", "enable_chunked_prefill", "runner", "convert"}
+IMPLIED = {"middleware", "enable_chunked_prefill", "runner", "convert", "nnodes"}
 OPTIONS = {"model_tag"}  # what vLLM's parser of options gives, asked for with a default
 
 
