@@ -10,8 +10,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gonka_poc.app import PoCApp, build_app
-from gonka_poc.config import Settings, load_settings
-from gonka_poc.errors import EngineUnavailableError, PoCError
+from gonka_poc.config import Settings, load_settings, unused_variables
+from gonka_poc.errors import EngineUnavailableError, PoCError, printable
 from gonka_poc.manager import EngineView
 from gonka_poc.routes import PREFIX
 from gonka_poc.server.access_log import PollFilter
@@ -36,7 +36,8 @@ class PoCMiddleware:
 
     What stands against serving proof at all (a wrong POC_* variable, an unsupported vLLM, several API processes) stops
     the server in its lifespan: after an exception of a constructor it would run, and answer every request with 500.
-    vLLM gives `app` alone; tests give other parts.
+    vLLM gives `app` alone; tests give other parts. It makes this only when the engine is up: `preflight` has what is
+    tried before.
     """
 
     def __init__(
@@ -58,6 +59,8 @@ class PoCMiddleware:
             self._settings = load_settings()
         except PoCError as error:
             self._refusal = error
+        for sentence in unused_variables():
+            logger.warning("PoC: %s", printable(sentence))
         secret = self._settings.api_token
         token = None if secret is None else secret.get_secret_value()
         self._gate = TokenGate(self._serve, token, open_path=DASHBOARD)

@@ -67,7 +67,9 @@ def api_view(extension: str, may_send: bool, monkeypatch) -> ApiView:
     """The real view, over `EngineClient` as its `client`."""
     monkeypatch.setattr("vllm.envs.VLLM_ALLOW_INSECURE_SERIALIZATION", may_send)
     config = SimpleNamespace(
-        parallel_config=SimpleNamespace(worker_extension_cls=extension),
+        parallel_config=SimpleNamespace(worker_extension_cls=extension, data_parallel_size=1),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        lora_config=None,
         model_config=SimpleNamespace(max_model_len=64, model=MODEL, get_hidden_size=lambda: 16),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=48, max_num_seqs=5),
     )

@@ -212,6 +212,17 @@ async def test_503_until_the_engine_is_ready(client, parts):
 # --- servers that do not start ----------------------------------------------------------------------------------
 
 
+async def test_variables_that_nothing_reads_are_warned_of_once(monkeypatch, caplog, parts):
+    monkeypatch.setenv("POC_PRIORTY", "poc")
+    host = parts.host()
+    with caplog.at_level(logging.WARNING):
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=host), base_url="http://test") as client:
+            for _ in range(2):
+                assert (await client.get(f"{PREFIX}/status")).status_code == 200
+    (message,) = [record.getMessage() for record in caplog.records if "POC_" in record.getMessage()]
+    assert message.endswith("did you mean POC_PRIORITY?")
+
+
 def wrong_setting(parts: Parts, monkeypatch) -> None:
     monkeypatch.setenv("POC_RESULT_TTL_SEC", "soon")
 
