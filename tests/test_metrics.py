@@ -22,6 +22,7 @@ SPEC = VectorSpec("block", "key", seq_len=4, k_dim=3)
 SAMPLES = {
     "gonka_poc_nonces_total",
     "gonka_poc_nan_total",
+    "gonka_poc_ignored_fields_total",
     "gonka_poc_skipped_total",
     "gonka_poc_batch_seconds_bucket",
     "gonka_poc_batch_seconds_sum",
