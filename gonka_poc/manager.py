@@ -180,7 +180,7 @@ class PoCManagerV1:
                 logger.info("PoC is ready on %d worker(s): %s", len(answers), answers)
                 devices = [answer["device"] for answer in answers if answer is not None]
                 self._must_warm_up = self._settings.compiles(devices)
-                self._reached = True
+                self._reached, self._unsupported = True, None
 
     async def _warm_up_behind_chat(self) -> None:
         quiet_since = time.monotonic()

@@ -19,7 +19,9 @@ from gonka_poc.config import Settings
 from gonka_poc.data import ArtifactsAnswer, FailedAnswer, PendingAnswer, VectorSpec, encode_vector
 from gonka_poc.errors import ComputeError, ConflictError, EngineUnavailableError, RequestError, UnsupportedServerError
 from gonka_poc.routes import PREFIX, make_app
-from gonka_poc.server import background
+from gonka_poc.server import background, versions
+from gonka_poc.server import service as service_module
+from gonka_poc.version import UNINSTALLED
 
 SETTINGS = Settings(
     chat_backoff_sec=0.001, callback_interval_sec=0.001, max_queued_nonces=50_000, outbox_path=":memory:"
@@ -191,6 +193,55 @@ async def test_a_big_body_is_not_sent_back(api, content):
         response = await api.client.post(path, content=content, headers=headers)
         assert response.status_code == 422
         assert len(response.content) < 16_000
+
+
+# --- GET /versions ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("refusal", "status", "flag"),
+    [
+        (None, 200, True),
+        (UnsupportedServerError("--enable-lora"), 200, False),
+        (EngineUnavailableError("the workers cannot be reached"), 503, None),
+    ],
+)
+async def test_versions_of_servers(api, refusal, status, flag):
+    api.manager.refusal = refusal
+    response = await api.client.get("/versions")
+    assert response.status_code == status
+    assert response.json().get("poc_validation_inference") is flag
+
+
+@pytest.mark.parametrize(("priority", "flag"), [("chat", True), ("poc", False)])
+async def test_versions_say_whether_chat_goes_on(priority, flag):
+    service = make_poc(FakeManager(), SETTINGS.model_copy(update={"priority": priority})).service
+    assert (await service.versions()).poc_validation_inference is flag
+    await service.close()
+
+
+async def test_versions_of_what_is_not_installed(api, monkeypatch):
+    monkeypatch.setattr(versions, "found_version", lambda: None)
+    monkeypatch.setattr(versions, "__version__", UNINSTALLED)
+    answer = (await api.client.get("/versions")).json()
+    assert answer == {"vllm_version": "unknown", "gonka_poc_version": "unknown", "poc_validation_inference": True}
+    monkeypatch.setattr(versions, "found_version", lambda: "0.28.0.dev0")
+    monkeypatch.setattr(versions, "__version__", "0.1.7")
+    answer = (await api.client.get("/versions")).json()
+    assert answer == {"vllm_version": "0.28.0.dev0", "gonka_poc_version": "0.1.7", "poc_validation_inference": True}
+
+
+async def test_versions_do_not_wait_for_workers_that_say_nothing(api, monkeypatch):
+    """And do not answer with a false that would be kept."""
+    monkeypatch.setattr(service_module, "VERSIONS_SEC", 0.01)
+    monkeypatch.setattr(api.manager, "check_server", asyncio.Event().wait)
+    response = await asyncio.wait_for(api.client.get("/versions"), 5)
+    assert (response.status_code, "ask again" in response.json()["detail"]) == (503, True)
+
+
+async def test_versions_of_an_engine_that_died(api):
+    api.manager.dead = True
+    assert (await api.client.get("/versions")).status_code == 503
 
 
 # --- POST /generate ---------------------------------------------------------------------------------------------
