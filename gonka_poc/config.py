@@ -46,6 +46,9 @@ class Settings(BaseSettings):
     api_token: SecretStr | None = Field(
         default=None, description="bearer token that /api/v1/pow/* asks for; none: open to all who reach the port"
     )
+    batch_size_default: int = Field(
+        default=32, ge=1, description="nonces per batch where a request leaves that to the server"
+    )
     callback_allow: str = Field(
         default="",
         description="hosts, host:port, *.suffix, addresses and CIDR ranges, separated by commas, that callbacks may go "

@@ -11,16 +11,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gonka_poc.app import PoCApp, build_app
 from gonka_poc.config import Settings, load_settings, unused_variables
-from gonka_poc.errors import EngineUnavailableError, PoCError, printable
+from gonka_poc.errors import EngineUnavailableError, PoCError, UnsupportedServerError, printable
 from gonka_poc.manager import EngineView
 from gonka_poc.routes import PREFIX
 from gonka_poc.server.access_log import PollFilter
 from gonka_poc.server.guards import TokenGate, error_response, path_of
+from gonka_poc.server.versions import versions_answer
 from gonka_poc.vllm_compat import ApiView, installed_version
 
 logger = logging.getLogger("vllm.gonka_poc.middleware")
 
 DASHBOARD = f"{PREFIX}/dashboard"
+VERSIONS = ("GET", f"{PREFIX}/versions")
 POLLED = ("/health", f"{PREFIX}/status", f"{DASHBOARD}/data")
 # what waits for a round under POC_PRIORITY=poc, and for how long before its client should ask again
 PAUSED = (
@@ -80,7 +82,10 @@ class PoCMiddleware:
             # where the engine was not known when the server started, the parts are made at the first request
             poc = self._poc or self._start(scope["app"])
         except PoCError as error:
-            await error_response(error)(scope, receive, send)
+            response = error_response(error)
+            if isinstance(error, UnsupportedServerError) and (scope["method"], path_of(scope)) == VERSIONS:
+                response = JSONResponse(versions_answer(poc_validation_inference=False).model_dump())
+            await response(scope, receive, send)
         else:
             await poc.http(scope, receive, send)
 

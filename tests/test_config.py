@@ -28,6 +28,7 @@ def test_defaults():
         "callback_timeout_sec": 30.0,
         "chat_backoff_sec": 0.05,
         "compile": "auto",
+        "batch_size_default": 32,
         "batch_timeout_sec": 600.0,
         "max_step_ms": 200.0,
         "max_body_bytes": 16 * 1024 * 1024,
