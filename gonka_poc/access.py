@@ -19,8 +19,8 @@ from functools import partial
 import httpx
 
 from gonka_poc.certificates import ssl_context
-from gonka_poc.data import has_query
 from gonka_poc.errors import RequestError, printable
+from gonka_poc.request_fields import has_query
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Literal
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from gonka_poc.access import CallbackRules
 from gonka_poc.errors import SettingsError
+
+PREFIX = "POC_"
+# Variables that other software of the network reads and this one does not, and what does the same here.
+FOREIGN_VARIABLES: Mapping[str, str] = MappingProxyType(
+    {
+        "POC_CALLBACK_MAX_ARTIFACTS": "",
+        "POC_CALLBACK_MAX_CONCURRENT": "",
+        "POC_CALLBACK_MAX_RETRIES": "POC_OUTBOX_GRACE_SEC",
+        "POC_CALLBACK_QUEUE_SIZE": "POC_OUTBOX_MAX_BYTES",
+        "POC_GENERATE_CHUNK_TIMEOUT_SEC": "POC_BATCH_TIMEOUT_SEC",
+        "POC_GENERATE_RESULT_TTL_SEC": "POC_RESULT_TTL_SEC",
+        "POC_RPC_TIMEOUT_MS": "POC_BATCH_TIMEOUT_SEC",
+        "POC_ABLATE": "",
+        "POC_DIAG": "",
+        "POC_ROUTE_WINDOW": "",
+    }
+)
+FOREIGN_PREFIXES = ("POC_DECODE_", "POC_ROLLING_")
+# variables of this project's own tests
+TEST_PREFIX = "POC_TEST_"
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -18,10 +41,13 @@ class Settings(BaseSettings):
     """Each field is the environment variable POC_<NAME>; the README's table is checked against this class."""
 
     # hide_input_in_errors: a traceback shows pydantic's error, and the value can be the token
-    model_config = SettingsConfigDict(env_prefix="POC_", frozen=True, hide_input_in_errors=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, hide_input_in_errors=True)
 
     api_token: SecretStr | None = Field(
         default=None, description="bearer token that /api/v1/pow/* asks for; none: open to all who reach the port"
+    )
+    batch_size_default: int = Field(
+        default=32, ge=1, description="nonces per batch where a request leaves that to the server"
     )
     callback_allow: str = Field(
         default="",
@@ -74,6 +100,15 @@ class Settings(BaseSettings):
         "where all of them together would take more room than the answers of `POC_MAX_QUEUED_NONCES` nonces may",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """A variable that is set but empty counts as unset: compose files cannot pass "unset".
+
+        An empty token stays an error: taken as none it would open what was meant to be closed.
+        """
+        return {name: value for name, value in values.items() if value != "" or name == "api_token"}
+
     @field_validator("api_token")
     @classmethod
     def _check_token(cls, token: SecretStr | None) -> SecretStr | None:
@@ -104,6 +139,28 @@ def load_settings() -> Settings:
     except ValidationError as error:
         lines = [f"{_variable(str(e['loc'][0]), e['input'])}: {e['msg']}" for e in error.errors()]
         raise SettingsError("settings that cannot be used: " + "; ".join(lines)) from error
+
+
+def unused_variables(environment: Mapping[str, str] | None = None) -> list[str]:
+    """A sentence for each POC_* variable of `environment` (default: this process's) that no setting reads.
+
+    A name that looks misspelled is given the nearest setting; one that other software of the network reads is not
+    taken for a misspelling. An empty variable counts as unset.
+    """
+    known = {f"{PREFIX}{field.upper()}" for field in Settings.model_fields}
+    sentences = []
+    for name, value in sorted((os.environ if environment is None else environment).items()):
+        upper = name.upper()  # pydantic-settings reads names of any case
+        if not upper.startswith(PREFIX) or upper in known or upper.startswith(TEST_PREFIX) or value == "":
+            continue
+        if upper in FOREIGN_VARIABLES or upper.startswith(FOREIGN_PREFIXES):
+            ours = FOREIGN_VARIABLES.get(upper)
+            sentences.append(f"{name} has no effect on this server" + (f"; {ours} does the same here" if ours else ""))
+            continue
+        nearest = difflib.get_close_matches(upper, known, n=1)
+        advice = f"did you mean {nearest[0]}?" if nearest else "unset it; README.md lists those that are read"
+        sentences.append(f"{name} is no setting of this server and has no effect; {advice}")
+    return sentences
 
 
 def _variable(field: str, value: object) -> str:

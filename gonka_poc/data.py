@@ -1,6 +1,7 @@
 """Request and response models of the HTTP API, and the vector encoding (docs/protocol.md, sections 3 and 6).
 
-Requests are strict: unknown fields, and values of another type, are refused. Imports neither torch nor vLLM.
+Values of another type are refused. Unknown fields are ignored, but for those of `params`, which say what is computed.
+Imports neither torch nor vLLM.
 """
 
 from __future__ import annotations
@@ -9,63 +10,40 @@ import base64
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
-import httpx
 import numpy as np
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    model_validator,
+)
 
-MAX_NONCE = 2**63 - 1
-MAX_STEP = 2**53  # between two nonces of a node
-MAX_TEXT = 1024
-MAX_LISTED = 200_000  # of a request's lists; twice as much as the queue takes by default (POC_MAX_QUEUED_NONCES)
-MAX_FIELDS = 100  # of an object of a request: pydantic makes an error of each field that it does not know
-MAX_VECTOR_TEXT = 65_536
+from gonka_poc.request_fields import (
+    MAX_FIELDS,
+    MAX_NONCE,
+    MAX_STEP,
+    NO_MEANING,
+    BatchSize,
+    CallbackUrl,
+    Item,
+    Nonce,
+    RequestList,
+    RequestModel,
+    StrictModel,
+    Text,
+    VectorText,
+    refuse_decode,
+    unknown_fields,
+)
+
 PREFIX = "/api/v1/pow"
 State = Literal["IDLE", "GENERATING", "VALIDATING", "STOPPED"]
 VECTOR_DTYPE = np.dtype("<f2")
-
-Item = TypeVar("Item")
-# only the first wrong item is reported: an error takes a hundred times as much memory as the item
-RequestList = Annotated[list[Item], Field(max_length=MAX_LISTED), FailFast()]
-Nonce = Annotated[int, Field(ge=0, le=MAX_NONCE, description="0 to 2^63 - 1")]
-Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
-
-
-def has_query(url: str) -> bool:
-    """True if `url` has a query or a fragment, if only an empty one: a path put behind it would become part of it."""
-    return "?" in url or "#" in url
-
-
-def _http_url(url: str) -> str:
-    try:
-        parsed = httpx.URL(url)  # the client that will use it is the one to understand it
-        printable = url.isprintable() and " " not in url
-        usable = printable and parsed.scheme in ("http", "https") and bool(parsed.host)
-        usable = usable and (parsed.port is None or 0 < parsed.port < 65536)
-    except (httpx.InvalidURL, ValueError):
-        usable = False
-    if not usable or has_query(url):
-        raise ValueError("must be an http:// or https:// URL with a host, without query and fragment")
-    return url.rstrip("/")
-
-
-# where callbacks go to; null and the empty text are no receiver
-CallbackUrl = Annotated[
-    Annotated[str, Field(max_length=4096), AfterValidator(_http_url)] | None,
-    BeforeValidator(lambda url: None if url == "" else url),
-]
-
-
-def _not_too_long(text: str) -> str:
-    # not by max_length, which refuses what is no Unicode; a text like that is a mismatch, not a wrong request
-    if len(text) > MAX_VECTOR_TEXT:
-        raise ValueError(f"should have at most {MAX_VECTOR_TEXT} characters")
-    return text
-
-
-VectorText = Annotated[str, AfterValidator(_not_too_long), Field(json_schema_extra={"maxLength": MAX_VECTOR_TEXT})]
-
 
 # --- vectors ----------------------------------------------------------------------------------------------------
 
@@ -168,48 +146,65 @@ class NonceSequence:
 # --- requests ---------------------------------------------------------------------------------------------------
 
 
-class StrictModel(BaseModel):
-    """A part of a request: frozen; unknown fields, and values of another type, are refused."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _not_too_many_fields(cls, body: Any) -> Any:
-        if isinstance(body, dict) and len(body) > MAX_FIELDS:
-            raise ValueError(f"{len(body)} fields, should have at most {MAX_FIELDS}")
-        return body
+def _each_once(nonces: list[int]) -> list[int]:
+    return list(dict.fromkeys(nonces))
 
 
 class Params(StrictModel):
-    """The model, and the sizes of its inputs and vectors."""
+    """The model, the sizes of its inputs and vectors, and what the decode scheme's clients send with them.
+
+    Raises UnsupportedSchemeError where they ask for that scheme."""
 
     model: Text = Field(description="a served model name")
     seq_len: int = Field(ge=1, description="tokens per nonce")
     k_dim: int = Field(default=12, ge=1, description="length of an artifact vector")
+    # left out of dumps: rounds that differ by these are the same
+    scheme: Literal["prefill"] | None = Field(default=None, exclude=True, description="the only scheme computed here")
+    decode: Literal[False] | None = Field(default=None, exclude=True, description="true is 501")
+    max_tokens: int | None = Field(default=None, exclude=True, description="ignored")
+    route_window: int | None = Field(default=None, exclude=True, description="ignored")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_prefill(cls, body: Any) -> Any:
+        refuse_decode(body, "params.")
+        return body
 
 
-class _RoundFields(StrictModel):
+class _RoundFields(RequestModel):
     block_hash: Text
     block_height: int = Field(ge=0, le=MAX_NONCE)
     public_key: Text
-    node_id: int = Field(ge=0, le=MAX_NONCE)
-    node_count: int = Field(ge=1, le=MAX_NONCE)
-    group_id: int = Field(default=0, ge=0, le=MAX_NONCE)
-    n_groups: int = Field(default=1, ge=1, le=MAX_NONCE)
-    batch_size: int = Field(default=32, ge=1, le=1_000_000, description="nonces per batch; one larger than fits is cut")
+    # not below node_count: the network counts nodes from 1, and names some beyond those that take part
+    node_id: int = Field(ge=0, le=MAX_STEP)
+    node_count: int = Field(ge=1, le=MAX_STEP)
+    batch_size: BatchSize = None
     params: Params
     url: CallbackUrl = Field(default=None, description="callbacks are POSTed to {url}/generated or {url}/validated")
     poc_stronger_rng: bool = False
+    _ignored_fields: tuple[str, ...] = PrivateAttr(default=())
 
-    @model_validator(mode="after")
-    def _ids_in_range(self) -> _RoundFields:
-        # node_id is not: the network counts nodes from 1, and names some beyond those that take part
-        if self.group_id >= self.n_groups:
-            raise ValueError(f"group_id {self.group_id} must be less than n_groups {self.n_groups}")
-        if max(self.node_id, self.node_count * self.n_groups) > MAX_STEP:
-            raise ValueError(f"node_id, and node_count times n_groups, must be at most {MAX_STEP}")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _is_prefill(cls, body: Any) -> Any:
+        refuse_decode(body)
+        return body
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _note_ignored_fields(cls, body: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
+        request = handler(body)
+        request._ignored_fields = tuple(sorted(cls._unknown_fields(body))[:MAX_FIELDS])
+        return request
+
+    @classmethod
+    def _unknown_fields(cls, body: Any) -> set[str]:
+        return unknown_fields(body, cls.model_fields.keys() | NO_MEANING)
+
+    @property
+    def ignored_fields(self) -> tuple[str, ...]:
+        """The unknown fields that the request came with, with dots for those of its parts; at most MAX_FIELDS."""
+        return self._ignored_fields
 
     @property
     def spec(self) -> VectorSpec:
@@ -221,6 +216,9 @@ class _RoundFields(StrictModel):
 class InitGenerateRequest(_RoundFields):
     """Body of POST /init/generate: continuous generation of artifacts."""
 
+    group_id: int = Field(default=0, ge=0, le=MAX_NONCE)
+    n_groups: int = Field(default=1, ge=1, le=MAX_NONCE)
+
     @model_validator(mode="before")
     @classmethod
     def _one_protocol(cls, body: Any) -> Any:
@@ -228,31 +226,45 @@ class InitGenerateRequest(_RoundFields):
             raise ValueError("send params (artifact round) or r_target (threshold round), not both")
         return body
 
+    @model_validator(mode="after")
+    def _groups_in_range(self) -> InitGenerateRequest:
+        if self.group_id >= self.n_groups:
+            raise ValueError(f"group_id {self.group_id} must be less than n_groups {self.n_groups}")
+        if self.node_count * self.n_groups > MAX_STEP:
+            raise ValueError(f"node_count times n_groups must be at most {MAX_STEP}")
+        return self
+
     @property
     def nonces(self) -> NonceSequence:
         """The nonces that this node goes through."""
         return NonceSequence(self.node_id, self.node_count, self.group_id, self.n_groups)
 
 
-class Artifact(StrictModel):
+class Artifact(RequestModel):
     """A nonce and its vector: base64 of k_dim little-endian float16."""
 
     nonce: Nonce
     vector_b64: VectorText
 
 
-class Validation(StrictModel):
+class Validation(RequestModel):
     """Received artifacts to compare with recomputed ones."""
 
     artifacts: RequestList[Artifact]
 
 
-class StatTest(StrictModel):
-    """Thresholds of a validation."""
+class StatTest(RequestModel):
+    """Thresholds of a validation. `p_value_threshold` is another name of `fraud_threshold`, which wins over it."""
 
     dist_threshold: float = Field(default=0.02, ge=0, allow_inf_nan=False, description="L2 distance of a mismatch")
     p_mismatch: float = Field(default=0.001, ge=0, le=1, description="mismatch rate of an honest host")
-    fraud_threshold: float = Field(default=0.01, ge=0, le=1, description="p-value below which a host is a fraud")
+    fraud_threshold: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        validation_alias=AliasChoices("fraud_threshold", "p_value_threshold"),
+        description="p-value below which a host is a fraud; also understood as p_value_threshold",
+    )
 
 
 class GenerateRequest(_RoundFields):
@@ -261,7 +273,7 @@ class GenerateRequest(_RoundFields):
     Callbacks go to `url` for a queued request; with `wait` the answer itself is the result.
     """
 
-    nonces: RequestList[Nonce]
+    nonces: Annotated[RequestList[Nonce], AfterValidator(_each_once)]
     wait: bool = Field(default=False, description="true: answer with the result; false: queue and poll")
     validation: Validation | None = None
     stat_test: StatTest = Field(default_factory=StatTest)
@@ -273,21 +285,21 @@ class GenerateRequest(_RoundFields):
             return {key: value for key, value in body.items() if key != "stat_test"}
         return body
 
-    @model_validator(mode="after")
-    def _nonces_once(self) -> GenerateRequest:
-        refuse_duplicates("nonces", self.nonces)
-        if self.validation is not None:
-            refuse_duplicates("validation.artifacts", [artifact.nonce for artifact in self.validation.artifacts])
-        return self
-
-
-def refuse_duplicates(field: str, nonces: list[int]) -> None:
-    """Raise ValueError, which names `field`, where a nonce appears twice."""
-    seen: set[int] = set()
-    for nonce in nonces:
-        if nonce in seen:
-            raise ValueError(f"{field}: nonce {nonce} appears more than once")
-        seen.add(nonce)
+    @classmethod
+    def _unknown_fields(cls, body: Any) -> set[str]:
+        # the groups of a round are sent with every request by some clients
+        names = super()._unknown_fields(body) - {"group_id", "n_groups"}
+        if not isinstance(body, dict):
+            return names
+        validation, stat_test = body.get("validation"), body.get("stat_test")
+        names |= unknown_fields(stat_test, StatTest.model_fields.keys() | {"p_value_threshold"}, "stat_test.")
+        names |= unknown_fields(validation, Validation.model_fields.keys(), "validation.")
+        known = Artifact.model_fields.keys() | NO_MEANING
+        for artifact in validation["artifacts"] if isinstance(validation, dict) else ():
+            if len(names) >= MAX_FIELDS:
+                break
+            names |= unknown_fields(artifact, known, "validation.artifacts.")
+        return names
 
 
 # --- answers ----------------------------------------------------------------------------------------------------
@@ -304,6 +316,14 @@ class Encoding(BaseModel):
     dtype: Literal["f16"] = "f16"
     k_dim: int
     endian: Literal["le"] = "le"
+
+
+class VersionsAnswer(BaseModel):
+    """Releases, "unknown" where one is not installed, and the one thing that the network asks of them."""
+
+    vllm_version: str
+    gonka_poc_version: str
+    poc_validation_inference: bool = Field(description="chat is answered while this server validates")
 
 
 class PowStatus(BaseModel):

@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,8 +29,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from gonka_poc import vllm_compat
-from gonka_poc.config import load_settings
-from gonka_poc.errors import SettingsError, ToolError, UnsupportedServerError
+from gonka_poc.callbacks.file import IN_MEMORY, outbox_path, try_outbox
+from gonka_poc.config import load_settings, unused_variables
+from gonka_poc.errors import OutboxError, PoCError, SettingsError, ToolError, UnsupportedServerError
+from gonka_poc.gpus import nvidia_smi
 from gonka_poc.vllm_compat import INSECURE_SERIALIZATION, MIDDLEWARE, SUPPORTED, WORKER_EXTENSION
 from gonka_poc.vllm_contract import Finding, judge, known_release, read_package
 
@@ -92,7 +95,7 @@ def run_checks(runner: Path | None = None, python: str | None = None) -> list[Ch
     `python` is the interpreter that MLNode uses if neither runner.py nor the environment names one.
     """
     here = Surroundings(runner, python, os.environ)
-    checks = [check_python(), check_vllm(), check_settings(), check_gpu(), check_extension_points()]
+    checks = [check_python(), check_vllm(), check_settings(), check_outbox(), check_gpu(), check_extension_points()]
     checks += [check(here) for check in (check_package, check_runner, check_module, check_serialization, check_eager)]
     return [*checks, check_memory()]
 
@@ -119,7 +122,37 @@ def check_settings() -> Check:
         load_settings()
     except SettingsError as error:
         return Check("settings", "fail", str(error), "set the variable to a value in its range, or unset it")
+    unused = unused_variables()
+    if unused:
+        return Check("settings", "warn", "; ".join(unused), "correct the name, or unset the variable")
     return Check("settings", "ok", "every POC_* variable that is set can be used")
+
+
+def check_outbox() -> Check:
+    """The file of POC_OUTBOX_PATH. One that is not there yet is tried with another in its folder, which is removed:
+    made by root, the real one would be closed to the server."""
+    name = "outbox"
+    try:
+        path = outbox_path(load_settings().outbox_path)
+    except SettingsError:
+        return Check(name, "warn", "not looked at", "correct the settings first")
+    except OutboxError as error:
+        return Check(name, "fail", str(error), "set POC_OUTBOX_PATH to a file on a local disk")
+    if path == IN_MEMORY:
+        return Check(name, "ok", "in memory: undelivered callbacks are lost with the server")
+    folder = next(folder for folder in Path(path).absolute().parents if os.path.exists(folder))
+    try:
+        if os.path.lexists(path):
+            try_outbox(path, create=False)
+        else:
+            with tempfile.TemporaryDirectory(prefix=".gonka_poc-", dir=folder) as trial:
+                try_outbox(os.path.join(trial, "outbox.sqlite3"))
+    except PoCError as error:
+        return Check(name, "fail", str(error), "do what the text says; the server does not start like this")
+    except OSError as error:
+        fix = "let the server's user write there, or set POC_OUTBOX_PATH to a file on a local disk"
+        return Check(name, "fail", f"{path} cannot be made: {error}", fix)
+    return Check(name, "ok", f"{path} can be written")
 
 
 def check_gpu() -> Check:
@@ -146,17 +179,6 @@ def torch_cuda() -> int | None:
     text = path.read_text(encoding="utf-8", errors="replace") if path and path.is_file() else ""
     found = _find(r"^cuda\b[^=\n]*=\s*'(\d+)", text)
     return int(found) if found else None
-
-
-def nvidia_smi(query: str) -> list[list[str]]:
-    """The answer's cells, one row per GPU; empty if nvidia-smi is missing or fails."""
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60, check=True)
-    except (subprocess.SubprocessError, OSError):
-        return []
-    rows = [line.rsplit(",", query.count(",")) for line in done.stdout.splitlines() if line.strip()]
-    return [[cell.strip() for cell in row] for row in rows if len(row) == query.count(",") + 1]
 
 
 def package_folder(package: str) -> Path | None:

@@ -17,6 +17,7 @@ PoCError
 ├── ToolError                500  a test tool cannot do what it was asked; never over HTTP
 ├── OutboxError              500  the file of POC_OUTBOX_PATH cannot be used
 ├── UnsupportedServerError   501  this model or server configuration cannot give a correct vector
+├── UnsupportedSchemeError   501  the request asks for the decode scheme
 ├── EngineUnavailableError   503  the engine or the way to its workers is missing
 └── OutboxFullError          507  the outbox has no room, or cannot be written now
 """
@@ -98,6 +99,10 @@ class OutboxError(PoCError):
 
 class UnsupportedServerError(PoCError, http_status=501):
     """This model, vLLM release or server configuration cannot give a correct vector, so none is given."""
+
+
+class UnsupportedSchemeError(PoCError, http_status=501):
+    """The request asks for another scheme than the one that is computed here (prefill)."""
 
 
 class EngineUnavailableError(PoCError, http_status=503):

@@ -20,6 +20,7 @@ from gonka_poc.errors import (
     EngineUnavailableError,
     PoCError,
     RequestError,
+    UnsupportedServerError,
     WorkerMemoryError,
     printable,
     raise_worker_error,
@@ -116,6 +117,7 @@ class PoCManagerV1:
         self._sizer = BatchSizer(self._settings.max_step_ms / 1000)
         self._lock = asyncio.Lock()
         self._reached = self._must_warm_up = False
+        self._unsupported: UnsupportedServerError | None = None
         self._warming_up: asyncio.Task[None] | None = None
         # set from each call of the workers until their release; while there is none they keep nothing
         self._release_timer: asyncio.TimerHandle | None = None
@@ -145,6 +147,14 @@ class PoCManagerV1:
         if self._must_warm_up and (self._warming_up is None or self._warming_up.done()):
             self._warming_up = asyncio.create_task(self._warm_up_behind_chat(), name="poc-warm-up")
 
+    async def check_server(self) -> None:
+        """Refuse a server that gives no proofs, at once where that is known. Raises UnsupportedServerError,
+        EngineUnavailableError or ComputeError."""
+        self.ensure_engine_alive()
+        if self._unsupported is not None:
+            raise self._unsupported.with_traceback(None)  # it is raised again and again; the traceback would grow
+        await self._reach_workers()
+
     async def prepare(self) -> None:
         """Reach every worker and warm it up, for a server that starts and has no chat yet. Raises what `check` raises.
 
@@ -162,11 +172,15 @@ class PoCManagerV1:
             return
         async with self._lock:
             if not self._reached:
-                answers = await self._call("poc_describe")
+                try:
+                    answers = await self._call("poc_describe")
+                except UnsupportedServerError as error:
+                    self._unsupported = error
+                    raise
                 logger.info("PoC is ready on %d worker(s): %s", len(answers), answers)
                 devices = [answer["device"] for answer in answers if answer is not None]
                 self._must_warm_up = self._settings.compiles(devices)
-                self._reached = True
+                self._reached, self._unsupported = True, None
 
     async def _warm_up_behind_chat(self) -> None:
         quiet_since = time.monotonic()

@@ -83,6 +83,8 @@ class Metrics(Collector):
         self._registry = own = CollectorRegistry()
         self._nonces = Counter("gonka_poc_nonces", "nonces whose vector was computed", registry=own)
         self._nan = Counter("gonka_poc_nan", "nonces dropped because of a NaN or Inf", registry=own)
+        text = "unknown fields of requests that were ignored"
+        self._ignored = Counter("gonka_poc_ignored_fields", text, registry=own)
         self._skipped = Counter("gonka_poc_skipped", "batches put off, by reason", ["reason"], registry=own)
         self._skipped.labels(CHAT)  # shown as 0 from the start
         text = "seconds of a batch on the workers"
@@ -107,6 +109,10 @@ class Metrics(Collector):
         self._skipped.labels(reason).inc()
         if reason == CHAT:
             self._skipped_at = now
+
+    def ignored(self, fields: int) -> None:
+        """A request came with so many unknown fields."""
+        self._ignored.inc(fields)
 
     def called_back(self, seconds: float) -> None:
         """A callback was answered, or failed, after `seconds`."""

@@ -10,17 +10,19 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gonka_poc.app import PoCApp, build_app
-from gonka_poc.config import Settings, load_settings
-from gonka_poc.errors import EngineUnavailableError, PoCError
+from gonka_poc.config import Settings, load_settings, unused_variables
+from gonka_poc.errors import EngineUnavailableError, PoCError, UnsupportedServerError, printable
 from gonka_poc.manager import EngineView
 from gonka_poc.routes import PREFIX
 from gonka_poc.server.access_log import PollFilter
 from gonka_poc.server.guards import TokenGate, error_response, path_of
+from gonka_poc.server.versions import versions_answer
 from gonka_poc.vllm_compat import ApiView, installed_version
 
 logger = logging.getLogger("vllm.gonka_poc.middleware")
 
 DASHBOARD = f"{PREFIX}/dashboard"
+VERSIONS = ("GET", f"{PREFIX}/versions")
 POLLED = ("/health", f"{PREFIX}/status", f"{DASHBOARD}/data")
 # what waits for a round under POC_PRIORITY=poc, and for how long before its client should ask again
 PAUSED = (
@@ -36,7 +38,8 @@ class PoCMiddleware:
 
     What stands against serving proof at all (a wrong POC_* variable, an unsupported vLLM, several API processes) stops
     the server in its lifespan: after an exception of a constructor it would run, and answer every request with 500.
-    vLLM gives `app` alone; tests give other parts.
+    vLLM gives `app` alone; tests give other parts. It makes this only when the engine is up: `preflight` has what is
+    tried before.
     """
 
     def __init__(
@@ -58,6 +61,8 @@ class PoCMiddleware:
             self._settings = load_settings()
         except PoCError as error:
             self._refusal = error
+        for sentence in unused_variables():
+            logger.warning("PoC: %s", printable(sentence))
         secret = self._settings.api_token
         token = None if secret is None else secret.get_secret_value()
         self._gate = TokenGate(self._serve, token, open_path=DASHBOARD)
@@ -77,7 +82,10 @@ class PoCMiddleware:
             # where the engine was not known when the server started, the parts are made at the first request
             poc = self._poc or self._start(scope["app"])
         except PoCError as error:
-            await error_response(error)(scope, receive, send)
+            response = error_response(error)
+            if isinstance(error, UnsupportedServerError) and (scope["method"], path_of(scope)) == VERSIONS:
+                response = JSONResponse(versions_answer(poc_validation_inference=False).model_dump())
+            await response(scope, receive, send)
         else:
             await poc.http(scope, receive, send)
 

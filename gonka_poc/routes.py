@@ -27,6 +27,7 @@ from gonka_poc.data import (
     State,
     StatusAnswer,
     StopAnswer,
+    VersionsAnswer,
 )
 from gonka_poc.errors import PoCError, printable
 from gonka_poc.server.dashboard import DashboardData, RecentErrors, dashboard_data, dashboard_page
@@ -131,6 +132,12 @@ def _raw_json(body: bytes) -> Response:  # can be large: made into JSON once, an
 async def status(service: Service) -> ThresholdStatusAnswer | StatusAnswer:
     """The round that generates; of a threshold round, also its valid nonces."""
     return service.status()
+
+
+@router.get("/versions", responses=_errors(500, 503))
+async def versions(service: Service) -> VersionsAnswer:
+    """The releases of vLLM and gonka_poc, and whether chat is answered while this server validates."""
+    return await service.versions()
 
 
 @router.post("/stop")

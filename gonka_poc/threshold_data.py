@@ -1,4 +1,4 @@
-"""Request and response models of threshold rounds (docs/protocol.md, sections 4 and 6); as strict as `data`."""
+"""Request and response models of threshold rounds (docs/protocol.md, sections 4 and 6); unknown fields are refused."""
 
 from __future__ import annotations
 
@@ -8,23 +8,26 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
 from gonka_poc.data import (
-    MAX_NONCE,
-    MAX_STEP,
     BatchResult,
-    CallbackUrl,
     DistanceSpec,
     InitGenerateRequest,
-    Nonce,
     NonceSequence,
     Randomization,
-    RequestList,
     RoundConfig,
     RoundStats,
     State,
     StatusAnswer,
+    is_none,
+)
+from gonka_poc.request_fields import (
+    MAX_NONCE,
+    MAX_STEP,
+    BatchSize,
+    CallbackUrl,
+    Nonce,
+    RequestList,
     StrictModel,
     Text,
-    is_none,
     refuse_duplicates,
 )
 
@@ -51,7 +54,7 @@ class ThresholdRequest(StrictModel):
     fraud_threshold: float = Field(default=0.01, ge=0, le=1, description="p-value below which a host is a fraud")
     node_id: int = Field(default=-1, ge=-1, le=MAX_STEP, description="-1: this round does not generate")
     node_count: int = Field(default=-1, ge=-1, le=MAX_STEP, description="-1: this round does not generate")
-    batch_size: int = Field(default=32, ge=1, le=1_000_000, description="nonces per batch; one larger than fits is cut")
+    batch_size: BatchSize = None
     seq_len: int = Field(default=256, ge=1, description="tokens per nonce")
     callback_url: CallbackUrl = Field(
         default=None, description="callbacks are POSTed to {callback_url}/generated or {callback_url}/validated"

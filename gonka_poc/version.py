@@ -2,7 +2,9 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+UNINSTALLED = "0+source"  # run from a source tree that was never installed
+
 try:
     __version__ = version("gonka-poc")
-except PackageNotFoundError:  # run from a source tree that was never installed
-    __version__ = "0+source"
+except PackageNotFoundError:
+    __version__ = UNINSTALLED

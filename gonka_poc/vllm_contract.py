@@ -110,14 +110,14 @@ QWEN = "model_executor/models/qwen*.py"  # one model stands for all
 CONTRACT = (
     # the server, its options, its environment and the routes that wait for rounds
     *_names("entrypoints/openai/api_server.py", "__main__"),
-    *_names("entrypoints/*cli_args.py", "FrontendArgs.middleware --api-server-count -asc"),
+    *_names("entrypoints/*cli_args.py", "FrontendArgs.middleware --api-server-count -asc --config"),
     *_names("envs.py", f"{INSECURE_SERIALIZATION} VLLM_ENABLE_V1_MULTIPROCESSING VLLM_CPU_KVCACHE_SPACE"),
     *_names("entrypoints/*.py", "/v1/chat/completions /v1/completions /v1/responses /v1/messages"),
     *_names("entrypoints/*.py", "/invocations /inference/v1/generate"),
     *_names("entrypoints/*.py", "/v1/chat/completions/batch", first="0.19"),
     *_names("entrypoints/*.py", "/cohere/v2/chat", first="0.27"),
     # the API process
-    *_names("entrypoints/*.py", "state: engine_client vllm_config openai_serving_models"),
+    *_names("entrypoints/*.py", "state: args engine_client vllm_config openai_serving_models"),
     *_names("entrypoints/openai/*.py", "OpenAIServingModels.base_model_paths BaseModelPath.name"),
     *_names("v1/engine/async_llm.py", "AsyncLLM: collective_rpc(method, args) vllm_config output_processor errored"),
     *_names("v1/engine/output_processor.py", "OutputProcessor.has_unfinished_requests()"),
@@ -174,7 +174,9 @@ CONTRACT = (
     *_names("model_executor/custom_op.py", "CustomOp: forward_native() forward_cuda() forward_cpu() _forward_method"),
     *_names("ir/op.py", "enable_torch_wrap(enable)", "IrOp: registry impls set_priority(priority)", first="0.20"),
     # an engine without a server, and what its forward costs
-    *_names("engine/arg_utils.py", "EngineArgs: worker_extension_cls enforce_eager"),
+    *_names("engine/arg_utils.py", "EngineArgs: worker_extension_cls enforce_eager model"),
+    *_names("engine/arg_utils.py", "EngineArgs: max_num_batched_tokens enable_chunked_prefill runner convert"),
+    *_names("engine/arg_utils.py", "EngineArgs.nnodes -n"),
     *_names("engine/arg_utils.py", "EngineArgs: add_cli_args(parser) from_cli_args(args)"),
     *_names("utils/argparse_utils.py", "FlexibleArgumentParser"),
     *_names("v1/engine/llm_engine.py", "LLMEngine: from_engine_args(engine_args) collective_rpc(method, args)"),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from gonka_poc.data import VectorSpec, spec_from
 from gonka_poc.errors import ComputeError, PoCError, WorkerMemoryError
+from gonka_poc.vllm_compat.release import MIDDLEWARE
 
 logger = logging.getLogger("vllm.gonka_poc.worker")
 
@@ -88,3 +91,22 @@ def poc_answer(compute: Callable[[], Any]) -> Any:
         name = (WorkerMemoryError if out_of_memory else ComputeError).__name__
         message = f"a worker failed: {type(error).__name__}: {error}; the server's log has its traceback"
     return {"error": {"type": name, "message": message[:MAX_MESSAGE]}}
+
+
+def check_before_loading() -> None:
+    """Try the POC_* variables and the outbox for the API process, which looks at them only when the engine is up.
+
+    Only in a worker of a server that will load the middleware: vLLM starts engine and workers by multiprocessing, with
+    the environment and `sys.argv` of the API process. A worker on another host (Ray, --headless) has no outbox, and an
+    engine without a server needs none. Raises SettingsError, OutboxError or OutboxFullError.
+    """
+    if multiprocessing.parent_process() is None or "--headless" in sys.argv:
+        return
+    if any(MIDDLEWARE in word for word in sys.argv):
+        from gonka_poc.preflight import check_settings
+
+        check_settings()
+
+
+# vLLM imports this module before it loads the weights; an exception here ends the server
+check_before_loading()

@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-PATCH_VERSION = 1
+PATCH_VERSION = 2
 EAGER_OPTION = "--enforce-eager"
 MIDDLEWARE = "gonka_poc.middleware.PoCMiddleware"
 WORKER_EXTENSION = "gonka_poc.worker.PoCWorkerExtension"
@@ -51,7 +51,8 @@ MANUAL_STEPS = f"""\
            "--worker-extension-cls", "{WORKER_EXTENSION}",
        ]
 
-   vLLM takes several `--middleware`, but one `--worker-extension-cls`.
+   vLLM takes several `--middleware`, but one `--worker-extension-cls`. On GPUs of 70 GiB or more add
+   `"--max-num-batched-tokens", "32768"` too, unless it is there or chunked prefill is off.
 3. Find the child's environment (`env = os.environ.copy()`). Just before the process is started, add:
 
        env["VLLM_USE_V1"] = "1"
@@ -63,7 +64,7 @@ MANUAL_STEPS = f"""\
 5. `python3 -m py_compile runner.py`, then restart MLNode. vLLM's port must answer `GET /api/v1/pow/status`.
 """
 
-# Put into runner.py as it is here: MLNode's Python need not have gonka_poc installed.
+# Put into runner.py as it is here: MLNode's Python need not have gonka_poc installed. The limits are gonka_poc.serve's.
 COMMAND_FUNCTION = '''\
 def _gonka_poc_command(command):
     """`command` with each of these options once, at its end; what the operator chose otherwise stays."""
@@ -82,7 +83,23 @@ def _gonka_poc_command(command):
         replaced = name in names or "--no-" + name[2:] in names
         if name == "--middleware" or not replaced:  # the only one of which vLLM takes several
             kept += [name, value] if value else [name]
-    return kept
+    return kept + _gonka_poc_batch(names)
+
+
+def _gonka_poc_batch(names):
+    """The option for batches of 32 sequences of 1024 tokens, where no other speaks of it and the GPUs have 70 GiB."""
+    import shutil
+    import subprocess
+
+    others = {"--config", "--no-enable-chunked-prefill", "--runner", "--convert", "--nnodes", "-n"}
+    if any(name.startswith("--max-num-b") for name in names) or others & names or not shutil.which("nvidia-smi"):
+        return []
+    ask = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        sizes = [int(mib) for mib in subprocess.check_output(ask, timeout=60).split()]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return []
+    return ["--max-num-batched-tokens", "32768"] if min(sizes, default=0) >= 70 * 1024 else []
 '''
 
 

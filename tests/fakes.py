@@ -115,6 +115,11 @@ class FakeManager:
         if self.refusal is not None:
             raise self.refusal
 
+    async def check_server(self) -> None:
+        self.ensure_engine_alive()
+        if self.refusal is not None:
+            raise self.refusal
+
     async def prepare(self) -> None: ...
 
     def ensure_engine_alive(self) -> None:

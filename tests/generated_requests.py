@@ -17,7 +17,14 @@ from gonka_poc.app import build_app
 from gonka_poc.config import Settings
 from gonka_poc.routes import make_app
 
-CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+
+def no_server_error(ctx: schemathesis.CheckContext, response: schemathesis.Response, case: schemathesis.Case) -> None:
+    """Fails on a 5xx, but for the refusal of the decode scheme, which a generated value can ask for."""
+    if not (response.status_code == 501 and "computes the prefill scheme only" in response.text):
+        not_a_server_error(ctx, response, case)
+
+
+CHECKS = [no_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
 
 def requests_schema() -> schemathesis.BaseSchema:

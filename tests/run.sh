@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up .venv with the test tools and runs every check, also when an earlier one failed.
 #   bash tests/run.sh                     what every change must pass
-#   bash tests/run.sh --all               also the nightly tests, those on GPUs and those of tests/matrix
+#   bash tests/run.sh --all               also the nightly tests, those that measure times, those on GPUs and those of tests/matrix
 #   bash tests/run.sh -k validation -x    other arguments go to pytest
 set -euo pipefail
 
@@ -65,15 +65,14 @@ main() {
     # A worker takes a group of tests after another, in the order of tests/conftest.py: those of one server, or of a file.
     local workers=(-n 2 --dist loadgroup --no-loadscope-reorder)
     local not_by_default=(--ignore tests/gpu --ignore tests/test_matrix.py)
-    local timed=()
-    mapfile -t timed < <(grep -rlF --include='test_*.py' pytest.mark.timing tests)
     if [[ $* == --all ]]; then
+        local timed=()
+        mapfile -t timed < <(grep -rlF --include='test_*.py' pytest.mark.timing tests)
         check "pytest, times" "$VENV/bin/python" -m pytest -m timing "${timed[@]}"
         check pytest "$VENV/bin/python" -m pytest -m "not timing" "${workers[@]}"
     elif (($# > 0)); then
         check pytest "$VENV/bin/python" -m pytest "$@"
     else
-        check "pytest, times" "$VENV/bin/python" -m pytest -m "timing and not nightly" "${timed[@]}"
         check pytest "$VENV/bin/python" -m pytest -m "not timing and not nightly" "${workers[@]}" "${not_by_default[@]}"
     fi
 

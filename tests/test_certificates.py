@@ -20,6 +20,7 @@ from gonka_poc.callbacks.outbox import Batch
 from gonka_poc.certificates import VARIABLES, ssl_context
 from gonka_poc.cli.client import PoCClient
 from gonka_poc.errors import ServerAnswerError, SettingsError
+from gonka_poc.preflight import check_settings
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="certificates are made by openssl")
 
@@ -122,6 +123,14 @@ def test_the_first_that_is_set_counts_and_empty_is_unset(certificate):
     ):
         assert ssl_context(environ).cert_store_stats()["x509"] == 1
     assert ssl_context({}).cert_store_stats()["x509"] > 20
+
+
+def test_they_are_tried_before_the_engine_loads(monkeypatch, tmp_path):
+    monkeypatch.setenv("POC_OUTBOX_PATH", str(tmp_path / "outbox"))
+    check_settings()
+    monkeypatch.setenv("CURL_CA_BUNDLE", "/nowhere")
+    with pytest.raises(SettingsError, match="CURL_CA_BUNDLE='/nowhere' holds no certificates"):
+        check_settings()
 
 
 @pytest.mark.parametrize("name", VARIABLES)

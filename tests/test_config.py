@@ -8,7 +8,7 @@ import traceback
 import pytest
 from pydantic import ValidationError
 
-from gonka_poc.config import Settings, SettingsError, load_settings
+from gonka_poc.config import FOREIGN_VARIABLES, Settings, SettingsError, load_settings, unused_variables
 
 TEXTS = ("api_token", "callback_allow", "compile", "outbox_path", "priority")
 NAMES = [name for name in Settings.model_fields if name not in TEXTS]
@@ -28,6 +28,7 @@ def test_defaults():
         "callback_timeout_sec": 30.0,
         "chat_backoff_sec": 0.05,
         "compile": "auto",
+        "batch_size_default": 32,
         "batch_timeout_sec": 600.0,
         "max_step_ms": 200.0,
         "max_body_bytes": 16 * 1024 * 1024,
@@ -49,17 +50,20 @@ def test_each_setting_is_read_from_its_variable(monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("value", ["", "many", "-1", "0", "nan"])
+@pytest.mark.parametrize("value", ["many", "-1", "0", "nan"])
 def test_a_value_that_cannot_be_used_is_named(monkeypatch, name, value):
     monkeypatch.setenv(f"POC_{name.upper()}", value)
     with pytest.raises(SettingsError, match=f"POC_{name.upper()}='{value}': "):
         load_settings()
 
 
-def test_a_path_that_is_empty_is_named(monkeypatch):
-    monkeypatch.setenv("POC_OUTBOX_PATH", "")
-    with pytest.raises(SettingsError, match="POC_OUTBOX_PATH='': "):
-        load_settings()
+@pytest.mark.parametrize("name", [name for name in Settings.model_fields if name != "api_token"])
+def test_empty_is_unset(monkeypatch, name):
+    """Compose files cannot pass "unset"."""
+    before = load_settings()
+    monkeypatch.setenv(f"POC_{name.upper()}", "")
+    assert load_settings() == before
+    assert unused_variables() == []
 
 
 @pytest.mark.parametrize(
@@ -84,7 +88,6 @@ def test_each_text_is_read_from_its_variable(monkeypatch, name, value):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("priority", ""),
         ("priority", "CHAT"),
         ("priority", "both"),
         ("callback_allow", "a.example, 10.0.0.1/8"),
@@ -148,3 +151,54 @@ def test_settings_do_not_change():
     with pytest.raises(ValidationError):
         settings.max_queued_nonces = 1
     assert settings.max_queued_nonces == 100_000
+
+
+def test_an_empty_token_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("POC_API_TOKEN", "")
+    with pytest.raises(SettingsError, match=r"POC_API_TOKEN: .*not empty; unset it to ask for no token"):
+        load_settings()
+
+
+# --- variables that no setting reads ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("POC_CALLBACK_INTERVAL", "POC_CALLBACK_INTERVAL_SEC"),
+        ("POC_OUTBOX_DIR", "POC_OUTBOX_PATH"),
+        ("POC_PRIORTY", "POC_PRIORITY"),
+        ("poc_api_tokn", "POC_API_TOKEN"),
+    ],
+)
+def test_a_misspelled_variable_is_given_the_nearest_name(name, nearest):
+    expected = f"{name} is no setting of this server and has no effect; did you mean {nearest}?"
+    assert unused_variables({name: "1", "PATH": "/bin"}) == [expected]
+
+
+def test_a_variable_like_none_of_ours():
+    (sentence,) = unused_variables({"POC_XYZZY": "1"})
+    assert "README.md lists those that are read" in sentence
+
+
+def test_variables_of_other_software_are_not_taken_for_misspelled_ones():
+    names = [*FOREIGN_VARIABLES, "POC_DECODE_STEPS", "POC_ROLLING_WINDOW"]
+    sentences = unused_variables(dict.fromkeys(names, "1"))
+    assert [sentence.partition(" ")[0] for sentence in sentences] == sorted(names)
+    assert all("has no effect on this server" in sentence and "mean" not in sentence for sentence in sentences)
+    assert "POC_RPC_TIMEOUT_MS has no effect on this server; POC_BATCH_TIMEOUT_SEC does the same here" in sentences
+    assert "POC_DECODE_STEPS has no effect on this server" in sentences
+
+
+def test_what_does_the_same_is_a_setting():
+    ours = {f"POC_{name.upper()}" for name in Settings.model_fields}
+    assert {name for name in FOREIGN_VARIABLES.values() if name} <= ours
+    assert not ours & set(FOREIGN_VARIABLES)
+
+
+def test_nothing_is_said_of_what_is_read_or_empty_or_of_tests(monkeypatch):
+    ours = {f"POC_{name.upper()}": "1" for name in Settings.model_fields}
+    assert unused_variables({**ours, "poc_priority": "poc", "POC_OLD_NAME": "", "POC_TEST_KILLS": "1"}) == []
+    assert unused_variables() == []
+    monkeypatch.setenv("POC_PRIORTY", "poc")
+    assert len(unused_variables()) == 1  # of this process

@@ -17,10 +17,6 @@ from fakes import MODEL, generate_body, round_body
 from pydantic import ValidationError
 
 from gonka_poc.data import (
-    MAX_FIELDS,
-    MAX_LISTED,
-    MAX_NONCE,
-    MAX_TEXT,
     ArtifactsAnswer,
     DistanceSpec,
     Encoding,
@@ -35,6 +31,9 @@ from gonka_poc.data import (
     encode_vector,
     spec_from,
 )
+from gonka_poc.errors import UnsupportedSchemeError
+from gonka_poc.request_fields import MAX_FIELDS, MAX_LISTED, MAX_NAME, MAX_NONCE, MAX_TEXT
+from gonka_poc.server.delivery import fingerprint
 from gonka_poc.threshold_data import ProofBatch, ThresholdRequest
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "primitives.json").read_text())["encode"]
@@ -131,7 +130,7 @@ def test_chunks_keep_the_order(size, expected):
 
 def test_defaults_of_a_round():
     request = InitGenerateRequest.model_validate(changed(round_body(), "params.k_dim", MISSING))
-    assert (request.group_id, request.n_groups, request.batch_size) == (0, 1, 32)
+    assert (request.group_id, request.n_groups, request.batch_size) == (0, 1, None)
     assert (request.params.k_dim, request.url, request.poc_stronger_rng) == (12, None, False)
 
 
@@ -166,10 +165,18 @@ def test_defaults_of_a_request_for_nonces():
         ("params.k_dim", 1),
         ("params.seq_len", 1),
         ("batch_size", 1),
+        ("node_id", 9),  # node_count is 1
+        ("group_id", 9),  # of rounds only
+        ("n_groups", None),
     ],
 )
 def test_good_requests_for_nonces(path, value):
     GenerateRequest.model_validate(changed(generate_body([0]), path, value))
+
+
+@pytest.mark.parametrize(("sent", "computed"), [([3, 5, 3], [3, 5]), ([5, 5, 5, 3, 5], [5, 3]), ([], [])])
+def test_a_nonce_that_is_sent_twice_is_computed_once(sent, computed):
+    assert GenerateRequest.model_validate(generate_body(sent)).nonces == computed
 
 
 def test_stat_test_null_is_the_default():
@@ -189,11 +196,119 @@ def test_spec_and_nonces_of_a_request():
     assert request.nonces == NonceSequence(node_id=1, node_count=2, group_id=2, n_groups=3)
 
 
+# --- fields of other clients ------------------------------------------------------------------------------------
+
+# what clients of the decode scheme send with every request, where they ask for nothing but the prefill scheme
+OFF = [
+    *[("params.scheme", value) for value in ("prefill", None)],
+    *[("params.decode", value) for value in (False, None, 0)],
+    *[("params.max_tokens", value) for value in (0, 256, None)],
+    *[("params.route_window", value) for value in (0, 256, None)],
+    *[("batch_size", value) for value in (0, None, MISSING)],
+    *[(name, value) for name in ("decode", "debug", "per_nonce_reflection") for value in (False, None, 0)],
+    *[(name, value) for name in ("enforced_k_steps", "poc_vector_artifact_steps") for value in (None, {}, [], 0)],
+    *[("k_points_steps", value) for value in (None, [1, 2])],
+    *[("scheme", value) for value in ("prefill", None)],
+    *[(name, 0) for name in ("max_tokens", "route_window")],
+]
+DECODE = [
+    *[(f"{part}decode", value) for part in ("", "params.") for value in (True, 1, "true")],
+    *[(f"{part}scheme", value) for part in ("", "params.") for value in ("decode", "another")],
+    *[(name, True) for name in ("debug", "per_nonce_reflection")],
+    ("enforced_k_steps", {"0": [1, 2]}),
+    ("poc_vector_artifact_steps", [4]),
+]
+
+
+def _id(value: Any) -> str:
+    return "missing" if value is MISSING else ascii(value)[:24].strip("'")
+
+
+def requests_with(path: str, value: Any) -> list[tuple[type, dict[str, Any]]]:
+    """Both kinds of request with the field at `path` set to `value`."""
+    bodies = [(InitGenerateRequest, round_body(batch_size=32)), (GenerateRequest, generate_body([0], batch_size=32))]
+    return [(model, changed(body, path, value)) for model, body in bodies]
+
+
+@pytest.mark.parametrize(("path", "value"), OFF, ids=_id)
+def test_fields_that_ask_for_nothing_change_nothing(path, value):
+    """And a round that differs only by them goes on where it was."""
+    for model, body in requests_with(path, value):
+        request, plain = model.model_validate(body), model.model_validate({**round_body(), "nonces": [0]})
+        assert request.ignored_fields == ()
+        assert request.model_dump(exclude={"batch_size"}) == plain.model_dump(exclude={"batch_size"})
+        assert not request.batch_size or path != "batch_size"
+    assert fingerprint(InitGenerateRequest.model_validate(requests_with(path, value)[0][1])) == fingerprint(
+        InitGenerateRequest.model_validate(round_body())
+    )
+
+
+@pytest.mark.parametrize(("path", "value"), DECODE, ids=_id)
+def test_what_asks_for_the_decode_scheme_is_named(path, value):
+    """Also where the request has fields that are unknown here, or lacks others."""
+    for model, body in requests_with(path, value):
+        broken = changed(changed(body, "params.top_p", 1), "params.seq_len", MISSING)
+        for sent in (body, broken):
+            with pytest.raises(UnsupportedSchemeError, match=f"^{path}: this server computes the prefill scheme only"):
+                model.model_validate(sent)
+
+
+UNKNOWN = [
+    ("surprise", "surprise"),
+    ("\ud800", "\ud800"),
+    ("x" * 1_000_000, "x" * MAX_NAME),
+    ("validation.surprise", "validation.surprise"),
+    ("stat_test.surprise", "stat_test.surprise"),
+]
+
+
+@pytest.mark.parametrize(("path", "said"), UNKNOWN, ids=_id)
+def test_unknown_fields_are_ignored_and_said(path, said):
+    plain = generate_body([0], validation={"artifacts": []})
+    request = GenerateRequest.model_validate(changed(plain, path, {"any": "thing"}))
+    assert request.ignored_fields == (said,)
+    assert request.model_dump() == GenerateRequest.model_validate(plain).model_dump()
+
+
+def test_unknown_fields_of_artifacts_are_said_once():
+    artifacts = [{"nonce": n, "vector_b64": "", "surprise": n, "k_points_steps": None} for n in range(3)]
+    body = generate_body([0, 1, 2], validation={"artifacts": artifacts}, stat_test={"p_value_threshold": 0.5})
+    assert GenerateRequest.model_validate(body).ignored_fields == ("validation.artifacts.surprise",)
+
+
+def test_few_of_very_many_unknown_fields_are_kept():
+    artifacts = [{"nonce": n, "vector_b64": "", **{f"{n}_{i}": 0 for i in range(90)}} for n in range(1000)]
+    request = GenerateRequest.model_validate(generate_body([0], validation={"artifacts": artifacts}))
+    assert len(request.ignored_fields) == MAX_FIELDS
+
+
+def test_what_belongs_to_requests_for_nonces_is_unknown_to_a_round():
+    body = round_body(nonces=[1], wait=True, validation={"artifacts": 1}, stat_test=5, request_id="1")
+    ignored = InitGenerateRequest.model_validate(body).ignored_fields
+    assert ignored == ("nonces", "request_id", "stat_test", "validation", "wait")
+
+
+@pytest.mark.parametrize(
+    ("stat_test", "used"),
+    [
+        ({"p_value_threshold": 0.05}, 0.05),
+        ({"fraud_threshold": 0.02}, 0.02),
+        ({"p_value_threshold": 0.05, "fraud_threshold": 0.02}, 0.02),
+        ({"fraud_threshold": 0.02, "p_value_threshold": 0.05}, 0.02),
+        ({}, 0.01),
+    ],
+)
+def test_p_value_threshold_is_fraud_threshold(stat_test, used):
+    request = GenerateRequest.model_validate(generate_body([0], stat_test=stat_test))
+    assert request.stat_test == StatTest(fraud_threshold=used)
+    assert "fraud_threshold" in request.stat_test.model_dump()
+
+
 # --- requests that are refused ----------------------------------------------------------------------------------
 
 TEXTS = ["block_hash", "public_key", "params.model"]
-COUNTS = ["block_height", "node_id", "node_count", "group_id", "n_groups", "batch_size", "params.k_dim"]
-COUNTS += ["params.seq_len"]
+COUNTS = ["block_height", "node_id", "node_count", "params.k_dim", "params.seq_len"]
+GROUPS = ["group_id", "n_groups"]
 REQUIRED = ["block_hash", "block_height", "public_key", "node_id", "node_count", "params", "params.model"]
 REQUIRED += ["params.seq_len"]
 
@@ -201,15 +316,17 @@ BAD = [
     *[(path, MISSING) for path in REQUIRED],
     *[(path, value) for path in TEXTS for value in ("", "x" * (MAX_TEXT + 1), "\ud800", 1, None, ["x"], b"x")],
     *[(path, value) for path in COUNTS for value in (-1, 1.0, "1", True, None, math.nan, [1])],
+    *[("batch_size", value) for value in (-1, 1.0, "1", True, math.nan, [1], 2**63, 1_000_001)],
     *[(path, 2**63) for path in COUNTS if not path.startswith("params")],
-    *[(path, 0) for path in ("node_count", "n_groups", "batch_size", "params.k_dim", "params.seq_len")],
-    ("group_id", 1),  # n_groups is 1
+    *[(path, 0) for path in ("node_count", "params.k_dim", "params.seq_len")],
     ("node_id", 2**53 + 1),
     ("node_count", 2**53 + 1),
     *[("params", value) for value in (None, [], "x", {})],
     *[("poc_stronger_rng", value) for value in (None, 1, "true")],
-    ("surprise", 1),
     ("params.surprise", 1),
+    *[("params.decode", value) for value in ("", [])],
+    *[("params.scheme", value) for value in ("", 1, ["decode"])],
+    *[(f"params.{name}", value) for name in ("max_tokens", "route_window") for value in ("1", 1.5, True)],
     ("params.poc_stronger_rng", True),
     *[
         ("url", url)
@@ -238,37 +355,38 @@ BAD = [
     *[("url", url) for url in ("http://host/?token=1", "http://host/#part", "http://h/x?", "http://h/x#")],
 ]
 
+BAD_FOR_A_ROUND = [
+    *[(path, value) for path in GROUPS for value in (-1, 1.0, "1", True, None, math.nan, [1], 2**63)],
+    ("n_groups", 0),
+    ("group_id", 1),  # n_groups is 1
+    ("n_groups", 2**53 + 1),
+]
+
 BAD_FOR_NONCES = [
     ("nonces", MISSING),
     *[("nonces", value) for value in (None, 1, "1", {"0": 1}, [None], [[1]])],
-    *[("nonces", [0, value]) for value in (-1, 2**63, 2**4000, 0, 1.0, 1.5, "1", True, math.nan, math.inf)],
+    *[("nonces", [0, value]) for value in (-1, 2**63, 2**4000, 1.0, 1.5, "1", True, math.nan, math.inf)],
     *[("wait", value) for value in (None, 1, "true")],
-    *[("validation", value) for value in ([], {}, {"artifacts": None}, {"artifacts": [], "surprise": 1})],
+    *[("validation", value) for value in ([], {}, {"artifacts": None}, {"surprise": 1})],
     *[
         ("validation.artifacts", [artifact])
         for artifact in (
             {"nonce": 0},
             {"vector_b64": "AAAA"},
-            {"nonce": 0, "vector_b64": "AAAA", "surprise": 1},
             {"nonce": "0", "vector_b64": "AAAA"},
             {"nonce": -1, "vector_b64": "AAAA"},
             {"nonce": 0, "vector_b64": None},
             {"nonce": 0, "vector_b64": [0.5]},
         )
     ],
-    ("validation.artifacts", [{"nonce": 0, "vector_b64": text} for text in ("AAAA", "AAAB")]),
-    *[("stat_test", value) for value in ([], 1, {"surprise": 1})],
+    *[("stat_test", value) for value in ([], 1)],
     *[
         (f"stat_test.{name}", value)
-        for name in ("dist_threshold", "p_mismatch", "fraud_threshold")
+        for name in ("dist_threshold", "p_mismatch", "fraud_threshold", "p_value_threshold")
         for value in (-0.1, math.nan, math.inf, "0.1", None, True)
     ],
-    *[(f"stat_test.{name}", 1.1) for name in ("p_mismatch", "fraud_threshold")],
+    *[(f"stat_test.{name}", 1.1) for name in ("p_mismatch", "fraud_threshold", "p_value_threshold")],
 ]
-
-
-def _id(value: Any) -> str:
-    return "missing" if value is MISSING else ascii(value)[:24].strip("'")
 
 
 def refusal(model: type, body: dict[str, Any]) -> str:
@@ -289,13 +407,17 @@ def test_bad_requests(path, value):
 def test_bad_requests_for_nonces(path, value):
     body = changed(generate_body([0]), path, value)
     assert path.split(".")[0] in refusal(GenerateRequest, body)
+    assert path.rpartition(".")[2] in refusal(GenerateRequest, body)
+
+
+@pytest.mark.parametrize(("path", "value"), BAD_FOR_A_ROUND, ids=_id)
+def test_bad_groups_of_a_round(path, value):
+    assert path in refusal(InitGenerateRequest, round_body(**{path: value}))
 
 
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
-        ("nonces", [3, 5, 3], "nonce 3 appears more than once"),
-        ("group_id", 4, "group_id 4 must be less than n_groups 1"),
         ("url", "ftp://host", "http:// or https://"),
         ("nonces", [2**63], str(MAX_NONCE)),
         ("params.seq_len", 0, "greater than or equal to 1"),
@@ -306,9 +428,15 @@ def test_a_refusal_names_the_limit(path, value, says):
     assert says in refusal(GenerateRequest, changed(generate_body([0]), path, value))
 
 
-@pytest.mark.parametrize("key", ["\ud800", "wait", "nonces", "validation", "request_id"])
-def test_a_round_has_no_other_fields(key):
-    refusal(InitGenerateRequest, round_body(**{key: 1}))
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"group_id": 4}, "group_id 4 must be less than n_groups 1"),
+        ({"node_count": 2**52, "n_groups": 3}, f"node_count times n_groups must be at most {2**53}"),
+    ],
+)
+def test_a_refusal_names_the_limit_of_groups(changes, says):
+    assert says in refusal(InitGenerateRequest, round_body(**changes))
 
 
 @pytest.mark.parametrize(

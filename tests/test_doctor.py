@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from gonka_poc import doctor
+from gonka_poc.callbacks.outbox import Outbox
 from gonka_poc.doctor import Surroundings
 from gonka_poc.entrypoint import api_router
 from gonka_poc.errors import UnsupportedServerError
@@ -88,6 +89,49 @@ def test_settings_that_cannot_be_used_are_named(monkeypatch: pytest.MonkeyPatch)
     assert "POC_PRIORITY='both'" in check.found
     monkeypatch.setattr(doctor, "check_extension_points", doctor.check_python)  # which takes seconds
     assert check in doctor.run_checks()
+
+
+def test_variables_that_nothing_reads_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POC_PRIORTY", "poc")
+    check = doctor.check_settings()
+    assert (check.state, "did you mean POC_PRIORITY?" in check.found) == ("warn", True)
+
+
+def test_the_outbox_is_tried_and_not_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "outbox.sqlite3"
+    monkeypatch.setenv("POC_OUTBOX_PATH", str(path))
+    assert doctor.check_outbox() == doctor.Check("outbox", "ok", f"{path} can be written")
+    assert list(tmp_path.iterdir()) == []
+    path.parent.mkdir(parents=True)
+    path.write_text("something else")
+    check = doctor.check_outbox()
+    assert (check.state, "is not an outbox; it was left as it is" in check.found) == ("fail", True)
+    assert path.read_text() == "something else"
+    monkeypatch.setattr(doctor, "check_extension_points", doctor.check_python)  # which takes seconds
+    assert check in doctor.run_checks()
+
+
+def test_an_outbox_that_a_server_uses_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "outbox.sqlite3"
+    monkeypatch.setenv("POC_OUTBOX_PATH", str(path))
+    outbox = Outbox(str(path), 2**20)
+    outbox.add_validated("http://a", {})
+    files = sorted(os.listdir(tmp_path))
+    assert doctor.check_outbox().state == "ok"
+    assert sorted(os.listdir(tmp_path)) == files
+    assert outbox.counts().pending_batches == 1
+    outbox.close()
+
+
+def test_an_outbox_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POC_OUTBOX_PATH", "/proc/nope/o.sqlite3")
+    check = doctor.check_outbox()
+    assert (check.state, check.found.startswith("/proc/nope/o.sqlite3 cannot be made: ")) == ("fail", True)
+    assert "POC_OUTBOX_PATH" in check.fix
+    monkeypatch.setenv("POC_OUTBOX_PATH", ":memory:")
+    assert doctor.check_outbox().state == "ok"
+    monkeypatch.setenv("POC_MAX_STEP_MS", "soon")
+    assert doctor.check_outbox().state == "warn"
 
 
 @pytest.mark.parametrize(

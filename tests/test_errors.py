@@ -24,6 +24,7 @@ STATUSES = {
     "ToolError": 500,
     "OutboxError": 500,
     "UnsupportedServerError": 501,
+    "UnsupportedSchemeError": 501,
     "EngineUnavailableError": 503,
     "OutboxFullError": 507,
 }

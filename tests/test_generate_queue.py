@@ -84,6 +84,15 @@ async def test_a_job_is_cut_into_micro_batches(make, batch_size, asked):
     assert manager.asked == asked
 
 
+@pytest.mark.parametrize("left_out", [{}, {"batch_size": 0}, {"batch_size": None}])
+@pytest.mark.parametrize(("default", "asked"), [(2, [[0, 1], [2, 3], [4]]), (32, [[0, 1, 2, 3], [4]])])
+async def test_the_server_chooses_where_a_request_does_not(make, left_out, default, asked):
+    manager = FakeManager()
+    settings = SETTINGS.model_copy(update={"batch_size_default": default})
+    await make(manager, settings).queue.submit(request(range(5), **left_out)).outcome
+    assert manager.asked == asked
+
+
 async def test_no_nonces_complete_at_once(make):
     manager = FakeManager()
     answer = await make(manager).queue.submit(request([])).outcome

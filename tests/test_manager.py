@@ -67,7 +67,9 @@ def api_view(extension: str, may_send: bool, monkeypatch) -> ApiView:
     """The real view, over `EngineClient` as its `client`."""
     monkeypatch.setattr("vllm.envs.VLLM_ALLOW_INSECURE_SERIALIZATION", may_send)
     config = SimpleNamespace(
-        parallel_config=SimpleNamespace(worker_extension_cls=extension),
+        parallel_config=SimpleNamespace(worker_extension_cls=extension, data_parallel_size=1),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        lora_config=None,
         model_config=SimpleNamespace(max_model_len=64, model=MODEL, get_hidden_size=lambda: 16),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=48, max_num_seqs=5),
     )
@@ -474,6 +476,29 @@ async def test_a_worker_that_refuses_to_be_described():
     for _ in range(2):
         with pytest.raises(UnsupportedServerError, match="no decoder layers"):
             await manager.check(params())
+    # those who ask only for the server's releases are answered without another call
+    for _ in range(2):
+        with pytest.raises(UnsupportedServerError, match="no decoder layers"):
+            await manager.check_server()
+    assert len(view.calls) == 2
+    view.answers = None
+    await manager.check(params())
+    await manager.check_server()
+
+
+async def test_a_check_of_the_server_waits_for_no_batch():
+    view = FakeView()
+    manager = PoCManagerV1(view)
+    await manager.check_server()
+    view.hangs = True
+    batch = asyncio.create_task(manager.compute(SPEC, [1]))
+    await until(lambda: len(view.calls) == 2)
+    await asyncio.wait_for(manager.check_server(), 0.1)
+    batch.cancel()
+    await asyncio.gather(batch, return_exceptions=True)
+    view.dead = True
+    with pytest.raises(EngineUnavailableError):
+        await manager.check_server()
 
 
 @pytest.mark.parametrize(("seq_len", "size"), [(1, 5), (9, 5), (10, 4), (24, 2), (25, 1), (48, 1), (64, 1)])

@@ -17,11 +17,13 @@ from gonka_poc.data import GenerateRequest, InitGenerateRequest, ReceiverStatus,
 from gonka_poc.manager import PoCManagerV1
 from gonka_poc.metrics import BUCKET_SEC, MAX_YIELD_SEC, NUM_BUCKETS, STATES, Bucket, History, Metrics
 from gonka_poc.server.dashboard import MAX_ERROR_CHARS, MAX_ERRORS, RecentErrors
+from gonka_poc.server.ignored_fields import MAX_NAMES
 
 SPEC = VectorSpec("block", "key", seq_len=4, k_dim=3)
 SAMPLES = {
     "gonka_poc_nonces_total",
     "gonka_poc_nan_total",
+    "gonka_poc_ignored_fields_total",
     "gonka_poc_skipped_total",
     "gonka_poc_batch_seconds_bucket",
     "gonka_poc_batch_seconds_sum",
@@ -185,6 +187,32 @@ async def test_the_service_is_asked_at_each_scrape(registry):
     service.stop()
     found = scrape(registry)
     assert (found["gonka_poc_state", "IDLE"], found["gonka_poc_queue_nonces",]) == (1, 0)
+    await service.close()
+
+
+async def test_unknown_fields_are_counted_and_each_is_logged_once(registry, caplog):
+    """However many names a client makes up: the metric has none of them, and the log only so many."""
+    metrics = Metrics()
+    service = build_app(FakeView(), Settings(chat_backoff_sec=0.001), metrics=metrics).service
+    metrics.attach(registry)
+    before = scrape(registry)
+    assert before["gonka_poc_ignored_fields_total",] == 0
+    for number in range(3):
+        body = generate_body([1], epoch=1, **{"line\nbreak": 2}, stat_test={"tau": 0.1}, wait=True)
+        await service.submit(GenerateRequest.model_validate(body | {"block_height": number}))
+    logged = [record.getMessage() for record in caplog.records if "ignored" in record.getMessage()]
+    assert logged == [r"PoC: fields of a request that are unknown here are ignored: epoch, line\nbreak, stat_test.tau"]
+    await service.init_generate(InitGenerateRequest.model_validate(round_body(wait=True)))
+    found = scrape(registry)
+    assert found["gonka_poc_ignored_fields_total",] == 10
+    assert set(found) == set(before)
+    for number in range(MAX_NAMES):
+        made_up = {f"{number}_{i}": 0 for i in range(50)}
+        await service.submit(GenerateRequest.model_validate(generate_body([1], **made_up)))
+    assert scrape(registry)["gonka_poc_ignored_fields_total",] == 10 + 50 * MAX_NAMES
+    messages = [record.getMessage().partition(" are ignored: ") for record in caplog.records]
+    names = [name for _, _, listed in messages if listed for name in listed.split(", ")]
+    assert len(names) == len(set(names)) == MAX_NAMES
     await service.close()
 
 

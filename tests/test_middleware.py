@@ -200,16 +200,28 @@ async def test_root_path(host, root_path, path, status):
 
 async def test_503_until_the_engine_is_ready(client, parts):
     parts.make_view = ApiView
-    for method, path in (("GET", "/status"), ("POST", "/generate"), ("GET", "/no-such-path")):
+    for method, path in (("GET", "/status"), ("GET", "/versions"), ("POST", "/generate"), ("GET", "/no-such-path")):
         response = await client.request(method, f"{PREFIX}{path}")
         assert response.status_code == 503
         assert "not ready" in response.json()["detail"]
     assert (await client.get("/health")).status_code == 418
     parts.make_view = lambda app: parts.view
     assert (await client.get(f"{PREFIX}/status")).status_code == 200
+    assert (await client.get(f"{PREFIX}/versions")).json()["poc_validation_inference"] is True
 
 
 # --- servers that do not start ----------------------------------------------------------------------------------
+
+
+async def test_variables_that_nothing_reads_are_warned_of_once(monkeypatch, caplog, parts):
+    monkeypatch.setenv("POC_PRIORTY", "poc")
+    host = parts.host()
+    with caplog.at_level(logging.WARNING):
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=host), base_url="http://test") as client:
+            for _ in range(2):
+                assert (await client.get(f"{PREFIX}/status")).status_code == 200
+    (message,) = [record.getMessage() for record in caplog.records if "POC_" in record.getMessage()]
+    assert message.endswith("did you mean POC_PRIORITY?")
 
 
 def wrong_setting(parts: Parts, monkeypatch) -> None:
@@ -257,6 +269,12 @@ async def test_a_start_that_is_refused(parts, monkeypatch, prepare, status, reas
             response = await client.get(f"{PREFIX}/status")
             assert response.status_code == status
             assert reason in response.json()["detail"]
+        # a server that is not supported says so to those who ask whether it validates beside chat
+        response = await client.get(f"{PREFIX}/versions")
+        assert response.status_code == (200 if status == 501 else status)
+        assert response.json().get("poc_validation_inference", False) is False
+        assert ("vllm_version" in response.json()) is (status == 501)
+        assert (await client.post(f"{PREFIX}/versions")).status_code == status
         assert (await client.get("/health")).status_code == 418
 
 
@@ -316,7 +334,19 @@ def _token(monkeypatch):
 
 @pytest.mark.usefixtures("_token")
 @pytest.mark.parametrize(
-    "path", ["", "/", "/status", "/docs", "/openapi.json", "/dashboard/data", "/dashboard/", "/nothing", "//dashboard"]
+    "path",
+    [
+        "",
+        "/",
+        "/status",
+        "/versions",
+        "/docs",
+        "/openapi.json",
+        "/dashboard/data",
+        "/dashboard/",
+        "/nothing",
+        "//dashboard",
+    ],
 )
 async def test_a_request_without_the_token_is_401(client, view, path):
     for method in ("GET", "POST", "OPTIONS", "HEAD"):

@@ -16,9 +16,12 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hosts import patch_runner
+
+from gonka_poc import serve
 
 PATCHES = Path(__file__).parent.parent / "patches"
 SCRIPT = PATCHES / "patch_runner.py"
@@ -62,10 +65,16 @@ def unmarked(data: bytes) -> bytes:
     return re.sub(rb"[ \t]*# >>> gonka-poc patch.*?# <<< gonka-poc patch[\r\n]+", b"", data, flags=re.DOTALL)
 
 
+REAL_POPEN = subprocess.Popen
+
+
 class FakePopen:
     """Keeps what would have been started."""
 
     started: list[tuple[list[str], dict[str, str]]]
+
+    def __new__(cls, args: list[str], *others: Any, **options: Any) -> Any:
+        return REAL_POPEN(args, *others, **options) if args[0] == "nvidia-smi" else super().__new__(cls)
 
     def __init__(self, args: list[str], env: dict[str, str], start_new_session: bool = False) -> None:
         if args[:2] == ["sh", "-c"]:
@@ -79,6 +88,22 @@ class FakePopen:
 
 
 Launch = Callable[..., tuple[list[str], dict[str, str]]]
+
+
+@pytest.fixture(autouse=True)
+def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
+    """Puts an nvidia-smi that answers this on PATH; at first there is none there."""
+    folder = tmp_path / "smi bin"
+    others = [part for part in os.environ["PATH"].split(os.pathsep) if not Path(part, "nvidia-smi").exists()]
+    monkeypatch.setenv("PATH", os.pathsep.join([str(folder), *others]))
+
+    def put(answer: str, status: int = 0) -> None:
+        folder.mkdir(exist_ok=True)
+        script = folder / "nvidia-smi"
+        script.write_text(f"#!/bin/sh\nprintf '{answer}'\nexit {status}\n")
+        script.chmod(0o755)
+
+    return put
 
 
 @pytest.fixture
@@ -196,6 +221,107 @@ def test_cuda_graphs_leave_the_operators_eager_alone(tmp_path: Path, launch: Lau
     path = put(tmp_path, "direct_2025")
     assert run("apply", path, *GRAPHS) == 0
     assert launch(path, "--enforce-eager", "--seed", "1")[0][-7:] == [*EAGER, "--seed", "1", *MIDDLEWARE, *EXTENSION]
+
+
+BATCH = ["--max-num-batched-tokens", "32768"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "added"),
+    [
+        ("81559\\n", 0, True),
+        ("143771\\n143771\\n", 0, True),
+        ("71680\\n", 0, True),
+        ("40960\\n", 0, False),
+        ("81559\\n24576\\n", 0, False),
+        ("[N/A]\\n", 0, False),
+        ("No devices were found\\n", 0, False),
+        ("", 0, False),
+        ("81559\\n", 9, False),
+        (None, 0, False),
+    ],
+)
+@pytest.mark.parametrize("name", ["direct_2025", "shell_2025", "module_2026"])
+def test_batches_are_large_where_the_gpus_are(
+    name: str, answer: str | None, status: int, added: bool, tmp_path: Path, launch: Launch, nvidia_smi: Any
+) -> None:
+    path = put(tmp_path, name)
+    plain = split_ours(launch(path)[0])[0]
+    assert run("apply", path) == 0
+    if answer is not None:
+        nvidia_smi(answer, status)
+    assert launch(path)[0] == [*plain, *EAGER, *MIDDLEWARE, *EXTENSION, *(BATCH if added else [])]
+
+
+@pytest.mark.parametrize(
+    "operators",
+    [
+        BATCH,
+        ["--max-num-batched-tokens=8192"],
+        ["--max_num_batched_tokens", "8192"],
+        ["--max-num-batched", "8192"],
+        ["--no-enable-chunked-prefill"],
+        ["--config", "f.yaml"],
+        ["--runner", "pooling"],
+        ["--convert=embed"],
+        ["--nnodes", "2"],
+    ],
+    ids=" ".join,
+)
+def test_the_operators_batch_stays(operators: list[str], tmp_path: Path, launch: Launch, nvidia_smi: Any) -> None:
+    nvidia_smi("81559\\n")
+    path = put(tmp_path, "direct_2025")
+    plain = split_ours(launch(path)[0])[0]
+    assert run("apply", path) == 0
+    assert launch(path, *operators)[0] == [*plain, *operators, *EAGER, *MIDDLEWARE, *EXTENSION]
+
+
+COMMON = ["--enable-auto-tool-choice", "--trust-remote-code", "--tensor-parallel-size", "4"]
+# what hosts of the network give with their models
+NODE_ARGUMENTS = {
+    "MiniMax": ["--revision", "d494266a4aff", "--kv-cache-dtype", "fp8", "--moe-backend", "triton", *COMMON],
+    "Kimi": [
+        *("--scheduling-policy", "priority", *BATCH, "--enable-expert-parallel", "--mm-encoder-tp-mode", "data"),
+        *("--attention-config", '{"mla_prefill_backend":"TRTLLM_RAGGED"}', "--disable-custom-all-reduce", *COMMON),
+    ],
+    "DeepSeek": [
+        *("--compilation-config", '{"max_cudagraph_capture_size": 1024}', "--max-model-len", "400000", *BATCH),
+        *("--tokenizer-mode", "deepseek_v4", "--gpu-memory-utilization", "0.90", *COMMON),
+    ],
+    "GLM": [
+        *("--block-size", "2304", "--no-enable-flashinfer-autotune", "--logprobs-mode", "processed_logprobs"),
+        *("--max-num-seqs", "256", "--tool-call-parser", "glm47", *COMMON),
+    ],
+}
+
+
+@pytest.mark.parametrize("arguments", NODE_ARGUMENTS.values(), ids=NODE_ARGUMENTS)
+@pytest.mark.parametrize("name", [name for name in ALL if name != "shell_edited"])
+def test_each_option_is_there_once_and_the_rest_untouched(
+    name: str, arguments: list[str], tmp_path: Path, launch: Launch, nvidia_smi: Any
+) -> None:
+    nvidia_smi("143771\\n")
+    path = put(tmp_path, name)
+    plain = split_ours(launch(path)[0])[0]
+    assert run("apply", path) == 0
+    argv = launch(path, *arguments)[0]
+    added = [] if BATCH[0] in arguments else BATCH
+    assert argv == [*plain, *arguments, *EAGER, *MIDDLEWARE, *EXTENSION, *added]
+    for option in (EAGER[0], MIDDLEWARE[0], EXTENSION[0], BATCH[0]):
+        assert argv.count(option) == 1
+    # and it changes nothing in what it made
+    assert launch(path, *arguments, *EAGER, *MIDDLEWARE, *EXTENSION, *added)[0] == [
+        *([*plain, *arguments, *added]),
+        *EAGER,
+        *MIDDLEWARE,
+        *EXTENSION,
+    ]
+
+
+def test_the_size_of_a_batch_is_that_of_serve() -> None:
+    assert [serve.BATCHED_TOKENS, str(serve.PROOF_BATCH_TOKENS)] == BATCH
+    assert f'["{BATCH[0]}", "{BATCH[1]}"]' in patch_runner.COMMAND_FUNCTION
+    assert f"{serve.LARGE_GPU_MIB // 1024} * 1024" in patch_runner.COMMAND_FUNCTION
 
 
 def test_a_real_shell_starts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

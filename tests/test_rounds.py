@@ -76,6 +76,19 @@ async def test_a_batch_is_at_most_a_micro_batch(batch_size, asked):
     assert manager.asked == [asked]
 
 
+@pytest.mark.parametrize("left_out", [{}, {"batch_size": 0}, {"batch_size": None}])
+@pytest.mark.parametrize(("default", "asked"), [(2, [0, 1]), (32, [0, 1, 2, 3])])
+async def test_the_server_chooses_where_a_request_does_not(left_out, default, asked):
+    manager = FakeManager(batches=0)
+    request = InitGenerateRequest.model_validate(round_body(**left_out))
+    settings = Settings(chat_backoff_sec=0.001, batch_size_default=default)
+    current = GenerateRound(manager, request, Delivered().take, settings)
+    current.start()
+    await until(lambda: manager.asked)
+    await finish(current, manager)
+    assert manager.asked == [asked]
+
+
 async def test_a_nonce_counts_when_it_is_delivered():
     manager, delivered = FakeManager(batches=0), Delivered()
     current = start(manager, delivered)

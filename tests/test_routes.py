@@ -19,7 +19,9 @@ from gonka_poc.config import Settings
 from gonka_poc.data import ArtifactsAnswer, FailedAnswer, PendingAnswer, VectorSpec, encode_vector
 from gonka_poc.errors import ComputeError, ConflictError, EngineUnavailableError, RequestError, UnsupportedServerError
 from gonka_poc.routes import PREFIX, make_app
-from gonka_poc.server import background
+from gonka_poc.server import background, versions
+from gonka_poc.server import service as service_module
+from gonka_poc.version import UNINSTALLED
 
 SETTINGS = Settings(
     chat_backoff_sec=0.001, callback_interval_sec=0.001, max_queued_nonces=50_000, outbox_path=":memory:"
@@ -35,6 +37,7 @@ ROUTES = {
     ("POST", "/generate"),
     ("GET", "/generate/{request_id}"),
     ("GET", "/status"),
+    ("GET", "/versions"),
     ("GET", "/dashboard"),
     ("GET", "/dashboard/data"),
     ("POST", "/stop"),
@@ -90,7 +93,9 @@ async def test_schema_describes_bodies_and_refusals(api):
         body = post[path]["requestBody"]["content"]["application/json"]["schema"]
         assert [item["$ref"] for item in body.get("oneOf", [body])] == [f"#/components/schemas/{n}" for n in names]
         assert {"200", "400", "409", "413", "422", "500", "501", "503"} <= set(post[path]["responses"])
-        assert all(schema["components"]["schemas"][name]["additionalProperties"] is False for name in names)
+    schemas = schema["components"]["schemas"]
+    strict = {name for name, item in schemas.items() if item.get("additionalProperties") is False}
+    assert strict == {"Params", "ThresholdRequest", "ProofBatch"}
     assert "429" in post["/generate"]["responses"]
     assert "429" in post["/validate"]["responses"]
 
@@ -131,9 +136,8 @@ async def test_unknown_paths_are_404(api, path):
         (b"\xff\xfe\xff", 400),
         (b"[" * 100_000, 400),
         (b'{"nonces": [' + b"9" * 10_000 + b"]}", 400),
-        (json.dumps(generate_body([float("nan")])).encode(), 422),
+        (json.dumps(generate_body([float("nan")], block_height=float("nan"))).encode(), 422),
         (json.dumps(generate_body([], block_hash="\ud800")).encode(), 422),
-        (json.dumps(generate_body([], **{"\ud800": 1})).encode(), 422),
         (json.dumps(generate_body([], params={"model": MODEL, "seq_len": 4, "\ud800": 1})).encode(), 422),
     ],
     ids=lambda value: ascii(value)[:20],
@@ -152,9 +156,11 @@ async def test_a_body_of_another_type(api):
 
 
 async def test_a_refusal_says_what_is_wrong_where(api):
-    response = await api.client.post("/generate", json=generate_body([1, -5], surprise=1))
+    params = {"model": MODEL, "seq_len": 4, "surprise": 1}
+    response = await api.client.post("/generate", json=generate_body([1, -5], params=params))
     assert response.status_code == 422
-    assert {tuple(item["loc"]) for item in response.json()["detail"]} == {("body", "nonces", 1), ("body", "surprise")}
+    wrong = {tuple(item["loc"]) for item in response.json()["detail"]}
+    assert wrong == {("body", "nonces", 1), ("body", "params", "surprise")}
     assert all(set(item) == {"type", "loc", "msg"} for item in response.json()["detail"])
 
 
@@ -167,16 +173,17 @@ BIG = "x" * 1_000_000
         json.dumps(generate_body([1], block_hash=BIG)),
         json.dumps(generate_body([1], url="http://" + BIG)),
         json.dumps(generate_body([1], params={"model": BIG, "seq_len": 4})),
-        json.dumps(generate_body([1], **{BIG: 1})),
-        json.dumps(generate_body([1], **{f"{i}{BIG[:50_000]}": 1 for i in range(20)})),
         json.dumps(generate_body([1], params={"model": MODEL, "seq_len": 4, BIG: 1})),
-        json.dumps(generate_body([-1] * 100_000)),
-        json.dumps(generate_body([int("9" * 4000)])),
+        json.dumps(
+            generate_body([1], params={"model": MODEL, **{f"{i}{BIG[:50_000]}": 1 for i in range(20)}}),
+        ),
+        json.dumps(generate_body([-1] * 100_000, block_hash="")),
+        json.dumps(generate_body([int("9" * 4000)], block_hash="")),
         json.dumps(BIG),
         '{"nonces": "' + BIG,
     ],
     ids=[
-        *("text", "url", "model", "unknown field", "unknown fields", "unknown parameter"),
+        *("text", "url", "model", "unknown parameter", "unknown parameters"),
         *("nonces", "digits", "a string", "cut off"),
     ],
 )
@@ -186,6 +193,55 @@ async def test_a_big_body_is_not_sent_back(api, content):
         response = await api.client.post(path, content=content, headers=headers)
         assert response.status_code == 422
         assert len(response.content) < 16_000
+
+
+# --- GET /versions ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("refusal", "status", "flag"),
+    [
+        (None, 200, True),
+        (UnsupportedServerError("--enable-lora"), 200, False),
+        (EngineUnavailableError("the workers cannot be reached"), 503, None),
+    ],
+)
+async def test_versions_of_servers(api, refusal, status, flag):
+    api.manager.refusal = refusal
+    response = await api.client.get("/versions")
+    assert response.status_code == status
+    assert response.json().get("poc_validation_inference") is flag
+
+
+@pytest.mark.parametrize(("priority", "flag"), [("chat", True), ("poc", False)])
+async def test_versions_say_whether_chat_goes_on(priority, flag):
+    service = make_poc(FakeManager(), SETTINGS.model_copy(update={"priority": priority})).service
+    assert (await service.versions()).poc_validation_inference is flag
+    await service.close()
+
+
+async def test_versions_of_what_is_not_installed(api, monkeypatch):
+    monkeypatch.setattr(versions, "found_version", lambda: None)
+    monkeypatch.setattr(versions, "__version__", UNINSTALLED)
+    answer = (await api.client.get("/versions")).json()
+    assert answer == {"vllm_version": "unknown", "gonka_poc_version": "unknown", "poc_validation_inference": True}
+    monkeypatch.setattr(versions, "found_version", lambda: "0.28.0.dev0")
+    monkeypatch.setattr(versions, "__version__", "0.1.7")
+    answer = (await api.client.get("/versions")).json()
+    assert answer == {"vllm_version": "0.28.0.dev0", "gonka_poc_version": "0.1.7", "poc_validation_inference": True}
+
+
+async def test_versions_do_not_wait_for_workers_that_say_nothing(api, monkeypatch):
+    """And do not answer with a false that would be kept."""
+    monkeypatch.setattr(service_module, "VERSIONS_SEC", 0.01)
+    monkeypatch.setattr(api.manager, "check_server", asyncio.Event().wait)
+    response = await asyncio.wait_for(api.client.get("/versions"), 5)
+    assert (response.status_code, "ask again" in response.json()["detail"]) == (503, True)
+
+
+async def test_versions_of_an_engine_that_died(api):
+    api.manager.dead = True
+    assert (await api.client.get("/versions")).status_code == 503
 
 
 # --- POST /generate ---------------------------------------------------------------------------------------------

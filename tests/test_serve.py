@@ -23,39 +23,42 @@ MODEL = ["--model", "m"]
 def _vllm(monkeypatch):
     monkeypatch.setattr(serve, "installed_version", lambda: "0.32.0")
     monkeypatch.setattr(serve, "can_skip_compiled", lambda: True)
+    monkeypatch.setattr(serve, "smallest_gpu_mib", lambda: None)
 
 
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (["--enable-poc"], [*MIDDLEWARE, *EXTENSION]),
         (["--enable-poc", *MODEL], [*MODEL, *MIDDLEWARE, *EXTENSION]),
         ([*MODEL, "--enable-poc", "--port", "1"], [*MODEL, "--port", "1", *MIDDLEWARE, *EXTENSION]),
         (["--enable-poc", *MODEL, "--enable-poc"], [*MODEL, *MIDDLEWARE, *EXTENSION]),
         # what is already there is not said twice
-        (["--enable-poc", *MIDDLEWARE], [*MIDDLEWARE, *EXTENSION]),
-        (["--enable-poc", "=".join(MIDDLEWARE)], ["=".join(MIDDLEWARE), *EXTENSION]),
-        (["--enable-poc", *EXTENSION], [*EXTENSION, *MIDDLEWARE]),
-        (["--enable-poc", "=".join(EXTENSION)], ["=".join(EXTENSION), *MIDDLEWARE]),
+        (["--enable-poc", *MODEL, *MIDDLEWARE], [*MODEL, *MIDDLEWARE, *EXTENSION]),
+        (["--enable-poc", *MODEL, "=".join(MIDDLEWARE)], [*MODEL, "=".join(MIDDLEWARE), *EXTENSION]),
+        (["--enable-poc", *MODEL, *EXTENSION], [*MODEL, *EXTENSION, *MIDDLEWARE]),
+        (["--enable-poc", *MODEL, "=".join(EXTENSION)], [*MODEL, "=".join(EXTENSION), *MIDDLEWARE]),
         (
-            ["--enable-poc", "--worker_extension_cls", EXTENSION[1]],
-            ["--worker_extension_cls", EXTENSION[1], *MIDDLEWARE],
+            ["--enable-poc", *MODEL, "--worker_extension_cls", EXTENSION[1]],
+            [*MODEL, "--worker_extension_cls", EXTENSION[1], *MIDDLEWARE],
         ),
         (
-            ["--enable-poc", f"--worker_extension_cls={EXTENSION[1]}"],
-            [f"--worker_extension_cls={EXTENSION[1]}", *MIDDLEWARE],
+            ["--enable-poc", *MODEL, f"--worker_extension_cls={EXTENSION[1]}"],
+            [*MODEL, f"--worker_extension_cls={EXTENSION[1]}", *MIDDLEWARE],
         ),
         # the last one counts
         (
-            ["--enable-poc", "--worker-extension-cls", "other.Class", *EXTENSION],
-            ["--worker-extension-cls", "other.Class", *EXTENSION, *MIDDLEWARE],
+            ["--enable-poc", *MODEL, "--worker-extension-cls", "other.Class", *EXTENSION],
+            [*MODEL, "--worker-extension-cls", "other.Class", *EXTENSION, *MIDDLEWARE],
         ),
         # another middleware stays
-        (["--enable-poc", "--middleware", "a.B"], ["--middleware", "a.B", *MIDDLEWARE, *EXTENSION]),
-        (["--enable-poc", "--middleware=a.B", *MIDDLEWARE], ["--middleware=a.B", *MIDDLEWARE, *EXTENSION]),
+        (["--enable-poc", *MODEL, "--middleware", "a.B"], [*MODEL, "--middleware", "a.B", *MIDDLEWARE, *EXTENSION]),
+        (
+            ["--enable-poc", *MODEL, "--middleware=a.B", *MIDDLEWARE],
+            [*MODEL, "--middleware=a.B", *MIDDLEWARE, *EXTENSION],
+        ),
         # a value that only looks like ours
         (["--enable-poc", "--model", MIDDLEWARE[1]], ["--model", MIDDLEWARE[1], *MIDDLEWARE, *EXTENSION]),
-        (["--enable-poc", "--middleware"], ["--middleware", *MIDDLEWARE, *EXTENSION]),
+        (["--enable-poc", *MODEL, "--middleware"], [*MODEL, "--middleware", *MIDDLEWARE, *EXTENSION]),
     ],
     ids=lambda args: " ".join(args),
 )
@@ -83,7 +86,7 @@ def test_without_enable_poc_nothing_is_added(monkeypatch, args):
 )
 def test_another_worker_extension_is_refused(option):
     with pytest.raises(UnsupportedServerError, match=r"other\.Class leaves no place for gonka_poc"):
-        server_arguments(["--enable-poc", *option])
+        server_arguments(["--enable-poc", *MODEL, *option])
 
 
 @pytest.mark.parametrize(
@@ -103,19 +106,164 @@ def test_another_worker_extension_is_refused(option):
 def test_several_api_processes_are_refused(option, refused):
     if refused:
         with pytest.raises(UnsupportedServerError, match=r"--api-server-count [24]: "):
-            server_arguments(["--enable-poc", *option])
+            server_arguments(["--enable-poc", *MODEL, *option])
     else:
-        assert server_arguments(["--enable-poc", *option])
+        assert server_arguments(["--enable-poc", *MODEL, *option])
     assert server_arguments(option) == option
 
 
 @pytest.mark.parametrize(("args", "count"), [([], 1), (["--enforce-eager"], 1)])
 def test_eager_where_a_compiled_model_cannot_be_left_aside(monkeypatch, capsys, args, count):
-    assert "--enforce-eager" not in server_arguments(["--enable-poc"])
+    assert "--enforce-eager" not in server_arguments(["--enable-poc", *MODEL])
     monkeypatch.setattr(serve, "can_skip_compiled", lambda: False)
-    assert server_arguments(["--enable-poc", *args]).count("--enforce-eager") == count
+    assert server_arguments(["--enable-poc", *MODEL, *args]).count("--enforce-eager") == count
     assert ("adding --enforce-eager" in capsys.readouterr().err) is (not args)
     assert server_arguments(args) == args
+
+
+# --- the model --------------------------------------------------------------------------------------------------
+
+ENABLE = "--enable-poc"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["m"], MODEL),
+        (["m", "--port", "1"], [*MODEL, "--port", "1"]),
+        ([ENABLE, "m", "--port", "1"], [*MODEL, "--port", "1"]),
+        (["m", *MODEL], MODEL),
+        (["m", "--model=m"], ["--model=m"]),
+        (["--port", "1", "--", "m"], [*MODEL, "--port", "1"]),
+        (["m", "--port", "1", "--"], [*MODEL, "--port", "1"]),
+        (["--", "-m"], ["--model", "-m"]),
+        # the last --model is vLLM's choice
+        (["m", "--model", "other", *MODEL], ["--model", "other", *MODEL]),
+        # a word elsewhere is the value of what stands before it, as far as can be known here
+        ([*MODEL, "--port", "1"], [*MODEL, "--port", "1"]),
+        ([*MODEL, "--served-model-name", "a", "b"], [*MODEL, "--served-model-name", "a", "b"]),
+        (["--config", "f.yaml"], ["--config", "f.yaml"]),
+        (["--help"], ["--help"]),
+        (["--help=page"], ["--help=page"]),
+    ],
+    ids=lambda args: " ".join(args),
+)
+def test_the_model_may_stand_first(given, expected):
+    assert server_arguments([*given, ENABLE]) == [*expected, *MIDDLEWARE, *EXTENSION]
+    assert server_arguments([arg for arg in given if arg != ENABLE]) == expected
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["m", "--model", "other"],
+        ["m", "--model=other"],
+        ["m", "--", "other"],
+        ["m", "--", "m"],
+        ["--", "m", "other"],
+        ["--model", "other", "--", "m"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("enable", [[], [ENABLE]], ids=["plain", "poc"])
+def test_two_models_are_refused(args, enable):
+    with pytest.raises(UnsupportedServerError, match=r"'m'.* named; name one: python -m gonka_poc\.serve MODEL"):
+        server_arguments([*args, *enable])
+
+
+@pytest.mark.parametrize("args", [[], ["--port", "1"], ["--enforce-eager", "m"]], ids=" ".join)
+def test_proof_needs_a_named_model(args):
+    """vLLM would serve a default of its own, also where a model stands behind an option."""
+    with pytest.raises(UnsupportedServerError, match="no model is named"):
+        server_arguments([*args, ENABLE])
+
+
+# --- the size of a batch ----------------------------------------------------------------------------------------
+
+BATCH = ["--max-num-batched-tokens", "32768"]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Makes the smallest GPU of this host one of that many MiB."""
+
+    def put(mib: int | None) -> None:
+        monkeypatch.setattr(serve, "is_cpu_build", lambda: False)
+        monkeypatch.setattr(serve, "smallest_gpu_mib", lambda: mib)
+
+    put(81559)
+    return put
+
+
+@pytest.mark.parametrize(
+    ("mib", "added", "said"),
+    [
+        (81559, True, "adding --max-num-batched-tokens 32768, "),
+        (71680, True, "adding "),
+        (40960, False, "on GPUs of 40 GiB"),
+        (None, False, ""),
+    ],
+)
+def test_batches_are_large_where_the_gpus_are(gpu, capsys, mib, added, said):
+    gpu(mib)
+    args = server_arguments([*MODEL, ENABLE])
+    assert args == [*MODEL, *MIDDLEWARE, *EXTENSION, *(BATCH if added else [])]
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == bool(said)
+
+
+def test_a_cpu_build_keeps_vllms_batch(gpu, monkeypatch):
+    monkeypatch.setattr(serve, "is_cpu_build", lambda: True)
+    assert server_arguments([*MODEL, ENABLE]) == [*MODEL, *MIDDLEWARE, *EXTENSION]
+
+
+def test_a_plain_server_keeps_vllms_batch(gpu):
+    assert server_arguments(MODEL) == MODEL
+
+
+@pytest.mark.parametrize(
+    ("options", "added"),
+    [
+        (["--max-num-batched-tokens", "8192"], False),
+        (["--max-num-batched-tokens=8k"], False),
+        (["--max_num_batched_tokens", "8192"], False),
+        (["--max-num-b", "8192"], False),
+        (["--no-enable-chunked-prefill"], False),
+        (["--runner", "pooling"], False),
+        (["--convert", "embed"], False),
+        (["--nnodes", "2"], False),
+        (["--help"], False),
+        (["--runner", "generate"], True),
+        (["--enable-chunked-prefill"], True),
+        (["--max-num-seqs", "8"], True),
+        (["--max-model-len", "131072"], True),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_the_operators_batch_stays(gpu, options, added):
+    args = server_arguments([*MODEL, *options, ENABLE])
+    assert args == [*MODEL, *options, *MIDDLEWARE, *EXTENSION, *(BATCH if added else [])]
+
+
+@pytest.mark.parametrize(
+    ("text", "added"),
+    [
+        ("max-num-batched-tokens: 8192\n", False),
+        ("model: m\n'max_num_batched_tokens': 8192\n", False),
+        ("enable-chunked-prefill: false\n", False),
+        ("runner: pooling\n", False),
+        ("enable-chunked-prefill: true\nport: 1\n", True),
+        ("# max-num-batched-tokens: 8192\n", True),
+        (None, True),  # vLLM says that there is no such file
+    ],
+)
+def test_a_config_file_counts(gpu, tmp_path, text, added):
+    path = tmp_path / "vllm.yaml"
+    if text is not None:
+        path.write_text(text)
+    args = server_arguments([*MODEL, "--config", str(path), ENABLE])
+    assert (args[-2:] == BATCH) is added
 
 
 # --- main -------------------------------------------------------------------------------------------------------
@@ -145,10 +293,31 @@ def test_main_becomes_vllms_own_server(run, args):
 def test_main_says_what_is_wrong(run, monkeypatch, capsys):
     monkeypatch.setenv("POC_CHAT_BACKOFF_SEC", "soon")
     with pytest.raises(SystemExit) as stop:
-        run("--enable-poc")
+        run("--enable-poc", *MODEL)
     assert stop.value.code == 1
     assert "POC_CHAT_BACKOFF_SEC='soon'" in capsys.readouterr().err
     run(*MODEL)  # a plain server does not read it
+
+
+def test_main_tries_the_outbox(run, monkeypatch, capsys):
+    monkeypatch.setenv("POC_OUTBOX_PATH", "/proc/nope/o.sqlite3")
+    with pytest.raises(SystemExit) as stop:
+        run("--enable-poc", *MODEL)
+    assert stop.value.code == 1
+    assert re.search(
+        r"the outbox '/proc/nope/o\.sqlite3' cannot be opened: .*; set POC_OUTBOX_PATH to", capsys.readouterr().err
+    )
+    run(*MODEL)  # a plain server has none
+
+
+def test_main_names_variables_that_nothing_reads(run, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("POC_OUTBOX_PATH", str(tmp_path / "outbox.sqlite3"))
+    monkeypatch.setenv("POC_CALLBACK_INTERVAL", "1")
+    run("--enable-poc", *MODEL)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("did you mean POC_CALLBACK_INTERVAL_SEC?")
+    run(*MODEL)
+    assert capsys.readouterr().err == ""
 
 
 # --- the installed release --------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ WRONG = [
     *[("r_target", value) for value in (-0.1, 2.1, math.nan, "1.4", None, True)],
     *[("fraud_threshold", value) for value in (-0.1, 1.1, math.nan)],
     *[(name, value) for name in ("node_id", "node_count") for value in (-2, 1.0, "1", 2**53 + 1)],
-    *[("seq_len", 0), ("batch_size", 0), ("block_hash", ""), ("block_height", -1), ("randomization", "none")],
+    *[("seq_len", 0), ("batch_size", -1), ("block_hash", ""), ("block_height", -1), ("randomization", "none")],
     *[("use_sign_flips", 1), ("callback_url", "ftp://host"), ("surprise", 1), ("params", {})],
 ]
 

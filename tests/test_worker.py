@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -85,3 +89,58 @@ def test_a_message_is_bounded():
 def test_every_attribute_is_ours():
     """vLLM refuses an extension that shares a name with its worker."""
     assert all(name.startswith(("poc_", "__")) for name in vars(PoCWorkerExtension))
+
+
+# --- before the weights are loaded ------------------------------------------------------------------------------
+
+START_CHILD = """
+import multiprocessing, sys
+
+def load():
+    import gonka_poc.worker
+    print("loaded")
+
+if __name__ == "__main__":
+    if "{method}" == "spawn":  # what is forked would find the module loaded
+        load()
+    child = multiprocessing.get_context("{method}").Process(target=load)
+    child.start()
+    child.join()
+    sys.exit(child.exitcode)
+"""
+SERVER = ["--model", "m", "--middleware", "gonka_poc.middleware.PoCMiddleware"]
+
+
+def load_in_child(tmp_path: Path, method: str, args: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """Import gonka_poc.worker in an API process with these arguments and in a child of it, as vLLM starts workers."""
+    script = tmp_path / "server.py"
+    script.write_text(START_CHILD.format(method=method))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **environment}
+    command = [sys.executable, str(script), *args]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("POC_OUTBOX_PATH", "/proc/nope/o.sqlite3", "set POC_OUTBOX_PATH to a file on a local disk"),
+        ("POC_MAX_STEP_MS", "soon", "POC_MAX_STEP_MS='soon'"),
+    ],
+)
+def test_a_worker_refuses_settings_that_its_server_cannot_use(tmp_path, method, name, value, text):
+    done = load_in_child(tmp_path, method, SERVER, **{name: value})
+    assert (done.returncode, done.stdout) == (1, "loaded\n" if method == "spawn" else "")
+    assert text in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("args", [[], [*SERVER, "--headless"]], ids=["no middleware", "headless"])
+def test_a_worker_without_a_server_here_has_no_settings(tmp_path, args):
+    done = load_in_child(tmp_path, "spawn", args, POC_OUTBOX_PATH="/proc/nope/o.sqlite3")
+    assert (done.returncode, done.stdout) == (0, "loaded\nloaded\n")
+
+
+def test_a_worker_with_settings_that_can_be_used(tmp_path):
+    done = load_in_child(tmp_path, "spawn", SERVER, POC_OUTBOX_PATH=str(tmp_path / "a" / "o.sqlite3"))
+    assert (done.returncode, done.stdout) == (0, "loaded\nloaded\n")
+    assert (tmp_path / "a" / "o.sqlite3").exists()

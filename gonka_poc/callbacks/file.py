@@ -12,7 +12,7 @@ import fcntl
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from gonka_poc.errors import OutboxError, OutboxFullError
@@ -88,9 +88,15 @@ COUNTS_INDEX = "CREATE INDEX IF NOT EXISTS batch_counts ON batch (slot, url, sta
 
 
 def outbox_path(setting: str) -> str:
-    """The file that POC_OUTBOX_PATH means: `~` and `$XDG_STATE_HOME` (or its default) written out."""
+    """The file that POC_OUTBOX_PATH means: `~` and `$XDG_STATE_HOME` (or its default) written out.
+
+    Raises OutboxError where there is no home folder to write out, as for a container's user without a name.
+    """
     state_home = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return os.path.expanduser(setting.replace("$XDG_STATE_HOME", state_home))
+    path = os.path.expanduser(setting.replace("$XDG_STATE_HOME", state_home))
+    if path.startswith("~"):
+        raise OutboxError(f"the outbox {path!r} is in no known home folder; set POC_OUTBOX_PATH to a file, or set HOME")
+    return path
 
 
 def connect(path: str, create: bool) -> sqlite3.Connection:
@@ -113,6 +119,15 @@ def connect(path: str, create: bool) -> sqlite3.Connection:
             f"the outbox {path!r} cannot be opened: {error.__cause__ or error}; set POC_OUTBOX_PATH to a file on a "
             f"local disk that this user may write, or to {IN_MEMORY} to do without"
         ) from error
+
+
+def try_outbox(path: str, create: bool = True) -> None:
+    """Open and lock the outbox at `path` for writing as a server does, and leave it to the servers that use it.
+
+    Raises OutboxError, or OutboxFullError where the file cannot be written now. Without `create` a file must be there.
+    """
+    with closing(connect(path, create)) as db, transaction(db, path):
+        pass
 
 
 def _refuse_foreign(path: str) -> None:

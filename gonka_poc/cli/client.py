@@ -17,6 +17,7 @@ from gonka_poc.cli.artifact_file import ArtifactFile
 from gonka_poc.cli.refusals import NO_POC_SERVER, refusal_text
 from gonka_poc.cli.server_process import wait_until
 from gonka_poc.errors import ServerAnswerError
+from gonka_poc.request_fields import MAX_LISTED
 from gonka_poc.threshold_data import ProofBatch, ProofVerdict, ThresholdRequest, ThresholdStatusAnswer
 from gonka_poc.validation import Verdict, judge
 
@@ -128,7 +129,7 @@ class PoCClient:
         distances: list[float | None] = []
         self.init_threshold(request, "validate")
         try:
-            for batch in data.chunks(list(nonces), request.batch_size):
+            for batch in data.chunks(list(nonces), request.batch_size or MAX_LISTED):
                 proof = proof_of(request, batch, [PLACEHOLDER] * len(batch))
                 distances += self.validate_distances(proof).computed_distances
                 progress(len(batch))

@@ -39,6 +39,7 @@ logger = logging.getLogger("vllm.gonka_poc.queue")
 K_DIM_PER_COUNT = 32  # a nonce counts once per this many values of its vector
 CHARS_PER_COUNT = 160  # most characters that a nonce takes in an answer, per count
 BYTES_PER_RESULT = 1024  # overhead of a finished answer
+NO_VECTOR = ""  # a mismatch to every vector
 DROP_WARNING_SEC = 60.0
 COMPLETED: TypeAdapter[Completed] = TypeAdapter(Completed)
 
@@ -131,13 +132,15 @@ class GenerateQueue(JobQueue):
 
 
 def _received(request: GenerateRequest, validation: Validation) -> dict[int, str]:
+    """The vectors by nonce; one that was sent twice with different vectors has none."""
     chars = vector_chars(request.params.k_dim)
-    received = dict.fromkeys(request.nonces, "")  # the same integers, not equal ones
+    first: dict[int, str | None] = dict.fromkeys(request.nonces)  # the same integers, not equal ones
     for artifact in validation.artifacts:
         # a text of another length is a mismatch whatever it says, and could be long
-        if len(artifact.vector_b64) == chars:
-            received[artifact.nonce] = artifact.vector_b64
-    return received
+        text = artifact.vector_b64 if len(artifact.vector_b64) == chars else NO_VECTOR
+        earlier = first[artifact.nonce]
+        first[artifact.nonce] = text if earlier in (None, text) else NO_VECTOR
+    return {nonce: text or NO_VECTOR for nonce, text in first.items()}
 
 
 def _answer(job: GenerateJob, result: BatchResult) -> Completed:

@@ -20,11 +20,12 @@ MAX_JOBS = 1000  # a job of one nonce takes kilobytes, which a limit of nonces a
 
 
 class Job(ABC):
-    """Nonces to compute, each of which counts as `nonce_weight` of the queue's limit. Its `str` is its name in the log.
-    `outcome` ends with what is made of their values, or a PoCError; `delivery` takes it to the request's receiver."""
+    """Nonces to compute, at most `batch_size` at a time (None and 0: POC_BATCH_SIZE_DEFAULT), each of which counts as
+    `nonce_weight` of the queue's limit. Its `str` is its name in the log. `outcome` ends with what is made of their
+    values, or a PoCError; `delivery` takes it to the request's receiver."""
 
     def __init__(
-        self, spec: Spec, nonces: list[int], batch_size: int, delivery: Delivery, nonce_weight: int = 1
+        self, spec: Spec, nonces: list[int], batch_size: int | None, delivery: Delivery, nonce_weight: int = 1
     ) -> None:
         self.request_id = str(uuid.uuid4())
         self.spec = spec
@@ -120,7 +121,9 @@ class JobQueue(ABC):
             await self._wait_for_turn()
             if job.outcome.done():
                 break
-            size = min(job.batch_size, self._manager.micro_batch_size(job.spec.seq_len))
+            size = min(
+                job.batch_size or self._settings.batch_size_default, self._manager.micro_batch_size(job.spec.seq_len)
+            )
             nonces = job.nonces[done : done + size]
             job.state = "running"
             result = await self._manager.compute(job.spec, nonces, job.nonces[done + size : done + 2 * size])

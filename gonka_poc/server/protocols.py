@@ -20,6 +20,9 @@ class Manager(Protocol):
     async def check_seq_len(self, seq_len: int) -> None:
         """Refuse sequences that are too long for the server."""
 
+    async def check_server(self) -> None:
+        """Refuse a server that gives no proofs."""
+
     def ensure_engine_alive(self) -> None:
         """Raise EngineUnavailableError where the engine is gone for good."""
 

@@ -42,6 +42,7 @@ class Round(ABC):
         self._manager = manager
         self._deliver = deliver
         self._settings = settings
+        self.batch_size = request.batch_size or settings.batch_size_default
         # nonces that are done, counted from the node's first
         self._first = self.done = start
         self._started = time.monotonic()
@@ -121,7 +122,7 @@ class Round(ABC):
     async def _step(self) -> None:
         """The next nonces, computed and delivered; or a pause, after which they are the same."""
         request = self.request
-        size = min(request.batch_size, self._manager.micro_batch_size(request.spec.seq_len))
+        size = min(self.batch_size, self._manager.micro_batch_size(request.spec.seq_len))
         nonces = request.nonces.slice(self.done, size)
         if not nonces:
             raise ComputeError(f"there are no nonces left: the next would be over {MAX_NONCE}")

@@ -12,22 +12,39 @@ from typing import Literal
 from gonka_poc.callbacks.outbox import most_bytes
 from gonka_poc.callbacks.sender import CallbackSender
 from gonka_poc.config import Settings
-from gonka_poc.data import GenerateRequest, InitGenerateRequest, StatusAnswer, StoppedWork, vector_chars
-from gonka_poc.errors import ConflictError, PoCError, RequestError, printable
+from gonka_poc.data import (
+    GenerateRequest,
+    InitGenerateRequest,
+    StatusAnswer,
+    StoppedWork,
+    VersionsAnswer,
+    vector_chars,
+)
+from gonka_poc.errors import (
+    ConflictError,
+    EngineUnavailableError,
+    PoCError,
+    RequestError,
+    UnsupportedServerError,
+    printable,
+)
 from gonka_poc.metrics import Metrics
 from gonka_poc.server.background import BackgroundTasks
 from gonka_poc.server.delivery import Delivery, fingerprint, identity, round_envelope
 from gonka_poc.server.generate_queue import GenerateJob, GenerateQueue
+from gonka_poc.server.ignored_fields import IgnoredFields
 from gonka_poc.server.protocols import Manager
 from gonka_poc.server.round_slot import Phase, RoundSlot
 from gonka_poc.server.rounds import GenerateRound
 from gonka_poc.server.threshold import ProofJob, ProofQueue, ThresholdRound
+from gonka_poc.server.versions import versions_answer
 from gonka_poc.threshold_data import ProofBatch, ThresholdRequest
 
 logger = logging.getLogger("vllm.gonka_poc.service")
 
 STOPPED = "stopped by POST /stop"
 REPLACED = "another round was set"
+VERSIONS_SEC = 1.0  # that the workers have, where none has been reached yet; who asks waits only shortly
 
 
 @dataclass(eq=False, repr=False)
@@ -46,6 +63,7 @@ class PoCService:
     def __post_init__(self) -> None:
         self._starting = asyncio.Lock()
         self._num_stops = 0
+        self._ignored_fields = IgnoredFields(self.metrics)
 
     async def prepare(self) -> None:
         """Reach the workers and warm them up, before there is chat that would wait for it.
@@ -58,6 +76,7 @@ class PoCService:
     async def init_generate(self, request: InitGenerateRequest) -> None:
         """Start a round of artifacts. Raises ConflictError if one runs, RequestError for a refused callback URL,
         OutboxFullError, and what PoCManagerV1.check raises."""
+        self._ignored_fields.record(request.ignored_fields)
         num_stops = self._num_stops  # before it waits for another start: a stop ends that one, and this one too
         async with self._starting:
             check = partial(self._manager.check, request.params)
@@ -139,6 +158,7 @@ class PoCService:
     async def submit(self, request: GenerateRequest) -> GenerateJob:
         """Queue a request for given nonces. Raises RequestError (callback URL refused, nonce sets differ),
         QueueFullError, OutboxFullError, and what PoCManagerV1.check raises."""
+        self._ignored_fields.record(request.ignored_fields)
         if request.url is not None:
             self.settings.callback_rules.check_url(request.url)
         _check_same_nonces(request)
@@ -174,6 +194,20 @@ class PoCService:
         receivers of callbacks."""
         status = self.slot.status(self.callbacks.problem)
         return status.model_copy(update={"callbacks": self.callbacks.receivers or None})
+
+    async def versions(self) -> VersionsAnswer:
+        """The releases, and whether chat goes on while this server validates; waits for no batch.
+        Raises EngineUnavailableError where the engine is gone, or does not answer in VERSIONS_SEC."""
+        supported = True
+        try:
+            await asyncio.wait_for(self._manager.check_server(), VERSIONS_SEC)
+        except UnsupportedServerError:
+            supported = False
+        except asyncio.TimeoutError as error:
+            # no `false`, which those who ask would keep
+            text = f"the workers did not answer within {VERSIONS_SEC:g} s; ask again"
+            raise EngineUnavailableError(text) from error
+        return versions_answer(supported and self.settings.priority == "chat")
 
     def stop(self) -> StoppedWork:
         """End the round and drop queued requests, also a round that is about to start; what was computed is still

@@ -113,7 +113,7 @@ class ThresholdRound(Round):
         fields = self.request.model_dump(include=set(ThresholdConfig.model_fields))
         return ThresholdStatusAnswer(
             status=state,
-            config=ThresholdConfig(**fields, group_id=0, n_groups=1, k_dim=None),
+            config=ThresholdConfig(**{**fields, "batch_size": self.batch_size}, group_id=0, n_groups=1, k_dim=None),
             stats=self.stats,
             error=problem or self.error,
             state=state,
@@ -140,7 +140,7 @@ class ProofJob(Job):
     outcome: asyncio.Future[ProofVerdict]
 
     def __init__(self, current: ThresholdRound, proof: ProofBatch, delivery: Delivery) -> None:
-        super().__init__(current.request.spec_of(proof.public_key), proof.nonces, current.request.batch_size, delivery)
+        super().__init__(current.request.spec_of(proof.public_key), proof.nonces, current.batch_size, delivery)
         self.round = current
         self.proof = proof
 

@@ -15,9 +15,10 @@ from gonka_poc.vllm_compat.release import (
     SUPPORTED,
     WORKER_EXTENSION,
     can_skip_compiled,
+    found_version,
     installed_version,
     is_cpu_build,
 )
 
 __all__ = ["API_SERVER_MODULE", "INSECURE_SERIALIZATION", "MIDDLEWARE", "SUPPORTED", "WORKER_EXTENSION"]
-__all__ += ["ApiView", "OfflineEngine", "can_skip_compiled", "installed_version", "is_cpu_build"]
+__all__ += ["ApiView", "OfflineEngine", "can_skip_compiled", "found_version", "installed_version", "is_cpu_build"]

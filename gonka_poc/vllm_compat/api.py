@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from gonka_poc.errors import EngineUnavailableError, ServerStartError, UnsupportedServerError
+from gonka_poc.vllm_compat.refusals import refuse, unsupported_options
 from gonka_poc.vllm_compat.release import INSECURE_SERIALIZATION, WORKER_EXTENSION, installed_version
 
 
 class ApiView:
     """The server as its API process sees it: `app` is vLLM's FastAPI application.
 
-    Raises EngineUnavailableError before the engine is there, UnsupportedServerError for several API processes.
+    Raises EngineUnavailableError before the engine is there, UnsupportedServerError for several API processes, and for
+    a model that was named but is not served.
     """
 
     def __init__(self, app: Any) -> None:
@@ -29,6 +31,14 @@ class ApiView:
             raise UnsupportedServerError(
                 f"this server has {num_processes} API processes, each of which would run rounds, queues and callbacks "
                 "of its own and see a part of the chats only; start it with --api-server-count 1"
+            )
+        args: Any = getattr(state, "args", None)
+        named = getattr(args, "model_tag", None)
+        # vLLM's server module takes a model without --model, and drops it (0.14 to 0.33); `vllm serve` does not
+        if named is not None and named != args.model:
+            raise UnsupportedServerError(
+                f"the command line names {named!r} without --model, and vLLM serves {args.model!r} instead; write "
+                f"--model {named}"
             )
         self._config = config
         self._serving_models = getattr(state, "openai_serving_models", None)
@@ -54,8 +64,10 @@ class ApiView:
         """One answer per worker of a method of our worker extension.
 
         Called by name where the workers have the extension, else by sending the function. Raises
-        EngineUnavailableError where this server allows neither.
+        EngineUnavailableError where this server allows neither, and UnsupportedServerError for options of this server
+        with which a vector could be wrong.
         """
+        refuse(unsupported_options(self._config))
         import vllm.envs as envs
         from vllm.utils.import_utils import resolve_obj_by_qualname
 

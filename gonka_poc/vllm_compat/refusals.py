@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gonka_poc.errors import UnsupportedServerError
@@ -30,28 +30,46 @@ def forward_options(config: Any) -> dict[str, Any]:
     return options
 
 
-def refuse_unsupported(config: Any, model: Any, attention_layers: Mapping[str, Any]) -> None:
-    """Raise UnsupportedServerError for configurations in which a vector could be wrong."""
-    parallel = config.parallel_config
-    reasons = {
+def unsupported_options(config: Any) -> list[str]:
+    """The options in vLLM's configuration with which a vector could be wrong.
+
+    The API process asks this of its own configuration: a replica of a dense model runs as if it were alone, and its
+    workers know nothing of the others. A worker asks again, for an engine without a server.
+    """
+    parallel, cache = config.parallel_config, config.cache_config
+    options = {
         "--enable-lora (adapters of the last chat would act on the proof)": config.lora_config is not None,
         "--data-parallel-size above 1 (start one server per replica)": parallel.data_parallel_size > 1,
         "--decode-context-parallel-size above 1": getattr(parallel, "decode_context_parallel_size", 1) > 1,
         "--prefill-context-parallel-size above 1": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
-        "--kv-sharing-fast-prefill": getattr(config.cache_config, "kv_sharing_fast_prefill", False),
+        "--kv-sharing-fast-prefill": getattr(cache, "kv_sharing_fast_prefill", False),
+        "--kv-cache-dtype with scales per token (they lie in the serving cache)": (
+            "per_token" in cache.cache_dtype  # 0.20
+        ),
+        "--calculate-kv-scales (the first forward, chat or proof, would set the scales)": getattr(  # until 0.27
+            cache, "calculate_kv_scales", False
+        ),
+        "a recurrent-state cache with replay": getattr(cache, "use_replayssm", False),  # 0.27
+    }
+    return [option for option, present in options.items() if present]
+
+
+def refuse(reasons: Sequence[str]) -> None:
+    """Raise UnsupportedServerError if there are reasons against proof on this server."""
+    if reasons:
+        raise UnsupportedServerError("proof of compute does not work with " + "; nor with ".join(reasons))
+
+
+def refuse_unsupported(config: Any, model: Any, attention_layers: Mapping[str, Any]) -> None:
+    """Raise UnsupportedServerError for configurations and models with which a vector could be wrong."""
+    features = {
         "per-token quantised KV cache (its scales lie in the serving cache)": any(
             getattr(getattr(layer, "impl", None), "_k_scale_cache", None) is not None  # 0.20
             for layer in attention_layers.values()
         ),
-        "--calculate-kv-scales (the first forward, chat or proof, would set the scales)": getattr(  # until 0.27
-            config.cache_config, "calculate_kv_scales", False
-        ),
         "a model whose layers read what the last chat's tokens left (per-layer embeddings)": any(
             getattr(module, "per_layer_embeddings", None) is not None for module in model.modules()
         ),
-        "a recurrent-state cache with replay": getattr(config.cache_config, "use_replayssm", False),  # 0.27
         "a model without attention": not attention_layers,
     }
-    found = [reason for reason, present in reasons.items() if present]
-    if found:
-        raise UnsupportedServerError("proof of compute does not work with " + "; nor with ".join(found))
+    refuse([*unsupported_options(config), *(feature for feature, present in features.items() if present)])

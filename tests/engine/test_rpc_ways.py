@@ -9,6 +9,7 @@ import pytest
 
 from tests.engine.support import (
     GOLDEN_LIMIT,
+    MODEL,
     POW,
     Client,
     ServerConfig,
@@ -20,10 +21,17 @@ from tests.engine.support import (
 CASES = golden_cases("qwen3")
 
 
-def without_extension(allowed: bool) -> ServerConfig:
+# the least that vLLM can be given for sequences of 64 tokens: a batch is one nonce, and holds no two
+SMALLEST = (
+    *("--max-num-seqs", "1", "--max-num-batched-tokens", "96", "--max-model-len", "80"),
+    "--no-enable-prefix-caching",
+)
+
+
+def without_extension(allowed: bool, *more: str) -> ServerConfig:
     """A server whose workers can be reached by a function only, and not even so unless that is allowed."""
     env = (("VLLM_ALLOW_INSECURE_SERIALIZATION", "1" if allowed else "0"),)
-    args = ("--enforce-eager", "--middleware", "tests.engine.sends_function.SendsFunction")
+    args = ("--enforce-eager", "--middleware", "tests.engine.sends_function.SendsFunction", *more)
     return ServerConfig(args=args, extension=None, direct=True, env=env)
 
 
@@ -34,11 +42,15 @@ def function_runs(server: Client, mark: Path) -> bool:
     return mark.exists()
 
 
-@pytest.mark.server(without_extension(allowed=True))
+@pytest.mark.server(without_extension(True, *SMALLEST))
 def test_a_function_is_the_way_where_it_is_allowed(server: Client, tmp_path: Path) -> None:
+    """The server is also one that takes a nonce at a time, and sequences of 80 tokens at most."""
     chat = server.chat()
     for case in CASES:
         assert golden_distance(server, case) < GOLDEN_LIMIT["float32"]
+    assert server.vectors({**CASES[0], "seq_len": 80}, [0, 1]).shape == (2, 12)
+    too_long = body_of(CASES[0], params={"model": MODEL, "seq_len": 81, "k_dim": 12})
+    assert "maximum length of 80" in server.generate(too_long, status=400)["detail"]
     assert function_runs(server, tmp_path / "mark")
     assert server.chat() == chat
 

@@ -1,0 +1,20 @@
+"""Checks of the settings before the engine loads, so that a wrong one costs seconds and not the loading of a model.
+
+vLLM imports a middleware only when the engine is up (0.14 to 0.33), and its API process sees no other code of ours
+before that. `gonka_poc.serve` checks before it starts vLLM. Where vLLM's own module is started, as MLNode does, the
+first code of ours is the worker extension, which every worker imports before it loads weights.
+"""
+
+from __future__ import annotations
+
+from gonka_poc.callbacks.file import outbox_path, try_outbox
+from gonka_poc.certificates import ssl_context
+from gonka_poc.config import Settings, load_settings
+
+
+def check_settings() -> Settings:
+    """The settings of this process, all tried. Raises SettingsError, OutboxError or OutboxFullError."""
+    settings = load_settings()
+    ssl_context()  # callbacks need the certificates that it reads
+    try_outbox(outbox_path(settings.outbox_path))
+    return settings
