@@ -388,6 +388,23 @@ async def test_batches_that_always_fail_hold_up_no_other(world):
     assert status_of(sender).delivered == 10
 
 
+@pytest.mark.parametrize("status", [None, 429], ids=str)
+async def test_a_batch_that_gets_no_answer_holds_up_no_other_for_long(world, status):
+    """It may be too large for the receiver, or for the way to it."""
+
+    def answer(path: str, body: dict) -> tuple[int, str]:
+        if body["number"] < 2:
+            return (status, "") if status else unanswered(path, body)
+        return 200, ""
+
+    world.answer = answer
+    sender = world.start()
+    for number in range(6):
+        await sender.add_artifacts(URL, {"block_height": 1, "number": number}, artifacts(number))
+    await world.time.run(400, sender)
+    assert (status_of(sender).delivered, status_of(sender).waiting) == (4, 2)
+
+
 async def test_what_is_parked_is_shown(world):
     world.answer = lambda path, body: (422, "no such field")
     sender = world.start()

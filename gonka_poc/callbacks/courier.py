@@ -26,7 +26,8 @@ from gonka_poc.metrics import Metrics
 
 logger = logging.getLogger("vllm.gonka_poc.callbacks")
 
-MAX_FAILURES_IN_A_ROW = 5  # end a pass: the receiver has more than a bad moment
+# end a pass: the receiver has more than a bad moment; a batch that failed so often lets others go first
+MAX_FAILURES_IN_A_ROW = 5
 MAX_STAGES = 1000  # receivers whose stage is known
 
 
@@ -136,6 +137,8 @@ class Courier:
                 result.out_of_phase.add(batch.path)
             elif answer.asks_to_wait and answer.meaning is not Meaning.PARK:
                 result.stopped, result.retry_after_sec = True, answer.retry_after_sec
+                if batch.attempts >= MAX_FAILURES_IN_A_ROW:  # it may be the reason, by its size
+                    self._cursors[url] = after
                 return
             if failures == MAX_FAILURES_IN_A_ROW:
                 result.stopped, self._cursors[url] = True, after

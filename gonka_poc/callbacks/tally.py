@@ -75,7 +75,8 @@ class Tally:
             others = _entry(OTHERS, self._others)
             for name in ("waiting", "delivered", "refused", "parked", "expired"):
                 setattr(others, name, sum((getattr(entry, name) for entry in rest), getattr(others, name)))
-            others.oldest_sec = max((entry.oldest_sec or 0.0 for entry in rest), default=0.0) or None
+            ages = [entry.oldest_sec for entry in rest if entry.oldest_sec is not None]
+            others.oldest_sec = max(ages, default=None)
             shown.append(others)
         return shown
 
