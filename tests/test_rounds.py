@@ -204,7 +204,9 @@ async def test_a_batch_that_fails_after_the_stop_is_no_error(caplog):
     current = start(manager, Delivered())
     await current.task
     assert current.error == "the engine is dead"
-    assert [record.levelname for record in caplog.records if "PoC round" in record.message] == ["WARNING"]
+    # vLLM, where a test on the same worker imported it, lets INFO through too
+    seen = [record.levelname for record in caplog.records if "PoC round" in record.message]
+    assert [level for level in seen if level != "INFO"] == ["WARNING"]
 
 
 async def test_stop_ends_a_round_that_waits_for_chat():
