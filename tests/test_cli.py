@@ -20,7 +20,7 @@ from gonka_poc.cli.demo import Step
 from gonka_poc.cli.receive import Receiver
 from gonka_poc.cli.refusals import refusal_text
 from gonka_poc.cli.server_process import free_port
-from gonka_poc.data import PREFIX, Artifact, StatTest, StatusAnswer
+from gonka_poc.data import PREFIX, Artifact, ReceiverStatus, StatTest, StatusAnswer
 from gonka_poc.errors import ComputeError, RequestError, ServerAnswerError
 
 
@@ -232,6 +232,17 @@ def test_stop_counts_what_it_ended(server, capsys):
 def test_status_for_machines(server, capsys):
     assert run("status", "--url", server.url, "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"status": "IDLE", "config": None, "stats": None}
+
+
+def test_status_shows_the_receivers_of_callbacks(server, monkeypatch, capsys):
+    one = ReceiverStatus(receiver="http://r", waiting=7, oldest_sec=3.5, delivered=9, refused=2, parked=1, expired=4)
+    answer = StatusAnswer(status="IDLE", config=None, stats=None, callbacks=[one])
+    monkeypatch.setattr(PoCClient, "status", lambda self: answer)
+    assert run("status", "--url", server.url) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "callbacks http://r: waiting 7, oldest_sec 3.5, delivered 9, refused 2, parked 1, expired 4" in shown
+    assert run("status", "--url", server.url, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["callbacks"] == [one.model_dump()]
 
 
 def test_commands_that_wait_for_a_round_say_so(server, tmp_path, monkeypatch, capsys):
