@@ -101,6 +101,8 @@ async def world(monkeypatch, tmp_path):
 
 
 def status_of(sender: CallbackSender) -> ReceiverStatus:
+    """As it is now: simulated time is too short for what is counted now and then."""
+    sender._thread.receiver_counts = sender._outbox.receiver_counts()
     (status,) = sender.receivers
     return status
 
@@ -237,7 +239,7 @@ async def test_a_verdict_ends_by_itself(world, answer, held):
     assert max(when for when, *_ in world.posts) <= 600
     assert summary(world.path) == []
     if answer:
-        assert status_of(sender).expired == 1
+        assert sender.receivers[0].expired == 1
 
 
 async def test_a_verdict_that_a_killed_server_left_is_not_sent_later(world):

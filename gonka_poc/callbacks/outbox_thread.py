@@ -56,9 +56,10 @@ class OutboxThread:
         """Look at every batch; so seldom that it takes no more than a twentieth of the thread's time."""
         started = time.monotonic()
         if started >= self._next_receiver_counts:
+            took = -time.thread_time()  # not what the thread waits for
             self.receiver_counts = self._outbox.receiver_counts()
-            ended = time.monotonic()
-            self._next_receiver_counts = ended + 20 * (ended - started)
+            took += time.thread_time()
+            self._next_receiver_counts = started + 20 * took
 
     async def run(self, operation: Callable[..., T], *args: Any, give_up: Callable[[], bool] | None = None) -> T:
         """Run a method of the outbox; where there is no room, or the file cannot be used now, again and again.
