@@ -247,7 +247,7 @@ def test_layers_of_one_layout_share_a_scratch_and_others_do_not():
 class Indexer:
     """Caches and groups of a layer with sparse attention: its latent cache, and the keys of its indexer.
 
-    The indexer's kernels take blocks of 64 tokens, the KV cache manager's have 128, and the latents' kernels take those.
+    The indexer's kernels take blocks of 64 tokens; those of the KV cache manager and of the latents' kernels have 128.
     """
 
     latent = torch.zeros(BLOCKS, 128, 656, dtype=torch.uint8)

@@ -106,10 +106,10 @@ def rebuilt(cache: Any, tensors: Iterable[torch.Tensor]) -> Any:
     """The structure of `cache` with `tensors`, in the order of `flat`, in place of its own."""
     found = iter(tensors)
 
-    def build(item: Any) -> Any:
-        return next(found) if isinstance(item, torch.Tensor) else type(item)([build(part) for part in item])
+    def filled(item: Any) -> Any:
+        return next(found) if isinstance(item, torch.Tensor) else type(item)([filled(part) for part in item])
 
-    return build(cache)
+    return filled(cache)
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,8 @@ def _layouts(cache: Any, axis: int, spec: Any, others: Collection[Any]) -> tuple
                 f"a block of a KV cache of shape {tuple(tensor.shape)} has {found} bytes, but its attention backend "
                 f"puts {spec.block_size} tokens of {needed} bytes together into it"
             )
-    alignment = getattr(spec, "get_block_stride_alignment", lambda: 1)()  # 0.32
+    has_alignment = hasattr(spec, "get_block_stride_alignment")  # 0.32
+    alignment = spec.get_block_stride_alignment() if has_alignment else 1
     page_bytes = -(-spec.page_size_bytes // alignment) * alignment
     return tuple(page_layouts(tensors, axis, page_bytes, others))
 
