@@ -152,6 +152,7 @@ def walk(model: TinyModel, folder: Path, dtype: str) -> Row:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.utils import initialize_model
 
+    name_sparse_attention()
     config = EngineArgs(**engine_options(model, folder, dtype)).create_engine_config()
     with set_current_vllm_config(config), tempfile.TemporaryDirectory() as store:
         init_distributed_environment(1, 0, f"file://{store}/store", 0, backend="gloo")
@@ -164,6 +165,27 @@ def walk(model: TinyModel, folder: Path, dtype: str) -> Row:
             config.compilation_config.static_forward_context.clear()
             built = initialize_model(config)
         return {"verdict": "not run", "how": "walk", "seen": what_is_built(config, built)}
+
+
+def name_sparse_attention() -> None:
+    """From here on a CPU has a backend for sparse attention too: enough to build a model, none of it runs."""
+    import torch
+    from vllm.platforms import current_platform
+    from vllm.v1.worker.workspace import init_workspace_manager
+
+    init_workspace_manager(torch.device("meta"))
+    torch.accelerator.empty_cache = lambda: None
+
+    platform = type(current_platform)
+    choose = platform.get_attn_backend_cls
+
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return choose(*args, **kwargs)
+        except NotImplementedError:
+            return "vllm.v1.attention.backends.mla.flashmla_sparse.FlashMLASparseBackend"
+
+    platform.get_attn_backend_cls = staticmethod(chosen)  # type: ignore[method-assign, assignment]
 
 
 def what_is_built(config: Any, built: Any) -> str:

@@ -339,17 +339,4 @@ MODELS = [
             "residual_multiplier": 0.5,
         },
     ),
-    TinyModel(
-        "LFM2 (short convolutions)",
-        "Lfm2ForCausalLM",
-        {
-            "model_type": "lfm2",
-            "layer_types": ["conv", "full_attention", "conv", "full_attention"],
-            "norm_eps": 1e-5,
-            "conv_L_cache": 3,
-            "block_dim": 256,
-            "block_ff_dim": 256,
-            "block_auto_adjust_ff_dim": False,
-        },
-    ),
 ]
