@@ -169,7 +169,9 @@ CONTRACT = (
         last="0.28",
     ),
     *_names("v1/worker/utils.py", "AttentionGroup: get_metadata_builder(ubatch_id) layer_names backend kv_cache_spec"),
-    *_names("v1/kv_cache_interface.py", "KVCacheSpec.block_size", "AttentionSpec: num_kv_heads head_size"),
+    *_names("v1/kv_cache_interface.py", "KVCacheSpec: block_size page_size_bytes"),
+    *_names("v1/kv_cache_interface.py", "AttentionSpec: num_kv_heads head_size real_page_size_bytes"),
+    *_names("v1/kv_cache_interface.py", "KVCacheSpec.get_block_stride_alignment()", first="0.32"),
     # what torch may compile
     *_names("model_executor/custom_op.py", "CustomOp: forward_native() forward_cuda() forward_cpu() _forward_method"),
     *_names("ir/op.py", "enable_torch_wrap(enable)", "IrOp: registry impls set_priority(priority)", first="0.20"),

@@ -44,12 +44,13 @@ def broken(findings: list[Finding]) -> list[Finding]:
 
 # attributes in vllm_compat that are Python's, torch's or FastAPI's
 OTHERS = """
-    __name__ accelerator all_reduce append arange bool clear compiler contextmanager cuda dataclass device disable
-    distributed dtype element_size enter_context environ Event exception ExitStack expand field fields find_spec
-    flatten forward fromkeys full get getLogger in_features index int32 is_file ismethod item items join keys Module
-    ModuleList modules name named_children named_modules ndim numel ones origin out_features parameters parent
-    parse_args permute pop read_text record repeat repeat_interleave shape signature state stride suppress
-    synchronize Tensor tensor to type unsqueeze update util values version zeros
+    __name__ accelerator all_reduce append arange as_strided bool clear compiler contextmanager cuda data_ptr
+    dataclass device disable distributed dtype element_size enter_context environ Event exception ExitStack expand
+    field fields find_spec flatten forward fromkeys full get getLogger in_features index int32 is_file ismethod item
+    items itemsize join keys Module ModuleList modules name named_children named_modules nbytes ndim numel ones
+    origin out_features parameters parent parse_args permute pop prod read_text record repeat repeat_interleave
+    shape signature state storage_offset stride suppress synchronize tensor Tensor to type uint8 unsqueeze
+    untyped_storage update util values version view zeros
 """
 # options of the server that serve.py gives or looks for
 IMPLIED = {"middleware", "enable_chunked_prefill", "runner", "convert", "nnodes"}

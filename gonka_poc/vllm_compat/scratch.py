@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from gonka_poc.errors import UnsupportedServerError
+from gonka_poc.vllm_compat.cache_layout import PageLayout, flat, page_layouts, rebuilt
+
+
+@dataclasses.dataclass(frozen=True)
+class Scratch:
+    """A scratch cache of `num_blocks` blocks: the tensors of a layer's cache, in the order of `flat`."""
+
+    num_blocks: int
+    tensors: list[torch.Tensor]
 
 
 class ScratchAttention:
@@ -17,7 +26,8 @@ class ScratchAttention:
 
     def __init__(self, runner: Any, config: Any, layers: Mapping[str, Any]) -> None:
         self._runner, self._config, self._layers = runner, config, layers
-        self._caches: dict[Any, Any] = {}
+        self._layouts: dict[str, tuple[PageLayout, ...]] = {}
+        self._caches: dict[tuple[str | None, tuple[PageLayout, ...]], Scratch] = {}
 
     @contextlib.contextmanager
     def installed(self, num_seqs: int, seq_len: int) -> Iterator[None]:
@@ -31,13 +41,15 @@ class ScratchAttention:
         targets = set(filter(None, sharing.values()))
         originals = {name: layer.kv_cache for name, layer in self._layers.items()}
         try:
-            for group, block_size in self._groups():
-                num_blocks = 1 + num_seqs * -(-seq_len // block_size)
+            for group, spec in self._groups():
+                num_blocks = 1 + num_seqs * -(-seq_len // spec.block_size)
+                axis = _block_axis(group, self._config.cache_config.cache_dtype)
                 for name in group.layer_names:
                     if (layer := self._layers.get(name)) is not None:
-                        axis = _block_axis(group, self._config.cache_config.cache_dtype)
+                        if name not in self._layouts:
+                            self._layouts[name] = _layouts(originals[name], axis, spec, originals.values())
                         owner = sharing[name] or (name if name in targets else None)
-                        layer.kv_cache = self._scratch_like(originals[name], axis, num_blocks, owner)
+                        layer.kv_cache = self._scratch_like(originals[name], self._layouts[name], num_blocks, owner)
             yield
         except BaseException:
             self.release()
@@ -46,31 +58,25 @@ class ScratchAttention:
             for name, layer in self._layers.items():
                 layer.kv_cache = originals[name]
 
-    def _scratch_like(self, cache: Any, axis: int, num_blocks: int, owner: str | None, part: int = 0) -> Any:
-        """A scratch cache of the same structure, dtype and memory layout as `cache`, with at least `num_blocks`.
+    def _scratch_like(self, cache: Any, layouts: tuple[PageLayout, ...], num_blocks: int, owner: str | None) -> Any:
+        """A scratch cache of the structure and the `layouts` of `cache`, with at least `num_blocks` blocks."""
+        found = self._caches.get((owner, layouts))
+        if found is None or found.num_blocks < num_blocks:
+            self._caches.pop((owner, layouts), None)  # its memory is free before the larger one is asked for
+            device = flat(cache)[0].device
+            found = Scratch(num_blocks, [part for page in layouts for part in page.allocate(num_blocks, device)])
+            self._caches[owner, layouts] = found
+        return rebuilt(cache, found.tensors)
 
-        `cache` is a tensor, or a list or tuple of them (recurrent states; until 0.18 also a list of one tensor).
+    def _groups(self) -> Iterator[tuple[Any, Any]]:
+        """Each attention group with the cache spec of its kernels.
+
+        Its block size is the number of tokens per block of the cache that the layers see. That of the group's own spec
+        is the KV cache manager's, a multiple of it.
         """
-        if not isinstance(cache, torch.Tensor):
-            parts = [self._scratch_like(item, axis, num_blocks, owner, i) for i, item in enumerate(cache)]
-            return type(cache)(parts)
-        if axis >= cache.ndim:
-            raise UnsupportedServerError(f"a KV cache of shape {tuple(cache.shape)} has no block axis {axis}")
-        order = sorted(range(cache.ndim), key=lambda dim: -cache.stride(dim))
-        shape = [num_blocks if dim == axis else size for dim, size in enumerate(cache.shape)]
-        others = tuple(size for dim, size in enumerate(shape) if dim != axis)
-        key = (owner, part, cache.dtype, tuple(order), others, axis)
-        found = self._caches.get(key)
-        if found is None or found.shape[axis] < num_blocks:
-            storage = torch.zeros([shape[dim] for dim in order], dtype=cache.dtype, device=cache.device)
-            found = self._caches[key] = storage.permute([order.index(dim) for dim in range(cache.ndim)])
-        return found
-
-    def _groups(self) -> Iterator[tuple[Any, int]]:
-        """Each attention group with its kernel block size: tokens per block of the cache that its layers see."""
         for groups in self._runner.attn_groups:
             for group in groups:
-                yield group, group.get_metadata_builder(0).kv_cache_spec.block_size
+                yield group, group.get_metadata_builder(0).kv_cache_spec
 
     def metadata(self, num_seqs: int, seq_len: int, positions: torch.Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
         """Metadata and slot mapping by layer name, from the engine's own builders, fresh for each forward.
@@ -89,7 +95,8 @@ class ScratchAttention:
         known = {f.name for f in dataclasses.fields(CommonAttentionMetadata)}
         metadata: dict[str, Any] = {}
         slots_by_layer: dict[str, Any] = {}
-        for group, block_size in self._groups():
+        for group, spec in self._groups():
+            block_size = spec.block_size
             blocks_per_seq = -(-seq_len // block_size)
             first_block = 1 + torch.arange(num_seqs, device=device).unsqueeze(1) * blocks_per_seq
             block_table = first_block + torch.arange(blocks_per_seq, device=device)
@@ -124,11 +131,17 @@ class ScratchAttention:
     @property
     def num_bytes(self) -> int:
         """Memory of the scratch KV cache."""
-        return sum(cache.numel() * cache.element_size() for cache in self._caches.values())
+        memories = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for scratch in self._caches.values()
+            for tensor in scratch.tensors
+        }
+        return sum(memories.values())
 
     def release(self) -> None:
         """Drop the scratch KV cache."""
         self._caches.clear()
+        self._layouts.clear()
 
 
 def has_values(cache: Any) -> bool:
@@ -136,6 +149,29 @@ def has_values(cache: Any) -> bool:
     if isinstance(cache, torch.Tensor):
         return cache.numel() > 0
     return isinstance(cache, (list, tuple)) and any(map(has_values, cache))
+
+
+def _layouts(cache: Any, axis: int, spec: Any, others: Collection[Any]) -> tuple[PageLayout, ...]:
+    """The layouts of a layer's `cache` with blocks along `axis`; `spec` is that of its kernels.
+
+    Raises UnsupportedServerError where a block of the cache has room for fewer tokens than `spec.block_size`.
+    """
+    tensors = flat(cache)
+    needed = getattr(spec, "real_page_size_bytes", 0)  # attention alone has it
+    if len(tensors) == 1 and needed:
+        (tensor,) = tensors
+        if axis >= tensor.ndim:
+            raise UnsupportedServerError(f"a KV cache of shape {tuple(tensor.shape)} has no block axis {axis}")
+        found = tensor.numel() // tensor.shape[axis] * tensor.element_size()
+        if found < needed:
+            raise UnsupportedServerError(
+                f"a block of a KV cache of shape {tuple(tensor.shape)} has {found} bytes, but its attention backend "
+                f"puts {spec.block_size} tokens of {needed} bytes together into it"
+            )
+    has_alignment = hasattr(spec, "get_block_stride_alignment")  # 0.32
+    alignment = spec.get_block_stride_alignment() if has_alignment else 1
+    page_bytes = -(-spec.page_size_bytes // alignment) * alignment
+    return tuple(page_layouts(tensors, axis, page_bytes, others))
 
 
 def _block_axis(group: Any, cache_dtype: str) -> int:
