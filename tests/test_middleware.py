@@ -186,6 +186,8 @@ async def test_errors_of_the_application_pass(parts):
         ("", f"{PREFIX}/status", 200),
         ("/proxy", f"/proxy{PREFIX}/status", 200),
         ("/proxy", f"{PREFIX}/status", 200),  # vLLM's --root-path: the proxy cut it off
+        ("/proxy", f"/proxy{PREFIX}/docs", 200),
+        ("/proxy", f"/proxy{PREFIX}/openapi.json", 200),
         ("/proxy", f"/other{PREFIX}/status", 418),
         ("", f"/proxy{PREFIX}/status", 418),
     ],
@@ -193,7 +195,10 @@ async def test_errors_of_the_application_pass(parts):
 async def test_root_path(host, root_path, path, status):
     transport = httpx.ASGITransport(app=host, root_path=root_path)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        assert (await client.get(path)).status_code == status
+        response = await client.get(path)
+    assert response.status_code == status
+    if path.endswith("/docs"):  # a browser asks for the schema where the proxy has it
+        assert f"{root_path}{PREFIX}/openapi.json" in response.text
 
 
 # --- an engine that is not there --------------------------------------------------------------------------------
