@@ -409,7 +409,7 @@ def test_the_path_of_a_socket(url, path):
 
 def test_every_command_asks_a_server_at_a_socket(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # so that the path of the socket stays short enough
-    with engineless_server(FakeManager(), socket="s k.sock"):
+    with engineless_server(FakeManager(), socket="s k.sock") as server:
         absolute = tmp_path / "s k.sock"
         for url in ("unix:s k.sock", f"unix:{absolute}", f"unix://{absolute}/api/v1/pow", "http+unix://s%20k.sock"):
             assert run("status", "--url", url) == 0
@@ -420,8 +420,9 @@ def test_every_command_asks_a_server_at_a_socket(tmp_path, monkeypatch, capsys):
         assert run("reference", "check", out, "--url", "unix:s k.sock") == 0
         assert run("stop", "--url", "unix:s k.sock") == 0
         capsys.readouterr()
-        assert run("validate", out, "--url", "unix:s k.sock", "--model", "other") == 1
-        assert "unix:s k.sock" in capsys.readouterr().err
+        server.manager.refusal = RequestError("no")
+        assert run("validate", out, "--url", "unix:s k.sock") == 1
+        assert "unix:s k.sock/api/v1/pow/generate answered 400: no" in capsys.readouterr().err
 
 
 def test_a_socket_that_is_not_there(tmp_path, capsys):

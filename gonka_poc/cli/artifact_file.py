@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -16,13 +17,15 @@ from gonka_poc.data import Artifact, StatTest
 from gonka_poc.errors import ArtifactFileError
 
 # what a command takes as an option where a file lacks it, and the option
-OPTION_OF = {
-    "model": "--model",
-    "seq_len": "--seq-len",
-    "k_dim": "--k-dim",
-    "block_hash": "--block-hash",
-    "public_key": "--public-key",
-}
+OPTION_OF: Mapping[str, str] = MappingProxyType(
+    {
+        "model": "--model",
+        "seq_len": "--seq-len",
+        "k_dim": "--k-dim",
+        "block_hash": "--block-hash",
+        "public_key": "--public-key",
+    }
+)
 # thresholds that others write at the top level; the two last are the same
 _THRESHOLDS = ("dist_threshold", "p_mismatch", "fraud_threshold", "p_value_threshold")
 
