@@ -55,7 +55,10 @@ def server_arguments(args: Sequence[str]) -> list[str]:
             "out, or give 1"
         )
     if MIDDLEWARE not in _values(rest, "--middleware"):
-        rest += ["--middleware", MIDDLEWARE]
+        # before the operator's own: vLLM puts a later one around it, so that those act on /api/v1/pow too
+        own = [i for i, text in enumerate(rest) if text.partition("=")[0] == "--middleware"]
+        at = own[0] if own else len(rest)
+        rest = [*rest[:at], "--middleware", MIDDLEWARE, *rest[at:]]
     extensions = _values(rest, "--worker-extension-cls")
     if not extensions:
         rest += ["--worker-extension-cls", WORKER_EXTENSION]

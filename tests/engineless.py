@@ -36,10 +36,11 @@ def engineless_server(
     manager: FakeManager,
     chat: Callable[[dict[str, Any]], Awaitable[Any]] | None = None,
     more: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
+    socket: str | None = None,
 ) -> Iterator[SimpleNamespace]:
     """A PoC application over `manager` on a port of its own; `chat` answers /v1/chat/completions.
 
-    `more` are further routes of vLLM's by path, and what answers them.
+    `more` are further routes of vLLM's by path, and what answers them; `socket` is a path to listen at instead.
     """
     inner: list[Any] = []
 
@@ -65,7 +66,7 @@ def engineless_server(
         await send({"type": "lifespan.shutdown.complete"})
 
     port = free_port()
-    uvicorn_server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None))
+    uvicorn_server = uvicorn.Server(uvicorn.Config(app, port=port, uds=socket, log_config=None))
     thread = threading.Thread(target=uvicorn_server.run)
     thread.start()
     until_started(uvicorn_server, thread)

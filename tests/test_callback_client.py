@@ -86,3 +86,18 @@ async def test_a_compressed_answer_is_not_made_large():
         tracemalloc.stop()
     assert result.reason == "answered 500"
     assert highest < 10_000_000
+
+
+async def test_a_callback_goes_past_a_proxy(monkeypatch):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        for variable in (name, name.lower()):
+            monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nothing listens there
+    for variable in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+
+    async def take(writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        await writer.drain()
+
+    async with receiver(take) as url:
+        assert (await post(url)).accepted

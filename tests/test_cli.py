@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
+import numpy as np
 import pytest
 from engineless import engineless_server, run
 from fakes import MODEL, FakeManager, generate_body, round_body
@@ -15,12 +17,12 @@ from fakes import MODEL, FakeManager, generate_body, round_body
 from gonka_poc.callbacks.outbox import Outbox
 from gonka_poc.cli import artifacts, demo
 from gonka_poc.cli import common as cli_common
-from gonka_poc.cli.client import PoCClient
+from gonka_poc.cli.client import PoCClient, socket_path
 from gonka_poc.cli.demo import Step
 from gonka_poc.cli.receive import Receiver
 from gonka_poc.cli.refusals import refusal_text
 from gonka_poc.cli.server_process import free_port
-from gonka_poc.data import PREFIX, Artifact, ReceiverStatus, StatTest, StatusAnswer
+from gonka_poc.data import PREFIX, VECTOR_DTYPE, Artifact, ReceiverStatus, StatTest, StatusAnswer, encode_vector
 from gonka_poc.errors import ComputeError, RequestError, ServerAnswerError
 
 
@@ -120,7 +122,10 @@ def test_an_honest_file_passes(server, tmp_path, capsys):
     generate(server, tmp_path / "a.json", "0-49")
     capsys.readouterr()
     assert run("validate", tmp_path / "a.json", "--url", server.url) == 0
-    assert capsys.readouterr().out == "pass: 0 of 50 differ, p = 1\n"
+    assert capsys.readouterr().out == (
+        "pass: 0 of 50 differ, p = 1\n"
+        "thresholds (defaults of the protocol): dist_threshold 0.02, p_mismatch 0.001, fraud_threshold 0.01\n"
+    )
 
 
 def test_a_tampered_file_is_fraud(server, tmp_path, capsys):
@@ -148,6 +153,119 @@ def test_the_thresholds_can_be_given(server, tmp_path):
     file.write_text(json.dumps(content))
     assert run("validate", file, "--url", server.url) == 2
     assert run("validate", file, "--url", server.url, "--fraud-threshold", "0.0001") == 0
+
+
+def changed(file: Path, move: float = 0.0, **fields: object) -> Path:
+    """`file` with other fields (None: without it), each vector moved by an L2 distance of `move`."""
+    content = {**json.loads(file.read_text()), **fields}
+    for artifact in content["artifacts"]:
+        vector = np.frombuffer(base64.b64decode(artifact["vector_b64"]), dtype=VECTOR_DTYPE).astype(float)
+        artifact["vector_b64"] = encode_vector(vector + move / np.sqrt(len(vector)))
+    file.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "laxer"),
+    [
+        ({"stat_test": {"dist_threshold": 2.5}}, ["dist_threshold"]),
+        ({"stat_test": None, "dist_threshold": 2.5}, ["dist_threshold"]),
+        ({"stat_test": {"p_mismatch": 1.0}}, ["p_mismatch"]),
+        ({"stat_test": {"fraud_threshold": 0}}, ["fraud_threshold"]),
+        ({"stat_test": {"p_value_threshold": 0}}, ["fraud_threshold"]),
+        ({"stat_test": None, "p_value_threshold": 0}, ["fraud_threshold"]),
+        ({"stat_test": {"dist_threshold": 0.001, "p_mismatch": 1e-9, "fraud_threshold": 0.5}}, []),
+    ],
+    ids=str,
+)
+def test_a_prover_does_not_choose_his_judge(server, tmp_path, capsys, thresholds, laxer):
+    file = tmp_path / "a.json"
+    generate(server, file, "0-9")
+    changed(file, 0.5, **thresholds)
+    capsys.readouterr()
+    assert run("validate", file, "--url", server.url) == 2
+    shown = capsys.readouterr().out
+    assert "thresholds (defaults of the protocol): dist_threshold 0.02, p_mismatch 0.001, fraud_threshold 0.01" in shown
+    assert "the file names others, which were not used: " in shown
+    assert (f"laxer: {laxer[0]}" if laxer else "none of them is laxer") in shown
+    assert run("validate", file, "--url", server.url, "--json") == 2
+    verdict = json.loads(capsys.readouterr().out)
+    assert verdict["thresholds"] == StatTest().model_dump()
+    assert [name for name, other in verdict["file_names_others"].items() if other["laxer"]] == laxer
+    assert run("validate", file, "--url", server.url, "--file-thresholds") == (0 if laxer else 2)
+    shown = capsys.readouterr().out
+    assert "thresholds (the file" in shown
+    assert "names others" not in shown
+
+
+def test_an_option_wins_over_the_files_threshold(server, tmp_path, capsys):
+    file = tmp_path / "a.json"
+    generate(server, file, "0-9")
+    changed(file, 0.1, stat_test={"dist_threshold": 0.05})
+    assert run("validate", file, "--url", server.url, "--dist-threshold", "0.2") == 0
+    capsys.readouterr()
+    assert run("validate", file, "--url", server.url, "--file-thresholds", "--dist-threshold", "0.2", "--json") == 0
+    verdict = json.loads(capsys.readouterr().out)
+    assert verdict["thresholds"]["dist_threshold"] == 0.2
+    assert verdict["file_names_others"] == {"dist_threshold": {"value": 0.05, "laxer": False}}
+    assert run("validate", file, "--url", server.url, "--p-value-threshold", "0") == 0
+    for option in ("--dist-threshold", "--p-mismatch", "--fraud-threshold"):
+        assert run("validate", file, "--url", server.url, option, "nan") == 1
+        assert "finite" in capsys.readouterr().err
+
+
+def test_a_file_whose_thresholds_contradict_each_other(server, tmp_path, capsys):
+    file = tmp_path / "a.json"
+    generate(server, file, "0-9")
+    changed(file, dist_threshold=0.3, stat_test={"dist_threshold": 0.4})
+    assert run("validate", file, "--url", server.url) == 1
+    assert "dist_threshold is 0.3 at the top level, and 0.4 in stat_test" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "other"),
+    [
+        ("seq_len", "--seq-len", 4, 5),
+        ("k_dim", "--k-dim", 3, 4),
+        ("block_hash", "--block-hash", "test-block", "b"),
+        ("public_key", "--public-key", "test-key", "k"),
+    ],
+)
+def test_what_a_file_lacks_comes_from_the_options(server, tmp_path, capsys, name, option, value, other):
+    file = tmp_path / "a.json"
+    generate(server, file, "0-9")
+    assert run("validate", file, "--url", server.url, option, str(value)) == 0  # as the file says it too
+    assert run("validate", file, "--url", server.url, option, str(other)) == 1
+    assert f"was made with {name} {value!r}, but {option} says {other!r}" in capsys.readouterr().err
+    changed(file, **{name: None})
+    for command in (["validate", file], ["reference", "check", file]):
+        assert run(*command, "--url", server.url) == 1
+        assert f"does not say its {name}; give it with {option}" in capsys.readouterr().err
+        assert run(*command, "--url", server.url, option, str(value)) == 0
+    assert run("report", file, file) == 1
+    assert run("report", file, file, option, str(value)) == 0
+    capsys.readouterr()
+    assert generate(server, file) == 1
+    assert f"does not say its {name}; write it into the file" in capsys.readouterr().err
+
+
+def test_a_model_may_have_another_name_here(server, tmp_path, monkeypatch, capsys):
+    asked: list[str] = []
+    validate = PoCClient.validate
+    monkeypatch.setattr(
+        PoCClient, "validate", lambda self, file, *more: (asked.append(file.model), validate(self, file, *more))[1]
+    )
+    file = tmp_path / "a.json"
+    generate(server, file, "0-9")
+    changed(file, model="its name there")
+    assert run("validate", file, "--url", server.url) == 0
+    assert run("validate", file, "--url", server.url, "--model", MODEL) == 0
+    changed(file, model=None)
+    capsys.readouterr()
+    assert run("validate", file, "--url", server.url) == 1
+    assert "does not say its model; give it with --model" in capsys.readouterr().err
+    assert run("validate", file, "--url", server.url, "--model", MODEL) == 0
+    assert asked == ["its name there", MODEL, MODEL]
 
 
 def test_nothing_compared_is_no_pass(server, tmp_path, capsys):
@@ -278,7 +396,65 @@ def test_a_server_that_is_not_there(capsys):
     assert "cannot be reached" in capsys.readouterr().err
     for address in ("127.0.0.1:8000", "http://[::1"):
         assert run("status", "--url", address) == 1
-        assert "write it as http://HOST:PORT" in capsys.readouterr().err
+        assert "write it as http://HOST:PORT or unix:PATH" in capsys.readouterr().err
+
+
+# --- sockets ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "path"),
+    [
+        ("unix:/a/b.sock", "/a/b.sock"),
+        ("unix:///a/b.sock", "/a/b.sock"),
+        ("unix:b.sock", "b.sock"),
+        ("http+unix://%2Fa%2Fb%20c.sock", "/a/b c.sock"),
+        ("unix:", None),
+        ("http+unix:/a", None),
+        ("http://unix:80", None),
+    ],
+)
+def test_the_path_of_a_socket(url, path):
+    assert socket_path(url) == path
+
+
+def test_every_command_asks_a_server_at_a_socket(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # so that the path of the socket stays short enough
+    with engineless_server(FakeManager(), socket="s k.sock") as server:
+        absolute = tmp_path / "s k.sock"
+        for url in ("unix:s k.sock", f"unix:{absolute}", f"unix://{absolute}/api/v1/pow", "http+unix://s%20k.sock"):
+            assert run("status", "--url", url) == 0
+        out = tmp_path / "a.json"
+        assert generate(SimpleNamespace(url="unix:s k.sock"), out) == 0
+        assert nonces_in(out) == list(range(10))
+        assert run("validate", out, "--url", "unix:s k.sock") == 0
+        assert run("reference", "check", out, "--url", "unix:s k.sock") == 0
+        assert run("stop", "--url", "unix:s k.sock") == 0
+        capsys.readouterr()
+        server.manager.refusal = RequestError("no")
+        assert run("validate", out, "--url", "unix:s k.sock") == 1
+        assert "unix:s k.sock/api/v1/pow/generate answered 400: no" in capsys.readouterr().err
+
+
+def test_a_socket_that_is_not_there(tmp_path, capsys):
+    assert run("status", "--url", "unix:/nowhere.sock") == 1
+    assert "/nowhere.sock does not exist; is the server running with --uds" in capsys.readouterr().err
+    assert run("status", "--url", f"unix:{tmp_path}") == 1
+    assert "is no socket" in capsys.readouterr().err
+    assert run("status", "--url", "unix:") == 1
+    assert "is no address of a server" in capsys.readouterr().err
+
+
+# --- proxies ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_goes_past_a_proxy(server, monkeypatch):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        for variable in (name, name.lower()):
+            monkeypatch.setenv(variable, f"http://127.0.0.1:{free_port()}")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert run("status", "--url", server.url) == 0
 
 
 def test_the_address_of_the_api_is_one_of_the_server(server):

@@ -372,6 +372,17 @@ def test_mlnode_is_found_in_the_usual_places(host: FakeHost) -> None:
     assert "--mlnode-dir DIR" in done.stderr
 
 
+@pytest.mark.parametrize("folder", ["packages/api/src", "src", "mlnode/packages/api/src"])
+def test_each_layout_of_mlnode_is_found(host: FakeHost, folder: str) -> None:
+    host.nvidia_smi(H200)
+    runner = host.folder / "checkout" / folder / "api/inference/vllm/runner.py"
+    runner.parent.mkdir(parents=True)
+    host.runner.rename(runner)
+    done = host.run("--dry-run", "--python", host.python, "--mlnode-dir", host.folder / "checkout")
+    assert done.returncode == 0, done.stderr
+    assert str(runner) in done.stdout
+
+
 def test_the_python_of_mlnode_is_taken(host: FakeHost, with_vllm: Path) -> None:
     host.nvidia_smi(H200)
     where = ["--mlnode-dir", host.mlnode, "--dry-run"]

@@ -18,6 +18,7 @@ import uvicorn
 from fakes import FakeView, generate_body, round_body, until
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
+from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -185,6 +186,8 @@ async def test_errors_of_the_application_pass(parts):
         ("", f"{PREFIX}/status", 200),
         ("/proxy", f"/proxy{PREFIX}/status", 200),
         ("/proxy", f"{PREFIX}/status", 200),  # vLLM's --root-path: the proxy cut it off
+        ("/proxy", f"/proxy{PREFIX}/docs", 200),
+        ("/proxy", f"/proxy{PREFIX}/openapi.json", 200),
         ("/proxy", f"/other{PREFIX}/status", 418),
         ("", f"/proxy{PREFIX}/status", 418),
     ],
@@ -192,7 +195,10 @@ async def test_errors_of_the_application_pass(parts):
 async def test_root_path(host, root_path, path, status):
     transport = httpx.ASGITransport(app=host, root_path=root_path)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        assert (await client.get(path)).status_code == status
+        response = await client.get(path)
+    assert response.status_code == status
+    if path.endswith("/docs"):  # a browser asks for the schema where the proxy has it
+        assert f"{root_path}{PREFIX}/openapi.json" in response.text
 
 
 # --- an engine that is not there --------------------------------------------------------------------------------
@@ -727,3 +733,45 @@ async def test_a_server_whose_engine_comes_later_starts(parts):
     parts.make_view = not_ready
     sent = await lifespan_of(parts.host(), lambda: True)
     assert [message["type"] for message in sent] == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+
+
+# --- further middlewares of the operator --------------------------------------------------------------------------
+
+
+class Stamp:
+    """An operator's middleware, as a class: a header on every answer."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def stamped(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (b"x-class", b"1")]}
+            await send(message)
+
+        await self._app(scope, receive, stamped)
+
+
+async def stamp(request: Any, call_next: Any) -> Any:
+    """The same as a function, as vLLM adds one."""
+    response = await call_next(request)
+    response.headers["x-function"] = "1"
+    return response
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+async def test_the_operators_middlewares_act_on_proof_where_they_are_around_it(parts, ours_first):
+    """vLLM adds middlewares in the order of its options; a later one is around those before it."""
+    app = Starlette(routes=[Route("/{path:path}", echo, methods=["GET", "POST", "PUT"])])
+    ours = (PoCMiddleware, parts.options())
+    for kind, options in [ours, (Stamp, {})] if ours_first else [(Stamp, {}), ours]:
+        app.add_middleware(kind, **options)
+    app.add_middleware(BaseHTTPMiddleware, dispatch=stamp)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
+        proof = await client.post(f"{PREFIX}/generate", json=generate_body([3, 1], wait=True))
+        other = await client.get("/v1/models")
+    assert [artifact["nonce"] for artifact in proof.json()["artifacts"]] == [3, 1]
+    assert ("x-class" in proof.headers) == ours_first
+    assert "x-function" in proof.headers
+    assert {"x-class", "x-function"} <= other.headers.keys()

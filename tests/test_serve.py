@@ -50,15 +50,16 @@ def _vllm(monkeypatch):
             ["--enable-poc", *MODEL, "--worker-extension-cls", "other.Class", *EXTENSION],
             [*MODEL, "--worker-extension-cls", "other.Class", *EXTENSION, *MIDDLEWARE],
         ),
-        # another middleware stays
-        (["--enable-poc", *MODEL, "--middleware", "a.B"], [*MODEL, "--middleware", "a.B", *MIDDLEWARE, *EXTENSION]),
+        # another middleware stays, behind ours: vLLM puts it around ours
+        (["--enable-poc", *MODEL, "--middleware", "a.B"], [*MODEL, *MIDDLEWARE, "--middleware", "a.B", *EXTENSION]),
+        (["--enable-poc", *MODEL, "--middleware=a.B"], [*MODEL, *MIDDLEWARE, "--middleware=a.B", *EXTENSION]),
         (
             ["--enable-poc", *MODEL, "--middleware=a.B", *MIDDLEWARE],
             [*MODEL, "--middleware=a.B", *MIDDLEWARE, *EXTENSION],
         ),
         # a value that only looks like ours
         (["--enable-poc", "--model", MIDDLEWARE[1]], ["--model", MIDDLEWARE[1], *MIDDLEWARE, *EXTENSION]),
-        (["--enable-poc", *MODEL, "--middleware"], [*MODEL, "--middleware", *MIDDLEWARE, *EXTENSION]),
+        (["--enable-poc", *MODEL, "--middleware"], [*MODEL, *MIDDLEWARE, "--middleware", *EXTENSION]),
     ],
     ids=lambda args: " ".join(args),
 )

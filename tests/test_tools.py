@@ -181,6 +181,46 @@ def test_a_reference_made_elsewhere_is_read(server, tmp_path):
     assert run("reference", "check", out, "--url", server.url) == 2
 
 
+@pytest.mark.parametrize(
+    ("thresholds", "status"),
+    [
+        ({"dist_threshold": 0.2}, 0),
+        ({"dist_threshold": 0.05}, 2),
+        ({"dist_threshold": 0.05, "stat_test": {"p_mismatch": 1.0}}, 0),
+        ({"stat_test": {"dist_threshold": 0.4, "p_mismatch": 0.1, "fraud_threshold": 0.05}}, 0),
+        ({"dist_threshold": 0.4, "stat_test": {"p_mismatch": 0.1, "fraud_threshold": 0.05}}, 0),
+        ({"dist_threshold": 0.05, "p_mismatch": 0.1, "p_value_threshold": 0}, 0),
+        ({"dist_threshold": None, "stat_test": None}, 2),
+        ({}, 2),
+    ],
+    ids=str,
+)
+def test_a_reference_as_others_publish_it(server, tmp_path, capsys, thresholds, status):
+    """Its own thresholds count, wherever they stand; the vectors are 0.1 apart, as those of two kinds of GPU are."""
+    out = tmp_path / "reference.json"
+    make(server, out)
+    content = json.loads(out.read_text())
+    for name in ("stat_test", "poc_stronger_rng"):
+        del content[name]
+    more = {"additional_args": ["--x"], "source": "s", "notes": "n", "encoding": {"dtype": "f16"}, "made": [None, 1e3]}
+    for artifact in content["artifacts"]:
+        vector = np.frombuffer(base64.b64decode(artifact["vector_b64"]), dtype=VECTOR_DTYPE).astype(float)
+        artifact["vector_b64"] = encode_vector(vector + 0.1 / np.sqrt(len(vector)))
+    out.write_text(json.dumps({**content, **more, **thresholds}))
+    own = tmp_path / "own.json"
+    assert run("reference", "check", out, "--url", server.url, "--out", own) == status
+    shown = capsys.readouterr().out
+    assert "thresholds (" in shown
+    assert run("reference", "check", out, "--url", server.url, "--json", "--dist-threshold", "0.3") == 0
+    verdict = json.loads(capsys.readouterr().out)
+    assert verdict["thresholds"]["dist_threshold"] == 0.3
+    for judged in (own, out):  # the first one's thresholds count; the server's own file keeps them
+        assert run("report", out, judged, "--json") == 0
+        row = json.loads(capsys.readouterr().out)[0]
+        assert row["fraud_detected"] == (status == 2 and judged == own)
+        assert row["thresholds"]["p_mismatch"] == verdict["thresholds"]["p_mismatch"]
+
+
 def test_a_reference_of_another_model_is_an_error(server, tmp_path, capsys):
     out = tmp_path / "reference.json"
     make(server, out)

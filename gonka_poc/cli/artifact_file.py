@@ -4,18 +4,38 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
 
 from gonka_poc.data import Artifact, StatTest
 from gonka_poc.errors import ArtifactFileError
 
+# what a command takes as an option where a file lacks it, and the option
+OPTION_OF: Mapping[str, str] = MappingProxyType(
+    {
+        "model": "--model",
+        "seq_len": "--seq-len",
+        "k_dim": "--k-dim",
+        "block_hash": "--block-hash",
+        "public_key": "--public-key",
+    }
+)
+# thresholds that others write at the top level; the two last are the same
+_THRESHOLDS = ("dist_threshold", "p_mismatch", "fraud_threshold", "p_value_threshold")
+
 
 class ArtifactFile(BaseModel):
-    """The JSON in a file; fields that others add are kept."""
+    """The JSON in a file; fields that others add are kept.
+
+    `stat_test` has the thresholds that the file names, at its top level or in its `stat_test`; which of them were named
+    is in `stat_test.model_fields_set`.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -31,6 +51,23 @@ class ArtifactFile(BaseModel):
     stat_test: StatTest = Field(default_factory=StatTest)
     artifacts: list[Artifact] = Field(default_factory=list)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _join_thresholds(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        top = {name: content[name] for name in _THRESHOLDS if content.get(name) is not None}
+        inner = content.get("stat_test")
+        if not top and inner is not None:
+            return content
+        if inner is not None and not isinstance(inner, dict):
+            raise ValueError("thresholds are both at the top level and in stat_test")
+        inner = {name: value for name, value in (inner or {}).items() if value is not None}
+        for name in top.keys() & inner.keys():
+            if top[name] != inner[name]:
+                raise ValueError(f"{name} is {top[name]!r} at the top level, and {inner[name]!r} in stat_test")
+        return {**content, "stat_test": {**top, **inner}}
+
     @property
     def identity(self) -> dict[str, object]:
         """Everything that the vectors depend on; files of the same identity can be joined."""
@@ -41,20 +78,46 @@ class ArtifactFile(BaseModel):
         return [name for name, value in self.identity.items() if other.identity[name] != value]
 
 
-def read_artifact_file(path: Path) -> ArtifactFile:
-    """The content of `path`. Raises ArtifactFileError with what is wrong where."""
+def read_artifact_file(path: Path, model: str | None = None, lacking: Mapping[str, Any] | None = None) -> ArtifactFile:
+    """The content of `path`. `model` replaces the file's: a model may have two names.
+
+    `lacking` has what the command line says of fields that the file may lack, by name; None is not given. None for the
+    whole: the command has no options for that. Raises ArtifactFileError with what is wrong where, also if a field is in
+    neither of the two, or another one in each.
+    """
     try:
-        content = ArtifactFile.model_validate_json(path.read_bytes())
+        content = ArtifactFile.model_validate(_completed(path, from_json(path.read_bytes()), model, lacking))
     except OSError as error:
         raise ArtifactFileError(f"cannot read {path}: {error.strerror}") from error
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the text"
+        where = ".".join(map(str, first["loc"])) or "its thresholds"
         raise ArtifactFileError(f"{path} is not a file of artifacts: {where}: {first['msg']}") from error
+    except ValueError as error:
+        raise ArtifactFileError(f"{path} is not a file of artifacts: {error}") from error
     nonces = [artifact.nonce for artifact in content.artifacts]
     if len(set(nonces)) != len(nonces):
         raise ArtifactFileError(f"{path}: a nonce appears more than once")
     return content
+
+
+def _completed(path: Path, fields: Any, model: str | None, lacking: Mapping[str, Any] | None) -> Any:
+    if not isinstance(fields, dict) or not isinstance(fields.get("artifacts"), list):
+        raise ArtifactFileError(f"{path} is not a file of artifacts: it is no object with a list of artifacts")
+    fields = {name: value for name, value in fields.items() if value is not None or name not in OPTION_OF}
+    if model is not None:
+        fields["model"] = model
+    for name, option in OPTION_OF.items():
+        value = (lacking or {}).get(name)
+        if value is None and name not in fields:
+            remedy = f"give it with {option}" if lacking is not None else "write it into the file"
+            raise ArtifactFileError(f"{path} is not complete: it does not say its {name}; {remedy}")
+        if value is not None and fields.setdefault(name, value) != value:
+            raise ArtifactFileError(
+                f"{path} was made with {name} {fields[name]!r}, but {option} says {value!r}; leave out the option, or "
+                f"name the right file"
+            )
+    return fields
 
 
 @contextmanager

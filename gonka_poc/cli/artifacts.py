@@ -15,6 +15,7 @@ from gonka_poc.cli import common
 from gonka_poc.cli.artifact_file import ArtifactFile, read_artifact_file, write_artifact_file
 from gonka_poc.cli.client import PoCClient
 from gonka_poc.cli.common import Connect
+from gonka_poc.cli.thresholds import choose_thresholds, threshold_options
 from gonka_poc.data import Artifact
 from gonka_poc.errors import ArtifactFileError
 
@@ -87,35 +88,43 @@ def _warn_if_generating(client: PoCClient) -> None:
 @click.command("validate")
 @click.argument("file", type=common.FilePath)
 @common.renamed_model_option
-@common.dist_threshold_option
-@click.option("--p-mismatch", type=common.Share, help="Mismatch rate of an honest host [default: the file's]")
-@click.option("--fraud-threshold", type=common.Share, help="p-value of a fraud [default: the file's]")
+@common.file_options
+@threshold_options("[default: the protocol's]")
+@click.option(
+    "--file-thresholds", is_flag=True, help="Judge by the thresholds in FILE: only where you trust who made it."
+)
 @common.batch_size_option
 @common.server_options
 def validate_command(
-    file: Path, model: str | None, batch_size: int, connect: Connect, as_json: bool, **thresholds: float | None
+    file: Path,
+    model: str | None,
+    lacking: dict[str, Any],
+    given: dict[str, float],
+    file_thresholds: bool,
+    batch_size: int,
+    connect: Connect,
+    as_json: bool,
 ) -> int:
     """Recompute the artifacts of FILE. Exit status: 0 pass, 2 fraud, 1 error (also if nothing was compared).
+
+    The thresholds are the options or else the protocol's; a prover does not choose those that judge him.
 
     \b
     gonka-poc validate artifacts.json --url http://127.0.0.1:8000
     """
-    content = read_artifact_file(file)
+    content = read_artifact_file(file, model, lacking)
     if not content.artifacts:
         raise ArtifactFileError(f"{file} holds no artifacts; there is nothing to validate")
-    given = {name: value for name, value in thresholds.items() if value is not None}
-    stat_test = content.stat_test.model_copy(update=given)
-    if model is not None:
-        content = content.model_copy(update={"model": model})
+    thresholds = choose_thresholds(given, content.stat_test, trust_file=file_thresholds)
     with connect() as client:
         _warn_if_generating(client)
         with common.progress_bar("validating", len(content.artifacts)) as progress:
-            verdict = client.validate(content, stat_test, batch_size, progress)
+            verdict = client.validate(content, thresholds.stat_test, batch_size, progress)
     name = "FRAUD" if verdict.fraud_detected else "pass" if verdict.n_total else "nothing could be compared"
     lines = [f"{name}: {verdict.n_mismatch} of {verdict.n_total} differ, p = {verdict.p_value:.3g}"]
     if verdict.not_computed_nonces:
         lines.append(f"not computed here, so not compared: {verdict.not_computed_nonces}")
-    common.show(dataclasses.asdict(verdict), as_json, *lines)
+    common.show({**dataclasses.asdict(verdict), **thresholds.figures}, as_json, *lines, *thresholds.lines)
     return common.verdict_status(verdict)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, TypeVar
+from urllib.parse import unquote
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -16,7 +18,7 @@ from gonka_poc.certificates import ssl_context
 from gonka_poc.cli.artifact_file import ArtifactFile
 from gonka_poc.cli.refusals import NO_POC_SERVER, refusal_text
 from gonka_poc.cli.server_process import wait_until
-from gonka_poc.errors import ServerAnswerError
+from gonka_poc.errors import ServerAnswerError, printable
 from gonka_poc.request_fields import MAX_LISTED
 from gonka_poc.threshold_data import ProofBatch, ProofVerdict, ThresholdRequest, ThresholdStatusAnswer
 from gonka_poc.validation import Verdict, judge
@@ -41,8 +43,8 @@ Polled = data.PendingAnswer | data.ArtifactsAnswer | data.ValidationAnswer | dat
 class PoCClient:
     """A client of one server. Raises ServerAnswerError if it refuses, cannot be reached, or has no such API.
 
-    `url`: of the server or of its API. `timeout`: seconds for one answer; None waits as long as it takes. `token` is
-    the server's POC_API_TOKEN, `api_key` vLLM's own, for /v1.
+    `url`: of the server or of its API, or unix:PATH of its socket. `timeout`: seconds for one answer; None waits as
+    long as it takes. `token` is the server's POC_API_TOKEN, `api_key` vLLM's own, for /v1.
     """
 
     def __init__(
@@ -50,16 +52,18 @@ class PoCClient:
     ) -> None:
         self._token, self._api_key = token, api_key
         self.url = url.rstrip("/").removesuffix(data.PREFIX)
+        self._socket = socket_path(self.url)
+        base_url = "http://localhost" if self._socket else self.url
         try:
-            parsed = httpx.URL(self.url)
+            parsed = httpx.URL(base_url)
         except httpx.InvalidURL:
             parsed = httpx.URL()
         if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise ServerAnswerError(f"{url!a} is no address of a server: write it as http://HOST:PORT")
+            raise ServerAnswerError(f"{url!a} is no address of a server: write it as http://HOST:PORT or unix:PATH")
         # only connecting is tried again: a request that was sent may have reached the server
-        transport = httpx.HTTPTransport(verify=ssl_context(), retries=2)
+        transport = httpx.HTTPTransport(verify=ssl_context(), retries=2, uds=self._socket)
         limit = httpx.Timeout(timeout, connect=CONNECT_TIMEOUT_SEC)
-        self._http = httpx.Client(base_url=self.url, timeout=limit, transport=transport)
+        self._http = httpx.Client(base_url=base_url, timeout=limit, transport=transport)
 
     def __enter__(self) -> PoCClient:
         return self
@@ -235,12 +239,27 @@ class PoCClient:
         try:
             response = self._http.request(method, path, json=body, headers=headers)
         except httpx.HTTPError as error:
+            if self._socket and not Path(self._socket).is_socket():
+                there = "is no socket" if Path(self._socket).exists() else "does not exist"
+                raise ServerAnswerError(
+                    f"{printable(self._socket)} {there}; is the server running with --uds {printable(self._socket)}?"
+                ) from error
             raise ServerAnswerError(
                 f"{self.url} cannot be reached: {str(error) or type(error).__name__}; is the server running there?"
             ) from error
         if not response.is_success:
             raise ServerAnswerError(refusal_text(response, self.url, path, bool(secret)))
         return response
+
+
+def socket_path(url: str) -> str | None:
+    """The path in unix:PATH, unix://PATH, or http+unix://PATH (there / is written %2F); None if it is another URL."""
+    scheme, colon, rest = url.partition(":")
+    if scheme == "unix" and colon:
+        return rest.removeprefix("//") or None
+    if scheme == "http+unix" and rest.startswith("//"):
+        return unquote(rest.removeprefix("//")) or None
+    return None
 
 
 def round_request(file: ArtifactFile, batch_size: int, url: str | None = None) -> data.InitGenerateRequest:

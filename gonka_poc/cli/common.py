@@ -84,10 +84,6 @@ seconds_option = functools.partial(
     click.option, "--seconds", type=click.FloatRange(0.1), show_default=True, help="Length of each measurement."
 )
 server_args_option = functools.partial(click.option, "--server-args", default="")
-dist_threshold_option = click.option(
-    "--dist-threshold", type=click.FloatRange(0), help="L2 distance of a mismatch [default: the file's]"
-)
-renamed_model_option = click.option("--model", help="Name of the file's model on the server [default: the file's]")
 served_model_options = options(
     click.option("--model", help="A served model name [default: the one that is served]"),
     click.option("--api-key", envvar="VLLM_API_KEY", help="vLLM's own API key, for /v1 [env: VLLM_API_KEY]"),
@@ -98,6 +94,27 @@ def size_options(seq_len: int) -> Callable[[Command], Command]:
     """--seq-len, --k-dim and --batch-size."""
     tokens = count_option("--seq-len", seq_len, "Tokens per nonce.")
     return options(tokens, count_option("--k-dim", 12, "Length of a vector."), batch_size_option)
+
+
+def file_options(command: Command) -> Command:
+    """Options for what a file of artifacts lacks, passed on as `lacking`: each field by name, None if not given."""
+
+    @functools.wraps(command)
+    def with_fields(*args: Any, **values: Any) -> Any:
+        names = ("seq_len", "k_dim", "block_hash", "public_key")
+        return command(*args, lacking={name: values.pop(name) for name in names}, **values)
+
+    return options(
+        click.option("--seq-len", type=click.IntRange(1), help="Tokens per nonce, where the file does not say it."),
+        click.option("--k-dim", type=click.IntRange(1), help="Length of a vector, where the file does not say it."),
+        click.option("--block-hash", help="The block hash, where the file does not say it."),
+        click.option("--public-key", help="The public key, where the file does not say it."),
+    )(with_fields)
+
+
+renamed_model_option = click.option(
+    "--model", help="Name of the file's model on the server, where it has another one there or the file has none."
+)
 
 
 artifact_options = options(
@@ -123,7 +140,12 @@ def server_options(command: Command) -> Command:
         return command(*args, connect=functools.partial(PoCClient, url, token=token, api_key=api_key), **more)
 
     return options(
-        click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Address of the server."),
+        click.option(
+            "--url",
+            default="http://127.0.0.1:8000",
+            show_default=True,
+            help="Address of the server; unix:PATH for the socket of its --uds.",
+        ),
         click.option("--token", envvar="POC_API_TOKEN", help="The server's POC_API_TOKEN [env: POC_API_TOKEN]"),
         json_option,
     )(with_server)

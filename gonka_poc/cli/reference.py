@@ -11,6 +11,7 @@ from gonka_poc.cli import common
 from gonka_poc.cli.artifact_file import ArtifactFile, read_artifact_file, write_artifact_file
 from gonka_poc.cli.client import PoCClient, Progress, ignore_progress
 from gonka_poc.cli.compare import HEAD, Comparison, compare, finite_vector
+from gonka_poc.cli.thresholds import choose_thresholds, threshold_options
 from gonka_poc.data import MAX_NONCE, NonceSequence, StatTest
 from gonka_poc.errors import ArtifactFileError, ToolError
 
@@ -18,20 +19,19 @@ from gonka_poc.errors import ArtifactFileError, ToolError
 def check_reference(
     client: PoCClient,
     reference: ArtifactFile,
-    model: str | None,
     stat_test: StatTest,
     batch_size: int,
     progress: Progress = ignore_progress,
 ) -> tuple[Comparison, ArtifactFile]:
     """Compare the reference's artifacts with the server's own of the same nonces; returns those too.
 
-    `model` is the name of the reference's model on the server, if it has another one. Raises ToolError.
+    The reference's `model` is the name that it has on the server. Raises ToolError.
     """
     if not reference.artifacts:
         raise ToolError("the reference has no artifacts; there is nothing to check")
     for artifact in reference.artifacts:
         finite_vector(artifact, reference.k_dim)
-    computed = reference.model_copy(update={"model": model or reference.model, "artifacts": []})
+    computed = reference.model_copy(update={"artifacts": []})
     nonces = [artifact.nonce for artifact in reference.artifacts]
     client.generate(computed, nonces, batch_size, computed.artifacts.extend, progress)
     return compare("the reference", reference, computed, stat_test), computed
@@ -92,26 +92,40 @@ def make_command(
 @reference_group.command("check")
 @click.argument("file", type=common.FilePath)
 @common.renamed_model_option
+@common.file_options
+@threshold_options("[default: FILE's, else the protocol's]")
 @common.batch_size_option
 @click.option("--out", type=common.FilePath, help="Write the server's own vectors here, for `gonka-poc report`.")
 @common.server_options
 def check_command(
-    file: Path, model: str | None, batch_size: int, out: Path | None, connect: common.Connect, as_json: bool
+    file: Path,
+    model: str | None,
+    lacking: dict[str, Any],
+    given: dict[str, float],
+    batch_size: int,
+    out: Path | None,
+    connect: common.Connect,
+    as_json: bool,
 ) -> int:
     """Compare the server's vectors with those of FILE, by FILE's thresholds. Exit status: 0 pass, 2 fraud, 1 error.
+
+    FILE's thresholds are its `dist_threshold`, its `stat_test`, or both together. It judges, so it has to be one that
+    you trust; for the file of a prover there is `validate`.
 
     \b
     gonka-poc reference check reference.json --url http://127.0.0.1:8000
     """
-    content = read_artifact_file(file)
+    content = read_artifact_file(file, model, lacking)
+    thresholds = choose_thresholds(given, content.stat_test, trust_file=True)
     with connect() as client, common.progress_bar("checking", len(content.artifacts)) as progress:
-        found, computed = check_reference(client, content, model, content.stat_test, batch_size, progress)
+        found, computed = check_reference(client, content, thresholds.stat_test, batch_size, progress)
     if out is not None:
         write_artifact_file(out, computed)
     if as_json:
-        common.print_json(found.figures)
+        common.print_json({**found.figures, **thresholds.figures})
     else:
         common.print_table(HEAD, [found.cells])
         if found.verdict.not_computed_nonces:
             click.echo(f"not computed here, so not compared: {found.verdict.not_computed_nonces}")
+        click.echo("\n".join(thresholds.lines))
     return common.verdict_status(found.verdict)

@@ -6,6 +6,7 @@ import base64
 import html
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,6 +14,7 @@ from gonka_poc.cli import common, plots
 from gonka_poc.cli.artifact_file import ArtifactFile, read_artifact_file, writing
 from gonka_poc.cli.common import PASS, FilePath
 from gonka_poc.cli.compare import HEAD, Comparison, compare
+from gonka_poc.cli.thresholds import choose_thresholds, threshold_options
 from gonka_poc.data import StatTest
 from gonka_poc.errors import ArtifactFileError
 
@@ -81,11 +83,20 @@ def as_html(reference: ArtifactFile, comparisons: Sequence[Comparison], stat_tes
 @click.argument("files", metavar="REFERENCE FILE...", type=FilePath, nargs=-1, required=True)
 @click.option("--png", type=FilePath, help="Write the histogram here (needs matplotlib).")
 @click.option("--html", "doc", type=FilePath, help="Write one self-contained page here (needs matplotlib).")
-@common.dist_threshold_option
+@common.renamed_model_option
+@common.file_options
+@threshold_options("[default: REFERENCE's, else the protocol's]")
 @common.theme_option
 @common.json_option
 def report_command(
-    files: tuple[Path, ...], png: Path | None, doc: Path | None, dist_threshold: float | None, theme: str, as_json: bool
+    files: tuple[Path, ...],
+    png: Path | None,
+    doc: Path | None,
+    model: str | None,
+    lacking: dict[str, Any],
+    given: dict[str, float],
+    theme: str,
+    as_json: bool,
 ) -> int:
     """Show L2 distances of the vectors of each FILE from those of the first, with the thresholds of the first.
 
@@ -96,10 +107,9 @@ def report_command(
     """
     if len(files) < 2:
         raise click.UsageError("name the reference, and one file or more to compare with it")
-    first, *others = (read_artifact_file(file) for file in files)
-    stat_test = first.stat_test
-    if dist_threshold is not None:
-        stat_test = stat_test.model_copy(update={"dist_threshold": dist_threshold})
+    first, *others = (read_artifact_file(file, model, lacking) for file in files)
+    thresholds = choose_thresholds(given, first.stat_test, trust_file=True)
+    stat_test = thresholds.stat_test
     comparisons = []
     for path, other in zip(files[1:], others, strict=True):
         different = [name for name in first.differences(other) if name != "model"]  # a name may differ between hosts
@@ -109,9 +119,10 @@ def report_command(
         comparisons.append(compare(path.stem, other, first, stat_test))
     if as_json:
         shown = zip(files[1:], comparisons, strict=True)
-        common.print_json([{"file": str(path), **found.figures} for path, found in shown])
+        common.print_json([{"file": str(path), **found.figures, **thresholds.figures} for path, found in shown])
     else:
         common.print_table(HEAD, (comparison.cells for comparison in comparisons))
+        click.echo("\n".join(thresholds.lines))
     if png is not None:
         plots.save_png(plot_of(comparisons, stat_test, plots.theme_of(theme)), png)
     if doc is not None:

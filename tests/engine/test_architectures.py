@@ -24,6 +24,8 @@ from tests.gpu.oracle import oracle_vectors
 # longer than the sliding windows, shorter than two blocks of the KV cache and no multiple of anything
 SPEC = VectorSpec("block", "key", seq_len=83, k_dim=12)
 NONCES = [0, 1, 1000003]
+# a nonce alone, first and last of a batch, in batches of 3 and 16: the batch must make no difference
+BATCHES = [[7], [7, 1, 2], [1, 2, 7], list(range(16)), list(range(16))[::-1]]
 COMMON = {
     "vocab_size": 512,
     "hidden_size": 64,
@@ -76,7 +78,7 @@ def answers(folder: Path) -> dict[str, dict[str, Any]]:
     """What tests/engine/offline.py says of each architecture."""
     for model_type in CONFIGS:
         make_model(model_type, folder / model_type)
-    calls = [{"spec": dataclasses.asdict(SPEC), "nonces": NONCES}]
+    calls = [{"spec": dataclasses.asdict(SPEC), "nonces": nonces} for nonces in [NONCES, *BATCHES]]
     jobs = [{"model": str(folder / name), "dtype": "float32", "hf_overrides": {}, "calls": calls} for name in CONFIGS]
     return dict(zip(CONFIGS, offline(folder, jobs), strict=True))
 
@@ -93,3 +95,16 @@ def test_vectors_are_the_oracles_and_chat_goes_on(
     beyond = np.maximum(np.abs(got - want) - rounding, 0)
     assert np.linalg.norm(beyond, axis=-1).max() < 1e-4
     assert answer["tokens_after"] == answer["tokens_before"]
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_a_vector_does_not_depend_on_its_batch(model_type: str, answers: dict[str, dict[str, Any]]) -> None:
+    """The first of a batch is no other than the rest."""
+    batches = [dict(zip(n, v, strict=True)) for n, v in zip(BATCHES, answers[model_type]["values"][1:], strict=True)]
+    distances = [
+        np.linalg.norm(np.subtract(one[nonce], other[nonce]))
+        for one in batches
+        for other in batches
+        for nonce in {*one} & {*other}
+    ]
+    assert max(distances) == 0.0

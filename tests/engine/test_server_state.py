@@ -185,6 +185,24 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(server: Client) -> None
     assert "injected into middle layer" in detail  # one nonce cannot be halved
 
 
+def test_vllms_metrics_can_be_read_during_and_after_a_round_and_show_chat_only(server: Client) -> None:
+    """Supervisors tell by them whether the engine lives; proof is no request of vLLM's."""
+    counts = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+    body = body_of(CASE)
+    del body["nonces"]
+    server.chat()
+    chat_tokens = metric(server, "vllm:iteration_tokens_total_count")
+    server.post("/api/v1/pow/init/generate", json=body).raise_for_status()
+    for seen in range(1, 6):
+        until(lambda seen=seen: server.status()["stats"]["total_processed"] >= 8 * seen)
+        assert [metric(server, name) for name in counts] == [0, 0]
+    server.post("/api/v1/pow/stop").raise_for_status()
+    assert [metric(server, name) for name in counts] == [0, 0]
+    assert metric(server, "vllm:iteration_tokens_total_count") == chat_tokens
+    server.chat()
+    assert metric(server, "vllm:iteration_tokens_total_count") > chat_tokens
+
+
 @contextmanager
 def hidden(server: Client, what: str) -> Iterator[None]:
     server.rpc("poc_test_hide", what)

@@ -76,7 +76,7 @@ def test_vectors_of_a_cheating_prover(server: Client, tmp_path: Path, show: Show
     verdicts = {}
     with PoCClient(url_of(server)) as client:
         for name, claim in {"honest float16": honest, "1% tampered": with_turned_vectors(honest, TAMPERED)}.items():
-            found, _ = check_reference(client, claim, None, StatTest(), 32)
+            found, _ = check_reference(client, claim, StatTest(), 32)
             verdicts[name] = client.validate(claim, StatTest(), 32)
             n_mismatch, p_value = found.verdict.n_mismatch, verdicts[name].p_value
             show(f"{name}: {n_mismatch} of {NONCES} differ, largest L2 {found.largest:.1e}, p = {p_value:.3g}")
