@@ -16,7 +16,7 @@ from torch import nn
 from gonka_poc.compiled_layers import CompiledReflections, LastPositions, LayerCompiler, NormSearch
 from gonka_poc.data import Randomization, Spec, VectorSpec
 from gonka_poc.errors import PoCError, RequestError, UnsupportedServerError
-from gonka_poc.gpu_random import NonceKeys, nonce_inputs
+from gonka_poc.gpu_random import NonceKeys, nonce_inputs, nonce_token_ids
 from gonka_poc.layer_hooks import LayerReflections
 from gonka_poc.prefetch import InFlightBatch, Prefetched
 from gonka_poc.round_tensors import RoundTensors
@@ -217,11 +217,14 @@ class PoCModelRunner:
             hooked, normalise, stronger_rng = spec.randomization == Randomization.LAYER_HOOKS, True, False
             finish = partial(tensors.distances, spec, nonces)
         reflections = tensors.reflections if hooked else {}
-        embeddings = None
+        keys = NonceKeys(spec.block_hash, spec.public_key, nonces)
+        embeddings = token_ids = None
         if view.is_first_rank:
-            keys, size = NonceKeys(spec.block_hash, spec.public_key, nonces), (spec.seq_len, view.hidden_size)
+            size = (spec.seq_len, view.hidden_size)
             embeddings = nonce_inputs(keys, *size, view.dtype, view.device, stronger_rng).flatten(0, 1)
-        run = stack.enter_context(view.prefill(len(nonces), spec.seq_len))
+        if view.token_id_vocab_size is not None:  # every stage of the pipeline may route by them
+            token_ids = nonce_token_ids(keys, spec.seq_len, view.token_id_vocab_size, view.device).flatten()
+        run = stack.enter_context(view.prefill(len(nonces), spec.seq_len, token_ids))
         compiler = self._compiler_for(spec)
         if compiler is not None:
             stack.enter_context(view.operations.compilable())

@@ -9,6 +9,8 @@ from typing import Any
 from gonka_poc.errors import UnsupportedServerError
 from gonka_poc.vllm_compat.release import installed_version
 
+TYPE_WITH_TOKEN_IDS = "deepseek_v4"
+
 
 def forward_options(config: Any) -> dict[str, Any]:
     """Keyword arguments for `set_forward_context` in this release.
@@ -28,6 +30,15 @@ def forward_options(config: Any) -> dict[str, Any]:
             f"vLLM {installed_version()} cannot run a forward beside its compiled model; start it with --enforce-eager"
         )
     return options
+
+
+def token_id_vocab_size(hf_config: Any) -> int | None:
+    """The vocabulary of the pseudo token ids of a model (docs/protocol.md, section 2); None for one that has none.
+
+    The protocol gives them to the models of one type only. They are ids of the vocabulary of the configuration, not of
+    the padded embedding table.
+    """
+    return int(hf_config.vocab_size) if hf_config.model_type == TYPE_WITH_TOKEN_IDS else None
 
 
 def unsupported_options(config: Any) -> list[str]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from gonka_poc.errors import OtherRankError, UnsupportedServerError
 from gonka_poc.vllm_compat.operations import ModelOperations
-from gonka_poc.vllm_compat.refusals import forward_options, refuse_unsupported
+from gonka_poc.vllm_compat.refusals import forward_options, refuse_unsupported, token_id_vocab_size
 from gonka_poc.vllm_compat.scratch import ScratchAttention, has_values
 
 logger = logging.getLogger("vllm.gonka_poc.worker_view")
@@ -33,6 +33,8 @@ class WorkerView:
         self.dtype = self._config.model_config.dtype
         self.hidden_size: int = self._config.model_config.get_hidden_size()
         self.vocab_size: int = self._config.model_config.get_vocab_size()
+        # of the pseudo token ids that a model which routes by token id is given; None for every other model
+        self.token_id_vocab_size = token_id_vocab_size(self._config.model_config.hf_config)
         self.model = self._runner.get_model() if hasattr(self._runner, "get_model") else self._runner.model
         # a speculator's layers are registered too, but they take no part in the model's forward
         own = set(map(id, self.model.modules()))
@@ -105,20 +107,26 @@ class WorkerView:
             raise failure
 
     @contextlib.contextmanager
-    def prefill(self, num_seqs: int, seq_len: int, skip_compiled: bool = True) -> Iterator[Callable[[], Any]]:
+    def prefill(
+        self, num_seqs: int, seq_len: int, token_ids: torch.Tensor | None = None, skip_compiled: bool = True
+    ) -> Iterator[Callable[[], Any]]:
         """Prepares one run of the model over `num_seqs` fresh sequences of `seq_len` tokens, on scratch KV cache.
 
         Gives the function that runs it on embeddings that the caller injects. It returns the model's output after the
         final norm, [num_seqs * seq_len, hidden_size], on the last pipeline rank and None on the others; it alone talks
-        to other ranks. The serving KV cache is neither read nor written. Without `skip_compiled` a compiled model runs
-        compiled, as for chat; then no hook inside of it is called.
+        to other ranks. `token_ids` (int32 [num_seqs * seq_len], on every rank) is what the model gets as its
+        `input_ids`; without them it gets zeros, which nothing may read. The serving KV cache is neither read nor
+        written. Without `skip_compiled` a compiled model runs compiled, as for chat; then no hook inside of it is
+        called.
         """
         from vllm.forward_context import set_forward_context
         from vllm.sequence import IntermediateTensors
 
         num_tokens = num_seqs * seq_len
         positions = torch.arange(seq_len, device=self.device).repeat(num_seqs)
-        input_ids = torch.zeros(num_tokens, dtype=torch.int32, device=self.device)  # dummies
+        input_ids = token_ids
+        if input_ids is None:
+            input_ids = torch.zeros(num_tokens, dtype=torch.int32, device=self.device)
 
         def run() -> Any:
             received = None
