@@ -28,35 +28,39 @@ class PlainOperations:
 
 
 class Layer(nn.Module):
-    """A decoder layer; `reader`, a module, is given its hidden states and the token ids."""
+    """A decoder layer; `reader`, a module, is given its hidden states and the token ids.
 
-    def __init__(self, reader: nn.Module | None = None) -> None:
+    It returns `part` of its output, as a tensor parallel rank does whose sum is left to the next layer's norm.
+    """
+
+    def __init__(self, reader: nn.Module | None = None, part: float = 1.0) -> None:
         super().__init__()
         self.mlp = nn.Linear(HIDDEN, HIDDEN)
-        self.reader = reader
+        self.reader, self.part = reader, part
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None, input_ids: torch.Tensor) -> Any:
-        residual = x if residual is None else x + residual
+        residual = x if residual is None else x / self.part + residual
         x = self.mlp(torch.nn.functional.rms_norm(residual, (HIDDEN,)))
-        return (x if self.reader is None else self.reader(x, input_ids)), residual
+        x = x if self.reader is None else self.reader(x, input_ids)
+        return x * self.part, residual
 
 
 class Stack(nn.Module):
     """The part of a model that owns its decoder layers, as vLLM's `make_layers` leaves it."""
 
-    def __init__(self, readers: dict[int, nn.Module] | None = None, length: int = LAYERS) -> None:
+    def __init__(self, readers: dict[int, nn.Module] | None = None, length: int = LAYERS, part: float = 1.0) -> None:
         super().__init__()
-        self.start_layer, self.end_layer = 0, length
-        self.layers = nn.ModuleList(Layer((readers or {}).get(i)) for i in range(length))
+        self.start_layer, self.end_layer, self.part = 0, length, part
+        self.layers = nn.ModuleList(Layer((readers or {}).get(i), part) for i in range(length))
 
 
 class Model(nn.Module):
     """A causal language model; keeps the token ids of its last forward in `seen`."""
 
-    def __init__(self, *readers: nn.Module) -> None:
+    def __init__(self, *readers: nn.Module, part: float = 1.0) -> None:
         super().__init__()
         torch.manual_seed(3)
-        self.embed_tokens, self.model = nn.Embedding(VOCAB, HIDDEN), Stack(dict(enumerate(readers)))
+        self.embed_tokens, self.model = nn.Embedding(VOCAB, HIDDEN), Stack(dict(enumerate(readers)), part=part)
         self.seen: torch.Tensor | None = None
 
     def forward(
@@ -66,7 +70,7 @@ class Model(nn.Module):
         x, residual = (self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds), None
         for layer in self.model.layers:
             x, residual = layer(x, residual, input_ids)
-        return x + residual
+        return x / self.model.part + residual
 
 
 class HashGate(nn.Module):
