@@ -157,6 +157,17 @@ def nonce_inputs(
     return out.view(len(keys), seq_len, hidden_size)
 
 
+def nonce_token_ids(keys: NonceKeys, seq_len: int, vocab_size: int, device: Device = None) -> torch.Tensor:
+    """The pseudo token ids of each nonce, for models that route by token id: int32 [len(nonces), seq_len].
+
+    hash(position, seed) modulo `vocab_size`, that of the model's configuration without padding; in whole numbers, so
+    that every device gives the same.
+    """
+    texts = [f"{keys.block_hash}_{keys.public_key}_nonce{nonce}_input_ids" for nonce in keys.nonces]
+    hashes = _hash_rows([seed_from_string(text) for text in texts], seq_len, device)
+    return (hashes % vocab_size).to(torch.int32)
+
+
 def fill_normal_reference(out: torch.Tensor, seeds: Sequence[Sequence[int]], segment_size: int) -> None:
     """`kernels.fill_normal` in plain torch.
 

@@ -56,7 +56,10 @@ class LayerReflections:
 def reflect_output(output: Any, vector: torch.Tensor, index: int, normalise: bool = False) -> Any:
     """`output` of layer `index` with each of its hidden-state tensors reflected; everything else as it was.
 
-    `normalise` divides each token's hidden state by (its norm + 1e-8) first, in the tensor's dtype.
+    A tensor parallel rank may hold a part of a sum that is left to the next layer's norm, or a shard of the tokens. A
+    reflection is linear, so the sum of reflected parts is the reflected sum, and each token is reflected by itself.
+    `normalise` is not linear: for parts of a sum the caller must not ask for it. It divides each token's hidden
+    state by (its norm + 1e-8) first, in the tensor's dtype.
     """
     parts = output if isinstance(output, (tuple, list)) else (output,)
     hidden = [is_hidden_state(x, vector) for x in parts]

@@ -16,7 +16,8 @@ from torch import nn
 from gonka_poc.compiled_layers import CompiledReflections, LastPositions, LayerCompiler, NormSearch
 from gonka_poc.data import Randomization, Spec, VectorSpec
 from gonka_poc.errors import PoCError, RequestError, UnsupportedServerError
-from gonka_poc.gpu_random import NonceKeys, nonce_inputs
+from gonka_poc.forward_probe import PROBE_TOKENS, LayerOutputs, TokenIdReaders, eager_forward
+from gonka_poc.gpu_random import NonceKeys, nonce_inputs, nonce_token_ids
 from gonka_poc.layer_hooks import LayerReflections
 from gonka_poc.prefetch import InFlightBatch, Prefetched
 from gonka_poc.round_tensors import RoundTensors
@@ -78,17 +79,17 @@ class PoCModelRunner:
         self._compiler: LayerCompiler | None = None
         self._compiled_distance: float | None = None
         self._last_positions: LastPositions | None = None
+        self._partial_layers: list[int] | None = None  # None before the model was probed
         # asked for now, so that a model that cannot be used is refused before the first batch
         EmbeddingInjectionHook(view.model, None)
 
     def describe(self) -> dict[str, Any]:
         """Rank, kind of device and layers of this worker, for the log, for the warm-up and for tests.
 
-        Prepares the smallest prefill, so that a server that cannot be prepared for one is refused here.
+        Runs the smallest prefill, so that a server that cannot give correct vectors is refused here.
         """
         view = self.view
-        with view.error_barrier(), view.prefill(1, 1):
-            pass
+        self._probe()
         return {
             "rank": view.rank,
             "device": view.device.type,
@@ -123,6 +124,7 @@ class PoCModelRunner:
         Returns {"compiled": whether all ranks use them, "distance": the largest L2 so far of a vector to that of the
         plain forward, on the output rank}.
         """
+        self._probe()
         spec = VectorSpec("warm-up", "warm-up", seq_len, min(12, self.view.hidden_size))
         nonces = range(first, first + num_nonces)
         compiler, self._compiler = self._compiler, None
@@ -162,6 +164,41 @@ class PoCModelRunner:
         self._tensors = None
         self._prefetched = Prefetched()
 
+    @torch.inference_mode()
+    def _probe(self) -> None:
+        """Collective, before the first batch: run the model over a few tokens to see what it does with them.
+
+        Raises UnsupportedServerError for a model that reads token ids for which the protocol has none. Finds the layers
+        that return partial sums.
+        """
+        if self._partial_layers is not None:
+            return
+        view, keys = self.view, NonceKeys("probe", "probe", [0])
+        with contextlib.ExitStack() as stack, view.synchronized_on_failure():
+            with view.error_barrier():
+                token_ids = self._token_ids(keys, PROBE_TOKENS)
+                has_rule = token_ids is not None
+                if token_ids is None:
+                    token_ids = torch.zeros(PROBE_TOKENS, dtype=torch.int32, device=view.device)
+                run = stack.enter_context(view.prefill(1, PROBE_TOKENS, token_ids))
+                stack.enter_context(view.operations.eager_kernels())
+                stack.enter_context(EmbeddingInjectionHook(view.model, self._embeddings(keys, PROBE_TOKENS)))
+                outputs = stack.enter_context(LayerOutputs(self._layers, view.hidden_size))
+                stack.enter_context(eager_forward())
+            with view.error_barrier():
+                with TokenIdReaders(token_ids) as readers:
+                    run()
+                stack.close()
+                if readers.found and not has_rule:
+                    raise UnsupportedServerError(
+                        f"{type(view.model).__name__} reads its token ids while it runs "
+                        f"({', '.join(sorted(set(readers.found)))}), and the protocol has none for it"
+                    )
+            with view.error_barrier():
+                partial_layers = outputs.partial_layers(view.tensor_parallel_range)
+        view.settle()
+        self._partial_layers = partial_layers
+
     # -- batches --
 
     def _values(self, spec: Spec, nonces: Sequence[int], next_nonces: Sequence[int] = ()) -> np.ndarray | None:
@@ -190,6 +227,7 @@ class PoCModelRunner:
         What a rank does before and after the forward can fail on it alone (memory is short, say). The others hear of it
         before they go on.
         """
+        self._probe()
         # a failure, here or on another rank, waits for the device before anything on the stack is released
         with contextlib.ExitStack() as stack, self.view.synchronized_on_failure():
             with self.view.error_barrier():
@@ -217,11 +255,11 @@ class PoCModelRunner:
             hooked, normalise, stronger_rng = spec.randomization == Randomization.LAYER_HOOKS, True, False
             finish = partial(tensors.distances, spec, nonces)
         reflections = tensors.reflections if hooked else {}
-        embeddings = None
-        if view.is_first_rank:
-            keys, size = NonceKeys(spec.block_hash, spec.public_key, nonces), (spec.seq_len, view.hidden_size)
-            embeddings = nonce_inputs(keys, *size, view.dtype, view.device, stronger_rng).flatten(0, 1)
-        run = stack.enter_context(view.prefill(len(nonces), spec.seq_len))
+        if hooked and normalise:
+            self._refuse_partial_sums()
+        keys = NonceKeys(spec.block_hash, spec.public_key, nonces)
+        embeddings = self._embeddings(keys, spec.seq_len, stronger_rng)
+        run = stack.enter_context(view.prefill(len(nonces), spec.seq_len, self._token_ids(keys, spec.seq_len)))
         compiler = self._compiler_for(spec)
         if compiler is not None:
             stack.enter_context(view.operations.compilable())
@@ -234,6 +272,28 @@ class PoCModelRunner:
                 stack.enter_context(LayerReflections(self._layers, reflections, normalise))
         stack.enter_context(EmbeddingInjectionHook(view.model, embeddings))
         return run, finish
+
+    def _embeddings(self, keys: NonceKeys, seq_len: int, stronger_rng: bool = False) -> torch.Tensor | None:
+        """The input of the model, [len(keys) * seq_len, hidden_size], on the first pipeline rank."""
+        view = self.view
+        if not view.is_first_rank:
+            return None
+        return nonce_inputs(keys, seq_len, view.hidden_size, view.dtype, view.device, stronger_rng).flatten(0, 1)
+
+    def _token_ids(self, keys: NonceKeys, seq_len: int) -> torch.Tensor | None:
+        """The pseudo token ids of a model that has them, [len(keys) * seq_len], on every rank: any stage may route."""
+        if self.view.token_id_vocab_size is None:
+            return None
+        return nonce_token_ids(keys, seq_len, self.view.token_id_vocab_size, self.view.device).flatten()
+
+    def _refuse_partial_sums(self) -> None:
+        """Raise UnsupportedServerError where a layer's output would be divided by another norm than its own."""
+        if self._partial_layers:
+            raise UnsupportedServerError(
+                f"randomization layer_hooks divides what each decoder layer returns by its norm; on this server layers "
+                f"{self._partial_layers} return a part of a sum on each tensor parallel rank. Ask for sign_flips, or "
+                "start the server with --tensor-parallel-size 1"
+            )
 
     def _compiler_for(self, spec: Spec) -> LayerCompiler | None:
         """The compiler that runs the decoder layers of a batch; None for the plain forward.

@@ -126,7 +126,7 @@ CONTRACT = (
     *_names("config/vllm.py", "VllmConfig: model_config cache_config parallel_config scheduler_config lora_config"),
     *_names("config/vllm.py", "VllmConfig.compilation_config"),
     *_names("config/model.py", "ModelConfig: model dtype max_model_len enforce_eager uses_mrope get_vocab_size()"),
-    *_names("config/model.py", "ModelConfig: get_hidden_size() get_total_num_hidden_layers()"),
+    *_names("config/model.py", "ModelConfig: get_hidden_size() get_total_num_hidden_layers() hf_config"),
     *_names("config/model.py", "ModelConfig.uses_xdrope_dim", last="0.29"),
     *_names("config/model.py", "ModelConfig.mrope_num_dims", first="0.30"),
     *_names("config/scheduler.py", "SchedulerConfig: max_num_batched_tokens max_num_seqs"),
@@ -150,6 +150,7 @@ CONTRACT = (
     *_names("model_executor/models/utils.py", "PPMissingLayer"),
     *_names(QWEN, "Qwen2Model: start_layer end_layer", "Qwen3ForCausalLM.compute_logits(hidden_states)"),
     *_names(QWEN, "Qwen3ForCausalLM.forward(input_ids, positions, intermediate_tensors, inputs_embeds)"),
+    *_names("model_executor/models/interfaces.py", "SupportsMultiModal.get_language_model()"),
     *_names("model_executor/models/gemma*.py", "self.per_layer_embeddings"),
     # the forward and its attention
     *_names("forward_context.py", "set_forward_context(attn_metadata, vllm_config, num_tokens)"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -18,6 +19,7 @@ import torch
 from gonka_poc import gpu_random as gr
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "primitives.json").read_text())
+TOKEN_IDS = json.loads((Path(__file__).parent / "data" / "token_ids.json").read_text())
 TOLERANCE = 1e-6
 
 
@@ -255,15 +257,39 @@ def _artifact_rows(nonces: list[int]) -> torch.Tensor:
         lambda nonces: gr.nonce_inputs(gr.NonceKeys("b", "k", nonces), 3, 11, torch.float32),
         lambda nonces: gr.nonce_inputs(gr.NonceKeys("b", "k", nonces), 3, 11, torch.float32, stronger_rng=True),
         lambda nonces: gr.pick_indices(gr.NonceKeys("b", "k", nonces), 64, 12),
+        lambda nonces: gr.nonce_token_ids(gr.NonceKeys("b", "k", nonces), 33, 97),
         _artifact_rows,
     ],
-    ids=["uniform", "normal", "inputs", "inputs, stronger", "pick", "artifact"],
+    ids=["uniform", "normal", "inputs", "inputs, stronger", "pick", "token ids", "artifact"],
 )
 def test_a_row_does_not_depend_on_its_batch(rows):
     alone = {nonce: rows([nonce])[0] for nonce in range(8)}
     for order in itertools.islice(itertools.permutations(range(8)), 0, None, 9973):
         for nonce, row in zip(order, rows(list(order)), strict=True):
             torch.testing.assert_close(row, alone[nonce], rtol=0, atol=TOLERANCE)
+
+
+# --- pseudo token ids (section 2) -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", TOKEN_IDS, ids=lambda case: "{block_hash}-{nonce}-{vocab_size}".format(**case))
+def test_token_ids_are_the_golden_ones(case):
+    """The digest is that of all ids as int64, little-endian."""
+    ids = gr.nonce_token_ids(keys_of(case), case["seq_len"], case["vocab_size"])
+    assert (ids.dtype, tuple(ids.shape)) == (torch.int32, (1, case["seq_len"]))
+    row = ids[0].tolist()
+    assert (row[: len(case["first"])], row[-len(case["last"]) :]) == (case["first"], case["last"])
+    assert hashlib.sha256(np.array(row, dtype="<i8").tobytes()).hexdigest() == case["sha256"]
+
+
+def test_there_are_36_golden_cases_of_token_ids():
+    assert len(TOKEN_IDS) == len({case["sha256"] for case in TOKEN_IDS}) == 36
+
+
+def test_token_ids_by_hand():
+    seed = gr.seed_from_string("b_k_nonce3_input_ids")
+    expected = [murmur3_by_hand(position, seed) % 97 for position in range(40)]
+    assert gr.nonce_token_ids(gr.NonceKeys("b", "k", [8, 3]), 40, 97)[1].tolist() == expected
 
 
 def test_a_triton_whose_parts_have_moved_leaves_plain_torch():

@@ -207,6 +207,7 @@ class BusyRunner(PoCModelRunner):
     def __init__(self, view: BusyView, fails: str) -> None:
         self.view, self._prefetched, self._tensors = view, Prefetched(), None  # type: ignore[assignment]
         self._fails, self._events = fails, view.events
+        self._partial_layers = []
 
     def _fail(self, where: str) -> None:
         if self._fails == where:
@@ -284,6 +285,7 @@ class RankRunner(Runner):
         self.view = view  # type: ignore[assignment]
         self._layers: dict[int, Any] = {0: torch.nn.Linear(1, 1)}
         self._compiler = self._last_positions = self._compiled_distance = None
+        self._partial_layers = []
 
     def _launch(self, spec: Any, nonces: Sequence[int]) -> InFlightBatch:
         with self.view.error_barrier():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 pytest.importorskip("vllm")
 
 import httpx
+import torch
 from fakes import generate_body, round_body
 from prometheus_client import CollectorRegistry
 from starlette.responses import Response
@@ -24,7 +26,7 @@ from gonka_poc.manager import PoCManagerV1
 from gonka_poc.middleware import PoCMiddleware
 from gonka_poc.routes import PREFIX
 from gonka_poc.vllm_compat import ApiView
-from gonka_poc.vllm_compat.refusals import refuse_unsupported
+from gonka_poc.vllm_compat.refusals import refuse_unsupported, token_id_vocab_size
 from gonka_poc.vllm_compat.release import WORKER_EXTENSION
 
 MODELS = Path(__file__).parent / "data" / "models"
@@ -165,6 +167,44 @@ def layer(**parts: Any) -> nn.Module:
 def test_models_are_refused_in_the_worker(model, module, layers, reason):
     with pytest.raises(UnsupportedServerError, match=reason):
         refuse_unsupported(config_of(model), module, layers)
+
+
+def gated(rows: int, dtype: torch.dtype, name: str = "gate") -> nn.Module:
+    """A model with a table of `rows` in a layer's child `name`."""
+    child = nn.Module()
+    child.register_buffer("table", torch.zeros(rows, 6, dtype=dtype))
+    return layer(layers=nn.ModuleList([layer(mlp=layer(**{name: child}))]))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("name", ["gate", "router"])
+def test_a_table_of_experts_by_token_id_is_refused(model, dtype, name):
+    config = config_of(model)
+    module = gated(config.model_config.get_vocab_size(), dtype, name)
+    with pytest.raises(UnsupportedServerError, match="experts by token id"):
+        refuse_unsupported(config, module, {"a": layer()})
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "name"),
+    [(64, torch.int32, "gate"), (100_000, torch.float32, "gate"), (100_000, torch.int32, "embed_tokens")],
+    ids=["packed weights of a gate", "weights of a gate", "packed embeddings"],
+)
+def test_other_tables_are_not_refused(model, rows, dtype, name):
+    refuse_unsupported(config_of(model), gated(rows, dtype, name), {"a": layer()})
+
+
+@pytest.mark.parametrize(("vision_layers", "refused"), [(0, False), (None, False), (24, True)])
+def test_a_model_with_token_ids_of_its_own_may_have_such_a_table(model, vision_layers, refused):
+    config = config_of(model)
+    hf_config = config.model_config.hf_config
+    hf_config.model_type = "deepseek_v4"
+    if vision_layers is not None:
+        hf_config.vision_n_layers = vision_layers
+    module = gated(hf_config.vocab_size, torch.int32)
+    assert token_id_vocab_size(hf_config) == hf_config.vocab_size
+    with pytest.raises(UnsupportedServerError, match="images") if refused else contextlib.nullcontext():
+        refuse_unsupported(config, module, {"a": layer()})
 
 
 def test_a_model_with_attention_is_not_refused(model):

@@ -36,6 +36,7 @@ class Runner(PoCModelRunner):
 
     def __init__(self, errors: dict[int, float]) -> None:
         self.view, self._prefetched, self._tensors = View(), Prefetched(), None  # type: ignore[assignment]
+        self._partial_layers = []
         self._compiler = self._last_positions = self._compiled_distance = None
         self._errors = errors
 

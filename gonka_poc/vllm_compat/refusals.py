@@ -9,6 +9,9 @@ from typing import Any
 from gonka_poc.errors import UnsupportedServerError
 from gonka_poc.vllm_compat.release import installed_version
 
+TYPE_WITH_TOKEN_IDS = "deepseek_v4"
+GATES = ("gate", "router")
+
 
 def forward_options(config: Any) -> dict[str, Any]:
     """Keyword arguments for `set_forward_context` in this release.
@@ -28,6 +31,15 @@ def forward_options(config: Any) -> dict[str, Any]:
             f"vLLM {installed_version()} cannot run a forward beside its compiled model; start it with --enforce-eager"
         )
     return options
+
+
+def token_id_vocab_size(hf_config: Any) -> int | None:
+    """The vocabulary of the pseudo token ids of a model (docs/protocol.md, section 2); None for one that has none.
+
+    The protocol gives them to the models of one type only. They are ids of the vocabulary of the configuration, not of
+    the padded embedding table.
+    """
+    return int(hf_config.vocab_size) if hf_config.model_type == TYPE_WITH_TOKEN_IDS else None
 
 
 def unsupported_options(config: Any) -> list[str]:
@@ -62,6 +74,7 @@ def refuse(reasons: Sequence[str]) -> None:
 
 def refuse_unsupported(config: Any, model: Any, attention_layers: Mapping[str, Any]) -> None:
     """Raise UnsupportedServerError for configurations and models with which a vector could be wrong."""
+    hf_config = config.model_config.hf_config
     features = {
         "per-token quantised KV cache (its scales lie in the serving cache)": any(
             getattr(getattr(layer, "impl", None), "_k_scale_cache", None) is not None  # 0.20
@@ -71,5 +84,27 @@ def refuse_unsupported(config: Any, model: Any, attention_layers: Mapping[str, A
             getattr(module, "per_layer_embeddings", None) is not None for module in model.modules()
         ),
         "a model without attention": not attention_layers,
+        "a model that chooses experts by token id (a table on its gate), for which the protocol has no ids": (
+            token_id_vocab_size(hf_config) is None and _has_token_id_table(model, config.model_config.get_vocab_size())
+        ),
+        "a vision build of a model that chooses experts by token id (it treats the ids of images apart)": (
+            token_id_vocab_size(hf_config) is not None and getattr(hf_config, "vision_n_layers", 0) > 0
+        ),
     }
     refuse([*unsupported_options(config), *(feature for feature, present in features.items() if present)])
+
+
+def _has_token_id_table(model: Any, vocab_size: int) -> bool:
+    """True if a gate of `model` has a table of integers with a row for each token of the vocabulary.
+
+    Packed weights of a quantized gate are integers too; they have fewer rows.
+    """
+    import torch  # the API process imports this module without it
+
+    integers = (torch.int16, torch.int32, torch.int64)
+    return any(
+        tensor.ndim == 2 and tensor.dtype in integers and tensor.shape[0] >= vocab_size
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in GATES
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    )

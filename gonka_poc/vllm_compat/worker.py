@@ -12,7 +12,7 @@ from torch import nn
 
 from gonka_poc.errors import OtherRankError, UnsupportedServerError
 from gonka_poc.vllm_compat.operations import ModelOperations
-from gonka_poc.vllm_compat.refusals import forward_options, refuse_unsupported
+from gonka_poc.vllm_compat.refusals import forward_options, refuse_unsupported, token_id_vocab_size
 from gonka_poc.vllm_compat.scratch import ScratchAttention, has_values
 
 logger = logging.getLogger("vllm.gonka_poc.worker_view")
@@ -33,6 +33,8 @@ class WorkerView:
         self.dtype = self._config.model_config.dtype
         self.hidden_size: int = self._config.model_config.get_hidden_size()
         self.vocab_size: int = self._config.model_config.get_vocab_size()
+        # of the pseudo token ids that a model which routes by token id is given; None for every other model
+        self.token_id_vocab_size = token_id_vocab_size(self._config.model_config.hf_config)
         self.model = self._runner.get_model() if hasattr(self._runner, "get_model") else self._runner.model
         # a speculator's layers are registered too, but they take no part in the model's forward
         own = set(map(id, self.model.modules()))
@@ -67,22 +69,32 @@ class WorkerView:
         from vllm.model_executor.models.utils import PPMissingLayer
 
         expected = self._config.model_config.get_total_num_hidden_layers()
-        stacks = {
-            f"{name}.{child_name}": child
-            for name, module in self.model.named_modules()
-            if hasattr(module, "start_layer") and hasattr(module, "end_layer")
-            for child_name, child in module.named_children()
-            if isinstance(child, nn.ModuleList) and len(child) == expected
+        stacks = _stacks_of(_language_model_of(self.model), expected) or _stacks_of(self.model, expected)
+        # a model may list the same layers twice, without the placeholders the second time
+        different = {
+            tuple(None if isinstance(layer, PPMissingLayer) else id(layer) for layer in stack): stack
+            for stack in stacks.values()
         }
-        if len(stacks) != 1:
+        if len(different) != 1:
             raise UnsupportedServerError(
                 f"cannot tell the decoder layers of {type(self.model).__name__}: looked for one module list of "
                 f"{expected} layers in a module with start_layer and end_layer, found {sorted(stacks) or 'none'}"
             )
-        (stack,) = stacks.values()
+        (stack,) = different.values()
         return {i: layer for i, layer in enumerate(stack) if not isinstance(layer, PPMissingLayer)}
 
-    # -- one prefill --
+    # -- other ranks --
+
+    def tensor_parallel_range(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Collective: the smallest and the largest of each of `values` (on the host) among the tensor parallel ranks.
+
+        Every rank of a stage must call this, with values of the same shape.
+        """
+        lowest, highest = values.clone(), values.clone()
+        if self._tp_group.world_size > 1:
+            torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN, group=self._tp_group.cpu_group)
+            torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX, group=self._tp_group.cpu_group)
+        return lowest, highest
 
     @contextlib.contextmanager
     def error_barrier(self) -> Iterator[None]:
@@ -104,21 +116,29 @@ class WorkerView:
         if failure is not None:
             raise failure
 
+    # -- one prefill --
+
     @contextlib.contextmanager
-    def prefill(self, num_seqs: int, seq_len: int, skip_compiled: bool = True) -> Iterator[Callable[[], Any]]:
+    def prefill(
+        self, num_seqs: int, seq_len: int, token_ids: torch.Tensor | None = None, skip_compiled: bool = True
+    ) -> Iterator[Callable[[], Any]]:
         """Prepares one run of the model over `num_seqs` fresh sequences of `seq_len` tokens, on scratch KV cache.
 
         Gives the function that runs it on embeddings that the caller injects. It returns the model's output after the
         final norm, [num_seqs * seq_len, hidden_size], on the last pipeline rank and None on the others; it alone talks
-        to other ranks. The serving KV cache is neither read nor written. Without `skip_compiled` a compiled model runs
-        compiled, as for chat; then no hook inside of it is called.
+        to other ranks. `token_ids` (int32 [num_seqs * seq_len], on every rank) is what the model gets as its
+        `input_ids`; without them it gets zeros, which nothing may read. The serving KV cache is neither read nor
+        written. Without `skip_compiled` a compiled model runs compiled, as for chat; then no hook inside of it is
+        called.
         """
         from vllm.forward_context import set_forward_context
         from vllm.sequence import IntermediateTensors
 
         num_tokens = num_seqs * seq_len
         positions = torch.arange(seq_len, device=self.device).repeat(num_seqs)
-        input_ids = torch.zeros(num_tokens, dtype=torch.int32, device=self.device)  # dummies
+        input_ids = token_ids
+        if input_ids is None:
+            input_ids = torch.zeros(num_tokens, dtype=torch.int32, device=self.device)
 
         def run() -> Any:
             received = None
@@ -197,3 +217,23 @@ class WorkerView:
         axes = getattr(model_config, "mrope_num_dims", 3) if model_config.uses_mrope else 0  # 0.30
         axes = axes or getattr(model_config, "uses_xdrope_dim", 0)  # until 0.29
         return positions.expand(axes, -1) if axes else positions
+
+
+def _stacks_of(model: nn.Module, length: int) -> dict[str, nn.ModuleList]:
+    """The module lists of `length` in a module of `model` with start_layer and end_layer, by name."""
+    return {
+        f"{name}.{child_name}": child
+        for name, module in model.named_modules()
+        if hasattr(module, "start_layer") and hasattr(module, "end_layer")
+        for child_name, child in module.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == length
+    }
+
+
+def _language_model_of(model: nn.Module) -> nn.Module:
+    """The language model inside of a multimodal one, whose encoders may have as many layers; else `model`."""
+    try:
+        found = model.get_language_model() if hasattr(model, "get_language_model") else None
+    except NotImplementedError:  # a model that cannot tell
+        found = None
+    return found if isinstance(found, nn.Module) else model
