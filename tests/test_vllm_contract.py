@@ -42,17 +42,18 @@ def broken(findings: list[Finding]) -> list[Finding]:
 
 # --- every name that vllm_compat uses is in the contract ----------------------------------------------------------
 
-# attributes in vllm_compat that are Python's, torch's or FastAPI's
+# attributes in vllm_compat that are Python's, torch's, FastAPI's or those of prometheus_client
 OTHERS = """
-    __name__ accelerator all_reduce append arange bool clear compiler contextmanager cuda dataclass device disable
-    distributed dtype element_size enter_context environ Event exception ExitStack expand field fields find_spec
-    flatten forward fromkeys full get getLogger in_features index int32 is_file ismethod item items join keys Module
-    ModuleList modules name named_children named_modules ndim numel ones origin out_features parameters parent
-    parse_args permute pop read_text record repeat repeat_interleave shape signature state stride suppress
-    synchronize Tensor tensor to type unsqueeze update util values version zeros
+    __name__ accelerator all_reduce append arange bool clear collect compiler contextmanager cuda dataclass device
+    disable distributed dtype element_size enter_context environ Event exception ExitStack expand field fields
+    find_spec flatten forward fromkeys full get getLogger in_features index int32 is_file ismethod item items join
+    keys labels Module ModuleList modules name named_children named_modules ndim numel ones origin out_features
+    parameters parent parse_args permute pop read_text record repeat repeat_interleave restricted_registry samples
+    shape signature state stride suppress synchronize Tensor tensor to type unsqueeze update util values version zeros
 """
 # options of the server that serve.py gives or looks for
 IMPLIED = {"middleware", "enable_chunked_prefill", "runner", "convert", "nnodes"}
+IMPLIED |= {"gauge_engine_sleep_state"}  # the metric, which is read by its name
 OPTIONS = {"model_tag"}  # what vLLM's parser of options gives, asked for with a default
 
 

@@ -79,7 +79,7 @@ class ApiView:
         """
         import vllm.envs as envs
 
-        if not (self._config.model_config.enable_sleep_mode or envs.VLLM_SERVER_DEV_MODE):
+        if not (self._config.model_config.enable_sleep_mode or getattr(envs, "VLLM_SERVER_DEV_MODE", False)):
             return False
         if not await self.client.is_sleeping():
             return False
