@@ -123,7 +123,7 @@ CONTRACT = (
     *_names("v1/engine/async_llm.py", "AsyncLLM: collective_rpc(method, args) vllm_config output_processor errored"),
     *_names("v1/engine/async_llm.py", "AsyncLLM: abort(request_id, internal) is_sleeping() is_paused()"),
     *_names("v1/engine/output_processor.py", "OutputProcessor: has_unfinished_requests() request_states"),
-    *_names("v1/engine/output_processor.py", "OutputProcessor.parent_requests"),
+    *_names("v1/engine/output_processor.py", "OutputProcessor.parent_requests RequestState.detokenizer"),
     *_names("v1/metrics/loggers.py", "PrometheusStatLogger.gauge_engine_sleep_state"),
     *_names("utils/import_utils.py", "resolve_obj_by_qualname(qualname)"),
     # the configuration

@@ -57,9 +57,17 @@ class EngineClient:
 )
 async def test_all_requests_are_aborted_in_one_call_by_their_internal_ids(requests, parents, calls):
     view = object.__new__(ApiView)
-    view.client = EngineClient(dict.fromkeys(requests), dict.fromkeys(parents))
+    states = {name: SimpleNamespace(detokenizer="detokenizer") for name in requests}
+    view.client = EngineClient(states, dict.fromkeys(parents))
     assert await view.abort_requests() == len(requests)
     assert view.client.calls == calls
+
+
+async def test_a_request_of_a_pooling_model_is_left_to_end_by_itself():
+    view = object.__new__(ApiView)
+    view.client = EngineClient({"embedding": SimpleNamespace(detokenizer=None)}, {})
+    assert await view.abort_requests() == 0
+    assert view.client.calls == []
 
 
 async def test_an_engine_without_chat_is_not_asked():

@@ -62,9 +62,13 @@ class ApiView:
         return bool(getattr(self.client, "errored", False))
 
     async def abort_requests(self) -> int:
-        """End every unfinished request, in one call; their number. Each gets what vLLM gives an aborted request."""
+        """End every unfinished request that makes tokens, in one call; their number.
+
+        Each gets what vLLM gives an aborted request. One of a pooling model is left to end by itself: it takes one
+        step, and aborted it would be answered with an empty vector, as if that were its result.
+        """
         processor = self.client.output_processor
-        ids = list(processor.request_states)
+        ids = [name for name, state in processor.request_states.items() if state.detokenizer is not None]
         if ids:
             # internal ids: two requests may share an external one. The parent of several answers (n > 1) is not among
             # the states; named after its answers it is dropped, else vLLM keeps it for ever
