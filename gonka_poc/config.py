@@ -91,8 +91,10 @@ class Settings(BaseSettings):
         min_length=1,
         description="file of undelivered callbacks (`$XDG_STATE_HOME`: `~/.local/state`); `:memory:` keeps no file",
     )
-    priority: Literal["chat", "poc"] = Field(
-        default="chat", description="who waits; `poc`: chat and completions get 503 while a round generates"
+    priority: Literal["chat", "poc", "abort"] = Field(
+        default="chat",
+        description="who waits; `poc`: new chats get 503 while a round generates, running ones complete first; "
+        "`abort`: running ones are ended as well",
     )
     result_ttl_sec: Positive = Field(
         default=300.0,

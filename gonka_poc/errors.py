@@ -19,6 +19,7 @@ PoCError
 ├── UnsupportedServerError   501  this model or server configuration cannot give a correct vector
 ├── UnsupportedSchemeError   501  the request asks for the decode scheme
 ├── EngineUnavailableError   503  the engine or the way to its workers is missing
+├── EngineAsleepError        503  the engine sleeps (POST /sleep), so nothing can be computed
 └── OutboxFullError          507  the outbox has no room, or cannot be written now
 """
 
@@ -107,6 +108,13 @@ class UnsupportedSchemeError(PoCError, http_status=501):
 
 class EngineUnavailableError(PoCError, http_status=503):
     """The engine, or the way to call its workers, is missing."""
+
+
+class EngineAsleepError(PoCError, http_status=503):
+    """The engine sleeps: its weights and caches may be unmapped. What was accepted waits until it is woken."""
+
+    def __init__(self, message: str = "the engine sleeps; POST /wake_up, without tags, wakes it") -> None:
+        super().__init__(message)
 
 
 class OutboxFullError(PoCError, http_status=507):

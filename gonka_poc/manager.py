@@ -8,7 +8,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from gonka_poc.data import BatchResult, Params, Spec
 from gonka_poc.errors import (
     ComputeError,
     ConflictError,
+    EngineAsleepError,
     EngineUnavailableError,
     PoCError,
     RequestError,
@@ -29,6 +30,8 @@ from gonka_poc.metrics import Metrics
 
 # below vLLM's logger, so that its handlers and level apply
 logger = logging.getLogger("vllm.gonka_poc.manager")
+
+Answer = TypeVar("Answer")
 
 DEAD_POLL_SEC = 0.5
 WARM_UP_SEQ_LEN, WARM_UP_NONCES, WARM_UP_SEC = 1024, 256, 15.0
@@ -74,6 +77,10 @@ class BatchSizer:
         """Chat is being served now."""
         self._chat_seen = self._clock()
 
+    def forget_chat(self) -> None:
+        """Chat has been ended, so proof need not leave time for it."""
+        self._chat_seen = None
+
     def record_batch(self, seq_len: int, nonces: int, seconds: float) -> None:
         """A micro-batch took `seconds`."""
         last = self._sec_per_nonce.get(seq_len, deque(maxlen=MEASUREMENTS))
@@ -102,6 +109,12 @@ class EngineView(Protocol):
 
     def is_dead(self) -> bool:
         """True if the engine process is gone for good."""
+
+    async def is_asleep(self) -> bool:
+        """True while the engine sleeps, also in part."""
+
+    async def abort_requests(self) -> int:
+        """End every chat in one call; their number."""
 
     async def call_workers(self, method: str, *args: Any) -> list[Any]:
         """One answer per worker. Raises EngineUnavailableError where the workers cannot be called."""
@@ -191,6 +204,8 @@ class PoCManagerV1:
                     if self._view.has_unfinished_requests():
                         self._sizer.record_chat()
                         quiet_since = time.monotonic()
+                    elif await self._is_asleep():
+                        quiet_since = time.monotonic()
                     elif time.monotonic() - quiet_since >= CHAT_MEMORY_SEC:
                         await self._warm_up()
                 await asyncio.sleep(self._settings.chat_backoff_sec)
@@ -231,10 +246,15 @@ class PoCManagerV1:
 
         So it is while chat is served, or where memory was short and `micro_batch_size` is less now. While chat is idle
         the workers compute `next_nonces`, asked for next, behind `nonces`, so that they do not wait between calls.
-        Raises ComputeError, WorkerMemoryError (one nonce does not fit), EngineUnavailableError, UnsupportedServerError.
+        Raises ComputeError, WorkerMemoryError (one nonce does not fit), EngineAsleepError, EngineUnavailableError,
+        UnsupportedServerError.
         """
         async with self._lock:
             self.ensure_engine_alive()
+            if await self._is_asleep():
+                if self._release_timer is not None:  # they keep memory that a sleep is there to free
+                    await self._call("poc_release")
+                raise EngineAsleepError()
             if self._view.has_unfinished_requests():
                 self._sizer.record_chat()
                 self._metrics.skipped()
@@ -262,6 +282,25 @@ class PoCManagerV1:
             logger.warning("PoC dropped %d nonces with NaN or Inf: %s", len(bad), bad[:MAX_LOGGED])
         self._metrics.computed(len(result.values), len(bad), seconds)
         return result
+
+    async def ensure_awake(self) -> None:
+        """Raise EngineAsleepError while the engine sleeps."""
+        if await self._is_asleep():
+            raise EngineAsleepError()
+
+    async def abort_chats(self) -> None:
+        """End every chat in flight (POC_PRIORITY=abort), unless the engine sleeps and could compute nothing instead.
+
+        Raises EngineUnavailableError or ComputeError.
+        """
+        self.ensure_engine_alive()
+        self._sizer.forget_chat()
+        if self._view.has_unfinished_requests() and not await self._is_asleep():
+            num_aborted = await self._answered(self._view.abort_requests(), "the engine did not abort its chats")
+            logger.info("PoC goes first: %d chats were aborted", num_aborted)
+
+    async def _is_asleep(self) -> bool:
+        return await self._answered(self._view.is_asleep(), "the engine did not say if it sleeps")
 
     async def release(self) -> None:
         """Let the workers drop what they keep between batches, at the end of a round; a failure is only logged."""
@@ -292,12 +331,7 @@ class PoCManagerV1:
             self._release_timer.cancel()
             self._release_timer = None
         try:
-            answers = await self._watched(self._view.call_workers(method, *args))
-        except PoCError:
-            raise
-        except Exception as error:
-            self.ensure_engine_alive()
-            raise ComputeError(f"a worker failed: {error}; the server's log has its traceback") from error
+            answers = await self._answered(self._view.call_workers(method, *args), "a worker failed")
         finally:
             if method != "poc_release":
                 loop = asyncio.get_running_loop()
@@ -305,7 +339,17 @@ class PoCManagerV1:
         raise_worker_error(answers)
         return answers
 
-    async def _watched(self, call: Coroutine[Any, Any, list[Any]]) -> list[Any]:
+    async def _answered(self, call: Coroutine[Any, Any, Answer], failed: str) -> Answer:
+        """The engine's answer; whatever vLLM raises becomes a ComputeError that begins with `failed`."""
+        try:
+            return await self._watched(call)
+        except PoCError:
+            raise
+        except Exception as error:
+            self.ensure_engine_alive()
+            raise ComputeError(f"{failed}: {error}; the server's log has its traceback") from error
+
+    async def _watched(self, call: Coroutine[Any, Any, Answer]) -> Answer:
         """An engine that dies leaves its calls without an answer, so it is watched while one is awaited."""
         rpc = asyncio.ensure_future(call)
         deadline = time.monotonic() + self._settings.batch_timeout_sec

@@ -24,7 +24,7 @@ logger = logging.getLogger("vllm.gonka_poc.middleware")
 DASHBOARD = f"{PREFIX}/dashboard"
 VERSIONS = ("GET", f"{PREFIX}/versions")
 POLLED = ("/health", f"{PREFIX}/status", f"{DASHBOARD}/data")
-# what waits for a round under POC_PRIORITY=poc, and for how long before its client should ask again
+# what waits for a round under POC_PRIORITY=poc and abort, and for how long before its client should ask again
 PAUSED = (
     *("/v1/chat/completions", "/v1/chat/completions/batch", "/v1/completions", "/v1/responses", "/v1/messages"),
     # the same by other names: SageMaker's, Cohere's, and tokens in and out
@@ -34,7 +34,8 @@ RETRY_AFTER_SEC = 10
 
 
 class PoCMiddleware:
-    """Answers /api/v1/pow/* and hands everything else on unchanged; with POC_PRIORITY=poc, chat waits for rounds.
+    """Answers /api/v1/pow/* and hands everything else on unchanged; with POC_PRIORITY=poc or abort, chat waits for
+    rounds.
 
     What stands against serving proof at all (a wrong POC_* variable, an unsupported vLLM, several API processes) stops
     the server in its lifespan: after an exception of a constructor it would run, and answer every request with 500.
@@ -102,7 +103,7 @@ class PoCMiddleware:
 
     def _is_paused(self, scope: Scope) -> bool:
         return (
-            self._settings.priority == "poc"
+            self._settings.priority != "chat"
             and self._poc is not None
             and self._poc.service.computing
             and scope["method"] == "POST"

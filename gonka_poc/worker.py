@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gonka_poc.data import VectorSpec, spec_from
-from gonka_poc.errors import ComputeError, PoCError, WorkerMemoryError
+from gonka_poc.errors import ComputeError, EngineAsleepError, PoCError, WorkerMemoryError
 from gonka_poc.vllm_compat.release import MIDDLEWARE
+from gonka_poc.vllm_compat.sleep import is_memory_unmapped
 
 logger = logging.getLogger("vllm.gonka_poc.worker")
 
@@ -58,8 +59,15 @@ class PoCWorkerExtension:
 
 
 def poc_runner_of(worker: Any) -> Any:
-    """The worker's PoCModelRunner, made at the first call."""
+    """The worker's PoCModelRunner, made at the first call. Raises EngineAsleepError while memory is unmapped."""
     runner = getattr(worker, "poc_runner", None)
+    if is_memory_unmapped(worker):
+        # What is kept lies outside of vLLM's memory pool, so a sleep leaves it valid: the scratch caches copy shapes,
+        # not contents, and reflections come from the block hash. It goes all the same: who puts an engine to sleep
+        # wants its memory, and a prefetched batch is of weights that may be others when it wakes.
+        if runner is not None:
+            runner.release()
+        raise EngineAsleepError()
     if runner is None:
         from gonka_poc.poc_model_runner import PoCModelRunner
         from gonka_poc.vllm_compat.worker import WorkerView

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from gonka_poc.app import PoCApp, build_app
 from gonka_poc.config import Settings
 from gonka_poc.data import VECTOR_DTYPE, BatchResult, DistanceSpec, Params, Spec, VectorSpec, spec_from
-from gonka_poc.errors import EngineUnavailableError, PoCError
+from gonka_poc.errors import EngineAsleepError, EngineUnavailableError, PoCError
 from gonka_poc.server.protocols import Manager
 
 MODEL = "tiny"
@@ -97,6 +97,9 @@ class FakeManager:
         self.nan_nonces: set[int] = set()
         self.refusal: PoCError | None = None
         self.dead = False
+        self.asleep = False
+        self.num_aborts = 0
+        self.abort_failure: PoCError | None = None
         self.micro_batch = 4
         self.num_released = 0
         self._permits = None if batches is None else asyncio.Semaphore(batches)
@@ -126,12 +129,23 @@ class FakeManager:
         if self.dead:
             raise EngineUnavailableError("the engine is dead")
 
+    async def ensure_awake(self) -> None:
+        if self.asleep:
+            raise EngineAsleepError()
+
+    async def abort_chats(self) -> None:
+        self.num_aborts += 1
+        await asyncio.sleep(0)
+        if self.abort_failure is not None:
+            raise self.abort_failure
+
     def micro_batch_size(self, seq_len: int) -> int:
         return self.micro_batch
 
     async def compute(self, spec: Spec, nonces: list[int], next_nonces: Any = ()) -> BatchResult | None:
         self.asked.append(list(nonces))
         await asyncio.sleep(0)
+        await self.ensure_awake()
         step = self.script.popleft() if self.script else "ok"
         if step == BUSY:
             return None
@@ -162,6 +176,9 @@ class FakeView:
         self.hidden_size = 16
         self.device = "cpu"
         self.chat_is_served = False
+        self.asleep = False
+        self.num_aborts = 0
+        self.abort_failure: Exception | None = None
         self.dead = False
         self.hangs = False
         self.failure: Exception | None = None
@@ -178,6 +195,16 @@ class FakeView:
 
     def is_dead(self) -> bool:
         return self.dead
+
+    async def is_asleep(self) -> bool:
+        return self.asleep
+
+    async def abort_requests(self) -> int:
+        self.num_aborts += 1
+        if self.abort_failure is not None:
+            raise self.abort_failure
+        self.chat_is_served = False
+        return 1
 
     async def call_workers(self, method: str, *args: Any) -> list[Any]:
         self.calls.append((method, args))

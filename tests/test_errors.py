@@ -26,6 +26,7 @@ STATUSES = {
     "UnsupportedServerError": 501,
     "UnsupportedSchemeError": 501,
     "EngineUnavailableError": 503,
+    "EngineAsleepError": 503,
     "OutboxFullError": 507,
 }
 

@@ -70,7 +70,9 @@ def api_view(extension: str, may_send: bool, monkeypatch) -> ApiView:
         parallel_config=SimpleNamespace(worker_extension_cls=extension, data_parallel_size=1),
         cache_config=SimpleNamespace(cache_dtype="auto"),
         lora_config=None,
-        model_config=SimpleNamespace(max_model_len=64, model=MODEL, get_hidden_size=lambda: 16),
+        model_config=SimpleNamespace(
+            max_model_len=64, model=MODEL, get_hidden_size=lambda: 16, enable_sleep_mode=False
+        ),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=48, max_num_seqs=5),
     )
     return ApiView(SimpleNamespace(state=SimpleNamespace(engine_client=EngineClient(), vllm_config=config)))

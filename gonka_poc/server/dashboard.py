@@ -38,7 +38,7 @@ class DashboardData(BaseModel):
     version: str
     time: float = Field(description="seconds since 1970")
     status: StatusAnswer
-    priority: Literal["chat", "poc"]
+    priority: Literal["chat", "poc", "abort"]
     nonces_total: int = Field(description="vectors computed since the server started")
     nan_total: int = Field(description="nonces dropped because of a NaN or Inf")
     bucket_seconds: int

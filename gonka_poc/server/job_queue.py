@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal
 
 from gonka_poc.config import Settings
 from gonka_poc.data import BatchResult, Spec
-from gonka_poc.errors import ConflictError, PoCError, QueueFullError, printable
+from gonka_poc.errors import ConflictError, EngineAsleepError, PoCError, QueueFullError, printable
 from gonka_poc.server.delivery import Delivery
-from gonka_poc.server.protocols import Manager
+from gonka_poc.server.protocols import ASLEEP_POLL_SEC, Manager
 
 logger = logging.getLogger("vllm.gonka_poc.queue")
 
@@ -115,7 +115,8 @@ class JobQueue(ABC):
                 self._settle(job, PoCError(f"{type(error).__name__}: {error}"))
 
     async def _compute_all(self, job: Job) -> BatchResult:
-        """The values of a job's nonces, behind any chat; less than all only if the job was dropped."""
+        """The values of a job's nonces, behind any chat and any sleep of the engine; less than all only if the
+        job was dropped."""
         computed, done = BatchResult({}, []), 0
         while done < len(job.nonces):
             await self._wait_for_turn()
@@ -126,11 +127,15 @@ class JobQueue(ABC):
             )
             nonces = job.nonces[done : done + size]
             job.state = "running"
-            result = await self._manager.compute(job.spec, nonces, job.nonces[done + size : done + 2 * size])
+            pause = self._settings.chat_backoff_sec
+            try:
+                result = await self._manager.compute(job.spec, nonces, job.nonces[done + size : done + 2 * size])
+            except EngineAsleepError:  # it was accepted before the engine fell asleep, so it goes on when it is awake
+                result, pause = None, ASLEEP_POLL_SEC
             if result is None:
                 if not done:  # chat goes first
                     job.state = "queued"
-                await asyncio.sleep(self._settings.chat_backoff_sec)
+                await asyncio.sleep(pause)
                 continue
             computed.values.update(result.values)
             computed.not_computed_nonces.extend(result.not_computed_nonces)

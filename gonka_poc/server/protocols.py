@@ -7,6 +7,8 @@ from typing import Protocol
 
 from gonka_poc.data import BatchResult, Params, Spec
 
+ASLEEP_POLL_SEC = 0.5  # between two questions to an engine that sleeps
+
 
 class Manager(Protocol):
     """Drives the workers; PoCManagerV1 is one."""
@@ -26,11 +28,17 @@ class Manager(Protocol):
     def ensure_engine_alive(self) -> None:
         """Raise EngineUnavailableError where the engine is gone for good."""
 
+    async def ensure_awake(self) -> None:
+        """Raise EngineAsleepError while the engine sleeps."""
+
+    async def abort_chats(self) -> None:
+        """End every chat in flight."""
+
     def micro_batch_size(self, seq_len: int) -> int:
         """Nonces of the next micro-batch."""
 
     async def compute(self, spec: Spec, nonces: list[int], next_nonces: Sequence[int] = ()) -> BatchResult | None:
-        """The values of a micro-batch; None if the same nonces are to be tried again."""
+        """The values of a micro-batch; None if the same nonces are to be tried again. Raises EngineAsleepError."""
 
     async def close(self) -> None:
         """Start no warm-up any more."""

@@ -85,6 +85,11 @@ class RoundSlot:
         return self.round is not None and self._phase == "GENERATING" and not self.round.stopped
 
     @property
+    def waits_for(self) -> str | None:
+        """The reason for which the engine computes nothing for a round that generates."""
+        return self.round.waits_for if self.round is not None and self.generating else None
+
+    @property
     def has_receiver(self) -> bool:
         """True if the round has a callback URL."""
         return self.round is not None and self.round.request.url is not None
@@ -107,4 +112,4 @@ class RoundSlot:
         """GET /status; `problem` says why the outbox takes nothing now."""
         if self.round is None:
             return StatusAnswer(status="IDLE", config=None, stats=None, error=problem)
-        return self.round.status(self.state, problem)
+        return self.round.status(self.state, self.waits_for or problem)

@@ -11,8 +11,8 @@ from typing import ClassVar
 
 from gonka_poc.config import Settings
 from gonka_poc.data import MAX_NONCE, BatchResult, InitGenerateRequest, RoundConfig, RoundStats, State, StatusAnswer
-from gonka_poc.errors import ComputeError, PoCError, WorkerMemoryError, printable
-from gonka_poc.server.protocols import Manager
+from gonka_poc.errors import ComputeError, EngineAsleepError, PoCError, WorkerMemoryError, printable
+from gonka_poc.server.protocols import ASLEEP_POLL_SEC, Manager
 from gonka_poc.threshold_data import ThresholdRequest
 
 logger = logging.getLogger("vllm.gonka_poc.rounds")
@@ -39,6 +39,7 @@ class Round(ABC):
     ) -> None:
         self.request = request
         self.error: str | None = None
+        self.waits_for: str | None = None  # why the engine computes nothing now; a round that ends clears it
         self._manager = manager
         self._deliver = deliver
         self._settings = settings
@@ -118,6 +119,8 @@ class Round(ABC):
         except Exception as error:
             self.error = f"{type(error).__name__}: {error}"
             logger.exception("PoC round failed after %d nonces", self.done)
+        finally:
+            self.waits_for = None
 
     async def _step(self) -> None:
         """The next nonces, computed and delivered; or a pause, after which they are the same."""
@@ -128,7 +131,15 @@ class Round(ABC):
             raise ComputeError(f"there are no nonces left: the next would be over {MAX_NONCE}")
         next_nonces = request.nonces.slice(self.done + len(nonces), size)
         try:
+            if self._settings.priority == "abort":  # a chat that was on its way to the engine when the round began
+                await self._manager.abort_chats()
             result = await self._manager.compute(request.spec, nonces, next_nonces)
+        except EngineAsleepError as error:
+            if self.waits_for is None:
+                logger.warning("PoC round waits after %d nonces: %s", self.done, printable(str(error)))
+            self.waits_for = str(error)
+            await asyncio.sleep(ASLEEP_POLL_SEC)
+            return
         except (ComputeError, WorkerMemoryError) as error:  # other work on the GPU may have had the memory
             self._failures += 1
             if self._failures == MAX_FAILURES:
@@ -136,6 +147,7 @@ class Round(ABC):
             logger.warning("PoC batch failed and is tried again: %s", printable(str(error)))
             await asyncio.sleep(self._failures * RETRY_SEC)
             return
+        self.waits_for = None
         if result is None:
             await asyncio.sleep(self._settings.chat_backoff_sec)
             return

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -63,6 +64,7 @@ class PoCService:
     def __post_init__(self) -> None:
         self._starting = asyncio.Lock()
         self._num_stops = 0
+        self._round_begins = False  # under POC_PRIORITY=abort: chats are being ended for it
         self._ignored_fields = IgnoredFields(self.metrics)
 
     async def prepare(self) -> None:
@@ -78,9 +80,9 @@ class PoCService:
         OutboxFullError, and what PoCManagerV1.check raises."""
         self._ignored_fields.record(request.ignored_fields)
         num_stops = self._num_stops  # before it waits for another start: a stop ends that one, and this one too
-        async with self._starting:
+        async with self._start():
             check = partial(self._manager.check, request.params)
-            delivery, start = await self._begin_round(request, check, num_stops)
+            delivery, start = await self._begin_round(request, check, num_stops, "GENERATING")
             current = GenerateRound(self._manager, request, delivery.store_batch, self.settings, start)
             self.slot.put(current, delivery, "GENERATING")
 
@@ -88,16 +90,36 @@ class PoCService:
         """Set a threshold round in `phase`. Raises RequestError where it cannot generate but is to, and what
         `init_generate` raises."""
         num_stops = self._num_stops
-        async with self._starting:
+        async with self._start():
             if phase == "GENERATING":
                 _check_can_generate(request)
             check = partial(self._manager.check_seq_len, request.seq_len)
-            delivery, start = await self._begin_round(request, check, num_stops)
+            delivery, start = await self._begin_round(request, check, num_stops, phase)
             current = ThresholdRound(self._manager, request, delivery.store_batch, self.settings, start)
             self.slot.put(current, delivery, phase)
 
+    @asynccontextmanager
+    async def _start(self) -> AsyncIterator[None]:
+        """One start of a round at a time. New chats are let in again where it fails."""
+        async with self._starting:
+            try:
+                yield
+            finally:
+                self._round_begins = False  # from here on the slot says whether a round generates
+
+    async def _end_chats(self, phase: Phase) -> None:
+        """Under POC_PRIORITY=abort, for a round that enters GENERATING: refuse new chats, then end those in flight.
+        Raises EngineUnavailableError or ComputeError."""
+        if phase == "GENERATING" and self.settings.priority == "abort":
+            self._round_begins = True
+            await self._manager.abort_chats()
+
     async def _begin_round(
-        self, request: InitGenerateRequest | ThresholdRequest, check: Callable[[], Awaitable[None]], num_stops: int
+        self,
+        request: InitGenerateRequest | ThresholdRequest,
+        check: Callable[[], Awaitable[None]],
+        num_stops: int,
+        phase: Phase,
     ) -> tuple[Delivery, int]:
         """The delivery of a round, and how many of its nonces are done; nothing is awaited after its last check.
 
@@ -115,6 +137,8 @@ class PoCService:
             checkpoint = await self.callbacks.begin_round(
                 request.url, fingerprint(request), replaced, request.block_height
             )
+        # last, so that no chat is ended for a round that is refused; a checkpoint is left for the next try if it fails
+        await self._end_chats(phase)
         envelope, grace_sec = round_envelope(request), self.settings.outbox_grace_sec
         delivery = Delivery(self.callbacks, request.url, envelope, self.ensure_engine_alive, checkpoint, grace_sec)
         if self._num_stops != num_stops:
@@ -125,10 +149,14 @@ class PoCService:
 
     async def enter_phase(self, phase: Literal["GENERATING", "VALIDATING"]) -> None:
         """Let the threshold round generate, or only validate. Raises RequestError where there is none, or it cannot."""
-        async with self._starting:
+        async with self._start():
             current = self._threshold_round()
             if phase == "GENERATING":
                 _check_can_generate(current.request)
+            if not self.slot.generating:
+                await self._end_chats(phase)
+            if self._threshold_round() is not current:  # it may have ended meanwhile
+                raise ConflictError(REPLACED)
             self.slot.enter(phase)
 
     def _threshold_round(self) -> ThresholdRound:
@@ -141,27 +169,30 @@ class PoCService:
         return current
 
     async def validate(self, proof: ProofBatch) -> ProofJob:
-        """Queue a proof. Raises RequestError where it is not of the round set, QueueFullError and OutboxFullError."""
+        """Queue a proof. Raises RequestError where it is not of the round set, EngineAsleepError, QueueFullError and
+        OutboxFullError."""
         current = self._threshold_round()
         request = current.request
         for name in ("block_hash", "block_height"):
             theirs, ours = getattr(proof, name), getattr(request, name)
             if theirs != ours:
                 raise RequestError(f"{name} of the proof is {theirs!r}, of the round {ours!r}")
+        await self._manager.ensure_awake()
         if request.url is not None:
             await self.callbacks.check_room(request.url)
-            if self._threshold_round() is not current:
-                raise ConflictError(REPLACED)
+        if self._threshold_round() is not current:
+            raise ConflictError(REPLACED)
         delivery = Delivery(self.callbacks, request.url, {}, self.ensure_engine_alive)
         return self.proofs.submit(current, proof, delivery)
 
     async def submit(self, request: GenerateRequest) -> GenerateJob:
         """Queue a request for given nonces. Raises RequestError (callback URL refused, nonce sets differ),
-        QueueFullError, OutboxFullError, and what PoCManagerV1.check raises."""
+        EngineAsleepError, QueueFullError, OutboxFullError, and what PoCManagerV1.check raises."""
         self._ignored_fields.record(request.ignored_fields)
         if request.url is not None:
             self.settings.callback_rules.check_url(request.url)
         _check_same_nonces(request)
+        await self._manager.ensure_awake()
         await self._manager.check(request.params)
         url = None if request.wait else request.url  # one that waits has its result as the answer
         if url is not None:
@@ -186,8 +217,10 @@ class PoCService:
 
     @property
     def computing(self) -> bool:
-        """True while a round generates and does not wait for room for its callbacks."""
-        return self.slot.generating and not (self.slot.has_receiver and self.callbacks.problem)
+        """True while a round generates, and waits neither for room for its callbacks nor for an engine that sleeps;
+        under POC_PRIORITY=abort also while chats are ended for one that begins."""
+        waits = self.slot.waits_for or (self.slot.has_receiver and self.callbacks.problem)
+        return self._round_begins or (self.slot.generating and not waits)
 
     def status(self) -> StatusAnswer:
         """The round that is set, or IDLE; what keeps the outbox from taking more, or ended the last round; and the

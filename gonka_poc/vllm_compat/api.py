@@ -10,6 +10,7 @@ from typing import Any
 from gonka_poc.errors import EngineUnavailableError, ServerStartError, UnsupportedServerError
 from gonka_poc.vllm_compat.refusals import refuse, unsupported_options
 from gonka_poc.vllm_compat.release import INSECURE_SERIALIZATION, WORKER_EXTENSION, installed_version
+from gonka_poc.vllm_compat.sleep import is_sleep_recorded
 
 
 class ApiView:
@@ -59,6 +60,35 @@ class ApiView:
     def is_dead(self) -> bool:
         """True if the engine process is gone for good."""
         return bool(getattr(self.client, "errored", False))
+
+    async def abort_requests(self) -> int:
+        """End every unfinished request that makes tokens, in one call; their number.
+
+        Each gets what vLLM gives an aborted request. One of a pooling model is left to end by itself: it takes one
+        step, and aborted it would be answered with an empty vector, as if that were its result.
+        """
+        processor = self.client.output_processor
+        ids = [name for name, state in processor.request_states.items() if state.detokenizer is not None]
+        if ids:
+            # internal ids: two requests may share an external one. The parent of several answers (n > 1) is not among
+            # the states; named after its answers it is dropped, else vLLM keeps it for ever
+            await self.client.abort([*ids, *processor.parent_requests], internal=True)
+        return len(ids)
+
+    async def is_asleep(self) -> bool:
+        """True while the engine sleeps, also in part. A paused scheduler (POST /pause) is not asleep.
+
+        It asks the engine core, which answers after the step or batch that it is at (about 1 ms when idle). A server
+        without sleep mode and without development routes cannot be put to sleep, so there nothing is asked.
+        """
+        import vllm.envs as envs
+
+        if not (self._config.model_config.enable_sleep_mode or getattr(envs, "VLLM_SERVER_DEV_MODE", False)):
+            return False
+        if not await self.client.is_sleeping():
+            return False
+        # newer releases call a paused scheduler asleep as well, and pause it when they go to sleep
+        return not await self.client.is_paused() or is_sleep_recorded()
 
     async def call_workers(self, method: str, *args: Any) -> list[Any]:
         """One answer per worker of a method of our worker extension.
