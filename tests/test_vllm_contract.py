@@ -42,15 +42,16 @@ def broken(findings: list[Finding]) -> list[Finding]:
 
 # --- every name that vllm_compat uses is in the contract ----------------------------------------------------------
 
-    """ # = __name__ a accelerator all_reduce append arange are as_strided attributes bool buffers checkpoint's clear
-    clone collect compiler contextmanager cuda data_ptr dataclass device disable distributed dtype element_size
-    enter_context environ Event exception ExitStack expand FastAPI's field fields find_spec flatten forward fromkeys
-    full get getLogger in in_features index int16 int32 int64 is_file ismethod item items itemsize join keys labels
-    MAX MIN model_type Module ModuleList modules name named_children named_modules nbytes ndim numel of ones or origin
-    OTHERS out_features parameters parent parse_args permute pop prod prometheus_client Python's, read_text record
-    ReduceOp repeat repeat_interleave restricted_registry rpartition samples shape signature state storage_offset
-    stride suppress synchronize Tensor tensor that those to torch's, type uint8 unsqueeze untyped_storage update util
-    values version view vision_n_layers vllm_compat vocab_size zeros
+# attributes in vllm_compat that are Python's, torch's, FastAPI's, prometheus_client's or a checkpoint's
+OTHERS = """
+    __name__ accelerator all_reduce append arange as_strided bool buffers clear clone collect compiler contextmanager
+    cuda data_ptr dataclass device disable distributed dtype element_size enter_context environ Event exception
+    ExitStack expand field fields find_spec flatten forward fromkeys full get getLogger in_features index int16 int32
+    int64 is_file ismethod item items itemsize join keys labels MAX MIN model_type Module ModuleList modules name
+    named_children named_modules nbytes ndim numel ones origin out_features parameters parent parse_args permute pop
+    prod read_text record ReduceOp repeat repeat_interleave restricted_registry rpartition samples shape signature
+    state storage_offset stride suppress synchronize Tensor tensor to type uint8 unsqueeze untyped_storage update util
+    values version view vision_n_layers vocab_size zeros
 """
 # options of the server that serve.py gives or looks for
 IMPLIED = {"middleware", "enable_chunked_prefill", "runner", "convert", "nnodes"}
