@@ -2,8 +2,9 @@
 
     python -m tests.engine.offline JOBS.json ANSWERS.json
 
-JOBS is a list of {model, dtype, hf_overrides, calls: [{spec, nonces}]}, ANSWERS a list of {values, tokens_before,
-tokens_after}, with the values of each call, or of {error} where a model failed. vLLM's offline class in one process
+JOBS is a list of {model, dtype, hf_overrides, options, calls: [{spec, nonces}]}, with further options of vLLM, ANSWERS
+a list of {values, tokens_before, tokens_after}, with the values of each call, or of {error} where a model failed. Of a
+pooling model the numbers of an embedding stand for tokens. vLLM's offline class in one process
 starts a model in seconds, where a server needs half a minute.
 """
 
@@ -51,20 +52,21 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 def chat_and_calls(job: dict[str, Any]) -> dict[str, Any]:
     record_start("in-process engines")
-    llm = LLM(
-        job["model"],
-        dtype=job["dtype"],
-        enforce_eager=True,
-        max_model_len=256,
-        max_num_batched_tokens=2048,
-        gpu_memory_utilization=0.2,
-        distributed_executor_backend="uni",
-        worker_extension_cls="gonka_poc.worker.PoCWorkerExtension",
-        enable_prefix_caching=False,
-        hf_overrides=job["hf_overrides"],
-    )
+    options = {
+        "enforce_eager": True,
+        "max_model_len": 256,
+        "max_num_batched_tokens": 2048,
+        "gpu_memory_utilization": 0.2,
+        "distributed_executor_backend": "uni",
+        "worker_extension_cls": "gonka_poc.worker.PoCWorkerExtension",
+        "enable_prefix_caching": False,
+        **job.get("options", {}),
+    }
+    llm = LLM(job["model"], dtype=job["dtype"], hf_overrides=job["hf_overrides"], **options)
 
-    def tokens() -> list[int]:
+    def tokens() -> list[Any]:
+        if options.get("runner") == "pooling":
+            return list(llm.embed(PROMPT, use_tqdm=False)[0].outputs.embedding)
         return list(llm.generate(PROMPT, GREEDY, use_tqdm=False)[0].outputs[0].token_ids)
 
     try:

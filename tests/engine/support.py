@@ -160,10 +160,23 @@ def offline(folder: Path, jobs: Sequence[Mapping[str, Any]], may_fail: bool = Fa
     return answers
 
 
-def offline_job(model: str, dtype: str, calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A job of a golden model; each call is {spec, nonces}."""
-    overrides = HF_OVERRIDES.get(model, {})
-    return {"model": str(DATA / "models" / model), "dtype": dtype, "hf_overrides": overrides, "calls": list(calls)}
+def offline_job(model: str, dtype: str, calls: Sequence[Mapping[str, Any]], **options: Any) -> dict[str, Any]:
+    """A job of a golden model; each call is {spec, nonces}. `options`: of vLLM."""
+    job = {"model": str(DATA / "models" / model), "dtype": dtype, "hf_overrides": HF_OVERRIDES.get(model, {})}
+    return {**job, "calls": list(calls), "options": options}
+
+
+# nonce 7 alone, first, inside of 3 and of 16, and those the other way round
+COMPOSITIONS = ([7], [7, 8], [6, 7, 8], list(range(16)), list(reversed(range(16))), [8, 7, 6])
+
+
+def assert_any_composition(values: Sequence[Any]) -> None:
+    """The vectors of COMPOSITIONS are equal for each nonce, whatever it was computed with."""
+    by_nonce: dict[int, Any] = {}
+    for nonces, rows in zip(COMPOSITIONS, values, strict=True):
+        for nonce, row in zip(nonces, rows, strict=True):
+            assert by_nonce.setdefault(nonce, row) == row, f"nonce {nonce} in {nonces}"
+    assert len(by_nonce) == len({tuple(row) for row in by_nonce.values()}) == 16
 
 
 def spec_of(case: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,21 +1,25 @@
-"""kill -9 of a server in mid-round, with a receiver that fails half of its answers: no computed nonce is lost.
+"""A server that is ended in mid-round, with a receiver that fails half of its answers: no computed nonce is lost.
 
-The servers share an outbox file, and are asked for the same round one after another: each goes on where the one before
-was. POC_TEST_KILLS=20 repeats the full measure.
+By kill -9 of its process group, by Ctrl-C of the group, and by SIGTERM to each of its processes, as MLNode does. The
+servers share an outbox file, and are asked for the same round one after another: each goes on where the one before was.
+POC_TEST_KILLS=20 repeats the full measure.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import time
 from typing import Any
 
+import psutil
 import pytest
 
 from gonka_poc.callbacks.admin import summary
 from gonka_poc.cli.receive import ReceivedCallback, Receiver
+from gonka_poc.cli.server_process import ServerProcess
 from tests.engine.support import (
     GOLDEN_LIMIT,
     MODEL,
@@ -46,7 +50,19 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ServerConfig:
     return ServerConfig(args=("--enforce-eager", "--max-num-batched-tokens", "1024"), env=env)
 
 
-MORE_KILLS = int(os.environ.get("POC_TEST_KILLS", "2"))
+def interrupt(process: ServerProcess) -> None:
+    os.killpg(process.pid, signal.SIGINT)
+
+
+def terminate_each(process: ServerProcess) -> None:
+    for each in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.terminate()
+    os.kill(process.pid, signal.SIGTERM)
+
+
+WAYS = (ServerProcess.kill, interrupt, terminate_each)
+MORE_KILLS = int(os.environ.get("POC_TEST_KILLS", str(len(WAYS))))
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(MORE_KILLS, marks=pytest.mark.nightly)])
@@ -55,7 +71,7 @@ def test_nothing_is_lost_when_servers_are_killed(kills: int, servers: Servers, c
     seen: list[int] = []
     received: list[ReceivedCallback] = []
     with Receiver(fail_rate=0.5, fail_status=500, on_callback=received.append, seed=7) as receiver:
-        for _ in range(kills):
+        for number in range(kills):
             client = servers.get(config)
             body = {**body_of(case), "url": receiver.url, "batch_size": 8}
             del body["nonces"]
@@ -64,7 +80,8 @@ def test_nothing_is_lost_when_servers_are_killed(kills: int, servers: Servers, c
             time.sleep(rng.uniform(0, 2))  # the kill comes at any moment of the round
             seen.append(client.status()["stats"]["total_processed"])
             assert servers.process is not None
-            servers.process.kill()
+            WAYS[number % len(WAYS)](servers.process)
+            until(lambda: servers.process.has_ended, 90)  # type: ignore[union-attr]
         client = servers.get(config)
         until(lambda: not summary(dict(config.env)["POC_OUTBOX_PATH"]), 120)
         check(client, case, received, seen)
