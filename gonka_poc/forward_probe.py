@@ -13,8 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 from gonka_poc.compiled_layers import is_hidden_state
 
-# 2 of them, so that shards of tokens (sequence parallelism) have another shape than the whole
-PROBE_TOKENS = 2
+# More than a step of speculative decoding has, so that attention backends take them for a prefill; and not one, so that
+# shards of tokens (sequence parallelism) have another shape than the whole.
+PROBE_TOKENS = 16
 # Of two tensor parallel ranks' copies of one hidden state, relative to its norm. Copies are equal up to rounding; parts
 # of a sum are as far apart as they are long.
 MAX_SPREAD = 0.1

@@ -187,7 +187,7 @@ class PoCModelRunner:
                 stack.enter_context(eager_forward())
             with view.error_barrier():
                 with TokenIdReaders(token_ids) as readers:
-                    run()
+                    self._run_probe(run)
                 stack.close()
                 if readers.found and not has_rule:
                     raise UnsupportedServerError(
@@ -198,6 +198,18 @@ class PoCModelRunner:
                 partial_layers = outputs.partial_layers(view.tensor_parallel_range)
         view.settle()
         self._partial_layers = partial_layers
+
+    def _run_probe(self, run: Callable[[], Any]) -> None:
+        """Raises UnsupportedServerError where the model itself raises: it wants more than embeddings and token ids."""
+        try:
+            run()
+        except (PoCError, torch.OutOfMemoryError, torch.AcceleratorError):  # of the GPU, not of the model
+            raise
+        except Exception as error:
+            raise UnsupportedServerError(
+                f"{type(self.view.model).__name__} cannot run on embeddings and positions alone: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     # -- batches --
 

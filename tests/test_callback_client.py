@@ -100,4 +100,4 @@ async def test_a_callback_goes_past_a_proxy(monkeypatch):
         await writer.drain()
 
     async with receiver(take) as url:
-        assert (await post(url)).accepted
+        assert (await post(url)).meaning is Meaning.ACCEPTED

@@ -151,6 +151,19 @@ def test_a_model_that_embeds_them_beside_the_embeddings_is_refused():
         PoCModelRunner(FakeWorker(Both())).describe()
 
 
+def test_a_model_that_needs_more_than_embeddings_is_refused():
+    def fail(ids: Any) -> None:
+        raise RuntimeError("the runner has not prepared my inputs")
+
+    def run_out_of_memory(ids: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(UnsupportedServerError, match="on embeddings and positions alone: RuntimeError: the runner"):
+        PoCModelRunner(FakeWorker(Model(Ids(fail)))).describe()
+    with pytest.raises(torch.OutOfMemoryError):
+        PoCModelRunner(FakeWorker(Model(Ids(run_out_of_memory)))).describe()
+
+
 def test_the_model_is_probed_once_before_the_first_batch():
     sizes: list[int] = []
     runner = PoCModelRunner(FakeWorker(Model(Ids(lambda ids: sizes.append(ids.shape[0])))))
