@@ -251,14 +251,14 @@ class PoCManagerV1:
         """
         async with self._lock:
             self.ensure_engine_alive()
-            if await self._is_asleep():
-                if self._release_timer is not None:  # they keep memory that a sleep is there to free
-                    await self._call("poc_release")
-                raise EngineAsleepError()
             if self._view.has_unfinished_requests():
                 self._sizer.record_chat()
                 self._metrics.skipped()
                 return None
+            if await self._is_asleep():
+                if self._release_timer is not None:  # they keep memory that a sleep is there to free
+                    await self._call("poc_release")
+                raise EngineAsleepError()
             started = time.monotonic()
             prefetched = [] if self._sizer.chat_seen_recently else list(next_nonces)
             try:
@@ -284,8 +284,10 @@ class PoCManagerV1:
         return result
 
     async def ensure_awake(self) -> None:
-        """Raise EngineAsleepError while the engine sleeps."""
+        """Raise EngineAsleepError while the engine sleeps; the workers have dropped what they kept by then.
+        While it is awake no batch is waited for but the one that the engine core is at."""
         if await self._is_asleep():
+            await self.release()
             raise EngineAsleepError()
 
     async def abort_chats(self) -> None:

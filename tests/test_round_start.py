@@ -16,11 +16,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from gonka_poc.app import build_app
+from gonka_poc.app import PoCApp, build_app
 from gonka_poc.config import Settings
 from gonka_poc.data import PREFIX, VectorSpec
 from gonka_poc.errors import ComputeError, EngineUnavailableError
-from gonka_poc.manager import PoCManagerV1
+from gonka_poc.manager import EngineView, PoCManagerV1
 from gonka_poc.middleware import PoCMiddleware
 from gonka_poc.routes import make_app
 from gonka_poc.vllm_compat import ApiView
@@ -108,19 +108,22 @@ async def test_an_abort_that_fails_says_why(dead, error):
 
 
 class Server:
-    """A server over `view`; its chats take part in what the view says is served, until they are aborted."""
+    """The middleware over `view`, around an application that answers chats with 200."""
 
-    def __init__(self, view: FakeView, monkeypatch: pytest.MonkeyPatch, priority: str = "abort") -> None:
-        for name, value in (("PRIORITY", priority), ("OUTBOX_PATH", ":memory:"), ("CHAT_BACKOFF_SEC", "0.001")):
-            monkeypatch.setenv(f"POC_{name}", value)
+    def __init__(self, view: FakeView) -> None:
+        self.apps: list[PoCApp] = []
         app = Starlette(routes=[Route(CHAT, self.chat, methods=["POST"])])
         app.add_middleware(
             PoCMiddleware,
             check_release=lambda: None,
             make_view=lambda app: view,
-            build=lambda view, settings: build_app(view, settings, registry=CollectorRegistry()),
+            build=self.build,
         )
         self.client = httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test")
+
+    def build(self, view: EngineView, settings: Settings) -> PoCApp:
+        self.apps.append(build_app(view, settings, registry=CollectorRegistry()))
+        return self.apps[-1]
 
     async def chat(self, request: Request) -> Response:
         return Response(status_code=200)
@@ -129,7 +132,25 @@ class Server:
         return (await self.client.post(CHAT)).status_code
 
 
-async def test_new_chats_are_refused_before_those_in_flight_are_ended(monkeypatch):
+@pytest.fixture
+async def serve(monkeypatch):
+    """Makes servers over a view, with a priority."""
+    servers: list[Server] = []
+
+    def make(view: FakeView, priority: str = "abort") -> Server:
+        for name, value in (("PRIORITY", priority), ("OUTBOX_PATH", ":memory:"), ("CHAT_BACKOFF_SEC", "0.001")):
+            monkeypatch.setenv(f"POC_{name}", value)
+        servers.append(Server(view))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        await server.client.aclose()
+        for app in server.apps:
+            await app.close()
+
+
+async def test_new_chats_are_refused_before_those_in_flight_are_ended(serve, monkeypatch):
     """So none slips in behind the abort; and what is computed is computed after it."""
     view = FakeView()
     view.chat_is_served = True
@@ -142,7 +163,7 @@ async def test_new_chats_are_refused_before_those_in_flight_are_ended(monkeypatc
         return 1
 
     monkeypatch.setattr(view, "abort_requests", abort_requests)
-    server = Server(view, monkeypatch)
+    server = serve(view)
     assert await server.chat_status() == 200
     (await server.client.post(f"{PREFIX}/init/generate", json=round_body())).raise_for_status()
     assert during == [503]
@@ -153,19 +174,19 @@ async def test_new_chats_are_refused_before_those_in_flight_are_ended(monkeypatc
 
 
 @pytest.mark.parametrize("priority", ["chat", "poc"])
-async def test_no_chat_is_ended_unless_it_was_asked_for(monkeypatch, priority):
+async def test_no_chat_is_ended_unless_it_was_asked_for(serve, priority):
     view = FakeView()
     view.chat_is_served = True
-    server = Server(view, monkeypatch, priority)
+    server = serve(view, priority)
     (await server.client.post(f"{PREFIX}/init/generate", json=round_body())).raise_for_status()
     await asyncio.sleep(0.02)
     assert (view.num_aborts, view.chat_is_served) == (0, True)
     await server.client.post(f"{PREFIX}/stop")
 
 
-async def test_a_chat_that_was_on_its_way_to_the_engine_does_not_delay_the_round(monkeypatch):
+async def test_a_chat_that_was_on_its_way_to_the_engine_does_not_delay_the_round(serve):
     view = FakeView()
-    server = Server(view, monkeypatch)
+    server = serve(view)
     (await server.client.post(f"{PREFIX}/init/generate", json=round_body())).raise_for_status()
     for late in range(1, 4):
         view.chat_is_served = True
@@ -176,10 +197,10 @@ async def test_a_chat_that_was_on_its_way_to_the_engine_does_not_delay_the_round
 
 
 @pytest.mark.parametrize(("dead", "status"), [(False, 500), (True, 503)])
-async def test_a_round_whose_abort_fails_does_not_begin(monkeypatch, dead, status):
+async def test_a_round_whose_abort_fails_does_not_begin(serve, monkeypatch, dead, status):
     view = FakeView()
     view.chat_is_served, view.abort_failure = True, RuntimeError("oops")
-    server = Server(view, monkeypatch)
+    server = serve(view)
     await server.client.get(f"{PREFIX}/status")
 
     async def abort_requests() -> int:
@@ -194,19 +215,19 @@ async def test_a_round_whose_abort_fails_does_not_begin(monkeypatch, dead, statu
     assert not [method for method, _ in view.calls if method == "poc_compute"]
 
 
-async def test_a_refused_round_ends_no_chat(monkeypatch):
+async def test_a_refused_round_ends_no_chat(serve):
     view = FakeView()
     view.chat_is_served = True
-    server = Server(view, monkeypatch)
+    server = serve(view)
     params = {"model": "another", "seq_len": 4, "k_dim": 3}
     assert (await server.client.post(f"{PREFIX}/init/generate", json=round_body(params=params))).status_code == 409
     assert view.num_aborts == 0
     assert await server.chat_status() == 200
 
 
-async def test_chat_is_let_in_again_when_a_round_fails(monkeypatch):
+async def test_chat_is_let_in_again_when_a_round_fails(serve):
     view = FakeView()
-    server = Server(view, monkeypatch)
+    server = serve(view)
     (await server.client.post(f"{PREFIX}/init/generate", json=round_body())).raise_for_status()
     assert await server.chat_status() == 503
     view.dead = True
@@ -215,9 +236,9 @@ async def test_chat_is_let_in_again_when_a_round_fails(monkeypatch):
     assert await server.chat_status() == 200
 
 
-async def test_queued_requests_abort_no_chat(monkeypatch):
+async def test_queued_requests_abort_no_chat(serve):
     view = FakeView()
-    server = Server(view, monkeypatch)
+    server = serve(view)
     view.chat_is_served = True
     asked = asyncio.create_task(server.client.post(f"{PREFIX}/generate", json=generate_body([1], wait=True)))
     await asyncio.sleep(0.02)

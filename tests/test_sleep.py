@@ -14,7 +14,7 @@ from fakes import FakeManager, FakeView, generate_body, make_poc, round_body, un
 from prometheus_client import CollectorRegistry, Gauge
 
 from gonka_poc.config import Settings
-from gonka_poc.data import PREFIX, VectorSpec
+from gonka_poc.data import PREFIX, InitGenerateRequest, VectorSpec
 from gonka_poc.errors import ComputeError, EngineAsleepError
 from gonka_poc.manager import PoCManagerV1
 from gonka_poc.routes import make_app
@@ -176,11 +176,31 @@ async def test_nothing_is_computed_and_nothing_kept_while_the_engine_sleeps():
 
 
 async def test_sleep_is_told_from_chat_that_waits_for_it():
-    """Newer engines queue what comes while they sleep."""
+    """Newer engines queue what comes while they sleep. A round says why it waits, and keeps nothing meanwhile."""
     view = FakeView()
+    manager = PoCManagerV1(view, SETTINGS)
+    assert await manager.compute(SPEC, [1])
     view.asleep = view.chat_is_served = True
-    with pytest.raises(EngineAsleepError):
-        await PoCManagerV1(view, SETTINGS).compute(SPEC, [1])
+    assert await manager.compute(SPEC, [2]) is None
+    service = make_poc(manager, Settings(chat_backoff_sec=0.001, outbox_path=":memory:")).service
+    await service.init_generate(InitGenerateRequest.model_validate(round_body()))
+    await until(lambda: service.status().error == str(EngineAsleepError()))
+    assert "poc_release" in [method for method, _ in view.calls]
+    view.asleep = False
+    await until(lambda: service.status().error is None)
+    assert service.status().stats.total_processed == 0
+    await service.close()
+
+
+async def test_an_engine_that_is_awake_is_not_waited_for():
+    """A request is accepted while another's batch is computed."""
+    view = FakeView(call_sec=0.2)
+    manager = PoCManagerV1(view, SETTINGS)
+    batch = asyncio.create_task(manager.compute(SPEC, [1]))
+    await until(lambda: view.calls)
+    await asyncio.wait_for(manager.ensure_awake(), 0.1)
+    assert not batch.done()
+    await batch
 
 
 async def test_a_worker_that_finds_its_memory_unmapped_is_believed():

@@ -134,6 +134,8 @@ class Round(ABC):
             if self._settings.priority == "abort":  # a chat that was on its way to the engine when the round began
                 await self._manager.abort_chats()
             result = await self._manager.compute(request.spec, nonces, next_nonces)
+            if result is None:  # a chat that waits for the engine to wake up looks like one that is served
+                await self._manager.ensure_awake()
         except EngineAsleepError as error:
             if self.waits_for is None:
                 logger.warning("PoC round waits after %d nonces: %s", self.done, printable(str(error)))

@@ -78,7 +78,7 @@ class ApiView:
     async def is_asleep(self) -> bool:
         """True while the engine sleeps, also in part. A paused scheduler (POST /pause) is not asleep.
 
-        It asks the engine core, which answers after the step or batch that it is at (about 1 ms when idle). A server
+        It asks the engine core, which answers after the step or batch that it is at (0.5 ms where it is idle). A server
         without sleep mode and without development routes cannot be put to sleep, so there nothing is asked.
         """
         import vllm.envs as envs
