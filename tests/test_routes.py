@@ -213,7 +213,7 @@ async def test_versions_of_servers(api, refusal, status, flag):
     assert response.json().get("poc_validation_inference") is flag
 
 
-@pytest.mark.parametrize(("priority", "flag"), [("chat", True), ("poc", False)])
+@pytest.mark.parametrize(("priority", "flag"), [("chat", True), ("abort", True), ("poc", False)])
 async def test_versions_say_whether_chat_goes_on(priority, flag):
     service = make_poc(FakeManager(), SETTINGS.model_copy(update={"priority": priority})).service
     assert (await service.versions()).poc_validation_inference is flag

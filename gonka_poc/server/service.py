@@ -240,7 +240,8 @@ class PoCService:
             # no `false`, which those who ask would keep
             text = f"the workers did not answer within {VERSIONS_SEC:g} s; ask again"
             raise EngineUnavailableError(text) from error
-        return versions_answer(supported and self.settings.priority == "chat")
+        # under `abort` chats end for a round that generates, as the network expects; validation waits for them
+        return versions_answer(supported and self.settings.priority != "poc")
 
     def stop(self) -> StoppedWork:
         """End the round and drop queued requests, also a round that is about to start; what was computed is still
