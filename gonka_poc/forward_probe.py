@@ -13,9 +13,10 @@ from torch.overrides import TorchFunctionMode
 
 from gonka_poc.compiled_layers import is_hidden_state
 
-# More than a step of speculative decoding has, so that attention backends take them for a prefill; and not one, so that
-# shards of tokens (sequence parallelism) have another shape than the whole.
-PROBE_TOKENS = 16
+# As many as a nonce of the network has, so that attention takes them for a prefill, and kernels that are tuned at their
+# first call are tuned for such a length.
+PROBE_TOKENS = 1024
+KEPT_TOKENS = 2
 # Of two tensor parallel ranks' copies of one hidden state, relative to its norm. Copies are equal up to rounding; parts
 # of a sum are as far apart as they are long.
 MAX_SPREAD = 0.1
@@ -23,7 +24,8 @@ MAX_SPREAD = 0.1
 # what these say of a tensor is not its values
 SIZES = frozenset(("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "__len__"))
 KINDS = frozenset(
-    ("type", "get_device", "element_size", "is_contiguous", "is_floating_point", "is_complex", "__hash__")
+    "type get_device element_size is_contiguous is_floating_point is_complex __hash__ is_pinned is_inference _is_view "
+    "is_same_size is_set_to is_shared untyped_storage result_type record_stream".split()
 )
 
 
@@ -32,7 +34,8 @@ class TokenIdReaders(TorchFunctionMode):
 
     Every call from Python is seen: torch's functions and methods, custom operations, and the `data_ptr` that a Triton
     launch asks for. Sizes, kinds, attributes and views are no reading. Not seen are functions of a C extension that are
-    no operations of torch, TorchScript, and what torch has compiled (for which there is `eager_forward`).
+    no operations of torch, TorchScript, what torch has compiled (for which there is `eager_forward`), and an operation
+    that finds the ids otherwise than among its arguments.
     """
 
     def __init__(self, token_ids: torch.Tensor) -> None:
@@ -68,19 +71,22 @@ class TokenIdReaders(TorchFunctionMode):
 
 
 class LayerOutputs:
-    """Context manager: keeps the hidden states that each of `layers` returns for all of the forward's tokens.
+    """Context manager: keeps the hidden states that each of `layers` returns for the first of `num_tokens` tokens.
 
-    They are float32 on the host, flat, in `found` by layer index. A tensor with fewer rows is a shard of the tokens.
+    They are float32 on the host, flat, in `found` by layer index. A tensor with fewer rows than `num_tokens` is a shard
+    of the tokens, and is left out.
     """
 
-    def __init__(self, layers: Mapping[int, nn.Module], hidden_size: int) -> None:
+    def __init__(self, layers: Mapping[int, nn.Module], hidden_size: int, num_tokens: int) -> None:
         self.found: dict[int, list[torch.Tensor]] = {index: [] for index in layers}
-        self._layers, self._like = layers, torch.empty(hidden_size)
+        self._layers, self._like, self._num_tokens = layers, torch.empty(hidden_size), num_tokens
         self._hooks = contextlib.ExitStack()
 
     def __enter__(self) -> LayerOutputs:
-        for index, layer in self._layers.items():
-            self._hooks.enter_context(layer.register_forward_hook(self._keeper(index)))
+        with contextlib.ExitStack() as hooks:
+            for index, layer in self._layers.items():
+                hooks.enter_context(layer.register_forward_hook(self._keeper(index)))
+            self._hooks = hooks.pop_all()
         return self
 
     def __exit__(self, exc_type: Any, exc: Any, traceback: Any) -> None:
@@ -103,8 +109,8 @@ class LayerOutputs:
     def _keeper(self, index: int) -> Any:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             for x in output if isinstance(output, (tuple, list)) else (output,):
-                if is_hidden_state(x, self._like) and x.shape[0] == PROBE_TOKENS:
-                    self.found[index].append(x.detach().to("cpu", torch.float32).flatten())
+                if is_hidden_state(x, self._like) and x.shape[0] == self._num_tokens:
+                    self.found[index].append(x[:KEPT_TOKENS].detach().to("cpu", torch.float32).flatten())
 
         return keep
 

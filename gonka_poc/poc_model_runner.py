@@ -166,24 +166,33 @@ class PoCModelRunner:
 
     @torch.inference_mode()
     def _probe(self) -> None:
-        """Collective, before the first batch: run the model over a few tokens to see what it does with them.
+        """Collective, before the first batch: run the model over one sequence to see what it does with it.
 
         Raises UnsupportedServerError for a model that reads token ids for which the protocol has none. Finds the layers
         that return partial sums.
         """
         if self._partial_layers is not None:
             return
+        try:
+            self._partial_layers = self._probed()
+        except BaseException:
+            self.release()
+            raise
+
+    def _probed(self) -> list[int]:
+        """The layers that return partial sums. Raises what `_probe` raises."""
         view, keys = self.view, NonceKeys("probe", "probe", [0])
+        num_tokens = min(PROBE_TOKENS, view.max_prefill_tokens)
         with contextlib.ExitStack() as stack, view.synchronized_on_failure():
             with view.error_barrier():
-                token_ids = self._token_ids(keys, PROBE_TOKENS)
+                token_ids = self._token_ids(keys, num_tokens)
                 has_rule = token_ids is not None
                 if token_ids is None:
-                    token_ids = torch.zeros(PROBE_TOKENS, dtype=torch.int32, device=view.device)
-                run = stack.enter_context(view.prefill(1, PROBE_TOKENS, token_ids))
+                    token_ids = torch.zeros(num_tokens, dtype=torch.int32, device=view.device)
+                run = stack.enter_context(view.prefill(1, num_tokens, token_ids))
                 stack.enter_context(view.operations.eager_kernels())
-                stack.enter_context(EmbeddingInjectionHook(view.model, self._embeddings(keys, PROBE_TOKENS)))
-                outputs = stack.enter_context(LayerOutputs(self._layers, view.hidden_size))
+                stack.enter_context(EmbeddingInjectionHook(view.model, self._embeddings(keys, num_tokens)))
+                outputs = stack.enter_context(LayerOutputs(self._layers, view.hidden_size, num_tokens))
                 stack.enter_context(eager_forward())
             with view.error_barrier():
                 with TokenIdReaders(token_ids) as readers:
@@ -197,7 +206,7 @@ class PoCModelRunner:
             with view.error_barrier():
                 partial_layers = outputs.partial_layers(view.tensor_parallel_range)
         view.settle()
-        self._partial_layers = partial_layers
+        return partial_layers
 
     def _run_probe(self, run: Callable[[], Any]) -> None:
         """Raises UnsupportedServerError where the model itself raises: it wants more than embeddings and token ids."""

@@ -143,7 +143,9 @@ CONTRACT = (
     *_names("config/compilation.py", "CompilationConfig.static_forward_context"),
     # a worker and its two model runners
     *_names("v1/worker/worker_base.py", "WorkerWrapperBase.worker", "WorkerBase: vllm_config model_runner rank"),
-    *_names("v1/worker/gpu_model_runner.py", "GPUModelRunner: device get_model() model attn_groups"),
+    *_names(
+        "v1/worker/gpu_model_runner.py", "GPUModelRunner: device get_model() model attn_groups prepare_inputs_event"
+    ),
     *_names("v1/worker/gpu/model_runner.py", "GPUModelRunner: device get_model() model attn_groups"),
     *_names("device_allocator/cumem.py", "CuMemAllocator", "CuMemAllocator: instance pointer_to_data"),
     *_names("device_allocator/*.py", "AllocationData.cpu_backup_tensor"),

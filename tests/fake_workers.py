@@ -15,6 +15,7 @@ from gonka_poc.vllm_compat.scratch import ScratchAttention
 from gonka_poc.vllm_compat.worker import WorkerView
 
 HIDDEN, VOCAB, LAYERS, EXPERTS = 16, 97, 3, 4
+PREFILL_TOKENS = 40  # of the longest sequence
 
 
 class PlainOperations:
@@ -114,6 +115,8 @@ class FakeWorker(WorkerView):
         )
         self._config: Any = VllmConfig()
         object.__setattr__(self._config, "model_config", model_config)
+        self._runner: Any = SimpleNamespace(prepare_inputs_event=None)
+        self.max_prefill_tokens = PREFILL_TOKENS
         self.model, self.device, self.dtype = model, torch.device("cpu"), torch.float32
         self.hidden_size, self.vocab_size, self.rank, self.stage = HIDDEN, VOCAB, 0, 0
         self.token_id_vocab_size = token_id_vocab_size(hf_config)

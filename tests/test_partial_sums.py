@@ -15,9 +15,10 @@ from torch import nn
 
 from gonka_poc.data import DistanceSpec, Spec, VectorSpec
 from gonka_poc.errors import OtherRankError, UnsupportedServerError
-from gonka_poc.forward_probe import PROBE_TOKENS, LayerOutputs
+from gonka_poc.forward_probe import LayerOutputs
 from gonka_poc.poc_model_runner import PoCModelRunner
 
+TOKENS = 6
 VECTORS = VectorSpec("block", "key", seq_len=5, k_dim=6)
 HOOKS = DistanceSpec("block", "key", 5, "layer_hooks")
 FLIPS = DistanceSpec("block", "key", 5, "sign_flips")
@@ -108,19 +109,19 @@ def test_shards_of_the_tokens_are_no_parts():
 
     class Shard(nn.Module):
         def forward(self, x: torch.Tensor) -> Any:
-            return x[: PROBE_TOKENS // 2], None
+            return x[: TOKENS // 2], None
 
     layers = {index: Shard() for index in range(LAYERS)}
-    with LayerOutputs(layers, HIDDEN) as outputs:
+    with LayerOutputs(layers, HIDDEN, TOKENS) as outputs:
         for layer in layers.values():
-            layer(torch.ones(PROBE_TOKENS, HIDDEN))
+            layer(torch.ones(TOKENS, HIDDEN))
     assert outputs.partial_layers(lambda x: (-x, x)) == []
 
 
-@pytest.mark.parametrize("shape", [(PROBE_TOKENS, HIDDEN), (PROBE_TOKENS, 4, HIDDEN)], ids=["one", "several streams"])
+@pytest.mark.parametrize("shape", [(TOKENS, HIDDEN), (TOKENS, 4, HIDDEN)], ids=["one", "several streams"])
 def test_only_the_layers_that_differ_are_named(shape: tuple[int, ...]):
     layers = {index: nn.Identity() for index in (4, 5, 6)}
-    with LayerOutputs(layers, HIDDEN) as outputs:
+    with LayerOutputs(layers, HIDDEN, TOKENS) as outputs:
         for index, layer in layers.items():
             layer(torch.full(shape, float(index)))
     assert outputs.partial_layers(lambda x: (x * (x[0] != 5), x)) == [5]

@@ -178,6 +178,32 @@ def test_pages_of_other_layers_are_left_out():
     assert scratch.num_bytes == 5 * 640, "one layer deep"
 
 
+# one memory for the caches of all 3 layers, with heads or keys and values around the layers
+ACROSS_LAYERS = {"heads": "blocks heads layers kv tokens size", "keys and values": "blocks kv heads layers tokens size"}
+
+
+@pytest.mark.parametrize("num_heads", [1, 4])
+@pytest.mark.parametrize("order", ACROSS_LAYERS.values(), ids=ACROSS_LAYERS)
+def test_pages_of_other_layers_inside_of_a_block_are_left_out(order: str, num_heads: int):
+    sizes = {"blocks": BLOCKS, "kv": 2, "heads": num_heads, "layers": 3, "tokens": 16, "size": 8}
+    seen_as = ("layers", "blocks", "kv", "tokens", "heads", "size")
+    memory = torch.zeros([sizes[name] for name in order.split()])
+    caches = memory.permute([order.split().index(name) for name in seen_as])
+    layers = {f"layer{i}": caches[i] for i in range(3)}
+    page = 2 * num_heads * 16 * 8 * 4
+    scratch = attention(layers, [group(Spec(16, page, page), list(layers))])
+    with scratch.installed(2, 24):
+        found = [layer.kv_cache for layer in scratch._layers.values()]
+    own = [name for name in order.split() if name != "layers"]
+    packed = torch.zeros([5 if name == "blocks" else sizes[name] for name in own])
+    expected = packed.permute([own.index(name) for name in seen_as[1:]])
+    for tensor in found:
+        assert tensor.shape == expected.shape
+        for dim, size in enumerate(tensor.shape):
+            assert size == 1 or tensor.stride(dim) == expected.stride(dim)
+    assert scratch.num_bytes == 5 * page, "one layer deep"
+
+
 def test_an_aligned_page_stays_aligned_without_the_other_layers():
     memory = pages(1000, 2)
     first = memory.as_strided((BLOCKS, 10, 64), (2000, 64, 1))

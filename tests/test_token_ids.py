@@ -10,13 +10,13 @@ import torch
 
 pytest.importorskip("vllm")
 
-from fake_workers import LAYERS, VOCAB, FakeWorker, HashGate, Ids, Model
+from fake_workers import LAYERS, PREFILL_TOKENS, VOCAB, FakeWorker, HashGate, Ids, Model
 from torch import nn
 
 from gonka_poc.compiled_layers import LayerCompiler
 from gonka_poc.data import DistanceSpec, Spec, VectorSpec
 from gonka_poc.errors import OtherRankError, UnsupportedServerError
-from gonka_poc.forward_probe import PROBE_TOKENS, TokenIdReaders, eager_forward
+from gonka_poc.forward_probe import TokenIdReaders, eager_forward
 from gonka_poc.gpu_random import NonceKeys, nonce_token_ids
 from gonka_poc.poc_model_runner import PoCModelRunner
 
@@ -170,7 +170,7 @@ def test_the_model_is_probed_once_before_the_first_batch():
     vectors(runner)
     runner.describe()
     vectors(runner)
-    assert sizes == [PROBE_TOKENS, len(NONCES) * 5, len(NONCES) * 5]
+    assert sizes == [PREFILL_TOKENS, len(NONCES) * 5, len(NONCES) * 5]
 
 
 def test_another_ranks_refusal_is_the_end_on_this_one(monkeypatch: pytest.MonkeyPatch):

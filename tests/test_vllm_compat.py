@@ -143,6 +143,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def view_on(device: str) -> Any:
     view = object.__new__(WorkerView)
     view.device, view._metadata_read, view._forward_options = torch.device(device), None, {}
+    view._runner = SimpleNamespace(prepare_inputs_event=None)
     view.scratch = ScratchAttention(SimpleNamespace(attn_groups=[]), None, {})
     return view
 

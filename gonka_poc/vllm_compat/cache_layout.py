@@ -136,8 +136,9 @@ def page_layouts(
     """The layouts of the `tensors` of one layer's cache: those that lie in the same pages share a layout.
 
     The distance of two blocks is kept, with whatever padding it has. Only where pages of other layers lie between two
-    blocks (`others` has the caches of all layers) it is `page_bytes`, the layer's own page with its padding, as vLLM
-    itself lays it out where it stores layer after layer: a scratch as large as the caches of all layers is too large.
+    blocks (`others` has the caches of all layers), or inside of a block, it is `page_bytes`, the layer's own page with
+    its padding, as vLLM itself lays it out where it stores layer after layer: a scratch as large as the caches of all
+    layers is too large.
     """
     starts: list[tuple[torch.Tensor, list[PartLayout]]] = []
     for tensor in tensors:
@@ -155,12 +156,24 @@ def page_layouts(
     for first, parts in starts:
         page = PageLayout(tuple(parts))
         block_bytes, own = parts[0].block_bytes, page_bytes // parts[0].repeats
-        if own < block_bytes and _has_others(first, page.end, block_bytes, others):
+        if own < block_bytes and (own < page.end or _has_others(first, page.end, block_bytes, others)):
+            if own < page.end and len(parts) == 1:
+                page = PageLayout((_packed(parts[0]),))
             if own < page.end or any(own % part.dtype.itemsize for part in parts):
                 raise _unexplained(first, axis, f"a page of {own} bytes does not hold its {page.end} bytes")
-            page = PageLayout(tuple(_with_block_bytes(part, own) for part in parts))
+            page = PageLayout(tuple(_with_block_bytes(part, own) for part in page.parts))
         layouts.append(page)
     return layouts
+
+
+def _packed(part: PartLayout) -> PartLayout:
+    """`part` without the pages of other layers inside of its blocks, its dimensions in the same order of strides."""
+    strides, step = list(part.strides), 1
+    inner = (dim for dim in range(len(strides)) if dim != part.axis and dim not in part.outer)
+    for dim in sorted(inner, key=lambda dim: part.strides[dim]):
+        strides[dim] = step
+        step *= part.shape[dim]
+    return replace(part, strides=tuple(strides))
 
 
 def _with_block_bytes(part: PartLayout, block_bytes: int) -> PartLayout:

@@ -33,6 +33,10 @@ class WorkerView:
         self.dtype = self._config.model_config.dtype
         self.hidden_size: int = self._config.model_config.get_hidden_size()
         self.vocab_size: int = self._config.model_config.get_vocab_size()
+        # tokens of the longest sequence that a prefill can have
+        self.max_prefill_tokens: int = min(
+            self._config.model_config.max_model_len, self._config.scheduler_config.max_num_batched_tokens
+        )
         # of the pseudo token ids that a model which routes by token id is given; None for every other model
         self.token_id_vocab_size = token_id_vocab_size(self._config.model_config.hf_config)
         self.model = self._runner.get_model() if hasattr(self._runner, "get_model") else self._runner.model
@@ -194,6 +198,11 @@ class WorkerView:
         if self._metadata_read is not None:
             self._metadata_read.synchronize()
             self._metadata_read = None
+        # An aborted step of chat can still be on its way to the device: this is the engine's own guard of the buffers.
+        # It is None where each step waits for the device. The V2 runner has none.
+        event = getattr(self._runner, "prepare_inputs_event", None)
+        if event is not None:
+            event.synchronize()
 
     def logits(self, hidden: Any) -> Any:
         """The model's logits of `hidden` [n, hidden_size]: [n, vocab_size] on the output rank, None on others.
