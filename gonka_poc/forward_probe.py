@@ -23,26 +23,15 @@ MAX_SPREAD = 0.1
 
 # what these say of a tensor is not its values
 SIZES = frozenset(("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "__len__"))
+# fmt: off
 KINDS = frozenset(
-    [
-        "type",
-        "get_device",
-        "element_size",
-        "is_contiguous",
-        "is_floating_point",
-        "is_complex",
-        "__hash__",
-        "is_pinned",
-        "is_inference",
-        "_is_view",
-        "is_same_size",
-        "is_set_to",
-        "is_shared",
-        "untyped_storage",
-        "result_type",
-        "record_stream",
-    ]
+    (
+        "type", "get_device", "element_size", "is_contiguous", "is_floating_point", "is_complex",
+        "__hash__", "is_pinned", "is_inference", "_is_view", "is_same_size",
+        "is_set_to", "is_shared", "untyped_storage", "result_type", "record_stream",
+    )
 )
+# fmt: on
 
 
 class TokenIdReaders(TorchFunctionMode):
