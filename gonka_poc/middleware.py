@@ -29,6 +29,8 @@ PAUSED = (
     *("/v1/chat/completions", "/v1/chat/completions/batch", "/v1/completions", "/v1/responses", "/v1/messages"),
     # the same by other names: SageMaker's, Cohere's, and tokens in and out
     *("/invocations", "/cohere/v2/chat", "/inference/v1/generate"),
+    # what makes tokens for other ends
+    *("/v1/audio/transcriptions", "/v1/audio/translations", "/generative_scoring", "/v1/systemone"),
 )
 RETRY_AFTER_SEC = 10
 

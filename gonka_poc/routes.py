@@ -85,7 +85,7 @@ async def init_validate(body: ThresholdRequest, service: Service) -> OkAnswer:
     return _ok("VALIDATING")
 
 
-@router.post("/phase/generate", responses=_errors(400))
+@router.post("/phase/generate", responses=_errors(400, 409, 500, 503))
 async def phase_generate(service: Service) -> OkAnswer:
     """Let the threshold round generate, from where it left off; 400 if none is set."""
     await service.enter_phase("GENERATING")

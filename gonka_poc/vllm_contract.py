@@ -117,6 +117,9 @@ CONTRACT = (
     *_names("entrypoints/*.py", "/invocations /inference/v1/generate"),
     *_names("entrypoints/*.py", "/v1/chat/completions/batch", first="0.19"),
     *_names("entrypoints/*.py", "/cohere/v2/chat", first="0.27"),
+    *_names("entrypoints/*.py", "/v1/audio/transcriptions /v1/audio/translations"),
+    *_names("entrypoints/*.py", "/generative_scoring", first="0.25"),
+    *_names("entrypoints/*.py", "/v1/systemone", first="0.32"),
     # the API process
     *_names("entrypoints/*.py", "state: args engine_client vllm_config openai_serving_models"),
     *_names("entrypoints/openai/*.py", "OpenAIServingModels.base_model_paths BaseModelPath.name"),

@@ -414,7 +414,8 @@ async def test_the_token_is_not_kept(parts):
 
 PAUSED = (
     *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/chat/completions/batch", "/v1/messages"),
-    *("/invocations", "/inference/v1/generate", "/cohere/v2/chat"),
+    *("/invocations", "/inference/v1/generate", "/cohere/v2/chat", "/v1/systemone", "/generative_scoring"),
+    *("/v1/audio/transcriptions", "/v1/audio/translations"),
 )
 
 
