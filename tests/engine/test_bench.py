@@ -81,11 +81,14 @@ def test_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("model", "server_args", "sizes", "text"),
     [
-        ("qwen3", "--no-such-option", (), "Error: vLLM does not take these options"),
-        (None, SERVER_ARGS, (), "Error: vLLM could not start"),
-        ("qwen3", SERVER_ARGS, ("--k-dim", "257"), "Error: k_dim 257 is larger than the model's hidden size"),
+        pytest.param("qwen3", "--no-such-option", (), "Error: vLLM does not take these options", id="option"),
+        pytest.param(None, SERVER_ARGS, (), "Error: vLLM could not start", marks=pytest.mark.nightly, id="model"),
+        pytest.param(
+            *("qwen3", SERVER_ARGS, ("--k-dim", "257"), "Error: k_dim 257 is larger than the model's hidden size"),
+            marks=pytest.mark.nightly,
+            id="k_dim",
+        ),
     ],
-    ids=["option", "model", "k_dim"],
 )
 def test_offline_that_cannot_be(
     model: str | None, server_args: str, sizes: tuple[str, ...], text: str, tmp_path: Path

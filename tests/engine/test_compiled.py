@@ -60,7 +60,7 @@ def test_compiled_server_before_during_and_after_a_round(server: Client, servers
     [
         # tests/engine/test_parallel.py has compiled layers on an eager server of two workers
         pytest.param(id="eager server", marks=[pytest.mark.server(EAGER_LAYERS), pytest.mark.nightly]),
-        pytest.param(id="compiled server", marks=pytest.mark.server(COMPILED_LAYERS)),
+        pytest.param(id="compiled server", marks=[pytest.mark.server(COMPILED_LAYERS), pytest.mark.nightly]),
     ],
 )
 def test_compiled_layers(server: Client, servers: Servers) -> None:

@@ -55,6 +55,8 @@ def test_a_function_is_the_way_where_it_is_allowed(server: Client, tmp_path: Pat
     assert server.chat() == chat
 
 
+# tests/test_manager.py has the refusal without an engine
+@pytest.mark.nightly
 @pytest.mark.server(without_extension(allowed=False))
 def test_neither_way_is_refused_with_both_settings(server: Client, tmp_path: Path) -> None:
     """That proof is open to a server as hardened as this one, by name, is in the tests on PLAIN."""
