@@ -124,7 +124,7 @@ def _text(config: Config) -> Config:
 # in vLLM 0.32 it rotates the wrong elements of queries with a head dimension, in chat too, and otherwise in each batch
 PLAIN_ROTARY: Config = {
     "cpu_operations": ("all", "-rotary_embedding"),
-    "cpu_note": "with `-rotary_embedding`: vLLM's CPU kernel of it is wrong here, in chat too",
+    "cpu_note": "with `-rotary_embedding`: vLLM's CPU kernel of it is wrong here",
 }
 
 MODELS = [
