@@ -100,9 +100,9 @@ def outbox_path(setting: str) -> str:
 
 
 def connect(path: str, create: bool) -> sqlite3.Connection:
-    """A connection to the outbox at `path`. Without `create` no file is made: of root's, say, none that the server could
-    not open. Raises OutboxError where there is no outbox, or another program's file, which is only read, never opened as
-    a database, so nothing of it changes."""
+    """A connection to the outbox at `path`. Without `create` no lock file is made either: root's would shut the server
+    of another user out. Raises OutboxError where there is no outbox, or another program's file, which is only read,
+    never opened as a database, so nothing of it changes."""
     lock = f"{path}.lock-open"
     try:
         if path == IN_MEMORY:
