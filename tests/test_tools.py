@@ -756,6 +756,21 @@ def test_coexist_on_the_command_line(capsys):
         assert httpx.get(f"{server.url}/api/v1/pow/status").json()["status"] == "GENERATING"
 
 
+def test_coexist_over_a_socket(tmp_path, monkeypatch, capsys):
+    """The server has chat, so every case asks it."""
+    monkeypatch.chdir(tmp_path)  # so that the path of the socket stays short enough
+    manager = BesideChat()
+    sizes = ("--seq-len", "4", "--k-dim", "3", "--batch-size", "4", "--seconds", "0.1")
+    with engineless_server(manager, manager.chat, {"/metrics": manager.metrics}, socket="s k.sock"):
+        run("coexist", "--url", "unix:s k.sock", *sizes, "--json")  # so short, the speeds say nothing
+        checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert len(checks) == 7
+    for name in ("wait=false is queued and polled to completed", "chat while generating completes"):
+        assert checks[name]["ok"], checks[name]
+    assert not [check for check in checks.values() if "cannot be reached" in check["result"]]
+    assert manager.asked
+
+
 def test_coexist_against_a_server_without_chat(server, capsys):
     assert run("coexist", "--url", server.url, "--seq-len", "4", "--k-dim", "3", "--seconds", "0.1", "--json") == 1
     found = json.loads(capsys.readouterr().out)
