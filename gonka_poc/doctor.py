@@ -157,7 +157,9 @@ def check_outbox() -> Check:
         found = (
             f"{path} was not tried: it or its folder belongs to {owner}, and files that root leaves there shut it out"
         )
-        return Check(name, "warn", found, f"run the doctor as the user that the server runs as ({owner}?)")
+        return Check(
+            name, "warn", found, f"run the doctor as the user of the server ({owner}?); nothing if that is root"
+        )
     try:
         if os.path.lexists(path):
             try_outbox(path, create=False)
