@@ -159,7 +159,9 @@ class Params(StrictModel):
     seq_len: int = Field(ge=1, description="tokens per nonce")
     k_dim: int = Field(default=12, ge=1, description="length of an artifact vector")
     # left out of dumps: rounds that differ by these are the same
-    scheme: Literal["prefill"] | None = Field(default=None, exclude=True, description="the only scheme computed here")
+    scheme: Literal["prefill", ""] | None = Field(
+        default=None, exclude=True, description="the only scheme computed here"
+    )
     decode: Literal[False] | None = Field(default=None, exclude=True, description="true is 501")
     max_tokens: int | None = Field(default=None, exclude=True, description="ignored")
     route_window: int | None = Field(default=None, exclude=True, description="ignored")
@@ -222,9 +224,13 @@ class InitGenerateRequest(_RoundFields):
     @model_validator(mode="before")
     @classmethod
     def _one_protocol(cls, body: Any) -> Any:
-        if isinstance(body, dict) and "r_target" in body and "params" in body:
+        if isinstance(body, dict) and body.get("r_target") is not None and "params" in body:
             raise ValueError("send params (artifact round) or r_target (threshold round), not both")
         return body
+
+    @classmethod
+    def _unknown_fields(cls, body: Any) -> set[str]:
+        return super()._unknown_fields(body) - {"r_target"}  # null, else it was refused
 
     @model_validator(mode="after")
     def _groups_in_range(self) -> InitGenerateRequest:
@@ -254,7 +260,8 @@ class Validation(RequestModel):
 
 
 class StatTest(RequestModel):
-    """Thresholds of a validation. `p_value_threshold` is another name of `fraud_threshold`, which wins over it."""
+    """Thresholds of a validation; null is the default. `p_value_threshold` is another name of `fraud_threshold`, which
+    wins over it."""
 
     dist_threshold: float = Field(default=0.02, ge=0, allow_inf_nan=False, description="L2 distance of a mismatch")
     p_mismatch: float = Field(default=0.001, ge=0, le=1, description="mismatch rate of an honest host")
@@ -265,6 +272,14 @@ class StatTest(RequestModel):
         validation_alias=AliasChoices("fraud_threshold", "p_value_threshold"),
         description="p-value below which a host is a fraud; also understood as p_value_threshold",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_default(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        null = {name for name in (*cls.model_fields, "p_value_threshold") if body.get(name, ...) is None}
+        return {name: value for name, value in body.items() if name not in null}
 
 
 class GenerateRequest(_RoundFields):

@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import pwd
 import re
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from rich.text import Text
 
 from gonka_poc import vllm_compat
 from gonka_poc.callbacks.file import IN_MEMORY, outbox_path, try_outbox
+from gonka_poc.certificates import ssl_context
 from gonka_poc.config import load_settings, unused_variables
 from gonka_poc.errors import OutboxError, PoCError, SettingsError, ToolError, UnsupportedServerError
 from gonka_poc.gpus import nvidia_smi
@@ -95,7 +97,8 @@ def run_checks(runner: Path | None = None, python: str | None = None) -> list[Ch
     `python` is the interpreter that MLNode uses if neither runner.py nor the environment names one.
     """
     here = Surroundings(runner, python, os.environ)
-    checks = [check_python(), check_vllm(), check_settings(), check_outbox(), check_gpu(), check_extension_points()]
+    checks = [check_python(), check_vllm(), check_settings(), check_certificates(), check_outbox(), check_gpu()]
+    checks += [check_extension_points()]
     checks += [check(here) for check in (check_package, check_runner, check_module, check_serialization, check_eager)]
     return [*checks, check_memory()]
 
@@ -128,9 +131,18 @@ def check_settings() -> Check:
     return Check("settings", "ok", "every POC_* variable that is set can be used")
 
 
+def check_certificates() -> Check:
+    """The authorities that callbacks trust; without them the server does not start."""
+    try:
+        ssl_context()
+    except SettingsError as error:
+        return Check("certificates", "fail", str(error), "do what the text says; the server does not start like this")
+    return Check("certificates", "ok", "those that callbacks trust can be read")
+
+
 def check_outbox() -> Check:
     """The file of POC_OUTBOX_PATH. One that is not there yet is tried with another in its folder, which is removed:
-    made by root, the real one would be closed to the server."""
+    made by root, the real one would be closed to the server. Root does not try what belongs to another user."""
     name = "outbox"
     try:
         path = outbox_path(load_settings().outbox_path)
@@ -141,6 +153,13 @@ def check_outbox() -> Check:
     if path == IN_MEMORY:
         return Check(name, "ok", "in memory: undelivered callbacks are lost with the server")
     folder = next(folder for folder in Path(path).absolute().parents if os.path.exists(folder))
+    if owner := _other_owner(path, folder):
+        found = (
+            f"{path} was not tried: it or its folder belongs to {owner}, and files that root leaves there shut it out"
+        )
+        return Check(
+            name, "warn", found, f"run the doctor as the user of the server ({owner}?); nothing if that is root"
+        )
     try:
         if os.path.lexists(path):
             try_outbox(path, create=False)
@@ -153,6 +172,18 @@ def check_outbox() -> Check:
         fix = "let the server's user write there, or set POC_OUTBOX_PATH to a file on a local disk"
         return Check(name, "fail", f"{path} cannot be made: {error}", fix)
     return Check(name, "ok", f"{path} can be written")
+
+
+def _other_owner(path: str, folder: Path) -> str | None:
+    """The user, other than root, that the file or else the folder belongs to, where this process is root's."""
+    if os.geteuid() != 0:
+        return None
+    uids = [os.stat(each).st_uid for each in (path, folder) if os.path.exists(each)]
+    uid = next((uid for uid in uids if uid != 0), 0)
+    try:
+        return pwd.getpwuid(uid).pw_name if uid else None
+    except KeyError:
+        return f"user {uid}"
 
 
 def check_gpu() -> Check:

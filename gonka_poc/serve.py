@@ -8,11 +8,10 @@ Without --enable-poc this is `python -m vllm.entrypoints.openai.api_server --mod
 from __future__ import annotations
 
 import os
-import re
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
+from gonka_poc.command_line import config_options, options_of, values_of
 from gonka_poc.config import unused_variables
 from gonka_poc.errors import PoCError, UnsupportedServerError
 from gonka_poc.gpus import smallest_gpu_mib
@@ -39,27 +38,27 @@ LARGE_GPU_MIB = 70 * 1024
 def server_arguments(args: Sequence[str]) -> list[str]:
     """The arguments of vLLM's server, from those of this module. Raises UnsupportedServerError for an unsupported vLLM,
     no model or two, several API processes, or another worker extension than ours."""
-    rest = _with_model_option([arg for arg in args if arg != ENABLE])
+    rest = _with_model_option(args)
     if ENABLE not in args:
         return rest
     installed_version()
-    names = {name for name, _ in _options(rest)}
+    names = {name for name, _ in options_of(rest)}
     if not names & {"--model", "--config", "--help", "-h"}:
         raise UnsupportedServerError(
             f"no model is named, and vLLM would serve a default of its own; name it first: {USAGE}"
         )
-    counts = _values(rest, "--api-server-count") or _values(rest, "-asc")
+    counts = values_of(rest, "--api-server-count") or values_of(rest, "-asc")
     if counts and counts[-1] != "1":
         raise UnsupportedServerError(
             f"--api-server-count {counts[-1]}: each API process would run rounds and callbacks of its own; leave it "
             "out, or give 1"
         )
-    if MIDDLEWARE not in _values(rest, "--middleware"):
+    if MIDDLEWARE not in values_of(rest, "--middleware"):
         # before the operator's own: vLLM puts a later one around it, so that those act on /api/v1/pow too
         own = [i for i, text in enumerate(rest) if text.partition("=")[0] == "--middleware"]
         at = own[0] if own else len(rest)
         rest = [*rest[:at], "--middleware", MIDDLEWARE, *rest[at:]]
-    extensions = _values(rest, "--worker-extension-cls")
+    extensions = values_of(rest, "--worker-extension-cls")
     if not extensions:
         rest += ["--worker-extension-cls", WORKER_EXTENSION]
     elif extensions[-1] != WORKER_EXTENSION:
@@ -74,26 +73,34 @@ def server_arguments(args: Sequence[str]) -> list[str]:
 
 
 def _with_model_option(args: Sequence[str]) -> list[str]:
-    """`args` with a MODEL that stands first, or behind `--`, written as --model: the server's module drops it.
+    """`args` without --enable-poc, and with MODEL written as --model: vLLM's module drops a bare word.
 
-    Elsewhere a word can be the value of the option before it, which only vLLM's parser could tell; ApiView refuses a
-    server that was given such a word. Raises UnsupportedServerError for two models.
+    A bare word is MODEL where it cannot be the value of an option: first, behind another such word, `--option=value` or
+    --enable-poc, and behind `--`. Elsewhere only vLLM's parser could tell; ApiView refuses a server that was given such
+    a word. Raises UnsupportedServerError for two models.
     """
     cut = list(args).index("--") if "--" in args else len(args)
-    options, words = list(args[:cut]), list(args[cut + 1 :])
-    if options and not options[0].startswith("-"):
-        words.insert(0, options.pop(0))
-    models = list(dict.fromkeys([*words, *_values(options, "--model")[-1:]]))
+    options: list[str] = []
+    words: list[str] = []
+    takes_value = False
+    for arg in args[:cut]:
+        is_option = arg.startswith("-")
+        if is_option:
+            takes_value = "=" not in arg and arg != ENABLE
+        (options if is_option or takes_value else words).append(arg)
+    words += args[cut + 1 :]
+    options, words = ([arg for arg in part if arg != ENABLE] for part in (options, words))
+    models = list(dict.fromkeys([*words, *values_of(options, "--model")[-1:]]))
     if len(words) > 1 or len(models) > 1:
         named = " and ".join(map(repr, models if len(models) > 1 else words))
         raise UnsupportedServerError(f"a server has one model, and {named} are named; name one: {USAGE}")
-    return ["--model", *words, *options] if words and not _values(options, "--model") else options
+    return ["--model", *words, *options] if words and not values_of(options, "--model") else options
 
 
 def _batch_option(args: Sequence[str]) -> list[str]:
     """--max-num-batched-tokens for batches of proof of full size, where nothing on the command line speaks of it, nor
     against it, and the GPUs have the memory."""
-    options: list[tuple[str, str | None]] = [*_options(args), *_config_options(args)]
+    options: list[tuple[str, str | None]] = [*options_of(args), *config_options(args)]
     # vLLM's parser takes an option also by its beginning
     if any(name.startswith("--max-num-b") for name, _ in options):
         return []
@@ -119,33 +126,6 @@ def _batch_option(args: Sequence[str]) -> list[str]:
         "yourself for another size"
     )
     return [BATCHED_TOKENS, str(PROOF_BATCH_TOKENS)]
-
-
-def _options(args: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """Names and values of the options in `args`, written `--option value` or `--option=value`, with - or _ in the name.
-
-    The value of one that takes none is the word behind it; None where there is none.
-    """
-    for i, arg in enumerate(args):
-        name, equals, value = arg.partition("=")
-        if name.startswith("-"):
-            yield name.replace("_", "-"), value if equals else next(iter(args[i + 1 : i + 2]), None)
-
-
-def _values(args: Sequence[str], option: str) -> list[str]:
-    """The values given to `option`."""
-    return [value for name, value in _options(args) if name == option and value is not None]
-
-
-def _config_options(args: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The options at the top level of vLLM's --config file; none where vLLM itself will say what is wrong with it."""
-    for path in _values(args, "--config"):
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, ValueError):
-            return
-        for name, value in re.findall(r"^[\"']?([\w-]+)[\"']?[ \t]*:[ \t]*([\w-]*)", text, flags=re.MULTILINE):
-            yield f"--{name.replace('_', '-')}", value.lower()
 
 
 def _say(text: str) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from gonka_poc.command_line import names_anywhere
 from gonka_poc.data import VectorSpec, spec_from
 from gonka_poc.errors import ComputeError, EngineAsleepError, PoCError, WorkerMemoryError
 from gonka_poc.vllm_compat.release import MIDDLEWARE
@@ -104,13 +105,14 @@ def poc_answer(compute: Callable[[], Any]) -> Any:
 def check_before_loading() -> None:
     """Try the POC_* variables and the outbox for the API process, which looks at them only when the engine is up.
 
-    Only in a worker of a server that will load the middleware: vLLM starts engine and workers by multiprocessing, with
-    the environment and `sys.argv` of the API process. A worker on another host (Ray, --headless) has no outbox, and an
-    engine without a server needs none. Raises SettingsError, OutboxError or OutboxFullError.
+    Only in a worker of a server that will load the middleware, named in `sys.argv` or in its --config file: vLLM starts
+    engine and workers by multiprocessing, with the environment and `sys.argv` of the API process. A worker on another
+    host (Ray, --headless) has no outbox, and an engine without a server needs none. Raises SettingsError, OutboxError
+    or OutboxFullError.
     """
     if multiprocessing.parent_process() is None or "--headless" in sys.argv:
         return
-    if any(MIDDLEWARE in word for word in sys.argv):
+    if names_anywhere(sys.argv, MIDDLEWARE):
         from gonka_poc.preflight import check_settings
 
         check_settings()

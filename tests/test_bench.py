@@ -269,16 +269,20 @@ class SlowManager(FakeManager):
         return await super().compute(spec, nonces)
 
 
+async def completions(body: dict[str, Any]) -> dict[str, Any]:
+    assert body["max_tokens"] == 1
+    await asyncio.sleep(0.002)
+    return {"choices": [{} for _ in body["prompt"]]}
+
+
 @pytest.fixture(params=[True, False], ids=["metrics", "no metrics"])
 def server(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
     """A server whose calls tell of `CALL_SEC` each, if they are told at all, and the prompts that it completed."""
     manager, prompts = SlowManager(), []
 
-    async def completions(body: dict[str, Any]) -> dict[str, Any]:
+    async def noted(body: dict[str, Any]) -> dict[str, Any]:
         prompts.append(body["prompt"])
-        assert body["max_tokens"] == 1
-        await asyncio.sleep(0.002)
-        return {"choices": [{} for _ in body["prompt"]]}
+        return await completions(body)
 
     async def metrics() -> Response:
         nonces, batches = sum(map(len, manager.asked)), len(manager.asked)
@@ -293,7 +297,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
         ]
         return Response("\n".join(lines))
 
-    routes = {"/v1/completions": completions, **({"/metrics": metrics} if request.param else {})}
+    routes = {"/v1/completions": noted, **({"/metrics": metrics} if request.param else {})}
     with engineless_server(manager, more=routes) as server:
         yield SimpleNamespace(url=server.url, prompts=prompts, has_metrics=request.param)
 
@@ -335,6 +339,16 @@ def test_a_server_on_the_command_line(server, tmp_path, capsys):
     shown = capsys.readouterr().out
     for text in ("nonces/s", "per minute", "sequences/s", "PoC tax", "only --offline measures: inputs"):
         assert text in shown
+
+
+def test_a_server_at_a_socket(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # so that the path of the socket stays short enough
+    sizes = ("--seq-len", "4", "--k-dim", "3", "--batch-size", "8", "--seconds", "0.1")
+    with engineless_server(SlowManager(), more={"/v1/completions": completions}, socket="s k.sock"):
+        assert run("bench", "--url", "unix:s k.sock", *sizes, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["where"] == "unix:s k.sock"
+    assert min(found[f"{name}_per_second"] for name in ("nonces", "generate_nonces", "prefill")) > 0
 
 
 def test_a_server_that_generates_is_left_alone(server):

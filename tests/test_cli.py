@@ -219,7 +219,7 @@ def test_a_file_whose_thresholds_contradict_each_other(server, tmp_path, capsys)
     generate(server, file, "0-9")
     changed(file, dist_threshold=0.3, stat_test={"dist_threshold": 0.4})
     assert run("validate", file, "--url", server.url) == 1
-    assert "dist_threshold is 0.3 at the top level, and 0.4 in stat_test" in capsys.readouterr().err
+    assert "dist_threshold at the top level is 0.3, and dist_threshold in stat_test is 0.4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -361,6 +361,22 @@ def test_status_shows_the_receivers_of_callbacks(server, monkeypatch, capsys):
     assert "callbacks http://r: waiting 7, oldest_sec 3.5, delivered 9, refused 2, parked 1, expired 4" in shown
     assert run("status", "--url", server.url, "--json") == 0
     assert json.loads(capsys.readouterr().out)["callbacks"] == [one.model_dump()]
+
+
+@pytest.mark.parametrize(
+    ("state", "label"),
+    [
+        ("IDLE", "the last round ended"),
+        ("STOPPED", "the last round ended"),
+        ("GENERATING", "waits for"),
+        ("VALIDATING", "waits for"),
+    ],
+)
+def test_status_says_whether_the_round_ended_or_waits(server, monkeypatch, capsys, state, label):
+    answer = StatusAnswer(status=state, config=None, stats=None, error="the engine sleeps")
+    monkeypatch.setattr(PoCClient, "status", lambda self: answer)
+    assert run("status", "--url", server.url) == 0
+    assert f"{label} the engine sleeps" in " ".join(capsys.readouterr().out.split())
 
 
 def test_commands_that_wait_for_a_round_say_so(server, tmp_path, monkeypatch, capsys):

@@ -137,6 +137,16 @@ def test_rounds_of_the_threshold_scripts(client, body, status):
         assert config["batch_size"] == (body.get("batch_size") or 32)
 
 
+def test_r_target_null_is_no_target(client):
+    ask(client, "/init/generate", {**WHO, "r_target": None, "params": PARAMS})
+    assert client.get("/status").json()["config"]["k_dim"] == PARAMS["k_dim"]
+
+
+def test_r_target_null_alone_is_no_round(client):
+    answer = ask(client, "/init/generate", {**WHO, "r_target": None}, 422)
+    assert "r_target" in answer["detail"][0]["loc"]
+
+
 # --- POST /generate ---------------------------------------------------------------------------------------------
 
 REQUEST = {**WHO, "params": PARAMS, "nonces": [10, 13], "wait": True}
@@ -186,6 +196,7 @@ GO = {"dist_threshold": 0.4, "p_mismatch": 0.1, "p_value_threshold": 0.05}
 VALIDATIONS = {
     "MLNode": (STAT_TEST, {}, True),
     "the Go client": (GO, {}, True),
+    "nulls": ({**GO, "fraud_threshold": None}, {}, True),
     "both names": ({**GO, "fraud_threshold": 0.01}, {}, False),
     "MLNode of the decode line": ({**GO, "p_value_threshold": 0.01}, {"k_points_steps": None}, False),
     "steps of a decode artifact": ({**GO, "p_value_threshold": 0.01}, {"k_points_steps": [1, 2, 3]}, False),

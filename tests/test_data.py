@@ -200,7 +200,7 @@ def test_spec_and_nonces_of_a_request():
 
 # what clients of the decode scheme send with every request, where they ask for nothing but the prefill scheme
 OFF = [
-    *[("params.scheme", value) for value in ("prefill", None)],
+    *[("params.scheme", value) for value in ("prefill", "", None)],
     *[("params.decode", value) for value in (False, None, 0)],
     *[("params.max_tokens", value) for value in (0, 256, None)],
     *[("params.route_window", value) for value in (0, 256, None)],
@@ -208,7 +208,7 @@ OFF = [
     *[(name, value) for name in ("decode", "debug", "per_nonce_reflection") for value in (False, None, 0)],
     *[(name, value) for name in ("enforced_k_steps", "poc_vector_artifact_steps") for value in (None, {}, [], 0)],
     *[("k_points_steps", value) for value in (None, [1, 2])],
-    *[("scheme", value) for value in ("prefill", None)],
+    *[("scheme", value) for value in ("prefill", "", None)],
     *[(name, 0) for name in ("max_tokens", "route_window")],
 ]
 DECODE = [
@@ -295,12 +295,17 @@ def test_what_belongs_to_requests_for_nonces_is_unknown_to_a_round():
         ({"fraud_threshold": 0.02}, 0.02),
         ({"p_value_threshold": 0.05, "fraud_threshold": 0.02}, 0.02),
         ({"fraud_threshold": 0.02, "p_value_threshold": 0.05}, 0.02),
+        ({"fraud_threshold": None, "p_value_threshold": 0.05}, 0.05),
+        ({"fraud_threshold": 0.02, "p_value_threshold": None}, 0.02),
+        ({"p_value_threshold": None}, 0.01),
+        (dict.fromkeys(("dist_threshold", "p_mismatch", "fraud_threshold", "p_value_threshold")), 0.01),
         ({}, 0.01),
     ],
 )
 def test_p_value_threshold_is_fraud_threshold(stat_test, used):
     request = GenerateRequest.model_validate(generate_body([0], stat_test=stat_test))
     assert request.stat_test == StatTest(fraud_threshold=used)
+    assert request.ignored_fields == ()
     assert "fraud_threshold" in request.stat_test.model_dump()
 
 
@@ -325,7 +330,7 @@ BAD = [
     *[("poc_stronger_rng", value) for value in (None, 1, "true")],
     ("params.surprise", 1),
     *[("params.decode", value) for value in ("", [])],
-    *[("params.scheme", value) for value in ("", 1, ["decode"])],
+    *[("params.scheme", value) for value in (1, ["decode"])],
     *[(f"params.{name}", value) for name in ("max_tokens", "route_window") for value in ("1", 1.5, True)],
     ("params.poc_stronger_rng", True),
     *[
@@ -383,7 +388,7 @@ BAD_FOR_NONCES = [
     *[
         (f"stat_test.{name}", value)
         for name in ("dist_threshold", "p_mismatch", "fraud_threshold", "p_value_threshold")
-        for value in (-0.1, math.nan, math.inf, "0.1", None, True)
+        for value in (-0.1, math.nan, math.inf, "0.1", True)
     ],
     *[(f"stat_test.{name}", 1.1) for name in ("p_mismatch", "fraud_threshold", "p_value_threshold")],
 ]

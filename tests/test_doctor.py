@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -97,6 +98,16 @@ def test_variables_that_nothing_reads_are_named(monkeypatch: pytest.MonkeyPatch)
     assert (check.state, "did you mean POC_PRIORITY?" in check.found) == ("warn", True)
 
 
+def test_certificates_are_tried_as_the_server_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    assert doctor.check_certificates().state == "ok"
+    monkeypatch.setenv("SSL_CERT_FILE", "/nope")
+    check = doctor.check_certificates()
+    assert (check.state, "SSL_CERT_FILE='/nope' holds no certificates" in check.found) == ("fail", True)
+    monkeypatch.setattr(doctor, "check_extension_points", doctor.check_python)  # which takes seconds
+    assert check in doctor.run_checks()
+
+
 def test_the_outbox_is_tried_and_not_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "outbox.sqlite3"
     monkeypatch.setenv("POC_OUTBOX_PATH", str(path))
@@ -121,6 +132,29 @@ def test_an_outbox_that_a_server_uses_is_left_alone(monkeypatch: pytest.MonkeyPa
     assert sorted(os.listdir(tmp_path)) == files
     assert outbox.counts().pending_batches == 1
     outbox.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can leave files that shut another user out")
+@pytest.mark.parametrize(("file_owner", "folder_owner"), [(None, 65534), (65534, 0), (65534, 65534), (0, 65534)])
+def test_root_leaves_the_outbox_of_another_user_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file_owner: int | None, folder_owner: int
+) -> None:
+    path = tmp_path / "outbox.sqlite3"
+    monkeypatch.setenv("POC_OUTBOX_PATH", str(path))
+    if file_owner is not None:
+        Outbox(str(path), 2**20).close()
+        for name in os.listdir(tmp_path):
+            if name != path.name:
+                os.unlink(tmp_path / name)
+        os.chown(path, file_owner, file_owner)
+    os.chown(tmp_path, folder_owner, folder_owner)
+    files, content = os.listdir(tmp_path), path.read_bytes() if path.exists() else None
+    tried: list[str] = []
+    monkeypatch.setattr(doctor, "try_outbox", lambda path, create=True: tried.append(path))
+    check = doctor.check_outbox()
+    assert (check.state, tried) == ("warn", [])
+    assert pwd.getpwuid(65534).pw_name in check.fix
+    assert (os.listdir(tmp_path), path.read_bytes() if path.exists() else None) == (files, content)
 
 
 def test_an_outbox_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,11 @@ import os
 import pwd
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import pytest
 
+from gonka_poc.callbacks.admin import summary
 from gonka_poc.callbacks.file import outbox_path, try_outbox
 from gonka_poc.callbacks.outbox import Outbox
 from gonka_poc.config import Settings
@@ -100,3 +102,20 @@ def test_trying_waits_for_no_file_that_is_not_there(tmp_path):
     with pytest.raises(OutboxError, match="there is no outbox"):
         try_outbox(str(tmp_path / "outbox.sqlite3"), create=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_create_no_file_is_made_and_nothing_is_added(tmp_path):
+    """The file of an earlier release, without its lock: `gonka-poc outbox list` as root, say."""
+    path = tmp_path / "outbox.sqlite3"
+    Outbox(str(path), 2**20).close()
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("DROP INDEX batch_counts")
+        db.commit()
+    for name in os.listdir(tmp_path):
+        if name != path.name:
+            os.unlink(tmp_path / name)
+    before = path.read_bytes()
+    try_outbox(str(path), create=False)
+    assert summary(str(path)) == []
+    assert os.listdir(tmp_path) == [path.name]
+    assert path.read_bytes() == before

@@ -140,6 +140,8 @@ ENABLE = "--enable-poc"
         (["--", "-m"], ["--model", "-m"]),
         # the last --model is vLLM's choice
         (["m", "--model", "other", *MODEL], ["--model", "other", *MODEL]),
+        # behind these a word cannot be a value
+        (["--port=1", "m"], [*MODEL, "--port=1"]),
         # a word elsewhere is the value of what stands before it, as far as can be known here
         ([*MODEL, "--port", "1"], [*MODEL, "--port", "1"]),
         ([*MODEL, "--served-model-name", "a", "b"], [*MODEL, "--served-model-name", "a", "b"]),
@@ -163,6 +165,11 @@ def test_the_model_may_stand_first(given, expected):
         ["m", "--", "m"],
         ["--", "m", "other"],
         ["--model", "other", "--", "m"],
+        ["m", "other"],
+        ["m", "other", "--port", "1"],
+        ["m", "m"],
+        ["--model=other", "m"],
+        ["--model=other", "--port=1", "m"],
     ],
     ids=" ".join,
 )
@@ -170,6 +177,14 @@ def test_the_model_may_stand_first(given, expected):
 def test_two_models_are_refused(args, enable):
     with pytest.raises(UnsupportedServerError, match=r"'m'.* named; name one: python -m gonka_poc\.serve MODEL"):
         server_arguments([*args, *enable])
+
+
+def test_enable_poc_takes_no_value():
+    """So a word behind it is the model, also where the option before it takes several."""
+    names = ["--served-model-name", "a"]
+    assert server_arguments([*names, ENABLE, "m"]) == [*MODEL, *names, *MIDDLEWARE, *EXTENSION]
+    with pytest.raises(UnsupportedServerError, match="'m' and 'other' are named"):
+        server_arguments(["--model", "other", *names, ENABLE, "m"])
 
 
 @pytest.mark.parametrize("args", [[], ["--port", "1"], ["--enforce-eager", "m"]], ids=" ".join)

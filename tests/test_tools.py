@@ -36,7 +36,7 @@ from gonka_poc.cli.report import plot_of
 from gonka_poc.cli.server_process import wait_until
 from gonka_poc.cli.smoke import smoke
 from gonka_poc.data import VECTOR_DTYPE, Artifact, DistanceSpec, StatTest, VectorSpec, encode_vector
-from gonka_poc.errors import ComputeError, ServerAnswerError, ToolError
+from gonka_poc.errors import ArtifactFileError, ComputeError, ServerAnswerError, ToolError
 
 
 @pytest.fixture
@@ -219,6 +219,55 @@ def test_a_reference_as_others_publish_it(server, tmp_path, capsys, thresholds, 
         row = json.loads(capsys.readouterr().out)[0]
         assert row["fraud_detected"] == (status == 2 and judged == own)
         assert row["thresholds"]["p_mismatch"] == verdict["thresholds"]["p_mismatch"]
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "first", "second"),
+    [
+        ({"dist_threshold": 0.2, "stat_test": {"dist_threshold": 0.3}}, "dist_threshold", "dist_threshold in"),
+        (
+            {"fraud_threshold": 0.01, "stat_test": {"p_value_threshold": 0.05}},
+            "fraud_threshold",
+            "p_value_threshold in",
+        ),
+        (
+            {"p_value_threshold": 0.01, "stat_test": {"fraud_threshold": 0.05}},
+            "p_value_threshold",
+            "fraud_threshold in",
+        ),
+        ({"fraud_threshold": 0.01, "p_value_threshold": 0.05}, "fraud_threshold", "p_value_threshold at"),
+        (
+            {"stat_test": {"fraud_threshold": 0.01, "p_value_threshold": 0}},
+            "fraud_threshold in",
+            "p_value_threshold in",
+        ),
+    ],
+    ids=str,
+)
+def test_a_threshold_with_two_values_is_refused(tmp_path, thresholds, first, second):
+    """Under one name or under both."""
+    path = tmp_path / "reference.json"
+    fields = {"model": "m", "seq_len": 4, "k_dim": 3, "block_hash": "b", "public_key": "k", "artifacts": []}
+    path.write_text(json.dumps({**fields, **thresholds}))
+    with pytest.raises(ArtifactFileError, match=f"{first} .* is .*, and {second} .* is .*; they are one threshold"):
+        read_artifact_file(path)
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "named"),
+    [
+        ({"fraud_threshold": 0.05, "p_value_threshold": 0.05}, {"fraud_threshold": 0.05}),
+        ({"p_value_threshold": 0.05, "stat_test": {"fraud_threshold": 0.05}}, {"fraud_threshold": 0.05}),
+        ({"stat_test": {"fraud_threshold": None, "p_value_threshold": 0.05}}, {"fraud_threshold": 0.05}),
+        ({"dist_threshold": None, "stat_test": {"p_mismatch": None, "theirs": 1}}, {}),
+    ],
+    ids=str,
+)
+def test_thresholds_that_agree_are_read(tmp_path, thresholds, named):
+    path = tmp_path / "reference.json"
+    fields = {"model": "m", "seq_len": 4, "k_dim": 3, "block_hash": "b", "public_key": "k", "artifacts": []}
+    path.write_text(json.dumps({**fields, **thresholds}))
+    assert read_artifact_file(path).stat_test.model_dump(exclude_unset=True) == named
 
 
 def test_a_reference_of_another_model_is_an_error(server, tmp_path, capsys):
@@ -705,6 +754,21 @@ def test_coexist_on_the_command_line(capsys):
         assert run("coexist", "--url", server.url, *sizes) == 1
         assert "generates; `gonka-poc stop`" in capsys.readouterr().err
         assert httpx.get(f"{server.url}/api/v1/pow/status").json()["status"] == "GENERATING"
+
+
+def test_coexist_over_a_socket(tmp_path, monkeypatch, capsys):
+    """The server has chat, so every case asks it."""
+    monkeypatch.chdir(tmp_path)  # so that the path of the socket stays short enough
+    manager = BesideChat()
+    sizes = ("--seq-len", "4", "--k-dim", "3", "--batch-size", "4", "--seconds", "0.1")
+    with engineless_server(manager, manager.chat, {"/metrics": manager.metrics}, socket="s k.sock"):
+        run("coexist", "--url", "unix:s k.sock", *sizes, "--json")  # so short, the speeds say nothing
+        checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert len(checks) == 7
+    for name in ("wait=false is queued and polled to completed", "chat while generating completes"):
+        assert checks[name]["ok"], checks[name]
+    assert not [check for check in checks.values() if "cannot be reached" in check["result"]]
+    assert manager.asked
 
 
 def test_coexist_against_a_server_without_chat(server, capsys):

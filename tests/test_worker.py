@@ -140,6 +140,27 @@ def test_a_worker_without_a_server_here_has_no_settings(tmp_path, args):
     assert (done.returncode, done.stdout) == (0, "loaded\nloaded\n")
 
 
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [
+        ("model: m\nmiddleware: gonka_poc.middleware.PoCMiddleware\n", True),
+        ("middleware: [a.B, 'gonka_poc.middleware.PoCMiddleware']\n", True),
+        ("middleware:\n  - gonka_poc.middleware.PoCMiddleware\n", True),
+        ("# middleware: gonka_poc.middleware.PoCMiddleware\nmodel: m\n", False),
+        (None, False),  # vLLM says that there is no such file
+    ],
+)
+@pytest.mark.parametrize("equals", [False, True], ids=["two words", "one word"])
+def test_a_middleware_in_a_config_file_counts(tmp_path, text, refused, equals):
+    path = tmp_path / "vllm.yaml"
+    if text is not None:
+        path.write_text(text)
+    args = [f"--config={path}"] if equals else ["--config", str(path)]
+    done = load_in_child(tmp_path, "spawn", args, POC_OUTBOX_PATH="/proc/nope/o.sqlite3")
+    assert done.returncode == int(refused)
+    assert ("set POC_OUTBOX_PATH to a file on a local disk" in done.stderr) is refused
+
+
 def test_a_worker_with_settings_that_can_be_used(tmp_path):
     done = load_in_child(tmp_path, "spawn", SERVER, POC_OUTBOX_PATH=str(tmp_path / "a" / "o.sqlite3"))
     assert (done.returncode, done.stdout) == (0, "loaded\nloaded\n")

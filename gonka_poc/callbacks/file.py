@@ -100,20 +100,23 @@ def outbox_path(setting: str) -> str:
 
 
 def connect(path: str, create: bool) -> sqlite3.Connection:
-    """A connection to the outbox at `path`. Raises OutboxError where there is none, or another program's file, which is
-    only read, never opened as a database, so nothing of it changes."""
+    """A connection to the outbox at `path`. Without `create` no lock file is made either: root's would shut the server
+    of another user out. Raises OutboxError where there is no outbox, or another program's file, which is only read,
+    never opened as a database, so nothing of it changes."""
+    lock = f"{path}.lock-open"
     try:
         if path == IN_MEMORY:
-            return _prepared(path)
+            return _prepared(path, create)
         if create:
             Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # URLs in it may hold a password
         elif not Path(path).exists():
             raise OutboxError(f"there is no outbox {path!r} (POC_OUTBOX_PATH)")
         # servers that start at once: one makes the file, and SQLite does not wait for a lock while it changes to WAL
-        with _locked(f"{path}.lock-open", wait=True), translate_errors(path):
+        locked = _locked(lock, wait=True) if create or os.path.exists(lock) else nullcontext()
+        with locked, translate_errors(path):
             _refuse_foreign(path)
-            return _prepared(path)
+            return _prepared(path, create)
     except (OSError, sqlite3.Error, OutboxFullError) as error:
         raise OutboxError(
             f"the outbox {path!r} cannot be opened: {error.__cause__ or error}; set POC_OUTBOX_PATH to a file on a "
@@ -124,7 +127,8 @@ def connect(path: str, create: bool) -> sqlite3.Connection:
 def try_outbox(path: str, create: bool = True) -> None:
     """Open and lock the outbox at `path` for writing as a server does, and leave it to the servers that use it.
 
-    Raises OutboxError, or OutboxFullError where the file cannot be written now. Without `create` a file must be there.
+    Raises OutboxError, or OutboxFullError where the file cannot be written now. Without `create` a file must be there,
+    and nothing is added to it.
     """
     with closing(connect(path, create)) as db, transaction(db, path):
         pass
@@ -146,7 +150,7 @@ def _refuse_foreign(path: str) -> None:
         )
 
 
-def _prepared(path: str) -> sqlite3.Connection:
+def _prepared(path: str, create: bool) -> sqlite3.Connection:
     # one thread at a time uses the connection, but not always the one that made it
     db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_SEC, isolation_level=None, check_same_thread=False)
     try:
@@ -162,8 +166,9 @@ def _prepared(path: str) -> sqlite3.Connection:
         # FULL, one fsync per commit: what was committed survives a power cut too. NORMAL would lose the last commits.
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA foreign_keys = ON")
-        with suppress(sqlite3.OperationalError):  # no room, or locked: it is slower without, and nothing else
-            db.execute(COUNTS_INDEX)
+        if create:
+            with suppress(sqlite3.OperationalError):  # no room, or locked: it is slower without, and nothing else
+                db.execute(COUNTS_INDEX)
     except BaseException:
         db.close()
         raise

@@ -26,8 +26,15 @@ OPTION_OF: Mapping[str, str] = MappingProxyType(
         "public_key": "--public-key",
     }
 )
-# thresholds that others write at the top level; the two last are the same
-_THRESHOLDS = ("dist_threshold", "p_mismatch", "fraud_threshold", "p_value_threshold")
+# thresholds that others write at the top level, with our name for them
+_THRESHOLDS: Mapping[str, str] = MappingProxyType(
+    {
+        "dist_threshold": "dist_threshold",
+        "p_mismatch": "p_mismatch",
+        "fraud_threshold": "fraud_threshold",
+        "p_value_threshold": "fraud_threshold",
+    }
+)
 
 
 class ArtifactFile(BaseModel):
@@ -58,15 +65,18 @@ class ArtifactFile(BaseModel):
             return content
         top = {name: content[name] for name in _THRESHOLDS if content.get(name) is not None}
         inner = content.get("stat_test")
-        if not top and inner is not None:
-            return content
         if inner is not None and not isinstance(inner, dict):
+            if not top:
+                return content
             raise ValueError("thresholds are both at the top level and in stat_test")
         inner = {name: value for name, value in (inner or {}).items() if value is not None}
-        for name in top.keys() & inner.keys():
-            if top[name] != inner[name]:
-                raise ValueError(f"{name} is {top[name]!r} at the top level, and {inner[name]!r} in stat_test")
-        return {**content, "stat_test": {**top, **inner}}
+        named: dict[str, tuple[str, Any]] = {}  # by our name: where it stands, and its value
+        for place, part in (("at the top level", top), ("in stat_test", inner)):
+            for name, value in part.items():
+                where, first = named.setdefault(_THRESHOLDS.get(name, name), (f"{name} {place}", value))
+                if first is not value and first != value:  # NaN is left to the check of its value
+                    raise ValueError(f"{where} is {first!r}, and {name} {place} is {value!r}; they are one threshold")
+        return {**content, "stat_test": {name: value for name, (_, value) in named.items()}}
 
     @property
     def identity(self) -> dict[str, object]:

@@ -147,7 +147,8 @@ def status_command(connect: Connect, as_json: bool) -> int:
         for name, value in part or ():
             table.add_row(name, f"{value:.2f}" if isinstance(value, float) else Text(str(value)))
     if answer.error:
-        table.add_row("the last round ended", Text(answer.error))
+        label = "the last round ended" if answer.status in ("IDLE", "STOPPED") else "waits for"
+        table.add_row(label, Text(answer.error))
     for receiver in answer.callbacks or ():
         counts = receiver.model_dump(exclude={"receiver"})
         text = ", ".join(f"{name} {value}" for name, value in counts.items())
