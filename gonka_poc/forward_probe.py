@@ -1,4 +1,4 @@
-"""Observers of one small forward of a model: who reads its token ids, and which layers return partial sums."""
+"""One forward of a model before the first batch: who reads its token ids, and which layers return partial sums."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from gonka_poc.compiled_layers import is_hidden_state
+from gonka_poc.errors import PoCError, UnsupportedServerError
+from gonka_poc.vllm_compat.worker import WorkerView
 
 # As many as a nonce of the network has, so that attention takes them for a prefill, and kernels that are tuned at their
 # first call are tuned for such a length.
@@ -118,6 +120,55 @@ class LayerOutputs:
                     self.found[index].append(x[:KEPT_TOKENS].detach().to("cpu", torch.float32).flatten())
 
         return keep
+
+
+def probe(
+    view: WorkerView,
+    layers: Mapping[int, nn.Module],
+    inputs: Callable[[int], tuple[torch.Tensor | None, contextlib.AbstractContextManager[Any]]],
+) -> list[int]:
+    """Collective: run the model over one sequence; the `layers` that return partial sums.
+
+    `inputs` gives, for a number of tokens, the token ids of the protocol (None where it has none for this model) and
+    what injects embeddings. Raises UnsupportedServerError for a model that reads token ids for which the protocol has
+    none, or that cannot run on embeddings.
+    """
+    num_tokens = min(PROBE_TOKENS, view.max_prefill_tokens)
+    with contextlib.ExitStack() as stack, view.synchronized_on_failure():
+        with view.error_barrier():
+            known_ids, injection = inputs(num_tokens)
+            token_ids = known_ids
+            if token_ids is None:
+                token_ids = torch.zeros(num_tokens, dtype=torch.int32, device=view.device)
+            run = stack.enter_context(view.prefill(1, num_tokens, token_ids))
+            stack.enter_context(view.operations.eager_kernels())
+            stack.enter_context(injection)
+            outputs = stack.enter_context(LayerOutputs(layers, view.hidden_size, num_tokens))
+            stack.enter_context(eager_forward())
+        with view.error_barrier():
+            with TokenIdReaders(token_ids) as readers:
+                _run(run, type(view.model).__name__)
+            stack.close()
+            if readers.found and known_ids is None:
+                raise UnsupportedServerError(
+                    f"{type(view.model).__name__} reads its token ids while it runs "
+                    f"({', '.join(sorted(set(readers.found)))}), and the protocol has none for it"
+                )
+        with view.error_barrier():
+            partial_layers = outputs.partial_layers(view.tensor_parallel_range)
+    view.settle()
+    return partial_layers
+
+
+def _run(run: Callable[[], Any], model_name: str) -> None:
+    try:
+        run()
+    except (PoCError, torch.OutOfMemoryError, torch.AcceleratorError):  # of the GPU, not of the model
+        raise
+    except Exception as error:
+        raise UnsupportedServerError(
+            f"{model_name} cannot run on embeddings and positions alone: {type(error).__name__}: {error}"
+        ) from error
 
 
 def eager_forward() -> contextlib.AbstractContextManager[Any]:

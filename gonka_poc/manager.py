@@ -246,8 +246,7 @@ class PoCManagerV1:
 
         So it is while chat is served, or where memory was short and `micro_batch_size` is less now. While chat is idle
         the workers compute `next_nonces`, asked for next, behind `nonces`, so that they do not wait between calls.
-        Raises ComputeError, WorkerMemoryError (one nonce does not fit), EngineAsleepError, EngineUnavailableError,
-        UnsupportedServerError.
+        Raises WorkerMemoryError (one nonce does not fit), EngineAsleepError, and what `check_seq_len` raises.
         """
         async with self._lock:
             self.ensure_engine_alive()
@@ -291,10 +290,7 @@ class PoCManagerV1:
             raise EngineAsleepError()
 
     async def abort_chats(self) -> None:
-        """End every chat in flight (POC_PRIORITY=abort), unless the engine sleeps and could compute nothing instead.
-
-        Raises EngineUnavailableError or ComputeError.
-        """
+        """End every chat in flight, unless the engine sleeps. Raises EngineUnavailableError or ComputeError."""
         self.ensure_engine_alive()
         self._sizer.forget_chat()
         if self._view.has_unfinished_requests() and not await self._is_asleep():

@@ -16,7 +16,7 @@ from torch import nn
 from gonka_poc.compiled_layers import CompiledReflections, LastPositions, LayerCompiler, NormSearch
 from gonka_poc.data import Randomization, Spec, VectorSpec
 from gonka_poc.errors import PoCError, RequestError, UnsupportedServerError
-from gonka_poc.forward_probe import PROBE_TOKENS, LayerOutputs, TokenIdReaders, eager_forward
+from gonka_poc.forward_probe import probe
 from gonka_poc.gpu_random import NonceKeys, nonce_inputs, nonce_token_ids
 from gonka_poc.layer_hooks import LayerReflections
 from gonka_poc.prefetch import InFlightBatch, Prefetched
@@ -166,59 +166,19 @@ class PoCModelRunner:
 
     @torch.inference_mode()
     def _probe(self) -> None:
-        """Collective, before the first batch: run the model over one sequence to see what it does with it.
+        """Collective, before the first batch: `forward_probe.probe` of the model. Raises what that raises."""
+        if self._partial_layers is None:
+            try:
+                self._partial_layers = probe(self.view, self._layers, self._probe_inputs)
+            except BaseException:
+                self.release()
+                raise
 
-        Raises UnsupportedServerError for a model that reads token ids for which the protocol has none. Finds the layers
-        that return partial sums.
-        """
-        if self._partial_layers is not None:
-            return
-        try:
-            self._partial_layers = self._probed()
-        except BaseException:
-            self.release()
-            raise
-
-    def _probed(self) -> list[int]:
-        """The layers that return partial sums. Raises what `_probe` raises."""
-        view, keys = self.view, NonceKeys("probe", "probe", [0])
-        num_tokens = min(PROBE_TOKENS, view.max_prefill_tokens)
-        with contextlib.ExitStack() as stack, view.synchronized_on_failure():
-            with view.error_barrier():
-                token_ids = self._token_ids(keys, num_tokens)
-                has_rule = token_ids is not None
-                if token_ids is None:
-                    token_ids = torch.zeros(num_tokens, dtype=torch.int32, device=view.device)
-                run = stack.enter_context(view.prefill(1, num_tokens, token_ids))
-                stack.enter_context(view.operations.eager_kernels())
-                stack.enter_context(EmbeddingInjectionHook(view.model, self._embeddings(keys, num_tokens)))
-                outputs = stack.enter_context(LayerOutputs(self._layers, view.hidden_size, num_tokens))
-                stack.enter_context(eager_forward())
-            with view.error_barrier():
-                with TokenIdReaders(token_ids) as readers:
-                    self._run_probe(run)
-                stack.close()
-                if readers.found and not has_rule:
-                    raise UnsupportedServerError(
-                        f"{type(view.model).__name__} reads its token ids while it runs "
-                        f"({', '.join(sorted(set(readers.found)))}), and the protocol has none for it"
-                    )
-            with view.error_barrier():
-                partial_layers = outputs.partial_layers(view.tensor_parallel_range)
-        view.settle()
-        return partial_layers
-
-    def _run_probe(self, run: Callable[[], Any]) -> None:
-        """Raises UnsupportedServerError where the model itself raises: it wants more than embeddings and token ids."""
-        try:
-            run()
-        except (PoCError, torch.OutOfMemoryError, torch.AcceleratorError):  # of the GPU, not of the model
-            raise
-        except Exception as error:
-            raise UnsupportedServerError(
-                f"{type(self.view.model).__name__} cannot run on embeddings and positions alone: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+    def _probe_inputs(self, num_tokens: int) -> tuple[torch.Tensor | None, EmbeddingInjectionHook]:
+        keys = NonceKeys("probe", "probe", [0])
+        return self._token_ids(keys, num_tokens), EmbeddingInjectionHook(
+            self.view.model, self._embeddings(keys, num_tokens)
+        )
 
     # -- batches --
 
