@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -80,8 +81,8 @@ async def world(monkeypatch, tmp_path):
     def receive(request: httpx.Request) -> httpx.Response:
         path, body = request.url.path, json.loads(request.content)
         world.posts.append((time.now, path.rpartition("/")[2], body))
-        status, text = world.answer(path, body)
-        return httpx.Response(status, text=text)
+        status, text, *headers = world.answer(path, body)
+        return httpx.Response(status, text=text, headers=headers[0] if headers else {})
 
     def start(**settings) -> CallbackSender:
         box = Outbox(world.path, 10**9, clock=lambda: time.now)
@@ -189,12 +190,12 @@ async def test_a_receiver_out_of_phase_is_asked_every_interval_and_then_no_more(
         await sender.add_artifacts(URL, {"block_height": 100, "number": nonce}, artifacts(nonce, nonce + 10))
     await world.time.run(1000, sender)  # it generates: there is no end to it
     assert len(world.posts) == 200
-    sender.unhold(URL)
+    sender.unhold(URL)  # with a pass at once
     await world.time.run(595, sender)
-    assert len(world.posts) == 319
+    assert len(world.posts) == 320
     assert status_of(sender).waiting == 6
     await world.time.run(100, sender)
-    assert len(world.posts) == 320
+    assert len(world.posts) == 321
     status = status_of(sender)
     assert (status.waiting, status.expired, status.parked, status.delivered) == (0, 6, 0, 0)
     assert summary(world.path) == []
@@ -313,27 +314,91 @@ async def test_what_a_killed_server_left_of_the_stage_that_goes_on_is_delivered(
 
 
 async def test_rounds_in_quick_succession_lose_nothing_that_is_taken_at_once(world):
-    """What was never tried has one try, and no more; but for verdicts."""
-    world.answer = lambda path, body: (200, "")
+    """The end of a round waits for no interval."""
+    receiver = GoReceiver()
+    world.answer = receiver.answer
     sender = world.start()
     for height in (1, 2, 3):
+        receiver.stage = height
         await sender.begin_round(URL, str(height), None, height)
+        sender.hold(URL)
         await sender.add_artifacts(URL, {"block_height": height}, artifacts(height))
         await world.time.run(1, sender)
-    await world.time.run(5, sender)
-    assert [body["block_height"] for *_, body in world.posts] == [1, 2, 3]
-    world.posts.clear()
-    world.answer = lambda path, body: (200, "") if body["block_height"] == 5 else (503, "")
-    for height in (4, 5):
-        await sender.begin_round(URL, str(height), None, height)
-        await sender.add_artifacts(URL, {"block_height": height}, artifacts(height))
-        await sender.add_validated(URL, {"block_height": height})
-    await world.time.run(60, sender)
-    assert [(path, body["block_height"]) for _, path, body in world.posts] == [
-        ("generated", 4),
-        ("generated", 5),
-        ("validated", 5),
-    ]
+        sender.unhold(URL)
+        await world.time.run(0.1, sender)
+        assert receiver.stored == {stage: {stage} for stage in range(1, height + 1)}
+    assert status_of(sender).expired == 0
+
+
+async def test_what_comes_during_the_last_pass_of_a_round_waits_for_no_interval_either(world):
+    """The batch that was computed while the round was stopped."""
+    sender = world.start()
+    world.added = False
+
+    def answer(path, body):
+        if not world.added:
+            world.added = True
+            sender.send_now(URL)
+            world.adding = asyncio.ensure_future(sender.add_artifacts(URL, {"block_height": 1}, artifacts(2)))
+        return 200, ""
+
+    world.answer = answer
+    await sender.add_artifacts(URL, {"block_height": 1}, artifacts(1))
+    sender.send_now(URL)
+    await world.time.run(1, sender)
+    assert [body["artifacts"][0]["nonce"] for *_, body in world.posts] == [1, 2]
+
+
+async def test_the_end_of_a_round_does_not_cut_the_time_short_that_a_receiver_asked_for(world):
+    world.answer = lambda path, body: (429, "", {"retry-after": "60"})
+    sender = world.start()
+    sender.hold(URL)
+    await sender.add_artifacts(URL, {"block_height": 1}, artifacts(1))
+    await world.time.run(6, sender)
+    sender.unhold(URL)
+    await world.time.run(50, sender)
+    assert len(world.posts) == 1
+
+
+@pytest.mark.parametrize("tried", [False, True])
+async def test_nothing_is_sent_into_a_later_stage_that_was_not_sent_before(world, tried):
+    receiver = GoReceiver(stage=100)
+    receiver.checks_height = False
+    world.answer = unanswered if tried else receiver.answer
+    sender = world.start()
+    await sender.add_artifacts(URL, {"block_height": 100}, artifacts(1, 2))
+    await sender.add_validated(URL, {"block_height": 100})
+    await world.time.run(6 if tried else 2, sender)
+    receiver.stage, world.answer = 200, receiver.answer
+    await sender.begin_round(URL, "b", None, 200)
+    await sender.add_artifacts(URL, {"block_height": 200}, artifacts(3))
+    await world.time.run(10, sender)
+    assert (receiver.late, receiver.stored) == ([], {200: {3}})
+    assert status_of(sender).expired == 3
+
+
+async def test_a_batch_that_is_read_when_the_next_stage_begins_is_not_sent(world):
+    """It is read in a thread of its own, and is deleted by the time that it could go out."""
+    world.answer = GoReceiver(stage=200).answer
+    sender = world.start()
+    await sender.add_artifacts(URL, {"block_height": 100}, artifacts(1, 2))
+    is_read, go_on = threading.Event(), threading.Event()
+    read = sender._outbox.next_batch
+
+    def next_batch(*args):
+        batch = read(*args)
+        is_read.set()
+        assert go_on.wait(10)
+        return batch
+
+    sender._outbox.next_batch = next_batch
+    passing = asyncio.ensure_future(world.time.run(6, sender))
+    assert await asyncio.to_thread(is_read.wait, 10)
+    beginning = asyncio.ensure_future(sender.begin_round(URL, "b", None, 200))
+    await asyncio.sleep(0)
+    go_on.set()
+    await asyncio.gather(beginning, passing)
+    assert world.posts == []
     assert (status_of(sender).expired, status_of(sender).waiting) == (2, 0)
 
 

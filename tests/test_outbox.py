@@ -269,9 +269,8 @@ def test_the_stage_of_a_batch(open_outbox, payload, height):
     assert [batch.block_height for batch in drain(box)] == [height, height]
 
 
-@pytest.mark.parametrize(("untried", "left"), [(False, [1, 5, 6, 7]), (True, [5, 6, 7])])
-def test_what_is_of_past_stages_expires(open_outbox, path, untried, left):
-    """But for what is parked, on its way, of this stage, or for another receiver."""
+def test_what_is_of_past_stages_expires(open_outbox, path):
+    """Tried, kept or neither; but for what is parked, of this stage, or for another receiver."""
     box = open_outbox()
     for height in (1, 2, 3, 4, 5, 9):
         box.add_artifacts(URL, {"block_height": height}, artifacts(height, height + 10))
@@ -283,17 +282,16 @@ def test_what_is_of_past_stages_expires(open_outbox, path, untried, left):
     box._db.execute("UPDATE batch SET status = 'kept', attempts = 0 WHERE id = 4")
     parked = box.next_batch(URL, newest, after=4)
     box.mark_parked(parked.id, "answered 400")
-    expired = box.expire_past_stages(URL, 9, untried, in_flight=0)
-    assert [info.id for info in summary(path)] == left
-    assert (expired.batches, expired.size) == (4 - len(left) + 3, 2 * (4 - len(left) + 3))
-    assert box.expire_past_stages(URL, 9, untried, in_flight=0).batches == 0
+    assert box.expire_past_stages(URL, 9, in_flight=0) == Expired(4, 8)
+    assert [info.id for info in summary(path)] == [5, 6, 7]
+    assert box.expire_past_stages(URL, 9, in_flight=0).batches == 0
 
 
 def test_the_batch_that_is_on_its_way_does_not_expire(open_outbox, path):
     box = open_outbox()
     box.add_artifacts(URL, {"block_height": 1}, artifacts(1))
     box.add_artifacts(URL, {"block_height": 2}, artifacts(2))
-    box.expire_past_stages(URL, 3, untried=True, in_flight=1)
+    box.expire_past_stages(URL, 3, in_flight=1)
     assert [info.id for info in summary(path)] == [1]
 
 

@@ -242,6 +242,17 @@ async def test_the_next_server_delivers_what_the_last_one_computed(server):
     await until(lambda: summary(server.path) == [])
 
 
+async def test_what_a_round_computed_last_waits_for_no_interval(server):
+    """Also the batch that was being computed when it was stopped: the next stage may begin before the interval ends."""
+    api = server.start(FakeManager(batches=2), callback_interval_sec=3600.0)
+    await api.client.post("/init/generate", json=round_body(url=URL))
+    await until(lambda: len(api.manager.asked) == 3)
+    assert (await api.client.post("/stop", json={})).status_code == 200
+    await until(lambda: delivered(server))
+    api.manager.allow(1)
+    await until(lambda: len(delivered(server)) == sum(map(len, api.manager.asked)))
+
+
 async def test_a_receiver_is_held_while_a_round_for_it_generates(server):
     """Whatever ends that: a stop, another phase, another round, a failure."""
     api = server.start(FakeManager())

@@ -2,7 +2,7 @@
 
 A stage is a block height. The receiver of `/generated` refuses artifacts of another stage, or took them for its own in
 older releases; the one of `/validated` does not look at the height at all, so a late verdict would be a vote on another
-stage. So a batch never goes out once its stage is known to be over: it expires, which is counted and logged.
+stage. So no try of a batch begins once its stage is known to be over: it expires, which is counted and logged.
 """
 
 from __future__ import annotations
@@ -68,17 +68,16 @@ class Courier:
         self._tally = tally
         self._verdict_life_sec = verdict_life_sec
         self._stages: LRUCache[str, int] = LRUCache(MAX_STAGES)
-        self._failing: set[str] = set()
         self._in_flight: dict[str, int] = {}
         self._cursors: dict[str, int] = {}
 
     async def begin_stage(self, url: str, block_height: int) -> None:
-        """End what is left for `url` of stages before `block_height`, whose round begins now. Artifacts that were never
-        tried have one try left, unless the receiver is failing. Raises OutboxError and OutboxFullError."""
+        """End what is left for `url` of stages before `block_height`, whose round begins now; what is on its way has its
+        answer counted. Raises OutboxError and OutboxFullError."""
+        # first: a batch that is read from the outbox at this moment is looked at again before it goes out
         self._stages[url] = block_height
-        is_failing, in_flight = url in self._failing, self._in_flight.get(url, 0)
-        expire = self._outbox.expire_past_stages
-        expired = await self._thread.admit(expire, url, block_height, is_failing, in_flight)
+        in_flight = self._in_flight.get(url, 0)
+        expired = await self._thread.admit(self._outbox.expire_past_stages, url, block_height, in_flight)
         self._record_expired(url, expired, f"a round of block height {block_height} begins")
 
     async def give_up(self, url: str, result: PassResult | None) -> int:
@@ -91,7 +90,6 @@ class Courier:
 
     def forget(self, url: str) -> None:
         """Forget how `url` answered: its task has ended."""
-        self._failing.discard(url)
         self._cursors.pop(url, None)
 
     async def send_all(self, url: str) -> PassResult | None:
@@ -110,10 +108,6 @@ class Courier:
                 result.is_done = not (result.stopped or some_failed or result.out_of_phase)
                 break
             after = 0
-        if result.is_done:
-            self._failing.discard(url)
-        else:
-            self._failing.add(url)
         return result
 
     async def _sweep(self, url: str, after: int, result: PassResult) -> None:
@@ -129,7 +123,7 @@ class Courier:
                 if self._is_over(batch):
                     await self._expire(batch, "its stage is over")
                     continue
-                answer = await self._send(batch)
+                answer = await self._send(batch)  # nothing is awaited between the look at its stage and this
             failures = failures + 1 if answer.meaning is Meaning.RETRY else 0
             result.accepted += answer.meaning is Meaning.ACCEPTED
             result.failed += answer.meaning is Meaning.RETRY
@@ -151,9 +145,8 @@ class Courier:
 
     def _is_over(self, batch: Batch) -> bool:
         """True if a batch must not be sent any more."""
-        is_verdict = batch.path == "validated"
-        is_late = is_verdict and batch.age_sec > self._verdict_life_sec
-        return is_late or (self._is_past(batch) and (is_verdict or batch.attempts > 0))
+        is_late_verdict = batch.path == "validated" and batch.age_sec > self._verdict_life_sec
+        return is_late_verdict or self._is_past(batch)
 
     async def _send(self, batch: Batch) -> DeliveryResult:
         """Try a batch once. The meaning of the answer is STAGE_OVER where the batch expired by it."""

@@ -297,10 +297,10 @@ class Outbox:
         with self._transaction():
             return delete_paths(self._db, self._slot.number, url, paths, newest)
 
-    def expire_past_stages(self, url: str, current: int, untried: bool, in_flight: int) -> Expired:
+    def expire_past_stages(self, url: str, current: int, in_flight: int) -> Expired:
         """Delete what is for `url` of stages before `current` (`delete_past_stages`)."""
         with self._transaction():
-            return delete_past_stages(self._db, self._slot.number, url, current, untried, in_flight)
+            return delete_past_stages(self._db, self._slot.number, url, current, in_flight)
 
     # --- whose it is --------------------------------------------------------------------------------------------
 

@@ -60,6 +60,8 @@ class CallbackSender:
         self._receivers: dict[str, asyncio.Task[None]] = {}
         self._deadlines: dict[str, float] = {}
         self._holds: Counter[str] = Counter()
+        self._pauses: dict[str, asyncio.Future[None]] = {}
+        self._urgent: set[str] = set()
         self._closed = False
         self._ending: set[int] = set()
 
@@ -129,12 +131,20 @@ class CallbackSender:
         self._holds[url] += 1
 
     def unhold(self, url: str) -> None:
-        """Undo one `hold`. After the last one the grace time of the receiver starts."""
+        """Undo one `hold`. After the last one the grace time of the receiver starts, with a pass at once."""
         self._holds[url] -= 1
         if self._holds[url] <= 0:
             del self._holds[url]
             if url in self._deadlines:
                 self._extend_grace(url)
+                self.send_now(url)
+
+    def send_now(self, url: str) -> None:
+        """Begin a pass over what there is for `url` without waiting for the interval, but for a Retry-After."""
+        if url in self._receivers:
+            self._urgent.add(url)
+            if url in self._pauses:
+                self._pauses[url].cancel()
 
     async def close(self) -> None:
         """Try once more to deliver what is left, then end; what fails is logged, and the rest is done all the same."""
@@ -195,6 +205,7 @@ class CallbackSender:
     def _ended(self, url: str, task: asyncio.Task[None]) -> None:
         if self._receivers.get(url) is task:
             del self._receivers[url], self._deadlines[url]
+            self._urgent.discard(url)
             self._courier.forget(url)
         if not task.cancelled() and not isinstance(task.exception(), OutboxError | None):
             logger.error("PoC callbacks to %a failed", shown_url(url), exc_info=task.exception())
@@ -202,7 +213,7 @@ class CallbackSender:
     async def _deliver(self, url: str) -> None:
         failures, retry_after, last_error = 0, 0.0, ""
         while True:
-            await self._sleep(max(self._pause(failures), retry_after))
+            await self._wait(url, self._pause(failures), retry_after)
             result: PassResult | None = None
             try:
                 result = await self._courier.send_all(url)
@@ -230,6 +241,19 @@ class CallbackSender:
                 # something was added while it was written, and kept as well
                 await self._thread.run(self._outbox.requeue_kept, url)
                 failures, retry_after = 0, 0.0
+
+    async def _wait(self, url: str, pause_sec: float, retry_after_sec: float) -> None:
+        """Wait for the next pass; `send_now` ends the pause, not the time that the receiver asked for."""
+        if retry_after_sec > 0:
+            await self._sleep(max(pause_sec, retry_after_sec))
+        elif url not in self._urgent:
+            pause = self._pauses[url] = asyncio.ensure_future(self._sleep(pause_sec))
+            try:
+                await asyncio.wait([pause])
+            finally:
+                pause.cancel()
+                del self._pauses[url]
+        self._urgent.discard(url)
 
     def _pause(self, failures: int) -> float:
         """Seconds until the next pass, after so many in a row in which nothing was accepted."""

@@ -104,6 +104,11 @@ class Delivery:
         if self.url is not None:
             self.sender.unhold(self.url)
 
+    def send_now(self) -> None:
+        """Send what is stored without waiting for the interval."""
+        if self.url is not None:
+            self.sender.send_now(self.url)
+
     def _is_over(self) -> bool:
         self.ensure_engine_alive()
         return time.monotonic() >= self._deadline
