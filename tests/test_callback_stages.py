@@ -255,8 +255,11 @@ async def test_a_verdict_that_a_killed_server_left_is_not_sent_later(world):
     world.answer = GoReceiver().answer
     following = world.start()
     await world.time.run(10, following)
-    assert [path for _, path, _ in world.posts] == ["generated"]
+    assert world.posts == []
     assert status_of(following).expired == 1
+    await following.begin_round(URL, "f", None, 100)
+    await world.time.run(10, following)
+    assert [path for _, path, _ in world.posts] == ["generated"]
     assert summary(world.path) == []
 
 
@@ -296,6 +299,80 @@ async def test_what_was_kept_of_a_past_stage_expires_and_what_is_of_this_one_is_
     await world.time.run(10, sender)
     assert (receiver.late, receiver.stored) == ([], {200: {2}})
     assert status_of(sender).expired == 1
+
+
+async def test_old_artifacts_wait_after_a_start_for_work_that_says_the_stage(world):
+    """Kept ones, and those that a killed server left. What is of the stage that goes on is not lost."""
+    world.answer = unanswered
+    sender = world.start()
+    await sender.add_artifacts(URL, {"block_height": 100}, artifacts(1))
+    await world.time.run(700, sender)
+    await sender.add_artifacts("http://receiver/other", {"block_height": 100}, artifacts(2))
+    await world.time.run(20, sender)
+    await sender.close()
+    world.time.now += 5 * 86_400
+    receiver = GoReceiver(stage=200)
+    receiver.checks_height = False
+    world.answer = receiver.answer
+    world.posts.clear()
+    following = world.start()
+    await world.time.run(60, following)
+    assert world.posts == []
+    receiver.stage = 100
+    await following.begin_round("http://receiver/other", "f", None, 100)
+    await world.time.run(10, following)
+    receiver.stage = 200
+    await following.add_artifacts(URL, {"block_height": 200}, artifacts(3))
+    await world.time.run(10, following)
+    assert (receiver.late, receiver.stored) == ([], {100: {2}, 200: {3}})
+
+
+@pytest.mark.parametrize("path", ["generated", "validated"])
+async def test_the_stage_is_learnt_from_queued_requests_too(world, path):
+    world.answer = unanswered
+    sender = world.start()
+    await sender.begin_round(URL, "f", None, 100)
+    await sender.add_artifacts(URL, {"block_height": 100}, artifacts(1, 2))
+    await world.time.run(20, sender)
+    receiver = GoReceiver(stage=200)
+    receiver.checks_height = False
+    world.answer = receiver.answer
+    if path == "generated":
+        await sender.add_artifacts(URL, {"block_height": 200}, artifacts(3))
+    else:
+        await sender.add_validated(URL, {"block_height": 200})
+    await sender.add_artifacts(URL, {"block_height": 100}, artifacts(4))  # its request waited
+    await world.time.run(10, sender)
+    assert receiver.late == []
+    assert status_of(sender).expired == 3
+
+
+@pytest.mark.parametrize("last", [(502, ""), (500, ""), None], ids=str)
+async def test_a_receiver_out_of_phase_that_fails_at_last_was_out_of_phase(world, last):
+    receiver = GoReceiver(phase="validate")
+    world.answer = receiver.answer
+    sender = world.start()
+    await sender.add_artifacts(URL, {"block_height": 100}, artifacts(1))
+    await world.time.run(590, sender)
+    world.answer = (lambda path, body: last) if last else unanswered
+    await world.time.run(30, sender)
+    assert summary(world.path) == []
+    assert status_of(sender).expired == 1
+
+
+async def test_a_receiver_that_took_some_is_not_out_of_phase_any_more(world):
+    """What is left when it goes down is kept."""
+    receiver = GoReceiver(phase="idle")
+    world.answer = receiver.answer
+    sender = world.start()
+    await sender.add_artifacts(URL, {"block_height": 100, "number": 1}, artifacts(1))
+    await sender.add_artifacts(URL, {"block_height": 100, "number": 2}, artifacts(2))
+    await world.time.run(20, sender)
+    receiver.phase = "generate"
+    world.answer = lambda path, body: receiver.answer(path, body) if body["number"] == 1 else (500, "")
+    await world.time.run(700, sender)
+    assert [info.status for info in summary(world.path)] == ["kept"]
+    assert receiver.stored == {100: {1}}
 
 
 async def test_what_a_killed_server_left_of_the_stage_that_goes_on_is_delivered(world):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -70,27 +71,38 @@ class Courier:
         self._stages: LRUCache[str, int] = LRUCache(MAX_STAGES)
         self._in_flight: dict[str, int] = {}
         self._cursors: dict[str, int] = {}
+        # by URL and path, until it takes one on that path: the newest batch when the receiver was out of its phase
+        self._out_of_phase: dict[str, dict[str, int]] = {}
 
     async def begin_stage(self, url: str, block_height: int) -> None:
-        """End what is left for `url` of stages before `block_height`, whose round begins now; what is on its way has its
-        answer counted. Raises OutboxError and OutboxFullError."""
+        """End what is left for `url` of stages before `block_height`, which begins now; what is on its way is counted by
+        its answer. Raises OutboxError and OutboxFullError."""
+        await self._begin_stage(url, block_height, self._thread.admit)
+
+    async def _begin_stage(self, url: str, block_height: int, run: Callable[..., Awaitable[Expired]]) -> None:
         # first: a batch that is read from the outbox at this moment is looked at again before it goes out
         self._stages[url] = block_height
         in_flight = self._in_flight.get(url, 0)
-        expired = await self._thread.admit(self._outbox.expire_past_stages, url, block_height, in_flight)
-        self._record_expired(url, expired, f"a round of block height {block_height} begins")
+        expired = await run(self._outbox.expire_past_stages, url, block_height, in_flight)
+        self._record_expired(url, expired, f"the stage of block height {block_height} began")
 
-    async def give_up(self, url: str, result: PassResult | None) -> int:
-        """End what the receiver was out of phase for in the last pass, and keep the rest; returns the number kept."""
-        if result is not None and result.out_of_phase:
-            expire = self._outbox.expire_paths
-            expired = await self._thread.run(expire, url, sorted(result.out_of_phase), result.newest)
+    async def learn_stage(self, url: str, block_height: int | None) -> None:
+        """End what is left of earlier stages if new work for `url` is of a later one than is known. Raises OutboxError."""
+        if block_height is not None and block_height > self._stages.get(url, -1):
+            with suppress(OutboxFullError):  # the stage is known from here on: each batch expires when it is read
+                await self._begin_stage(url, block_height, self._thread.attempt)
+
+    async def give_up(self, url: str) -> int:
+        """End what the receiver was out of phase for, and keep the rest; returns the number kept."""
+        for path, newest in self._out_of_phase.pop(url, {}).items():
+            expired = await self._thread.run(self._outbox.expire_path, url, path, newest)
             self._record_expired(url, expired, "the receiver stayed out of their phase for the grace time")
         return await self._thread.run(self._outbox.mark_kept, url)
 
     def forget(self, url: str) -> None:
         """Forget how `url` answered: its task has ended."""
         self._cursors.pop(url, None)
+        self._out_of_phase.pop(url, None)
 
     async def send_all(self, url: str) -> PassResult | None:
         """Send what there is now, the oldest first; None if there is nothing. What fails is tried again at once as long
@@ -127,8 +139,11 @@ class Courier:
             failures = failures + 1 if answer.meaning is Meaning.RETRY else 0
             result.accepted += answer.meaning is Meaning.ACCEPTED
             result.failed += answer.meaning is Meaning.RETRY
+            if answer.meaning is Meaning.ACCEPTED:
+                self._out_of_phase.get(url, {}).pop(batch.path, None)
             if answer.meaning is Meaning.OUT_OF_PHASE:
                 result.out_of_phase.add(batch.path)
+                self._out_of_phase.setdefault(url, {})[batch.path] = result.newest
             elif answer.asks_to_wait and answer.meaning is not Meaning.PARK:
                 result.stopped, result.retry_after_sec = True, answer.retry_after_sec
                 if batch.attempts >= MAX_FAILURES_IN_A_ROW:  # it may be the reason, by its size
@@ -139,7 +154,7 @@ class Courier:
                 return
 
     def _is_past(self, batch: Batch) -> bool:
-        """True if a round of a later stage has begun for the receiver."""
+        """True if a later stage has begun for the receiver."""
         stage = self._stages.get(batch.url)
         return stage is not None and batch.block_height is not None and batch.block_height < stage
 

@@ -65,10 +65,10 @@ def count_receivers(db: Connection, slot: int) -> list[ReceiverCounts]:
     return [*counts[:MAX_COUNTED], ReceiverCounts(OTHERS, waiting, parked, oldest_at)]
 
 
-def delete_paths(db: Connection, slot: int, url: str, paths: Collection[str], newest: int) -> Expired:
-    """Delete what is to be sent to `url` on `paths`, up to the id `newest`."""
-    query = f"SELECT id, {SIZE} FROM batch WHERE slot = ? AND url = ? AND {TO_SEND} AND id <= ? AND {one_of(paths)}"
-    return _delete(db, db.execute(query, (slot, url, newest, *paths)).fetchall())
+def delete_path(db: Connection, slot: int, url: str, path: str, newest: int) -> Expired:
+    """Delete what is to be sent to `url` on `path`, up to the id `newest`."""
+    query = f"SELECT id, {SIZE} FROM batch WHERE slot = ? AND url = ? AND {TO_SEND} AND id <= ? AND path = ?"
+    return _delete(db, db.execute(query, (slot, url, newest, path)).fetchall())
 
 
 def delete_past_stages(db: Connection, slot: int, url: str, current: int, in_flight: int) -> Expired:

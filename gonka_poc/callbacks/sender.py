@@ -3,7 +3,7 @@
 Batches of one receiver go out every POC_CALLBACK_INTERVAL_SEC seconds, at least once: until the receiver answers 2xx,
 refuses a batch for its content, which parks it, or the stage of the batch is over (`courier`). A receiver that does not
 answer so is tried as long as a round for it generates, and POC_OUTBOX_GRACE_SEC seconds beyond; after that its batches
-are kept for the next start.
+are kept until there is new work for it, which says what stage it is in.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class CallbackSender:
         return self._tally.report(self._thread.receiver_counts)
 
     def start(self) -> None:
-        """Begin to deliver; what an earlier server left, too."""
+        """Begin to deliver; what an earlier server left, too, unless it is old (`Outbox.resume`)."""
         self._watcher = asyncio.create_task(self._watch(), name="poc-outbox")
 
     async def check_room(self, url: str | None = None) -> None:
@@ -116,6 +116,7 @@ class CallbackSender:
     ) -> None:
         """Store artifacts for `{url}/generated`, and how far their round is with them. Returns when that is durable.
         Waits for room where there is none; raises OutboxFullError once `give_up` says so, or what that raises."""
+        await self._courier.learn_stage(url, envelope.get("block_height"))
         if artifacts or checkpoint is not None:
             await self._thread.add(self._outbox.add_artifacts, url, envelope, artifacts, checkpoint, give_up=give_up)
         if artifacts:
@@ -123,6 +124,7 @@ class CallbackSender:
 
     async def add_validated(self, url: str, payload: dict[str, Any], give_up: Callable[[], bool] | None = None) -> None:
         """Store the outcome of a validation for `{url}/validated`, like `add_artifacts`."""
+        await self._courier.learn_stage(url, payload.get("block_height"))
         await self._thread.add(self._outbox.add_validated, url, payload, give_up=give_up)
         self._ensure_task(url)
 
@@ -171,13 +173,13 @@ class CallbackSender:
 
     async def _watch(self) -> None:
         """Find what there is to send without an addition: of servers that ended, and what was kept or parked."""
-        requeued = False
+        resumed, fresh_sec = False, self._settings.outbox_grace_sec
         while True:
             try:
-                if not requeued:
-                    await self._thread.run(self._outbox.requeue_kept)
-                    requeued = True
-                await self._thread.run(self._outbox.adopt)
+                if not resumed:
+                    await self._thread.run(self._outbox.resume, fresh_sec)
+                    resumed = True
+                await self._thread.run(self._outbox.adopt, fresh_sec)
                 for url in await self._thread.run(self._outbox.receivers):
                     if url not in self._receivers:
                         self._ensure_task(url)
@@ -232,10 +234,10 @@ class CallbackSender:
             # out of phase is no failure: the receiver says when it takes what there is, by its phase
             failures = 0 if result and (result.accepted or not result.failed) else failures + 1
             if self._grace_is_over(url):
-                num_kept = await self._courier.give_up(url, result)
+                num_kept = await self._courier.give_up(url)
                 if self._grace_is_over(url):
                     if num_kept:
-                        text = "PoC: %d callbacks to %a are kept for the next start, or `gonka-poc outbox retry`"
+                        text = "PoC: %d callbacks to %a are kept for new work for it, or `gonka-poc outbox retry`"
                         logger.warning(text, num_kept, shown_url(url))
                     return
                 # something was added while it was written, and kept as well
