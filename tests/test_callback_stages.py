@@ -51,6 +51,9 @@ ACCEPTED, OUT_OF_PHASE, RETRY, STAGE_OVER, PARK = (
         (400, "decode: value 17 outside 0..15", PARK),
         (400, "invalid model_id", PARK),
         (400, "", PARK),
+        (400, "<html>\r\n<head><title>400 Bad Request</title></head>", RETRY),
+        (400, "\n<!DOCTYPE html>", RETRY),
+        (400, "<html>not the active PoC stage", STAGE_OVER),
         (413, "", PARK),
         (422, "", PARK),
         (404, "Unknown relay token", RETRY),
@@ -112,14 +115,27 @@ def unanswered(path: str, body: dict) -> tuple[int, str]:
     raise httpx.ConnectError("refused")
 
 
-def flaky(seed: int) -> Callable[[str, dict], tuple[int, str]]:
+def reset(path: str, body: dict) -> tuple[int, str]:
+    raise httpx.ReadError("connection reset by peer")
+
+
+FAILURES = {
+    "503": lambda path, body: (503, "busy"),
+    "429": lambda path, body: (429, ""),
+    "reset": reset,
+    "refused": unanswered,
+}
+
+
+def flaky(seed: int, failure: str = "503") -> Callable[[str, dict], tuple[int, str]]:
     rng, receiver = random.Random(seed), GoReceiver(stage=1)
-    return lambda path, body: (503, "busy") if rng.random() < 0.5 else receiver.answer(path, body)
+    return lambda path, body: (FAILURES[failure] if rng.random() < 0.5 else receiver.answer)(path, body)
 
 
-@pytest.mark.parametrize("seed", range(12))
-async def test_a_receiver_that_fails_half_is_caught_up_within_a_minute_of_the_rounds_end(world, seed):
-    world.answer = flaky(seed)
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("seed", range(4))
+async def test_a_receiver_that_fails_half_is_caught_up_within_a_minute_of_the_rounds_end(world, seed, failure):
+    world.answer = flaky(seed, failure)
     sender = world.start()
     sender.hold(URL)
     for number in range(60):
@@ -130,11 +146,13 @@ async def test_a_receiver_that_fails_half_is_caught_up_within_a_minute_of_the_ro
     assert sender.counts.pending_batches == 0
     status = status_of(sender)
     assert (status.delivered, status.waiting, status.parked, status.expired) == (60, 0, 0, 0)
-    assert len(world.posts) / 4 < status.refused < 3 * len(world.posts) / 4
+    if failure.isdigit():
+        assert len(world.posts) / 4 < status.refused < 3 * len(world.posts) / 4
 
 
-@pytest.mark.parametrize("seed", range(6))
-async def test_a_backlog_is_caught_up_by_a_receiver_that_fails_half(world, seed):
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("seed", range(2))
+async def test_a_backlog_is_caught_up_by_a_receiver_that_fails_half(world, seed, failure):
     """What gathered while it was down."""
     world.answer = unanswered
     sender = world.start()
@@ -142,9 +160,36 @@ async def test_a_backlog_is_caught_up_by_a_receiver_that_fails_half(world, seed)
         await sender.add_artifacts(URL, {"block_height": 1, "number": number}, artifacts(number))
     await world.time.run(200, sender)
     assert sender.counts.pending_batches == 100
-    world.answer = flaky(seed)
+    world.answer = flaky(seed, failure)
     await world.time.run(59, sender)
     assert sender.counts.pending_batches == 0
+
+
+@pytest.mark.parametrize("failure", [httpx.ReadTimeout("slow"), httpx.ConnectTimeout("slow"), None], ids=repr)
+async def test_a_receiver_that_lets_time_pass_is_asked_once_a_pass(world, failure):
+    """And so is one that says when to come again."""
+
+    def answer(path, body):
+        if failure is not None:
+            raise failure
+        return 429, "", {"retry-after": "3"}
+
+    world.answer = answer
+    sender = world.start()
+    for number in range(10):
+        await sender.add_artifacts(URL, {"block_height": 1, "number": number}, artifacts(number))
+    await world.time.run(22, sender)
+    assert len(world.posts) == 4
+
+
+async def test_a_long_answer_is_read_for_its_meaning_and_shown_in_short(world):
+    world.answer = lambda path, body: (503, "x" * 1900 + "not in PoC generate phase")
+    sender = world.start()
+    await sender.add_artifacts(URL, {"block_height": 1}, artifacts(1))
+    await sender.add_artifacts(URL, {"block_height": 1, "number": 2}, artifacts(2))
+    await world.time.run(6, sender)
+    assert len(world.posts) == 1  # out of phase, so the second is not tried
+    assert status_of(sender).error == f"answered 503: {'x' * 200}"
 
 
 async def test_a_relay_that_was_restarted_answers_404_for_a_while(world):

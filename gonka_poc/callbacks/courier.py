@@ -27,7 +27,7 @@ from gonka_poc.metrics import Metrics
 
 logger = logging.getLogger("vllm.gonka_poc.callbacks")
 
-# end a pass: the receiver has more than a bad moment; a batch that failed so often lets others go first
+# end a pass: the receiver has more than a bad moment; a batch that timed out so often lets others go first
 MAX_FAILURES_IN_A_ROW = 5
 MAX_STAGES = 1000  # receivers whose stage is known
 
@@ -75,8 +75,8 @@ class Courier:
         self._out_of_phase: dict[str, dict[str, int]] = {}
 
     async def begin_stage(self, url: str, block_height: int) -> None:
-        """End what is left for `url` of stages before `block_height`, which begins now; what is on its way is counted by
-        its answer. Raises OutboxError and OutboxFullError."""
+        """End what is left for `url` of stages before `block_height`, which begins now. What is on its way is counted
+        by its answer. Raises OutboxError and OutboxFullError."""
         await self._begin_stage(url, block_height, self._thread.admit)
 
     async def _begin_stage(self, url: str, block_height: int, run: Callable[..., Awaitable[Expired]]) -> None:
@@ -87,7 +87,8 @@ class Courier:
         self._record_expired(url, expired, f"the stage of block height {block_height} began")
 
     async def learn_stage(self, url: str, block_height: int | None) -> None:
-        """End what is left of earlier stages if new work for `url` is of a later one than is known. Raises OutboxError."""
+        """End what is left of earlier stages if new work for `url` is of a later one than is known. Raises
+        OutboxError."""
         if block_height is not None and block_height > self._stages.get(url, -1):
             with suppress(OutboxFullError):  # the stage is known from here on: each batch expires when it is read
                 await self._begin_stage(url, block_height, self._thread.attempt)

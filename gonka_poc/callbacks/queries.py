@@ -72,7 +72,8 @@ def delete_path(db: Connection, slot: int, url: str, path: str, newest: int) -> 
 
 
 def delete_past_stages(db: Connection, slot: int, url: str, current: int, in_flight: int) -> Expired:
-    """Delete what is for `url` of stages before `current`, but for parked batches, and the one with the id `in_flight`."""
+    """Delete what is for `url` of stages before `current`, but for parked batches, and for the one with the id
+    `in_flight`."""
     query = f"SELECT id, {SIZE}, payload FROM batch WHERE slot = ? AND url = ? AND status <> 'parked' AND id <> ?"
     past = []
     for batch_id, size, payload in db.execute(query, (slot, url, in_flight)):

@@ -67,7 +67,7 @@ class CallbackSender:
 
     @property
     def problem(self) -> str | None:
-        """Why the outbox takes nothing now; None if it does."""
+        """The reason for which the outbox takes nothing now; None if it does."""
         return self._thread.problem
 
     @property
@@ -77,7 +77,7 @@ class CallbackSender:
 
     @property
     def receivers(self) -> list[ReceiverStatus]:
-        """What each receiver took, refused and is still to be sent; empty if there was none."""
+        """The counts of each receiver: taken, refused, still to be sent; empty if there was none."""
         return self._tally.report(self._thread.receiver_counts)
 
     def start(self) -> None:
