@@ -323,8 +323,7 @@ class Outbox:
             self._take_up(self._slot.number, fresh_sec)
 
     def _take_up(self, slot: int, fresh_sec: float) -> None:
-        values = (self._slot.number, self._clock() - fresh_sec, slot)
-        self._db.execute(TAKE_UP, values)
+        self._db.execute(TAKE_UP, (self._slot.number, self._clock() - fresh_sec, slot))
 
     def adopt(self, fresh_sec: float = math.inf) -> None:
         """Take over the batches of servers that ended, as `resume` does."""
