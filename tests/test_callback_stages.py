@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -50,6 +51,9 @@ ACCEPTED, OUT_OF_PHASE, RETRY, STAGE_OVER, PARK = (
         (400, "decode: value 17 outside 0..15", PARK),
         (400, "invalid model_id", PARK),
         (400, "", PARK),
+        (400, "<html>\r\n<head><title>400 Bad Request</title></head>", RETRY),
+        (400, "\n<!DOCTYPE html>", RETRY),
+        (400, "<html>not the active PoC stage", STAGE_OVER),
         (413, "", PARK),
         (422, "", PARK),
         (404, "Unknown relay token", RETRY),
@@ -80,8 +84,8 @@ async def world(monkeypatch, tmp_path):
     def receive(request: httpx.Request) -> httpx.Response:
         path, body = request.url.path, json.loads(request.content)
         world.posts.append((time.now, path.rpartition("/")[2], body))
-        status, text = world.answer(path, body)
-        return httpx.Response(status, text=text)
+        status, text, *headers = world.answer(path, body)
+        return httpx.Response(status, text=text, headers=headers[0] if headers else {})
 
     def start(**settings) -> CallbackSender:
         box = Outbox(world.path, 10**9, clock=lambda: time.now)
@@ -111,14 +115,27 @@ def unanswered(path: str, body: dict) -> tuple[int, str]:
     raise httpx.ConnectError("refused")
 
 
-def flaky(seed: int) -> Callable[[str, dict], tuple[int, str]]:
+def reset(path: str, body: dict) -> tuple[int, str]:
+    raise httpx.ReadError("connection reset by peer")
+
+
+FAILURES = {
+    "503": lambda path, body: (503, "busy"),
+    "429": lambda path, body: (429, ""),
+    "reset": reset,
+    "refused": unanswered,
+}
+
+
+def flaky(seed: int, failure: str = "503") -> Callable[[str, dict], tuple[int, str]]:
     rng, receiver = random.Random(seed), GoReceiver(stage=1)
-    return lambda path, body: (503, "busy") if rng.random() < 0.5 else receiver.answer(path, body)
+    return lambda path, body: (FAILURES[failure] if rng.random() < 0.5 else receiver.answer)(path, body)
 
 
-@pytest.mark.parametrize("seed", range(12))
-async def test_a_receiver_that_fails_half_is_caught_up_within_a_minute_of_the_rounds_end(world, seed):
-    world.answer = flaky(seed)
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("seed", range(4))
+async def test_a_receiver_that_fails_half_is_caught_up_within_a_minute_of_the_rounds_end(world, seed, failure):
+    world.answer = flaky(seed, failure)
     sender = world.start()
     sender.hold(URL)
     for number in range(60):
@@ -129,11 +146,13 @@ async def test_a_receiver_that_fails_half_is_caught_up_within_a_minute_of_the_ro
     assert sender.counts.pending_batches == 0
     status = status_of(sender)
     assert (status.delivered, status.waiting, status.parked, status.expired) == (60, 0, 0, 0)
-    assert len(world.posts) / 4 < status.refused < 3 * len(world.posts) / 4
+    if failure.isdigit():
+        assert len(world.posts) / 4 < status.refused < 3 * len(world.posts) / 4
 
 
-@pytest.mark.parametrize("seed", range(6))
-async def test_a_backlog_is_caught_up_by_a_receiver_that_fails_half(world, seed):
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("seed", range(2))
+async def test_a_backlog_is_caught_up_by_a_receiver_that_fails_half(world, seed, failure):
     """What gathered while it was down."""
     world.answer = unanswered
     sender = world.start()
@@ -141,9 +160,36 @@ async def test_a_backlog_is_caught_up_by_a_receiver_that_fails_half(world, seed)
         await sender.add_artifacts(URL, {"block_height": 1, "number": number}, artifacts(number))
     await world.time.run(200, sender)
     assert sender.counts.pending_batches == 100
-    world.answer = flaky(seed)
+    world.answer = flaky(seed, failure)
     await world.time.run(59, sender)
     assert sender.counts.pending_batches == 0
+
+
+@pytest.mark.parametrize("failure", [httpx.ReadTimeout("slow"), httpx.ConnectTimeout("slow"), None], ids=repr)
+async def test_a_receiver_that_lets_time_pass_is_asked_once_a_pass(world, failure):
+    """And so is one that says when to come again."""
+
+    def answer(path, body):
+        if failure is not None:
+            raise failure
+        return 429, "", {"retry-after": "3"}
+
+    world.answer = answer
+    sender = world.start()
+    for number in range(10):
+        await sender.add_artifacts(URL, {"block_height": 1, "number": number}, artifacts(number))
+    await world.time.run(22, sender)
+    assert len(world.posts) == 4
+
+
+async def test_a_long_answer_is_read_for_its_meaning_and_shown_in_short(world):
+    world.answer = lambda path, body: (503, "x" * 1900 + "not in PoC generate phase")
+    sender = world.start()
+    await sender.add_artifacts(URL, {"block_height": 1}, artifacts(1))
+    await sender.add_artifacts(URL, {"block_height": 1, "number": 2}, artifacts(2))
+    await world.time.run(6, sender)
+    assert len(world.posts) == 1  # out of phase, so the second is not tried
+    assert status_of(sender).error == f"answered 503: {'x' * 200}"
 
 
 async def test_a_relay_that_was_restarted_answers_404_for_a_while(world):
@@ -189,12 +235,12 @@ async def test_a_receiver_out_of_phase_is_asked_every_interval_and_then_no_more(
         await sender.add_artifacts(URL, {"block_height": 100, "number": nonce}, artifacts(nonce, nonce + 10))
     await world.time.run(1000, sender)  # it generates: there is no end to it
     assert len(world.posts) == 200
-    sender.unhold(URL)
+    sender.unhold(URL)  # with a pass at once
     await world.time.run(595, sender)
-    assert len(world.posts) == 319
+    assert len(world.posts) == 320
     assert status_of(sender).waiting == 6
     await world.time.run(100, sender)
-    assert len(world.posts) == 320
+    assert len(world.posts) == 321
     status = status_of(sender)
     assert (status.waiting, status.expired, status.parked, status.delivered) == (0, 6, 0, 0)
     assert summary(world.path) == []
@@ -254,8 +300,11 @@ async def test_a_verdict_that_a_killed_server_left_is_not_sent_later(world):
     world.answer = GoReceiver().answer
     following = world.start()
     await world.time.run(10, following)
-    assert [path for _, path, _ in world.posts] == ["generated"]
+    assert world.posts == []
     assert status_of(following).expired == 1
+    await following.begin_round(URL, "f", None, 100)
+    await world.time.run(10, following)
+    assert [path for _, path, _ in world.posts] == ["generated"]
     assert summary(world.path) == []
 
 
@@ -297,6 +346,80 @@ async def test_what_was_kept_of_a_past_stage_expires_and_what_is_of_this_one_is_
     assert status_of(sender).expired == 1
 
 
+async def test_old_artifacts_wait_after_a_start_for_work_that_says_the_stage(world):
+    """Kept ones, and those that a killed server left. What is of the stage that goes on is not lost."""
+    world.answer = unanswered
+    sender = world.start()
+    await sender.add_artifacts(URL, {"block_height": 100}, artifacts(1))
+    await world.time.run(700, sender)
+    await sender.add_artifacts("http://receiver/other", {"block_height": 100}, artifacts(2))
+    await world.time.run(20, sender)
+    await sender.close()
+    world.time.now += 5 * 86_400
+    receiver = GoReceiver(stage=200)
+    receiver.checks_height = False
+    world.answer = receiver.answer
+    world.posts.clear()
+    following = world.start()
+    await world.time.run(60, following)
+    assert world.posts == []
+    receiver.stage = 100
+    await following.begin_round("http://receiver/other", "f", None, 100)
+    await world.time.run(10, following)
+    receiver.stage = 200
+    await following.add_artifacts(URL, {"block_height": 200}, artifacts(3))
+    await world.time.run(10, following)
+    assert (receiver.late, receiver.stored) == ([], {100: {2}, 200: {3}})
+
+
+@pytest.mark.parametrize("path", ["generated", "validated"])
+async def test_the_stage_is_learnt_from_queued_requests_too(world, path):
+    world.answer = unanswered
+    sender = world.start()
+    await sender.begin_round(URL, "f", None, 100)
+    await sender.add_artifacts(URL, {"block_height": 100}, artifacts(1, 2))
+    await world.time.run(20, sender)
+    receiver = GoReceiver(stage=200)
+    receiver.checks_height = False
+    world.answer = receiver.answer
+    if path == "generated":
+        await sender.add_artifacts(URL, {"block_height": 200}, artifacts(3))
+    else:
+        await sender.add_validated(URL, {"block_height": 200})
+    await sender.add_artifacts(URL, {"block_height": 100}, artifacts(4))  # its request waited
+    await world.time.run(10, sender)
+    assert receiver.late == []
+    assert status_of(sender).expired == 3
+
+
+@pytest.mark.parametrize("last", [(502, ""), (500, ""), None], ids=str)
+async def test_a_receiver_out_of_phase_that_fails_at_last_was_out_of_phase(world, last):
+    receiver = GoReceiver(phase="validate")
+    world.answer = receiver.answer
+    sender = world.start()
+    await sender.add_artifacts(URL, {"block_height": 100}, artifacts(1))
+    await world.time.run(590, sender)
+    world.answer = (lambda path, body: last) if last else unanswered
+    await world.time.run(30, sender)
+    assert summary(world.path) == []
+    assert status_of(sender).expired == 1
+
+
+async def test_a_receiver_that_took_some_is_not_out_of_phase_any_more(world):
+    """What is left when it goes down is kept."""
+    receiver = GoReceiver(phase="idle")
+    world.answer = receiver.answer
+    sender = world.start()
+    await sender.add_artifacts(URL, {"block_height": 100, "number": 1}, artifacts(1))
+    await sender.add_artifacts(URL, {"block_height": 100, "number": 2}, artifacts(2))
+    await world.time.run(20, sender)
+    receiver.phase = "generate"
+    world.answer = lambda path, body: receiver.answer(path, body) if body["number"] == 1 else (500, "")
+    await world.time.run(700, sender)
+    assert [info.status for info in summary(world.path)] == ["kept"]
+    assert receiver.stored == {100: {1}}
+
+
 async def test_what_a_killed_server_left_of_the_stage_that_goes_on_is_delivered(world):
     world.answer = unanswered
     sender = world.start()
@@ -313,27 +436,91 @@ async def test_what_a_killed_server_left_of_the_stage_that_goes_on_is_delivered(
 
 
 async def test_rounds_in_quick_succession_lose_nothing_that_is_taken_at_once(world):
-    """What was never tried has one try, and no more; but for verdicts."""
-    world.answer = lambda path, body: (200, "")
+    """The end of a round waits for no interval."""
+    receiver = GoReceiver()
+    world.answer = receiver.answer
     sender = world.start()
     for height in (1, 2, 3):
+        receiver.stage = height
         await sender.begin_round(URL, str(height), None, height)
+        sender.hold(URL)
         await sender.add_artifacts(URL, {"block_height": height}, artifacts(height))
         await world.time.run(1, sender)
-    await world.time.run(5, sender)
-    assert [body["block_height"] for *_, body in world.posts] == [1, 2, 3]
-    world.posts.clear()
-    world.answer = lambda path, body: (200, "") if body["block_height"] == 5 else (503, "")
-    for height in (4, 5):
-        await sender.begin_round(URL, str(height), None, height)
-        await sender.add_artifacts(URL, {"block_height": height}, artifacts(height))
-        await sender.add_validated(URL, {"block_height": height})
-    await world.time.run(60, sender)
-    assert [(path, body["block_height"]) for _, path, body in world.posts] == [
-        ("generated", 4),
-        ("generated", 5),
-        ("validated", 5),
-    ]
+        sender.unhold(URL)
+        await world.time.run(0.1, sender)
+        assert receiver.stored == {stage: {stage} for stage in range(1, height + 1)}
+    assert status_of(sender).expired == 0
+
+
+async def test_what_comes_during_the_last_pass_of_a_round_waits_for_no_interval_either(world):
+    """The batch that was computed while the round was stopped."""
+    sender = world.start()
+    world.added = False
+
+    def answer(path, body):
+        if not world.added:
+            world.added = True
+            sender.send_now(URL)
+            world.adding = asyncio.ensure_future(sender.add_artifacts(URL, {"block_height": 1}, artifacts(2)))
+        return 200, ""
+
+    world.answer = answer
+    await sender.add_artifacts(URL, {"block_height": 1}, artifacts(1))
+    sender.send_now(URL)
+    await world.time.run(1, sender)
+    assert [body["artifacts"][0]["nonce"] for *_, body in world.posts] == [1, 2]
+
+
+async def test_the_end_of_a_round_does_not_cut_the_time_short_that_a_receiver_asked_for(world):
+    world.answer = lambda path, body: (429, "", {"retry-after": "60"})
+    sender = world.start()
+    sender.hold(URL)
+    await sender.add_artifacts(URL, {"block_height": 1}, artifacts(1))
+    await world.time.run(6, sender)
+    sender.unhold(URL)
+    await world.time.run(50, sender)
+    assert len(world.posts) == 1
+
+
+@pytest.mark.parametrize("tried", [False, True])
+async def test_nothing_is_sent_into_a_later_stage_that_was_not_sent_before(world, tried):
+    receiver = GoReceiver(stage=100)
+    receiver.checks_height = False
+    world.answer = unanswered if tried else receiver.answer
+    sender = world.start()
+    await sender.add_artifacts(URL, {"block_height": 100}, artifacts(1, 2))
+    await sender.add_validated(URL, {"block_height": 100})
+    await world.time.run(6 if tried else 2, sender)
+    receiver.stage, world.answer = 200, receiver.answer
+    await sender.begin_round(URL, "b", None, 200)
+    await sender.add_artifacts(URL, {"block_height": 200}, artifacts(3))
+    await world.time.run(10, sender)
+    assert (receiver.late, receiver.stored) == ([], {200: {3}})
+    assert status_of(sender).expired == 3
+
+
+async def test_a_batch_that_is_read_when_the_next_stage_begins_is_not_sent(world):
+    """It is read in a thread of its own, and is deleted by the time that it could go out."""
+    world.answer = GoReceiver(stage=200).answer
+    sender = world.start()
+    await sender.add_artifacts(URL, {"block_height": 100}, artifacts(1, 2))
+    is_read, go_on = threading.Event(), threading.Event()
+    read = sender._outbox.next_batch
+
+    def next_batch(*args):
+        batch = read(*args)
+        is_read.set()
+        assert go_on.wait(10)
+        return batch
+
+    sender._outbox.next_batch = next_batch
+    passing = asyncio.ensure_future(world.time.run(6, sender))
+    assert await asyncio.to_thread(is_read.wait, 10)
+    beginning = asyncio.ensure_future(sender.begin_round(URL, "b", None, 200))
+    await asyncio.sleep(0)
+    go_on.set()
+    await asyncio.gather(beginning, passing)
+    assert world.posts == []
     assert (status_of(sender).expired, status_of(sender).waiting) == (2, 0)
 
 

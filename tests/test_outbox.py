@@ -269,9 +269,8 @@ def test_the_stage_of_a_batch(open_outbox, payload, height):
     assert [batch.block_height for batch in drain(box)] == [height, height]
 
 
-@pytest.mark.parametrize(("untried", "left"), [(False, [1, 5, 6, 7]), (True, [5, 6, 7])])
-def test_what_is_of_past_stages_expires(open_outbox, path, untried, left):
-    """But for what is parked, on its way, of this stage, or for another receiver."""
+def test_what_is_of_past_stages_expires(open_outbox, path):
+    """Tried, kept or neither; but for what is parked, of this stage, or for another receiver."""
     box = open_outbox()
     for height in (1, 2, 3, 4, 5, 9):
         box.add_artifacts(URL, {"block_height": height}, artifacts(height, height + 10))
@@ -283,17 +282,16 @@ def test_what_is_of_past_stages_expires(open_outbox, path, untried, left):
     box._db.execute("UPDATE batch SET status = 'kept', attempts = 0 WHERE id = 4")
     parked = box.next_batch(URL, newest, after=4)
     box.mark_parked(parked.id, "answered 400")
-    expired = box.expire_past_stages(URL, 9, untried, in_flight=0)
-    assert [info.id for info in summary(path)] == left
-    assert (expired.batches, expired.size) == (4 - len(left) + 3, 2 * (4 - len(left) + 3))
-    assert box.expire_past_stages(URL, 9, untried, in_flight=0).batches == 0
+    assert box.expire_past_stages(URL, 9, in_flight=0) == Expired(4, 8)
+    assert [info.id for info in summary(path)] == [5, 6, 7]
+    assert box.expire_past_stages(URL, 9, in_flight=0).batches == 0
 
 
 def test_the_batch_that_is_on_its_way_does_not_expire(open_outbox, path):
     box = open_outbox()
     box.add_artifacts(URL, {"block_height": 1}, artifacts(1))
     box.add_artifacts(URL, {"block_height": 2}, artifacts(2))
-    box.expire_past_stages(URL, 3, untried=True, in_flight=1)
+    box.expire_past_stages(URL, 3, in_flight=1)
     assert [info.id for info in summary(path)] == [1]
 
 
@@ -305,7 +303,7 @@ def test_what_is_on_a_path_expires_up_to_what_was_known(open_outbox, path):
     box.next_batch(URL, newest)
     box.add_artifacts(URL, {}, artifacts(3))
     box.add_artifacts("http://other", {}, artifacts(4))
-    assert box.expire_paths(URL, ["generated"], newest) == Expired(1, 2)
+    assert box.expire_path(URL, "generated", newest) == Expired(1, 2)
     assert [info.id for info in summary(path)] == [2, 3, 4]
     assert not box.expire_batch(1)
     assert not box.expire_batch(3)  # open: it is not what was tried
@@ -415,7 +413,7 @@ def test_random_operations_against_a_model(open_outbox, path, monkeypatch, seed)
             box.close()
             box = open_outbox()
             if rng.random() < 0.5:
-                box.requeue_kept()
+                box.resume()
                 model.change(None, ("kept",), "pending")
         held = [(info.url, info.status, info.num_artifacts, info.attempts) for info in summary(path)]
         assert held == [(b.url, b.status, len(b.nonces or []), b.attempts) for b in model.batches]
@@ -683,6 +681,29 @@ def test_batches_of_a_server_that_ended_are_taken_over_once(open_outbox, path):
     assert [nonces_of(batch) for batch in drain(three)] == [[1]]
 
 
+@pytest.mark.parametrize("use", [Outbox.resume, Outbox.adopt])
+def test_old_artifacts_of_a_server_that_ended_are_kept(path, use):
+    """Verdicts are not: they end by their age."""
+    now = [0.0]
+    other = Outbox(path, CAP, clock=lambda: now[0])
+    if use is Outbox.adopt:
+        box = Outbox(path, CAP, clock=lambda: now[0])
+    other.add_artifacts(URL, {}, artifacts(1))
+    other.mark_parked(take(other).id, "answered 400")
+    other.add_artifacts(URL, {}, artifacts(2))
+    other.add_validated(URL, {})
+    now[0] = 100.0
+    other.add_artifacts(URL, {}, artifacts(3))
+    other.mark_kept(URL)
+    now[0] = 120.0
+    other.close()
+    if use is Outbox.resume:
+        box = Outbox(path, CAP, clock=lambda: now[0])
+    use(box, 60.0)
+    assert [info.status for info in summary(path)] == ["parked", "kept", "pending", "pending"]
+    box.close()
+
+
 def test_a_server_that_starts_again_has_the_place_that_it_left(open_outbox):
     boxes = [open_outbox() for _ in range(3)]
     assert [box._slot.number for box in boxes] == [0, 1, 2]
@@ -793,7 +814,7 @@ def test_what_can_pass_is_no_room(open_outbox, refuse, said):
     assert box.counts().pending_artifacts == 1
 
 
-@pytest.mark.parametrize("use", [Outbox.receivers, Outbox.requeue_kept, lambda box: box.add_validated(URL, {})])
+@pytest.mark.parametrize("use", [Outbox.receivers, Outbox.resume, lambda box: box.add_validated(URL, {})])
 def test_a_fault_of_this_program_is_raised_as_it_is(open_outbox, use):
     box = open_outbox()
     box._db.execute("DROP TABLE batch")

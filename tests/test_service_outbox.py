@@ -191,8 +191,13 @@ async def test_a_round_over_a_full_outbox_goes_on_after_a_retry(server):
     server.up = True
     assert retry_parked(server.path) > 0
     await until(lambda: len(api.manager.asked) == 51)
-    # in any order: what was retried may come behind what is new; the earlier server's nonces are those below 20
-    await until(lambda: sorted(n for n in delivered(server) if n >= 20) == list(range(20, 200)))
+
+    def nonces_of_the_round() -> list[int]:
+        retry_parked(server.path)  # what was on its way when the receiver came back was refused after the first retry
+        rounds = [body for body in server.posted if "block_height" in body]
+        return sorted(artifact["nonce"] for body in rounds for artifact in body["artifacts"])
+
+    await until(lambda: nonces_of_the_round() == list(range(200)))
     await api.client.post("/stop")
     api.manager.allow(1)
 
@@ -241,6 +246,50 @@ async def test_the_next_server_delivers_what_the_last_one_computed(server):
     server.start(FakeManager())
     await until(lambda: delivered(server) == list(range(24)))
     await until(lambda: summary(server.path) == [])
+
+
+async def test_what_a_round_computed_last_waits_for_no_interval(server):
+    """Also the batch that was being computed when it was stopped: the next stage may begin before the interval ends."""
+    api = server.start(FakeManager(batches=2), callback_interval_sec=3600.0)
+    await api.client.post("/init/generate", json=round_body(url=URL))
+    await until(lambda: len(api.manager.asked) == 3)
+    assert (await api.client.post("/stop", json={})).status_code == 200
+    await until(lambda: delivered(server))
+    api.manager.allow(1)
+    await until(lambda: len(delivered(server)) == sum(map(len, api.manager.asked)))
+
+
+async def test_a_validation_in_which_nothing_was_compared_votes_for_nobody(server, caplog):
+    """Its receiver would take the verdict for one against the prover. The result itself can be polled."""
+    manager = FakeManager()
+    manager.nan_nonces = {1, 2, 3}
+    api = server.start(manager)
+
+    async def validate(*nonces: int) -> dict:
+        artifacts = [{"nonce": nonce, "vector_b64": "AAAAAAAA"} for nonce in nonces]
+        body = generate_body(nonces, url=URL, validation={"artifacts": artifacts})
+        path = f"/generate/{(await api.client.post('/generate', json=body)).json()['request_id']}"
+        while (answer := (await api.client.get(path)).json())["status"] in ("queued", "running"):
+            await asyncio.sleep(0.001)
+        return answer
+
+    answer = await validate(1, 2)
+    assert (answer["n_total"], answer["not_computed_nonces"]) == (0, [1, 2])
+    assert "nothing was compared in a validation, 2 nonces could not be computed" in caplog.text
+    answer = await validate(3, 4)
+    await until(lambda: server.posted)
+    (verdict,) = server.posted
+    assert (verdict["request_id"], verdict["n_total"], verdict["not_computed_nonces"]) == (answer["request_id"], 1, [3])
+
+    server.posted.clear()
+    assert (await api.client.post("/init/validate", json=THRESHOLD)).status_code == 200
+    identity = {name: THRESHOLD[name] for name in ("public_key", "block_hash", "block_height", "node_id")}
+    for nonces in ([1, 2], [3, 4]):
+        proof = {**identity, "nonces": nonces, "dist": [1.0] * 2}
+        assert (await api.client.post("/validate", json=proof)).status_code == 200
+    await until(lambda: server.posted)
+    (verdict,) = server.posted
+    assert (verdict["nonces"], verdict["not_computed_nonces"]) == ([3, 4], [3])
 
 
 async def test_a_receiver_is_held_while_a_round_for_it_generates(server):

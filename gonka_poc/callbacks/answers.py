@@ -6,7 +6,7 @@ from enum import Enum
 
 
 class Meaning(Enum):
-    """What becomes of a batch after one try."""
+    """The fate of a batch after one try."""
 
     ACCEPTED = "accepted"
     OUT_OF_PHASE = "out of phase"
@@ -36,6 +36,6 @@ def meaning_of(status: int, text: str) -> Meaning:
         return Meaning.OUT_OF_PHASE
     if status == 400 and STAGE_OVER_TEXT in text:
         return Meaning.STAGE_OVER
-    if status == 400 and NODES_UNKNOWN_TEXT in text:
-        return Meaning.RETRY
+    if status == 400 and (NODES_UNKNOWN_TEXT in text or text.lstrip().startswith("<")):
+        return Meaning.RETRY  # HTML comes from a proxy, which speaks of the way to the receiver
     return Meaning.PARK if status in BATCH_REFUSED else Meaning.RETRY

@@ -18,7 +18,7 @@ from gonka_poc.callbacks.outbox import Batch
 from gonka_poc.errors import RequestError
 
 MAX_RETRY_AFTER_SEC = 300.0
-MAX_REASON_BYTES = 200
+MAX_MEANING_BYTES, MAX_REASON_CHARS = 2048, 200  # of an answer's body: read for its meaning, and shown
 # open at once; far fewer than the files that a process may open, and so few per host that a dead one starves no other
 MAX_CONNECTIONS, MAX_CONNECTIONS_PER_HOST = 64, 8
 
@@ -31,12 +31,13 @@ class DeliveryResult(NamedTuple):
     """The HTTP status; None if there was no answer."""
     retry_after_sec: float = 0.0
     reason: str | None = None
-    """Why it was not accepted; text of the receiver, so never to be printed unescaped."""
+    """The reason for which it was not accepted; text of the receiver, so never to be printed unescaped."""
+    timed_out: bool = False
 
     @property
     def asks_to_wait(self) -> bool:
-        """True if the next batch should not be sent now either: nobody answers, or the receiver has too much to do."""
-        return self.status is None or self.status == 429 or self.retry_after_sec > 0
+        """True if the next batch should not be sent now either: it would take as long, or the receiver says when."""
+        return self.timed_out or self.retry_after_sec > 0
 
 
 class CallbackClient:
@@ -74,7 +75,8 @@ class CallbackClient:
             await asyncio.wait([post], timeout=self._timeout_sec)
             if post.done():
                 return post.result()
-            return DeliveryResult(Meaning.RETRY, reason=f"no answer within {self._timeout_sec:g} s")
+            reason = f"no answer within {self._timeout_sec:g} s"
+            return DeliveryResult(Meaning.RETRY, reason=reason, timed_out=True)
         finally:
             post.cancel()
 
@@ -88,10 +90,11 @@ class CallbackClient:
                     return DeliveryResult(meaning_of(status, ""), status)
                 retry_after = response.headers.get("retry-after") if status in (429, 503) else None
                 prefix = await _read_prefix(response)
-                reason = f"answered {status}: {prefix}" if prefix else f"answered {status}"
+                reason = f"answered {status}: {prefix[:MAX_REASON_CHARS]}" if prefix else f"answered {status}"
                 return DeliveryResult(meaning_of(status, prefix), status, parse_retry_after(retry_after), reason)
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # ValueError: a host that cannot be encoded
-            return DeliveryResult(Meaning.RETRY, reason=f"{type(error).__name__}: {error}")
+            timed_out = isinstance(error, httpx.TimeoutException)
+            return DeliveryResult(Meaning.RETRY, reason=f"{type(error).__name__}: {error}", timed_out=timed_out)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -109,10 +112,13 @@ async def _read_prefix(response: httpx.Response) -> str:
     """Read the first bytes of the body, and not the rest, which can be of any size."""
     if "content-encoding" in response.headers:  # not asked for: a few compressed bytes can be very many
         return ""
+    prefix = b""
     with suppress(httpx.HTTPError):  # the status has come, and decides
-        async for chunk in response.aiter_bytes(MAX_REASON_BYTES):
-            return chunk.decode("utf-8", "replace")
-    return ""
+        async for chunk in response.aiter_bytes():
+            prefix += chunk
+            if len(prefix) >= MAX_MEANING_BYTES:
+                break
+    return prefix[:MAX_MEANING_BYTES].decode("utf-8", "replace")
 
 
 def parse_retry_after(retry_after: str | None) -> float:

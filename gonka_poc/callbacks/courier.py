@@ -2,13 +2,14 @@
 
 A stage is a block height. The receiver of `/generated` refuses artifacts of another stage, or took them for its own in
 older releases; the one of `/validated` does not look at the height at all, so a late verdict would be a vote on another
-stage. So a batch never goes out once its stage is known to be over: it expires, which is counted and logged.
+stage. So no try of a batch begins once its stage is known to be over: it expires, which is counted and logged.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -26,7 +27,7 @@ from gonka_poc.metrics import Metrics
 
 logger = logging.getLogger("vllm.gonka_poc.callbacks")
 
-# end a pass: the receiver has more than a bad moment; a batch that failed so often lets others go first
+# end a pass: the receiver has more than a bad moment; a batch that timed out so often lets others go first
 MAX_FAILURES_IN_A_ROW = 5
 MAX_STAGES = 1000  # receivers whose stage is known
 
@@ -68,31 +69,41 @@ class Courier:
         self._tally = tally
         self._verdict_life_sec = verdict_life_sec
         self._stages: LRUCache[str, int] = LRUCache(MAX_STAGES)
-        self._failing: set[str] = set()
         self._in_flight: dict[str, int] = {}
         self._cursors: dict[str, int] = {}
+        # by URL and path, until it takes one on that path: the newest batch when the receiver was out of its phase
+        self._out_of_phase: dict[str, dict[str, int]] = {}
 
     async def begin_stage(self, url: str, block_height: int) -> None:
-        """End what is left for `url` of stages before `block_height`, whose round begins now. Artifacts that were never
-        tried have one try left, unless the receiver is failing. Raises OutboxError and OutboxFullError."""
-        self._stages[url] = block_height
-        is_failing, in_flight = url in self._failing, self._in_flight.get(url, 0)
-        expire = self._outbox.expire_past_stages
-        expired = await self._thread.admit(expire, url, block_height, is_failing, in_flight)
-        self._record_expired(url, expired, f"a round of block height {block_height} begins")
+        """End what is left for `url` of stages before `block_height`, which begins now. What is on its way is counted
+        by its answer. Raises OutboxError and OutboxFullError."""
+        await self._begin_stage(url, block_height, self._thread.admit)
 
-    async def give_up(self, url: str, result: PassResult | None) -> int:
-        """End what the receiver was out of phase for in the last pass, and keep the rest; returns the number kept."""
-        if result is not None and result.out_of_phase:
-            expire = self._outbox.expire_paths
-            expired = await self._thread.run(expire, url, sorted(result.out_of_phase), result.newest)
+    async def _begin_stage(self, url: str, block_height: int, run: Callable[..., Awaitable[Expired]]) -> None:
+        # first: a batch that is read from the outbox at this moment is looked at again before it goes out
+        self._stages[url] = block_height
+        in_flight = self._in_flight.get(url, 0)
+        expired = await run(self._outbox.expire_past_stages, url, block_height, in_flight)
+        self._record_expired(url, expired, f"the stage of block height {block_height} began")
+
+    async def learn_stage(self, url: str, block_height: int | None) -> None:
+        """End what is left of earlier stages if new work for `url` is of a later one than is known. Raises
+        OutboxError."""
+        if block_height is not None and block_height > self._stages.get(url, -1):
+            with suppress(OutboxFullError):  # the stage is known from here on: each batch expires when it is read
+                await self._begin_stage(url, block_height, self._thread.attempt)
+
+    async def give_up(self, url: str) -> int:
+        """End what the receiver was out of phase for, and keep the rest; returns the number kept."""
+        for path, newest in self._out_of_phase.pop(url, {}).items():
+            expired = await self._thread.run(self._outbox.expire_path, url, path, newest)
             self._record_expired(url, expired, "the receiver stayed out of their phase for the grace time")
         return await self._thread.run(self._outbox.mark_kept, url)
 
     def forget(self, url: str) -> None:
         """Forget how `url` answered: its task has ended."""
-        self._failing.discard(url)
         self._cursors.pop(url, None)
+        self._out_of_phase.pop(url, None)
 
     async def send_all(self, url: str) -> PassResult | None:
         """Send what there is now, the oldest first; None if there is nothing. What fails is tried again at once as long
@@ -110,10 +121,6 @@ class Courier:
                 result.is_done = not (result.stopped or some_failed or result.out_of_phase)
                 break
             after = 0
-        if result.is_done:
-            self._failing.discard(url)
-        else:
-            self._failing.add(url)
         return result
 
     async def _sweep(self, url: str, after: int, result: PassResult) -> None:
@@ -129,12 +136,15 @@ class Courier:
                 if self._is_over(batch):
                     await self._expire(batch, "its stage is over")
                     continue
-                answer = await self._send(batch)
+                answer = await self._send(batch)  # nothing is awaited between the look at its stage and this
             failures = failures + 1 if answer.meaning is Meaning.RETRY else 0
             result.accepted += answer.meaning is Meaning.ACCEPTED
             result.failed += answer.meaning is Meaning.RETRY
+            if answer.meaning is Meaning.ACCEPTED:
+                self._out_of_phase.get(url, {}).pop(batch.path, None)
             if answer.meaning is Meaning.OUT_OF_PHASE:
                 result.out_of_phase.add(batch.path)
+                self._out_of_phase.setdefault(url, {})[batch.path] = result.newest
             elif answer.asks_to_wait and answer.meaning is not Meaning.PARK:
                 result.stopped, result.retry_after_sec = True, answer.retry_after_sec
                 if batch.attempts >= MAX_FAILURES_IN_A_ROW:  # it may be the reason, by its size
@@ -145,15 +155,14 @@ class Courier:
                 return
 
     def _is_past(self, batch: Batch) -> bool:
-        """True if a round of a later stage has begun for the receiver."""
+        """True if a later stage has begun for the receiver."""
         stage = self._stages.get(batch.url)
         return stage is not None and batch.block_height is not None and batch.block_height < stage
 
     def _is_over(self, batch: Batch) -> bool:
         """True if a batch must not be sent any more."""
-        is_verdict = batch.path == "validated"
-        is_late = is_verdict and batch.age_sec > self._verdict_life_sec
-        return is_late or (self._is_past(batch) and (is_verdict or batch.attempts > 0))
+        is_late_verdict = batch.path == "validated" and batch.age_sec > self._verdict_life_sec
+        return is_late_verdict or self._is_past(batch)
 
     async def _send(self, batch: Batch) -> DeliveryResult:
         """Try a batch once. The meaning of the answer is STAGE_OVER where the batch expired by it."""

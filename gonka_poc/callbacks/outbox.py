@@ -4,8 +4,8 @@ A batch is what one POST carries. Its status is one of
 
     open      takes further artifacts of the same round
     pending   fixed, because it is being sent: each try has the same body and the same idempotency key
-    kept      was not delivered within the grace time; pending after a restart, a retry, or new work for its receiver,
-              also where there is no room for that
+    kept      was not delivered within the grace time, or was so old when its server started; pending after a retry, or
+              with new work for its receiver, also where there is no room for that
     parked    the receiver refused its body, or POC_CALLBACK_ALLOW its URL; pending again only after a retry
 
 and a batch that was delivered, or expired because its stage is over, is deleted. Batches of a receiver are read in the
@@ -17,6 +17,7 @@ the file is damaged. They block, and one thread at a time may call them.
 from __future__ import annotations
 
 import json
+import math
 import time
 import uuid
 from collections.abc import Callable, Collection, Sequence
@@ -34,7 +35,7 @@ from gonka_poc.callbacks.queries import (
     block_height,
     count_receivers,
     delete_past_stages,
-    delete_paths,
+    delete_path,
     one_of,
 )
 from gonka_poc.errors import OutboxFullError
@@ -47,7 +48,12 @@ MAX_FREE_PAGES = 16_384  # free pages that an empty outbox keeps: room to write 
 MAX_ROUNDS = 100
 DELETE_PENDING = "DELETE FROM batch WHERE id = ? AND status = 'pending'"
 DELETE_ROUND = "DELETE FROM round WHERE id = ?"
-REQUEUE_KEPT = "UPDATE batch SET status = 'pending' WHERE slot = ? AND status = 'kept'"
+REQUEUE_KEPT = "UPDATE batch SET status = 'pending' WHERE slot = ? AND status = 'kept' AND url = ?"
+TAKE_UP = (
+    "UPDATE batch SET slot = ?, status = CASE WHEN status = 'parked' THEN 'parked' "
+    "WHEN path = 'generated' AND created_at < ? THEN 'kept' WHEN status = 'open' THEN 'open' ELSE 'pending' END "
+    "WHERE slot = ?"
+)
 
 
 @dataclass(frozen=True)
@@ -292,28 +298,35 @@ class Outbox:
         with self._transaction():
             return self._db.execute(DELETE_PENDING, (batch_id,)).rowcount > 0
 
-    def expire_paths(self, url: str, paths: Collection[str], newest: int) -> Expired:
-        """Delete what was to be sent to `url` on `paths`, up to the id `newest`: its phase is over."""
+    def expire_path(self, url: str, path: str, newest: int) -> Expired:
+        """Delete what was to be sent to `url` on `path`, up to the id `newest`: its phase is over."""
         with self._transaction():
-            return delete_paths(self._db, self._slot.number, url, paths, newest)
+            return delete_path(self._db, self._slot.number, url, path, newest)
 
-    def expire_past_stages(self, url: str, current: int, untried: bool, in_flight: int) -> Expired:
+    def expire_past_stages(self, url: str, current: int, in_flight: int) -> Expired:
         """Delete what is for `url` of stages before `current` (`delete_past_stages`)."""
         with self._transaction():
-            return delete_past_stages(self._db, self._slot.number, url, current, untried, in_flight)
+            return delete_past_stages(self._db, self._slot.number, url, current, in_flight)
 
     # --- whose it is --------------------------------------------------------------------------------------------
 
-    def requeue_kept(self, url: str | None = None) -> None:
-        """Make kept batches pending again, all or those for `url`. New work begins with it, in its own transaction:
-        where there is no room for it, what was kept has to go out all the same, or there would never be any."""
-        # two statements: with the address in it, SQLite finds the rows by an index
-        query, more = (REQUEUE_KEPT, ()) if url is None else (f"{REQUEUE_KEPT} AND url = ?", (url,))
+    def requeue_kept(self, url: str) -> None:
+        """Make kept batches for `url` pending again. New work begins with it, in its own transaction: where there is no
+        room for it, what was kept has to go out all the same, or there would never be any."""
         with self._transaction():
-            self._db.execute(query, (self._slot.number, *more))
+            self._db.execute(REQUEUE_KEPT, (self._slot.number, url))
 
-    def adopt(self) -> None:
-        """Take over the batches of servers that ended."""
+    def resume(self, fresh_sec: float = math.inf) -> None:
+        """Take up what the server that had this place before left. Artifacts older than `fresh_sec` are kept: work for
+        their receiver has to say first which stage it is in. (Verdicts end by their age.)"""
+        with self._transaction():
+            self._take_up(self._slot.number, fresh_sec)
+
+    def _take_up(self, slot: int, fresh_sec: float) -> None:
+        self._db.execute(TAKE_UP, (self._slot.number, self._clock() - fresh_sec, slot))
+
+    def adopt(self, fresh_sec: float = math.inf) -> None:
+        """Take over the batches of servers that ended, as `resume` does."""
         mine = self._slot.number
         with translate_errors(self.path):
             slots = self._db.execute("SELECT DISTINCT slot FROM batch WHERE slot <> ?", (mine,)).fetchall()
@@ -321,8 +334,7 @@ class Outbox:
             with self._slot.orphaned(slot) as orphaned:
                 if orphaned:
                     with self._transaction():
-                        self._db.execute("UPDATE batch SET slot = ? WHERE slot = ?", (mine, slot))
-                        self._db.execute(REQUEUE_KEPT, (mine,))
+                        self._take_up(slot, fresh_sec)
 
     def receivers(self) -> list[str]:
         """The URLs that there is something to send to, the one that waits longest first."""

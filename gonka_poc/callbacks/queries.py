@@ -65,21 +65,18 @@ def count_receivers(db: Connection, slot: int) -> list[ReceiverCounts]:
     return [*counts[:MAX_COUNTED], ReceiverCounts(OTHERS, waiting, parked, oldest_at)]
 
 
-def delete_paths(db: Connection, slot: int, url: str, paths: Collection[str], newest: int) -> Expired:
-    """Delete what is to be sent to `url` on `paths`, up to the id `newest`."""
-    query = f"SELECT id, {SIZE} FROM batch WHERE slot = ? AND url = ? AND {TO_SEND} AND id <= ? AND {one_of(paths)}"
-    return _delete(db, db.execute(query, (slot, url, newest, *paths)).fetchall())
+def delete_path(db: Connection, slot: int, url: str, path: str, newest: int) -> Expired:
+    """Delete what is to be sent to `url` on `path`, up to the id `newest`."""
+    query = f"SELECT id, {SIZE} FROM batch WHERE slot = ? AND url = ? AND {TO_SEND} AND id <= ? AND path = ?"
+    return _delete(db, db.execute(query, (slot, url, newest, path)).fetchall())
 
 
-def delete_past_stages(db: Connection, slot: int, url: str, current: int, untried: bool, kept_id: int) -> Expired:
-    """Delete what is for `url` of stages before `current`: verdicts, and artifacts that were kept or tried, or all of
-    them with `untried`; but for parked batches, and the one with the id `kept_id`."""
-    query = (
-        f"SELECT id, {SIZE}, payload FROM batch WHERE slot = ? AND url = ? AND status <> 'parked' AND id <> ? "
-        "AND (? OR path = 'validated' OR status = 'kept' OR attempts > 0)"
-    )
+def delete_past_stages(db: Connection, slot: int, url: str, current: int, in_flight: int) -> Expired:
+    """Delete what is for `url` of stages before `current`, but for parked batches, and for the one with the id
+    `in_flight`."""
+    query = f"SELECT id, {SIZE}, payload FROM batch WHERE slot = ? AND url = ? AND status <> 'parked' AND id <> ?"
     past = []
-    for batch_id, size, payload in db.execute(query, (slot, url, kept_id, untried)):
+    for batch_id, size, payload in db.execute(query, (slot, url, in_flight)):
         height = block_height(payload)
         if height is not None and height < current:
             past.append((batch_id, size))

@@ -3,7 +3,7 @@
 Batches of one receiver go out every POC_CALLBACK_INTERVAL_SEC seconds, at least once: until the receiver answers 2xx,
 refuses a batch for its content, which parks it, or the stage of the batch is over (`courier`). A receiver that does not
 answer so is tried as long as a round for it generates, and POC_OUTBOX_GRACE_SEC seconds beyond; after that its batches
-are kept for the next start.
+are kept until there is new work for it, which says what stage it is in.
 """
 
 from __future__ import annotations
@@ -60,12 +60,14 @@ class CallbackSender:
         self._receivers: dict[str, asyncio.Task[None]] = {}
         self._deadlines: dict[str, float] = {}
         self._holds: Counter[str] = Counter()
+        self._pauses: dict[str, asyncio.Future[None]] = {}
+        self._urgent: set[str] = set()
         self._closed = False
         self._ending: set[int] = set()
 
     @property
     def problem(self) -> str | None:
-        """Why the outbox takes nothing now; None if it does."""
+        """The reason for which the outbox takes nothing now; None if it does."""
         return self._thread.problem
 
     @property
@@ -75,11 +77,11 @@ class CallbackSender:
 
     @property
     def receivers(self) -> list[ReceiverStatus]:
-        """What each receiver took, refused and is still to be sent; empty if there was none."""
+        """The counts of each receiver: taken, refused, still to be sent; empty if there was none."""
         return self._tally.report(self._thread.receiver_counts)
 
     def start(self) -> None:
-        """Begin to deliver; what an earlier server left, too."""
+        """Begin to deliver; what an earlier server left, too, unless it is old (`Outbox.resume`)."""
         self._watcher = asyncio.create_task(self._watch(), name="poc-outbox")
 
     async def check_room(self, url: str | None = None) -> None:
@@ -114,6 +116,7 @@ class CallbackSender:
     ) -> None:
         """Store artifacts for `{url}/generated`, and how far their round is with them. Returns when that is durable.
         Waits for room where there is none; raises OutboxFullError once `give_up` says so, or what that raises."""
+        await self._courier.learn_stage(url, envelope.get("block_height"))
         if artifacts or checkpoint is not None:
             await self._thread.add(self._outbox.add_artifacts, url, envelope, artifacts, checkpoint, give_up=give_up)
         if artifacts:
@@ -121,6 +124,7 @@ class CallbackSender:
 
     async def add_validated(self, url: str, payload: dict[str, Any], give_up: Callable[[], bool] | None = None) -> None:
         """Store the outcome of a validation for `{url}/validated`, like `add_artifacts`."""
+        await self._courier.learn_stage(url, payload.get("block_height"))
         await self._thread.add(self._outbox.add_validated, url, payload, give_up=give_up)
         self._ensure_task(url)
 
@@ -129,12 +133,20 @@ class CallbackSender:
         self._holds[url] += 1
 
     def unhold(self, url: str) -> None:
-        """Undo one `hold`. After the last one the grace time of the receiver starts."""
+        """Undo one `hold`. After the last one the grace time of the receiver starts, with a pass at once."""
         self._holds[url] -= 1
         if self._holds[url] <= 0:
             del self._holds[url]
             if url in self._deadlines:
                 self._extend_grace(url)
+                self.send_now(url)
+
+    def send_now(self, url: str) -> None:
+        """Begin a pass over what there is for `url` without waiting for the interval, but for a Retry-After."""
+        if url in self._receivers:
+            self._urgent.add(url)
+            if url in self._pauses:
+                self._pauses[url].cancel()
 
     async def close(self) -> None:
         """Try once more to deliver what is left, then end; what fails is logged, and the rest is done all the same."""
@@ -161,13 +173,13 @@ class CallbackSender:
 
     async def _watch(self) -> None:
         """Find what there is to send without an addition: of servers that ended, and what was kept or parked."""
-        requeued = False
+        resumed, fresh_sec = False, self._settings.outbox_grace_sec
         while True:
             try:
-                if not requeued:
-                    await self._thread.run(self._outbox.requeue_kept)
-                    requeued = True
-                await self._thread.run(self._outbox.adopt)
+                if not resumed:
+                    await self._thread.run(self._outbox.resume, fresh_sec)
+                    resumed = True
+                await self._thread.run(self._outbox.adopt, fresh_sec)
                 for url in await self._thread.run(self._outbox.receivers):
                     if url not in self._receivers:
                         self._ensure_task(url)
@@ -195,6 +207,7 @@ class CallbackSender:
     def _ended(self, url: str, task: asyncio.Task[None]) -> None:
         if self._receivers.get(url) is task:
             del self._receivers[url], self._deadlines[url]
+            self._urgent.discard(url)
             self._courier.forget(url)
         if not task.cancelled() and not isinstance(task.exception(), OutboxError | None):
             logger.error("PoC callbacks to %a failed", shown_url(url), exc_info=task.exception())
@@ -202,7 +215,7 @@ class CallbackSender:
     async def _deliver(self, url: str) -> None:
         failures, retry_after, last_error = 0, 0.0, ""
         while True:
-            await self._sleep(max(self._pause(failures), retry_after))
+            await self._wait(url, self._pause(failures), retry_after)
             result: PassResult | None = None
             try:
                 result = await self._courier.send_all(url)
@@ -221,15 +234,28 @@ class CallbackSender:
             # out of phase is no failure: the receiver says when it takes what there is, by its phase
             failures = 0 if result and (result.accepted or not result.failed) else failures + 1
             if self._grace_is_over(url):
-                num_kept = await self._courier.give_up(url, result)
+                num_kept = await self._courier.give_up(url)
                 if self._grace_is_over(url):
                     if num_kept:
-                        text = "PoC: %d callbacks to %a are kept for the next start, or `gonka-poc outbox retry`"
+                        text = "PoC: %d callbacks to %a are kept for new work for it, or `gonka-poc outbox retry`"
                         logger.warning(text, num_kept, shown_url(url))
                     return
                 # something was added while it was written, and kept as well
                 await self._thread.run(self._outbox.requeue_kept, url)
                 failures, retry_after = 0, 0.0
+
+    async def _wait(self, url: str, pause_sec: float, retry_after_sec: float) -> None:
+        """Wait for the next pass; `send_now` ends the pause, not the time that the receiver asked for."""
+        if retry_after_sec > 0:
+            await self._sleep(max(pause_sec, retry_after_sec))
+        elif url not in self._urgent:
+            pause = self._pauses[url] = asyncio.ensure_future(self._sleep(pause_sec))
+            try:
+                await asyncio.wait([pause])
+            finally:
+                pause.cancel()
+                del self._pauses[url]
+        self._urgent.discard(url)
 
     def _pause(self, failures: int) -> float:
         """Seconds until the next pass, after so many in a row in which nothing was accepted."""

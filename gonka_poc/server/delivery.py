@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
-
+from gonka_poc.access import shown_url
 from gonka_poc.callbacks.outbox import RoundCheckpoint
 from gonka_poc.data import (
     ArtifactsAnswer,
@@ -23,10 +23,12 @@ from gonka_poc.data import (
     InitGenerateRequest,
     encode_vector,
 )
-from gonka_poc.threshold_data import ThresholdRequest, valid_distances
+from gonka_poc.threshold_data import ThresholdRequest, ValidatedBatch, valid_distances
 
 if TYPE_CHECKING:
     from gonka_poc.callbacks.sender import CallbackSender
+
+logger = logging.getLogger("vllm.gonka_poc.server")
 
 # fields of a round's request that change neither its nonces nor what is said of them
 NOT_OF_A_ROUND = ("batch_size", "fraud_threshold", "use_sign_flips", "use_layer_hooks")
@@ -66,23 +68,32 @@ class Delivery:
         self.checkpoint = advanced
 
     async def store_answer(self, answer: Completed) -> None:
-        """Store the answer to a queued request."""
+        """Store the answer to a queued request. A validation in which nothing was compared is no verdict: the receiver
+        would take it for a vote against the prover, though this host is at fault."""
         if self.url is None:
             return
         if isinstance(answer, ArtifactsAnswer):
             envelope = {**self.envelope, "encoding": answer.encoding.model_dump(), "request_id": answer.request_id}
             artifacts = await asyncio.to_thread(lambda: [item.model_dump() for item in answer.artifacts])
             await self.sender.add_artifacts(self.url, envelope, artifacts, give_up=self._is_over)
+        elif not answer.n_total:
+            self._warn_of_no_verdict(len(answer.not_computed_nonces or ()))
         else:
             payload = {**self.envelope, **answer.model_dump(exclude={"status"})}
             await self.sender.add_validated(self.url, payload, self._is_over)
 
-    async def store_verdict(self, verdict: BaseModel) -> None:
-        """Store the verdict on a proof."""
-        if self.url is not None:
+    async def store_verdict(self, verdict: ValidatedBatch) -> None:
+        """Store the verdict on a proof, unless it is none: nothing was compared."""
+        if self.url is not None and len(verdict.not_computed_nonces or ()) == len(verdict.nonces):
+            self._warn_of_no_verdict(len(verdict.nonces))
+        elif self.url is not None:
             # a verdict of 100,000 nonces would hold up the event loop
             payload = await asyncio.to_thread(verdict.model_dump, mode="json")
             await self.sender.add_validated(self.url, payload, self._is_over)
+
+    def _warn_of_no_verdict(self, num_nonces: int) -> None:
+        text = "PoC: nothing was compared in a validation, %d nonces could not be computed; %a gets no verdict of it"
+        logger.warning(text, num_nonces, shown_url(self.url or ""))
 
     def expire(self) -> None:
         """The round or request has ended: wait for room no longer than the grace time from now."""
@@ -103,6 +114,11 @@ class Delivery:
         """Let the receiver's grace time run."""
         if self.url is not None:
             self.sender.unhold(self.url)
+
+    def send_now(self) -> None:
+        """Send what is stored without waiting for the interval."""
+        if self.url is not None:
+            self.sender.send_now(self.url)
 
     def _is_over(self) -> bool:
         self.ensure_engine_alive()

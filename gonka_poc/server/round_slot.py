@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any, Literal
 
 from gonka_poc.data import State, StatusAnswer
@@ -34,7 +35,7 @@ class RoundSlot:
         self.round, self._delivery = new, delivery
         task = new.start()
         self._background.add(task)
-        task.add_done_callback(self._on_round_ended)
+        task.add_done_callback(partial(self._on_round_ended, delivery))
         self.enter(phase)
 
     def enter(self, phase: Phase) -> None:
@@ -61,7 +62,8 @@ class RoundSlot:
         if self._delivery is not None:
             self._background.add(self._delivery.forget())
 
-    def _on_round_ended(self, task: asyncio.Task[Any]) -> None:
+    def _on_round_ended(self, delivery: Delivery, task: asyncio.Task[Any]) -> None:
+        delivery.send_now()  # also the batch that was computed when the round was stopped
         if self.round is not None and self.round.task is task:
             self._on_change()
             self._background.add(self._manager.release())
