@@ -47,6 +47,7 @@ BYTES_AROUND_VALUE = 64
 MAX_FREE_PAGES = 16_384  # free pages that an empty outbox keeps: room to write even if something else fills the disk
 MAX_ROUNDS = 100
 DELETE_PENDING = "DELETE FROM batch WHERE id = ? AND status = 'pending'"
+DELETE_OLD_ROUNDS = "DELETE FROM round WHERE id NOT IN (SELECT id FROM round ORDER BY updated_at DESC LIMIT ?)"
 DELETE_ROUND = "DELETE FROM round WHERE id = ?"
 REQUEUE_KEPT = "UPDATE batch SET status = 'pending' WHERE slot = ? AND status = 'kept' AND url = ?"
 TAKE_UP = (
@@ -140,8 +141,7 @@ class Outbox:
                 )
                 assert cursor.lastrowid is not None
                 checkpoint = RoundCheckpoint(cursor.lastrowid, 0)
-            newest = "SELECT id FROM round ORDER BY updated_at DESC LIMIT ?"
-            self._db.execute(f"DELETE FROM round WHERE id NOT IN ({newest})", (MAX_ROUNDS,))
+            self._db.execute(DELETE_OLD_ROUNDS, (MAX_ROUNDS,))
         return checkpoint
 
     def _claim_unfinished_round(self, fingerprint: str) -> RoundCheckpoint | None:
@@ -259,8 +259,7 @@ class Outbox:
             query = "SELECT nonce, value FROM artifact WHERE batch_id = ? ORDER BY position"
             artifacts = self._db.execute(query, (batch_id,)).fetchall()
         body = _generated_body(payload, artifacts) if path == "generated" else payload.encode()
-        age_sec = self._clock() - created_at
-        return Batch(batch_id, url, path, key, body, size, attempts, age_sec, block_height(payload))
+        return Batch(batch_id, url, path, key, body, size, attempts, self._clock() - created_at, block_height(payload))
 
     def mark_delivered(self, batch_id: int) -> None:
         """Delete a batch that its receiver took."""
@@ -285,8 +284,7 @@ class Outbox:
             )
 
     def mark_kept(self, url: str) -> int:
-        """Keep a receiver's batches, because its grace time is over: they are not sent before `requeue_kept`.
-        Returns their number."""
+        """Keep a receiver's batches, whose grace time is over, until `requeue_kept`. Returns their number."""
         query = f"UPDATE batch SET status = 'kept' WHERE slot = ? AND url = ? AND {TO_SEND}"
         with self._transaction():
             return self._db.execute(query, (self._slot.number, url)).rowcount
@@ -320,10 +318,7 @@ class Outbox:
         """Take up what the server that had this place before left. Artifacts older than `fresh_sec` are kept: work for
         their receiver has to say first which stage it is in. (Verdicts end by their age.)"""
         with self._transaction():
-            self._take_up(self._slot.number, fresh_sec)
-
-    def _take_up(self, slot: int, fresh_sec: float) -> None:
-        self._db.execute(TAKE_UP, (self._slot.number, self._clock() - fresh_sec, slot))
+            self._db.execute(TAKE_UP, (self._slot.number, self._clock() - fresh_sec, self._slot.number))
 
     def adopt(self, fresh_sec: float = math.inf) -> None:
         """Take over the batches of servers that ended, as `resume` does."""
@@ -334,7 +329,7 @@ class Outbox:
             with self._slot.orphaned(slot) as orphaned:
                 if orphaned:
                     with self._transaction():
-                        self._take_up(slot, fresh_sec)
+                        self._db.execute(TAKE_UP, (mine, self._clock() - fresh_sec, slot))
 
     def receivers(self) -> list[str]:
         """The URLs that there is something to send to, the one that waits longest first."""
