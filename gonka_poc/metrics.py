@@ -162,31 +162,30 @@ class Metrics(Collector):
         yield state
 
 
+# family, name, text, and the field of ReceiverStatus that it shows
+RECEIVER_METRICS: tuple[tuple[type[GaugeMetricFamily] | type[CounterMetricFamily], str, str, str], ...] = (
+    (GaugeMetricFamily, "waiting", "artifacts and verdicts that are still to be delivered", "waiting"),
+    (GaugeMetricFamily, "oldest_seconds", "seconds that the oldest of them waits", "oldest_sec"),
+    (
+        *(GaugeMetricFamily, "parked"),
+        "artifacts and verdicts that the receiver refused, and that wait for `gonka-poc outbox retry`",
+        "parked",
+    ),
+    (CounterMetricFamily, "delivered", "artifacts and verdicts that the receiver accepted", "delivered"),
+    (CounterMetricFamily, "refused", "tries that the receiver answered, but not with 2xx", "refused"),
+    (
+        CounterMetricFamily,
+        "expired",
+        "artifacts and verdicts that were dropped because their stage was over",
+        "expired",
+    ),
+)
+
+
 def _receiver_metrics(receivers: Sequence[ReceiverStatus]) -> Iterable[Metric]:
     """Callbacks by receiver, of which there are at most 20, and `others`."""
-    label = ["receiver"]
-    waiting, oldest, parked = (
-        GaugeMetricFamily(f"gonka_poc_callbacks_{name}", text, labels=label)
-        for name, text in (
-            ("waiting", "artifacts and verdicts that are still to be delivered"),
-            ("oldest_seconds", "seconds that the oldest of them waits"),
-            ("parked", "artifacts and verdicts that the receiver refused, and that wait for `gonka-poc outbox retry`"),
-        )
-    )
-    delivered, refused, expired = (
-        CounterMetricFamily(f"gonka_poc_callbacks_{name}", text, labels=label)
-        for name, text in (
-            ("delivered", "artifacts and verdicts that the receiver accepted"),
-            ("refused", "tries that the receiver answered, but not with 2xx"),
-            ("expired", "artifacts and verdicts that were dropped because their stage was over"),
-        )
-    )
-    for receiver in receivers:
-        labels = [receiver.receiver]
-        waiting.add_metric(labels, receiver.waiting)
-        oldest.add_metric(labels, receiver.oldest_sec or 0.0)
-        parked.add_metric(labels, receiver.parked)
-        delivered.add_metric(labels, receiver.delivered)
-        refused.add_metric(labels, receiver.refused)
-        expired.add_metric(labels, receiver.expired)
-    yield from (waiting, oldest, parked, delivered, refused, expired)
+    for make, name, text, field in RECEIVER_METRICS:
+        family = make(f"gonka_poc_callbacks_{name}", text, labels=["receiver"])
+        for receiver in receivers:
+            family.add_metric([receiver.receiver], getattr(receiver, field) or 0.0)
+        yield family

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
 from prometheus_client import CollectorRegistry
 
 from gonka_poc.app import PoCApp, build_app
 from gonka_poc.config import Settings
-from gonka_poc.data import VECTOR_DTYPE, BatchResult, DistanceSpec, Params, Spec, VectorSpec, spec_from
+from gonka_poc.data import PREFIX, VECTOR_DTYPE, BatchResult, DistanceSpec, Params, Spec, VectorSpec, spec_from
 from gonka_poc.errors import EngineAsleepError, EngineUnavailableError, PoCError
+from gonka_poc.routes import make_app
 from gonka_poc.server.protocols import Manager
 
 MODEL = "tiny"
@@ -72,6 +76,16 @@ async def until(condition: Callable[[], Any]) -> None:
 def make_poc(manager: Manager, settings: Settings | None = None) -> PoCApp:
     """The parts of a server over `manager`; nothing is started."""
     return build_app(FakeView(), settings or Settings(), manager=manager, registry=CollectorRegistry())
+
+
+@asynccontextmanager
+async def served(manager: FakeManager, settings: Settings) -> AsyncIterator[SimpleNamespace]:
+    """`client` of a PoC application over `manager`, and its `service`, which is closed at the end."""
+    service = make_poc(manager, settings).service
+    transport = httpx.ASGITransport(app=make_app(service))
+    async with httpx.AsyncClient(transport=transport, base_url=f"http://test{PREFIX}") as client:
+        yield SimpleNamespace(client=client, manager=manager, service=service)
+    await service.close()
 
 
 class Clock:

@@ -19,7 +19,7 @@ Answer = Callable[[str, dict[str, Any]], tuple[int, str]]
 
 
 class GoReceiver:
-    """What it answers follows from `stage` and `phase`; a test moves both.
+    """A receiver of callbacks that answers as the Go handler does, by `stage` and `phase`, which a test moves.
 
     `stored` are the nonces of each stage, `votes` the verdicts with the stage in which they came, `late` all that came
     in a later stage than its own, taken or not.

@@ -47,7 +47,7 @@ def until(condition: Callable[[], Any], timeout_sec: float = 20.0) -> None:
 
 
 def callbacks(server: LiveServer) -> dict[str, Any]:
-    """What /status says of the only receiver."""
+    """The entry of /status for the only receiver."""
     (status,) = server.get("/api/v1/pow/status").json()["callbacks"]
     return status
 
@@ -158,7 +158,7 @@ def test_a_restart_of_the_relay(server, outbox):
 
 
 def test_a_receiver_out_of_its_phase_when_the_server_ends(outbox):
-    """What it has not taken is still there; the next server delivers it."""
+    """Callbacks that it has not taken are still there; the next server delivers them."""
     receiver = GoReceiver(stage=100, phase="idle")
     with http_receiver(receiver.answer) as url:
         with LiveServer() as server:

@@ -153,7 +153,7 @@ async def test_a_receiver_that_fails_half_is_caught_up_within_a_minute_of_the_ro
 @pytest.mark.parametrize("failure", FAILURES)
 @pytest.mark.parametrize("seed", range(2))
 async def test_a_backlog_is_caught_up_by_a_receiver_that_fails_half(world, seed, failure):
-    """What gathered while it was down."""
+    """A hundred batches gathered while it was down."""
     world.answer = unanswered
     sender = world.start()
     for number in range(100):
@@ -406,7 +406,7 @@ async def test_a_receiver_out_of_phase_that_fails_at_last_was_out_of_phase(world
 
 
 async def test_a_receiver_that_took_some_is_not_out_of_phase_any_more(world):
-    """What is left when it goes down is kept."""
+    """It goes down after that, and the rest is kept."""
     receiver = GoReceiver(phase="idle")
     world.answer = receiver.answer
     sender = world.start()

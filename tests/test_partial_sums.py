@@ -77,7 +77,7 @@ def test_vectors_of_parts_are_those_of_the_whole():
 
 
 def test_a_norm_of_a_part_would_be_another_one(monkeypatch: pytest.MonkeyPatch):
-    """What is refused: distances that no other host has."""
+    """Without the refusal: distances that no other host has."""
     runner = runner_beside(Model(part=0.3), Model(part=0.7))
     monkeypatch.setattr(runner, "_refuse_partial_sums", lambda: None)
     assert not np.allclose(values(runner, HOOKS), values(PoCModelRunner(Rank(Model())), HOOKS), rtol=0, atol=1e-3)

@@ -1,4 +1,4 @@
-"""What is tried before the engine loads: the settings, and the outbox of other servers left as it is."""
+"""Checks before the engine loads: the settings, and the outbox of other servers left as it is."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fakes import FakeManager, FakeView, generate_body, make_poc, round_body, until
+from fakes import FakeManager, FakeView, generate_body, round_body, served, until
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -22,7 +22,6 @@ from gonka_poc.data import PREFIX, VectorSpec
 from gonka_poc.errors import ComputeError, EngineUnavailableError
 from gonka_poc.manager import EngineView, PoCManagerV1
 from gonka_poc.middleware import PoCMiddleware
-from gonka_poc.routes import make_app
 from gonka_poc.vllm_compat import ApiView
 
 SETTINGS = Settings(chat_backoff_sec=0.001, outbox_path=":memory:", priority="abort")
@@ -250,12 +249,8 @@ async def test_queued_requests_abort_no_chat(serve):
 @pytest.fixture
 async def api():
     """`client` of a PoC application under POC_PRIORITY=abort, over `manager`."""
-    manager = FakeManager()
-    service = make_poc(manager, SETTINGS).service
-    transport = httpx.ASGITransport(app=make_app(service))
-    async with httpx.AsyncClient(transport=transport, base_url=f"http://test{PREFIX}") as client:
-        yield SimpleNamespace(client=client, manager=manager, service=service)
-    await service.close()
+    async with served(FakeManager(), SETTINGS) as api:
+        yield api
 
 
 @pytest.mark.parametrize(("path", "num_aborts"), [("/init", 0), ("/init/validate", 0), ("/init/generate", 1)])

@@ -8,16 +8,14 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import pytest
-from fakes import FakeManager, FakeView, generate_body, make_poc, round_body, until
+from fakes import FakeManager, FakeView, generate_body, make_poc, round_body, served, until
 from prometheus_client import CollectorRegistry, Gauge
 
 from gonka_poc.config import Settings
-from gonka_poc.data import PREFIX, InitGenerateRequest, VectorSpec
+from gonka_poc.data import InitGenerateRequest, VectorSpec
 from gonka_poc.errors import ComputeError, EngineAsleepError
 from gonka_poc.manager import PoCManagerV1
-from gonka_poc.routes import make_app
 from gonka_poc.server import job_queue, rounds
 from gonka_poc.vllm_compat import ApiView
 from gonka_poc.vllm_compat.sleep import SLEEP_STATE, is_memory_unmapped, is_sleep_recorded
@@ -240,12 +238,8 @@ async def test_no_warm_up_while_the_engine_sleeps(monkeypatch):
 @pytest.fixture
 async def api():
     """`client` of a PoC application over `manager`."""
-    manager = FakeManager()
-    service = make_poc(manager, SETTINGS).service
-    transport = httpx.ASGITransport(app=make_app(service))
-    async with httpx.AsyncClient(transport=transport, base_url=f"http://test{PREFIX}") as client:
-        yield SimpleNamespace(client=client, manager=manager, service=service)
-    await service.close()
+    async with served(FakeManager(), SETTINGS) as api:
+        yield api
 
 
 async def test_a_round_waits_with_the_reason_and_goes_on_by_itself(api, caplog):

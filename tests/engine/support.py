@@ -263,6 +263,13 @@ def body_of(case: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
     return {**body, **changes}
 
 
+def round_of(case: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    """A body of POST /init/generate: `body_of` without nonces."""
+    body = body_of(case, **changes)
+    del body["nonces"]
+    return body
+
+
 def decoded(vectors_b64: Sequence[str], k_dim: int) -> np.ndarray:
     """Encoded vectors as float64 [len, k_dim]."""
     rows = [decode_vector(text, k_dim) for text in vectors_b64]

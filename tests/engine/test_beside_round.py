@@ -19,6 +19,7 @@ from tests.engine.support import (
     body_of,
     golden_cases,
     golden_distance,
+    round_of,
     until,
 )
 
@@ -34,9 +35,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required"
 def beside_round(server: Client) -> Iterator[Client]:
     """The server while a round generates; afterwards it has gone on, and vectors and chat are what they were."""
     chat_before = server.chat()
-    body = body_of(CASE, batch_size=4)
-    del body["nonces"]
-    server.post(f"{POW}/init/generate", json=body).raise_for_status()
+    server.post(f"{POW}/init/generate", json=round_of(CASE, batch_size=4)).raise_for_status()
     try:
         until(lambda: processed(server) > 0)
         yield server

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.chat_load import Chat, ChatLoad, percentile_ms, unlike
-from tests.engine.support import MODEL, PLAIN, POW, TIMED, Client, body_of, golden_cases, until
+from tests.engine.support import MODEL, PLAIN, POW, TIMED, Client, golden_cases, round_of, until
 
 CHATS = int(os.environ.get("POC_TEST_CHATS", "60"))
 SECONDS = float(os.environ.get("POC_TEST_CHAT_SEC", "20"))
@@ -26,9 +26,7 @@ ALLOWED_MS = STEP_BUDGET_MS if "POC_TEST_CHATS" in os.environ else 2.5 * STEP_BU
 def both(client: Client, load: Callable[[], list[Chat]]) -> tuple[list[Chat], list[Chat], int]:
     """The chats of `load` without proof and beside a round, and the nonces that the round computed meanwhile."""
     off = load()
-    body = body_of(golden_cases("qwen3")[0])
-    del body["nonces"]
-    client.post(f"{POW}/init/generate", json=body).raise_for_status()
+    client.post(f"{POW}/init/generate", json=round_of(golden_cases("qwen3")[0])).raise_for_status()
     until(lambda: client.status()["stats"]["total_processed"] > 0)
     before = client.status()["stats"]["total_processed"]
     on = load()

@@ -11,9 +11,9 @@ from tests.engine.support import (
     Client,
     ServerConfig,
     Servers,
-    body_of,
     golden_cases,
     golden_distance,
+    round_of,
     until,
 )
 
@@ -37,8 +37,7 @@ def test_compiled_server_before_during_and_after_a_round(server: Client, servers
     for case in cases:
         assert golden_distance(server, case) < GOLDEN_LIMIT["float32"]
 
-    body = body_of(cases[0])
-    del body["nonces"]
+    body = round_of(cases[0])
     server.post(f"{POW}/init/generate", json=body).raise_for_status()
 
     def processed() -> int:

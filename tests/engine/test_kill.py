@@ -30,6 +30,7 @@ from tests.engine.support import (
     body_of,
     decoded,
     max_distance,
+    round_of,
     until,
 )
 
@@ -107,8 +108,7 @@ def test_a_server_that_is_told_to_end_reports_no_error(servers: Servers, config:
     client, process = servers.get(config), servers.process
     assert process is not None
     lines_before = len(process.log_tail(100_000).splitlines())
-    body = body_of(case_of(0))
-    del body["nonces"]
+    body = round_of(case_of(0))
     client.post(f"{POW}/init/generate", json=body).raise_for_status()
     until(lambda: client.status()["stats"]["total_processed"] > 0)
     os.kill(process.pid, signal.SIGTERM)

@@ -25,6 +25,7 @@ from tests.engine.support import (
     offline,
     offline_job,
     parallel,
+    round_of,
     until,
 )
 from tests.engine.test_threshold import distances
@@ -180,8 +181,7 @@ def test_a_rank_that_is_killed(server: Client, servers: Servers) -> None:
     process = servers.process
     assert process is not None
     pids = {answer["rank"]: answer["pid"] for answer in server.rpc("poc_test_pid")}
-    body = body_of(golden_cases("qwen3")[0])
-    del body["nonces"]
+    body = round_of(golden_cases("qwen3")[0])
     server.post(f"{POW}/init/generate", json=body).raise_for_status()
     until(lambda: server.status()["stats"]["total_processed"] > 0)
     os.kill(pids[1], signal.SIGKILL)

@@ -14,10 +14,10 @@ import psutil
 import pytest
 
 from gonka_poc.cli.server_process import ServerProcess
-from tests.engine.support import MODEL, POW, Client, ServerConfig, Servers, body_of, golden_cases, until
+from tests.engine.support import MODEL, POW, Client, ServerConfig, Servers, golden_cases, round_of, until
 
 CASE = golden_cases("qwen3")[0]
-ROUND = {key: value for key, value in body_of(CASE).items() if key != "nonces"}
+ROUND = round_of(CASE)
 BACKOFF_SEC = 0.05
 # a step of the chat is slowed down, so that it lasts while it is looked at, on any machine
 TOKENS, STEP_SEC = 300, 0.03

@@ -23,11 +23,12 @@ from tests.engine.support import (
     decoded,
     golden_cases,
     max_distance,
+    round_of,
     until,
 )
 
 CASE = golden_cases("qwen3")[0]
-ROUND = {key: value for key, value in body_of(CASE).items() if key != "nonces"}
+ROUND = round_of(CASE)
 CHATS, TOKENS = 64, 900
 STEP_SEC = 0.03  # a step is slowed down, so that the chats would go on for half a minute on any machine
 FIRST_NONCE_SEC = 5.0

@@ -22,6 +22,7 @@ from tests.engine.support import (
     golden_distance,
     max_distance,
     probed,
+    round_of,
     until,
 )
 
@@ -130,8 +131,7 @@ def test_validation(
 
 
 def test_a_round_its_callbacks_and_what_waits_behind_it(server: Client) -> None:
-    body = body_of(CASE, node_id=1, node_count=3, group_id=1, n_groups=2, batch_size=8)
-    del body["nonces"]
+    body = round_of(CASE, node_id=1, node_count=3, group_id=1, n_groups=2, batch_size=8)
     with callback_receiver() as (url, received):
         started = server.post(f"{POW}/init/generate", json={**body, "url": url})
         assert started.json() == {"status": "OK", "pow_status": {"status": "GENERATING"}}

@@ -20,6 +20,7 @@ from tests.engine.support import (
     golden_distance,
     max_distance,
     probed,
+    round_of,
     until,
 )
 
@@ -111,8 +112,7 @@ def test_a_failed_request_in_the_queue_ends_as_failed(server: Client) -> None:
 
 
 def test_a_round_tries_a_failed_batch_again_and_after_three_lets_the_queue_go_on(server: Client) -> None:
-    body = body_of(CASE)
-    del body["nonces"]
+    body = round_of(CASE)
     server.rpc("poc_test_fail_once", "attention")
     server.post("/api/v1/pow/init/generate", json=body).raise_for_status()
     until(lambda: server.status()["stats"]["total_processed"] > 0)
@@ -127,8 +127,7 @@ def test_a_round_tries_a_failed_batch_again_and_after_three_lets_the_queue_go_on
 
 
 def test_memory_is_released_when_a_round_ends(server: Client) -> None:
-    body = body_of(CASE)
-    del body["nonces"]
+    body = round_of(CASE)
     server.post("/api/v1/pow/init/generate", json=body).raise_for_status()
     until(lambda: server.status()["stats"]["total_processed"] > 0)
     assert state(server)["num_scratch"] == 1, "one layer deep: all layers of one cache shape share a scratch cache"
@@ -164,8 +163,7 @@ def test_a_nonce_that_the_validator_cannot_compute_is_no_evidence(server: Client
 
 def test_a_model_that_gives_only_nan_ends_the_round(server: Client) -> None:
     """After three batches; a queued request goes on."""
-    body = body_of(CASE, batch_size=4)
-    del body["nonces"]
+    body = round_of(CASE, batch_size=4)
     server.rpc("poc_test_poison_all")
     server.post("/api/v1/pow/init/generate", json=body).raise_for_status()
     until(lambda: server.status()["status"] == "IDLE")
@@ -188,8 +186,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(server: Client) -> None
 def test_vllms_metrics_can_be_read_during_and_after_a_round_and_show_chat_only(server: Client) -> None:
     """Supervisors tell by them whether the engine lives; proof is no request of vLLM's."""
     counts = ("vllm:num_requests_running", "vllm:num_requests_waiting")
-    body = body_of(CASE)
-    del body["nonces"]
+    body = round_of(CASE)
     server.chat()
     chat_tokens = metric(server, "vllm:iteration_tokens_total_count")
     server.post("/api/v1/pow/init/generate", json=body).raise_for_status()

@@ -21,13 +21,14 @@ from tests.engine.support import (
     golden_distance,
     max_distance,
     probed,
+    round_of,
     until,
 )
 
 pytestmark = pytest.mark.server(PROBED)
 
 CASE = golden_cases("qwen3")[0]
-ROUND = {key: value for key, value in body_of(CASE).items() if key != "nonces"}
+ROUND = round_of(CASE)
 LIMIT = GOLDEN_LIMIT["float32"]
 STEP_SEC = 0.03
 

@@ -230,7 +230,7 @@ def is_refusal(error: Exception) -> bool:
 
 
 def in_a_cell(error: Exception) -> str:
-    """What is said of a failure in a cell of the table."""
+    """A failure as the text of a cell of the table."""
     text = str(error).rsplit("UnsupportedServerError: ", 1)[-1]
     text = " ".join(f"{type(error).__name__}: {text}".replace("|", "/").split())
     return text if len(text) <= 200 else text[:197] + "..."
