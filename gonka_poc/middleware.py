@@ -68,7 +68,7 @@ class PoCMiddleware:
             logger.warning("PoC: %s", printable(sentence))
         secret = self._settings.api_token
         token = None if secret is None else secret.get_secret_value()
-        self._gate = TokenGate(self._serve, token, open_path=DASHBOARD)
+        self._gate = TokenGate(self._serve, token, DASHBOARD, self._settings.trust_loopback)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

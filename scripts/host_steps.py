@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from host_gpus import Generation
 from host_journal import Journal, change_file, install_packages, sha256
 from host_options import Options
 from host_target import SUPPORTED_TEXT, Host, Target, existing, is_supported
-from patch_runner import PatchError, UnknownShapeError, Variant, make_patched, read_file, remove_patch
+from host_wheels import bundled_wheel
+from patch_runner import PatchError, UnknownShapeError, Variant, is_mount, make_patched, read_file, remove_patch
 
 FIRST_VLLM_WITH_SKIP_COMPILED = (0, 15)
 # The wheel of vLLM that package indexes call by its bare version: CUDA 13 since 0.20 (torch 2.11), CUDA 12 before.
@@ -74,12 +76,22 @@ def cuda_of_release(vllm: str) -> int:
     return 13 if version_of(vllm)[:2] >= FIRST_VLLM_WITH_CUDA_13 else 12
 
 
+def driver_of(cuda: int) -> int:
+    """The oldest driver that runs any release of that CUDA."""
+    return MIN_DRIVER.get(cuda, max(MIN_DRIVER.values()))
+
+
 def cuda_of_torch(target: Target) -> int | None:
     """Major CUDA release that the installed torch was built for; read from its file, torch is not imported."""
     path = Path(target.torch).parent / "version.py" if target.torch else None
     text = path.read_text(encoding="utf-8", errors="replace") if path and path.is_file() else ""
     found = re.search(r"^cuda\b[^=\n]*=\s*'(\d+)", text, flags=re.MULTILINE)
     return int(found[1]) if found else None
+
+
+def live_command(target: Target) -> str:
+    """What asks a running server for a proof."""
+    return f"{shlex.quote(str(Path(target.scripts, 'gonka-poc')))} doctor --live http://127.0.0.1:5001"
 
 
 @dataclass
@@ -132,12 +144,20 @@ class DriverStep(Step):
 
     def check(self) -> str:
         gpus, choice = self.host.gpus, self.choice
+        if not gpus.driver:
+            need = f"; a host that runs it needs driver {driver_of(choice.cuda)} or newer" if choice.cuda else ""
+            return f"{gpus.text}{need}"
         found = f"{gpus.text}, driver {gpus.driver}"
         if choice.cuda is None:
             return f"{found}; the installed vLLM is built without CUDA and uses neither"
-        need = MIN_DRIVER.get(choice.cuda, max(MIN_DRIVER.values()))
+        need = driver_of(choice.cuda)
         if version_of(gpus.driver) >= (need,):
             return f"{found}; vLLM {choice.version} is built for CUDA {choice.cuda}, which needs {need} or newer"
+        if choice.installs is None:
+            text = (
+                f"warning: {found}; the installed vLLM {choice.version} is built for CUDA {choice.cuda}, which needs "
+            )
+            return f"{text}{need} or newer, or NVIDIA's forward compatibility libraries (cuda-compat); it is kept"
         text = f"driver {gpus.driver} cannot run CUDA {choice.cuda}, which vLLM {choice.version} is built for: "
         text += f"it needs {need} or newer\nupdate the driver to {need} or newer"
         older = gpus.generation.older_driver_pin
@@ -197,7 +217,9 @@ class PackageStep(Step):
 
     def act(self, journal: Journal) -> None:
         with tempfile.TemporaryDirectory(prefix="gonka-poc-") as folder:
-            wheel = os.environ.get("GONKA_POC_WHEEL") or build_wheel(self.host, Path(folder))
+            wheels = self.host.options.wheels
+            wheel = bundled_wheel(wheels) if wheels else os.environ.get("GONKA_POC_WHEEL")
+            wheel = wheel or build_wheel(self.host, Path(folder))
             install_packages(self.host, journal, [str(wheel)])
 
 
@@ -227,7 +249,7 @@ class RunnerStep(Step):
     def _patched(self) -> tuple[bytes, bytes]:
         """The file as it is and as it should be."""
         path, profile = str(self.host.runner), self.host.options.profile
-        variant = Variant(profile, not (profile == "hardened" and can_skip_compiled(self)))
+        variant = Variant(profile, profile == "standard" or not can_skip_compiled(self))
         try:
             current = read_file(path)
             return current, make_patched(remove_patch(current)[0], variant)
@@ -237,12 +259,32 @@ class RunnerStep(Step):
             raise RefusalError(f"{path}: {error}") from error
 
     def check(self) -> str:
+        if self.host.options.profile == "graphs" and not can_skip_compiled(self):
+            problem = f"--profile graphs: vLLM {self.choice.version} cannot run proof beside a compiled model"
+            raise RefusalError(f"{problem}\ntake vLLM 0.15 or newer, or --profile standard")
         current, wanted = self._patched()
         self.todo = f"patch it, profile {self.host.options.profile}" if current != wanted else ""
-        return f"{self.host.runner} {'is to be' if self.todo else 'is'} patched ({self.host.options.profile})"
+        found = f"{self.host.runner} {'is to be' if self.todo else 'is'} patched ({self.host.options.profile})"
+        if is_mount(str(self.host.runner)):
+            found += "\n    it is a mount of its own and is written in place; what it mounts is patched"
+        return found + "".join(f"\n    {line}" for line in profile_costs(self))
 
     def act(self, journal: Journal) -> None:
         change_file(journal, self.host.runner, *self._patched())
+
+
+def profile_costs(step: Step) -> list[str]:
+    """A line for each profile: what chat gains or loses by it."""
+    able = can_skip_compiled(step)
+    costs = {
+        "standard": "chat loses its compiled model and CUDA graphs (--enforce-eager), unless MLNode's options compile",
+        "graphs": "chat keeps both, proofs are the same; recommended for this vLLM"
+        if able
+        else "chat keeps both; needs vLLM 0.15 or newer, not for this one",
+        "hardened": f"as {'graphs' if able else 'standard'}, and no functions are sent to the workers",
+    }
+    chosen = step.host.options.profile
+    return [f"{'*' if name == chosen else ' '} --profile {name}: {text}" for name, text in costs.items()]
 
 
 def can_skip_compiled(step: Step) -> bool:
@@ -261,6 +303,7 @@ class DoctorStep(Step):
 
     def verify(self) -> None:
         words = ["-m", "gonka_poc.doctor", "--runner", str(self.host.runner), "--python", self.host.target.python]
+        words += [] if self.host.gpus.driver else ["--no-gpu"]
         try:
             table = self.host.target.run(*words, merged=True)
         except InstallError as error:
