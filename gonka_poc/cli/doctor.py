@@ -31,7 +31,7 @@ from gonka_poc.vllm_contract import known_release
     help="Ask the running server at URL instead of this host: versions, status, and two nonces, computed twice.",
 )
 @click.option("--token", envvar="POC_API_TOKEN", help="With --live: the server's POC_API_TOKEN [env: POC_API_TOKEN]")
-@click.option("--api-key", help="With --live: vLLM's own --api-key.")
+@click.option("--api-key", envvar="VLLM_API_KEY", help="With --live: vLLM's own API key [env: VLLM_API_KEY]")
 @json_option
 def doctor(
     runner: Path | None,

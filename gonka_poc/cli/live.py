@@ -12,7 +12,7 @@ from gonka_poc.cli.compare import finite_vector
 from gonka_poc.data import StatTest, StatusAnswer
 from gonka_poc.doctor import Check
 from gonka_poc.errors import PoCError, ServerAnswerError
-from gonka_poc.version import __version__
+from gonka_poc.version import UNINSTALLED, __version__
 
 LIVE_TIMEOUT_SEC = 120.0
 NONCES = (0, 1)
@@ -40,7 +40,7 @@ def live_checks(client: PoCClient) -> list[Check]:
 def _check_versions(client: PoCClient) -> Check:
     versions = client.versions()
     found = f"vLLM {versions.vllm_version}, gonka_poc {versions.gonka_poc_version}"
-    if versions.gonka_poc_version != __version__:
+    if __version__ not in (versions.gonka_poc_version, UNINSTALLED):
         fix = "restart the server: it runs what was installed when it started, or ask with its own gonka-poc"
         return Check("versions", "warn", f"{found}, asked by {__version__}", fix)
     if not versions.poc_validation_inference:
