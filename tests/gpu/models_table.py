@@ -98,6 +98,8 @@ def prove(model: TinyModel, folder: Path, dtype: str, is_cpu: bool) -> Row:
         "worker_extension_cls": "gonka_poc.worker.PoCWorkerExtension",
         "kv_cache_dtype": "auto" if is_cpu else model.kv_cache_dtype,
     }
+    if not is_cpu:
+        options["additional_config"] = {"gdn_prefill_backend": "triton"}  # the other one needs FlashInfer
     if is_cpu and model.cpu_operations:
         options["compilation_config"] = {"custom_ops": list(model.cpu_operations)}
     llm = LLM(**options)
