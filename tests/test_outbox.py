@@ -24,10 +24,11 @@ import pytest
 from gonka_poc.callbacks import file as file_module
 from gonka_poc.callbacks import outbox as outbox_module
 from gonka_poc.callbacks.admin import purge, retry_parked, summary
-from gonka_poc.callbacks.file import APPLICATION_ID, FORMAT_VERSION, outbox_path
+from gonka_poc.callbacks.file import outbox_path
 from gonka_poc.callbacks.outbox import Batch, Counts, Outbox, RoundCheckpoint
 from gonka_poc.callbacks.queries import Expired, ReceiverCounts
-from gonka_poc.errors import OutboxError, OutboxFullError
+from gonka_poc.callbacks.schema import APPLICATION_ID, FORMAT_VERSION
+from gonka_poc.errors import OutboxDamagedError, OutboxError, OutboxFullError
 
 URL = "http://receiver"
 CAP = 10**9
@@ -770,7 +771,7 @@ def test_new_work_is_refused_before_running_work(open_outbox):
 
 def read_only(box: Outbox) -> None:
     box._db.close()
-    box._db = sqlite3.connect(f"file:{box.path}?mode=ro", uri=True, isolation_level=None, check_same_thread=False)
+    box._hold._db = sqlite3.connect(f"file:{box.path}?mode=ro", uri=True, isolation_level=None, check_same_thread=False)
 
 
 @contextmanager
@@ -815,12 +816,19 @@ def test_what_can_pass_is_no_room(open_outbox, refuse, said):
 
 
 @pytest.mark.parametrize("use", [Outbox.receivers, Outbox.resume, lambda box: box.add_validated(URL, {})])
-def test_a_fault_of_this_program_is_raised_as_it_is(open_outbox, use):
+def test_what_no_waiting_helps_is_damage(open_outbox, use):
     box = open_outbox()
     box._db.execute("DROP TABLE batch")
-    with pytest.raises(sqlite3.OperationalError, match="no such table: batch") as raised:
+    with pytest.raises(OutboxDamagedError, match="is damaged .no such table: batch") as raised:
         use(box)
-    assert not file_module._can_pass(sqlite3.OperationalError(str(raised.value)))
+    assert not file_module._can_pass(raised.value.__cause__)
+
+
+def test_a_fault_of_this_program_is_raised_as_it_is(open_outbox):
+    box = open_outbox()
+    box._db.close()
+    with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
+        box.receivers()
 
 
 FULL_DISK = """

@@ -6,29 +6,34 @@ A batch is what one POST carries. Its status is one of
     pending   fixed, because it is being sent: each try has the same body and the same idempotency key
     kept      was not delivered within the grace time, or was so old when its server started; pending after a retry, or
               with new work for its receiver, also where there is no room for that
-    parked    the receiver refused its body, or POC_CALLBACK_ALLOW its URL; pending again only after a retry
+    parked    the receiver refused its body, or POC_CALLBACK_ALLOW its URL, or it is not what was stored (its digest
+              says so: it is damaged); pending again only after a retry
 
 and a batch that was delivered, or expired because its stage is over, is deleted. Batches of a receiver are read in the
 order of their ids. Of each round it is kept how many nonces are done, so that one that lost its server goes on where it
-was. Methods raise OutboxFullError where they could not add or change anything; then they did not; and OutboxError where
-the file is damaged. They block, and one thread at a time may call them.
+was. Methods raise OutboxFullError where they could not add or change anything; then they did not; and
+OutboxDamagedError where the file is damaged (`recover`). They block, and one thread at a time may call them.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from gonka_poc.callbacks.file import IN_MEMORY, Slot, connect, outbox_path, transaction, translate_errors
+from gonka_poc.callbacks.contents import COLUMNS, DamagedBatchError, StoredBatch, is_whole_round
+from gonka_poc.callbacks.digests import chain, head_digest, round_digest
+from gonka_poc.callbacks.file import translate_errors
+from gonka_poc.callbacks.hold import FileHold
+from gonka_poc.callbacks.locks import IN_MEMORY, Slot
 from gonka_poc.callbacks.queries import (
     PATHS,
-    SIZE,
     TO_SEND,
     Expired,
     ReceiverCounts,
@@ -103,27 +108,45 @@ def most_bytes(num_artifacts: int, value_chars: int) -> int:
 class Outbox:
     """One server's part of the outbox file."""
 
-    def __init__(self, setting: str, max_bytes: int, clock: Callable[[], float] = time.time) -> None:
-        """Open or make the file that POC_OUTBOX_PATH names. Raises OutboxError where it cannot be used."""
+    def __init__(
+        self, setting: str, max_bytes: int, clock: Callable[[], float] = time.time, must_open: bool = True
+    ) -> None:
+        """Open or make the file that POC_OUTBOX_PATH names, or with `must_open` False at a later use, where it is
+        damaged or locked now. Raises OutboxError where it cannot be used."""
         self._clock = clock
-        self.path = outbox_path(setting)
         self._max_bytes = max_bytes
-        self._db = connect(self.path, create=True)
-        self._slot = Slot(self.path)
-        with self._transaction():  # the server that had this place before has ended
-            self._db.execute("UPDATE round SET slot = NULL WHERE slot = ?", (self._slot.number,))
+        self._hold = FileHold(setting, must_open)
+        self.path = self._hold.path
+        self._transaction = self._hold.transaction
+        self.recover, self.heal = self._hold.recover, self._hold.heal
+        self.ensure_in_place = self._hold.ensure_in_place
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        return self._hold.db
+
+    @property
+    def _slot(self) -> Slot:
+        return self._hold.slot
 
     @property
     def is_durable(self) -> bool:
         """True if what is in it outlives the server."""
         return self.path != IN_MEMORY
 
+    @property
+    def damaged_batches(self) -> int:
+        """Batches that were set aside since the start, because they were damaged."""
+        return self._hold.damaged_batches
+
+    @property
+    def damage(self) -> str | None:
+        """The damage that was met last; None if there was none."""
+        return self._hold.damage
+
     def close(self) -> None:
         """Leave the file, with all that is in it, to the next server."""
-        try:
-            self._db.close()
-        finally:
-            self._slot.close()
+        self._hold.close()
 
     # --- rounds -------------------------------------------------------------------------------------------------
 
@@ -136,8 +159,8 @@ class Outbox:
             checkpoint = self._claim_unfinished_round(fingerprint)
             if checkpoint is None:
                 cursor = self._db.execute(
-                    "INSERT INTO round (fingerprint, slot, done, updated_at) VALUES (?, ?, 0, ?)",
-                    (fingerprint, self._slot.number, self._clock()),
+                    "INSERT INTO round (fingerprint, slot, done, updated_at, digest) VALUES (?, ?, 0, ?, ?)",
+                    (fingerprint, self._slot.number, self._clock(), round_digest(fingerprint, 0)),
                 )
                 assert cursor.lastrowid is not None
                 checkpoint = RoundCheckpoint(cursor.lastrowid, 0)
@@ -145,8 +168,11 @@ class Outbox:
         return checkpoint
 
     def _claim_unfinished_round(self, fingerprint: str) -> RoundCheckpoint | None:
-        query = "SELECT id, slot, done FROM round WHERE fingerprint = ? ORDER BY done DESC"
-        for round_id, slot, done in self._db.execute(query, (fingerprint,)).fetchall():
+        query = "SELECT id, slot, done, digest FROM round WHERE fingerprint = ? ORDER BY done DESC"
+        for round_id, slot, done, digest in self._db.execute(query, (fingerprint,)).fetchall():
+            if not is_whole_round(fingerprint, done, digest):  # it is done again, and nothing left out
+                self._db.execute(DELETE_ROUND, (round_id,))
+                continue
             with self._slot.orphaned(slot) as is_free:  # one of this server has failed, or it would not begin again
                 if is_free:
                     values = (self._slot.number, self._clock(), round_id)
@@ -177,25 +203,33 @@ class Outbox:
             for start in range(0, len(artifacts), limit):
                 self._add_part(url, payload, round_id, artifacts[start : start + limit], limit)
             if checkpoint is not None:  # a round that was ended meanwhile stays forgotten
-                values = (checkpoint.done, self._clock(), round_id)
-                self._db.execute("UPDATE round SET done = ?, updated_at = ? WHERE id = ?", values)
+                self._advance(checkpoint)
             self._ensure_size_below(self._max_bytes)
+
+    def _advance(self, checkpoint: RoundCheckpoint) -> None:
+        query = "SELECT fingerprint FROM round WHERE id = ?"
+        for (fingerprint,) in self._db.execute(query, (checkpoint.round_id,)).fetchall():
+            values = (checkpoint.done, round_digest(fingerprint, checkpoint.done), self._clock(), checkpoint.round_id)
+            self._db.execute("UPDATE round SET done = ?, digest = ?, updated_at = ? WHERE id = ?", values)
 
     def _add_part(
         self, url: str, payload: str, round_id: int | None, artifacts: Sequence[dict[str, Any]], limit: int
     ) -> None:
         last = self._db.execute(
-            f"SELECT id, status, path, round_id, payload, num_artifacts FROM batch WHERE slot = ? AND url = ? "
+            f"SELECT id, num_artifacts, digest, status, path, round_id, payload FROM batch WHERE slot = ? AND url = ? "
             f"AND {TO_SEND} ORDER BY id DESC LIMIT 1",
             (self._slot.number, url),
         ).fetchone()
-        batch_id, size = (last[0], last[5]) if last else (0, 0)
-        fits = size + len(artifacts) <= limit
-        if last is None or last[1:5] != ("open", "generated", round_id, payload) or not fits:
-            batch_id, size = self._insert_batch(url, "generated", payload, "open", round_id), 0
-        rows = ((batch_id, size + i, item["nonce"], _value(item)) for i, item in enumerate(artifacts))
-        self._db.executemany("INSERT INTO artifact (batch_id, position, nonce, value) VALUES (?, ?, ?, ?)", rows)
-        self._db.execute("UPDATE batch SET num_artifacts = ? WHERE id = ?", (size + len(artifacts), batch_id))
+        batch_id, size, digest = last[:3] if last else (0, 0, None)
+        # one without a digest is of an earlier release: it is sent as it is
+        if digest is None or last[3:] != ("open", "generated", round_id, payload) or size + len(artifacts) > limit:
+            batch_id, digest = self._insert_batch(url, "generated", payload, "open", round_id)
+            size = 0
+        rows = [(item["nonce"], _value(item)) for item in artifacts]
+        places = ((batch_id, size + i, *row) for i, row in enumerate(rows))
+        self._db.executemany("INSERT INTO artifact (batch_id, position, nonce, value) VALUES (?, ?, ?, ?)", places)
+        values = (size + len(artifacts), chain(digest, rows), batch_id)
+        self._db.execute("UPDATE batch SET num_artifacts = ?, digest = ? WHERE id = ?", values)
 
     def add_validated(self, url: str, payload: dict[str, Any]) -> None:
         """Store the outcome of a validation for `{url}/validated`."""
@@ -212,17 +246,23 @@ class Outbox:
             self._db.execute("UPDATE total SET batches = batches")  # a write, to see whether there can be one
             self._ensure_size_below(self._max_bytes - self._max_bytes // 100)
 
-    def _insert_batch(self, url: str, path: str, payload: str, status: str, round_id: int | None = None) -> int:
+    def _insert_batch(
+        self, url: str, path: str, payload: str, status: str, round_id: int | None = None
+    ) -> tuple[int, bytes]:
+        """Insert a batch without artifacts; returns its id and its digest."""
+        key, now = str(uuid.uuid4()), self._clock()
+        digest = head_digest(url, path, payload, key, now)
         cursor = self._db.execute(
-            "INSERT INTO batch (slot, round_id, url, path, payload, key, status, created_at) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (self._slot.number, round_id, url, path, payload, str(uuid.uuid4()), status, self._clock()),
+            "INSERT INTO batch (slot, round_id, url, path, payload, key, status, created_at, head_digest, digest) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (self._slot.number, round_id, url, path, payload, key, status, now, digest, digest),
         )
         assert cursor.lastrowid is not None
-        return cursor.lastrowid
+        return cursor.lastrowid, digest
 
     def _ensure_size_below(self, limit: int) -> None:
         """Inside a transaction, so that servers that share the file cannot pass the cap together."""
+        self.ensure_in_place()
         pages, free, page_size = (
             self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
         )
@@ -241,25 +281,32 @@ class Outbox:
             return self._db.execute(query, (self._slot.number, url)).fetchone()[0]
 
     def next_batch(self, url: str, newest: int, after: int = 0, paths: Collection[str] = PATHS) -> Batch | None:
-        """The first batch to send to `url` on one of `paths`, after the id `after` and up to the id `newest`.
-        What is in it does not change any more."""
-        with self._transaction():
-            row = self._db.execute(
-                f"SELECT id, status, path, key, payload, {SIZE}, attempts, created_at FROM batch "
-                f"WHERE slot = ? AND url = ? AND {TO_SEND} AND id > ? AND id <= ? AND {one_of(paths)} "
-                "ORDER BY id LIMIT 1",
-                (self._slot.number, url, after, newest, *paths),
-            ).fetchone()
-            if row is None:
-                return None
-            batch_id, status, path, key, payload, size, attempts, created_at = row
-            if status == "open":
-                self._db.execute("UPDATE batch SET status = 'pending' WHERE id = ? AND status = 'open'", (batch_id,))
-            # here, where `gonka-poc outbox purge` cannot come between
-            query = "SELECT nonce, value FROM artifact WHERE batch_id = ? ORDER BY position"
-            artifacts = self._db.execute(query, (batch_id,)).fetchall()
-        body = _generated_body(payload, artifacts) if path == "generated" else payload.encode()
-        return Batch(batch_id, url, path, key, body, size, attempts, self._clock() - created_at, block_height(payload))
+        """The first batch to send to `url` on one of `paths`, after the id `after` and up to the id `newest`. What is
+        in it does not change any more. One that is not what was stored is parked, and the next one returned."""
+        while True:
+            with self._transaction():
+                row = self._db.execute(
+                    f"SELECT {COLUMNS} FROM batch WHERE slot = ? AND url = ? AND {TO_SEND} "
+                    f"AND id > ? AND id <= ? AND {one_of(paths)} ORDER BY id LIMIT 1",
+                    (self._slot.number, url, after, newest, *paths),
+                ).fetchone()
+                if row is None:
+                    return None
+                stored = StoredBatch(*row)
+                try:  # here, where `gonka-poc outbox purge` cannot come between
+                    artifacts = stored.artifacts(self._db)
+                except DamagedBatchError as damage:
+                    self._hold.park_damaged(stored.id, str(damage))
+                    continue
+                if stored.status == "open":
+                    self._db.execute("UPDATE batch SET status = 'pending' WHERE id = ? AND status = 'open'", row[:1])
+            return self._batch(stored, artifacts)
+
+    def _batch(self, stored: StoredBatch, artifacts: list[tuple[Any, Any]]) -> Batch:
+        payload, age = stored.payload, self._clock() - stored.created_at
+        body = _generated_body(payload, artifacts) if stored.path == "generated" else payload.encode()
+        height = block_height(payload)
+        return Batch(stored.id, stored.url, stored.path, stored.key, body, stored.size, stored.attempts, age, height)
 
     def mark_delivered(self, batch_id: int) -> None:
         """Delete a batch that its receiver took."""
@@ -347,9 +394,6 @@ class Outbox:
         """Count what is in this server's part of the outbox, by receiver."""
         with translate_errors(self.path):
             return count_receivers(self._db, self._slot.number)
-
-    def _transaction(self) -> AbstractContextManager[None]:
-        return transaction(self._db, self.path)
 
 
 def _json(value: Any) -> str:
