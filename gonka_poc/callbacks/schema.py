@@ -33,8 +33,9 @@ CREATE TABLE batch (
     reason TEXT,
     created_at REAL NOT NULL,
     tried_at REAL,
-    head_digest BLOB, -- of what never changes; null: stored by an earlier release, without digests
-    digest BLOB -- the same, continued over the artifacts in their order
+    -- of what never changes, and the same continued over the artifacts; null: an earlier release stored it
+    head_digest BLOB,
+    digest BLOB
 );
 CREATE INDEX batch_to_send ON batch (slot, url, id) WHERE status IN ('open', 'pending');
 CREATE INDEX batch_kept ON batch (slot, url) WHERE status = 'kept';
