@@ -23,6 +23,7 @@ from gonka_poc.callbacks.schema import (
     READABLE_VERSIONS,
     bring_up_to_date,
     find_damage,
+    find_damaged_pages,
     make_tables,
 )
 from gonka_poc.errors import OutboxDamagedError, OutboxError, OutboxFullError
@@ -97,6 +98,13 @@ def check_whole(db: sqlite3.Connection, path: str) -> None:
     """Raise OutboxDamagedError where `find_damage` finds any."""
     if found := find_damage(db):
         raise _damaged(path, found)
+
+
+def check_artifacts(db: sqlite3.Connection, path: str) -> None:
+    """Raise OutboxDamagedError where the table of artifacts is broken: what is added to it would be lost, too."""
+    with translate_errors(path):
+        if found := find_damaged_pages(db, "artifact"):
+            raise _damaged(path, found)
 
 
 def _refuse_foreign(path: str, was_used: bool) -> None:

@@ -29,7 +29,7 @@ from typing import Any
 
 from gonka_poc.callbacks.contents import COLUMNS, DamagedBatchError, StoredBatch, is_whole_round
 from gonka_poc.callbacks.digests import chain, head_digest, round_digest
-from gonka_poc.callbacks.file import translate_errors
+from gonka_poc.callbacks.file import check_artifacts, translate_errors
 from gonka_poc.callbacks.hold import FileHold
 from gonka_poc.callbacks.locks import IN_MEMORY, Slot
 from gonka_poc.callbacks.queries import (
@@ -293,14 +293,16 @@ class Outbox:
                 if row is None:
                     return None
                 stored = StoredBatch(*row)
+                artifacts: list[tuple[Any, Any]] | None = None
                 try:  # here, where `gonka-poc outbox purge` cannot come between
                     artifacts = stored.artifacts(self._db)
                 except DamagedBatchError as damage:
                     self._hold.park_damaged(stored.id, str(damage))
-                    continue
-                if stored.status == "open":
+                if artifacts is not None and stored.status == "open":
                     self._db.execute("UPDATE batch SET status = 'pending' WHERE id = ? AND status = 'open'", row[:1])
-            return self._batch(stored, artifacts)
+            if artifacts is not None:
+                return self._batch(stored, artifacts)
+            check_artifacts(self._db, self.path)  # a value may be wrong, or the table
 
     def _batch(self, stored: StoredBatch, artifacts: list[tuple[Any, Any]]) -> Batch:
         payload, age = stored.payload, self._clock() - stored.created_at

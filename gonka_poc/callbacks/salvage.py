@@ -17,6 +17,7 @@ MAX_SET_ASIDE = 5
 SPARE_IDS = 1000  # for batches whose ids nobody can read any more: no new one may get the id of one on its way
 BATCH_COLUMNS = f"{COLUMNS}, slot, round_id, reason, tried_at"
 ROUND_COLUMNS = "fingerprint, done, digest, id, slot, updated_at"
+KNOWN_DAMAGED = "SELECT id FROM batch WHERE status = 'parked' AND reason LIKE 'damaged:%'"
 # each way through a file meets other pages
 WAYS = ("NOT INDEXED", "NOT INDEXED ORDER BY id DESC", "INDEXED BY batch_slot", "INDEXED BY batch_counts")
 
@@ -71,6 +72,8 @@ def _copy(path: str, target: sqlite3.Connection) -> tuple[int, int]:
         target.execute("BEGIN")
         for way in WAYS:
             ids.update(batch_id for (batch_id,) in _readable(source, f"SELECT id FROM batch {way}") if _is_id(batch_id))
+        known = {batch_id for (batch_id,) in _readable(source, KNOWN_DAMAGED)}  # counted when they were parked
+        ids -= known
         for batch_id in sorted(ids):
             whole += _copied(source, target, batch_id)
         for row in _readable(source, f"SELECT {ROUND_COLUMNS} FROM round"):
@@ -84,10 +87,9 @@ def _copy(path: str, target: sqlite3.Connection) -> tuple[int, int]:
         counted = [count for (count,) in _readable(source, "SELECT batches FROM total")]
         expected = sum(count for count in counted if _is_id(count))
         rest_is_unknown = not list(_readable(source, "SELECT count(*) FROM batch NOT INDEXED"))
-    known = len(ids)
     # a count that is damaged itself says nothing
-    expected = expected if expected < known + SPARE_IDS else 0
-    return whole, max(known, expected, whole + rest_is_unknown) - whole
+    expected = expected - len(known) if expected < len(ids) + SPARE_IDS else 0
+    return whole, max(len(ids), expected, whole + rest_is_unknown) - whole
 
 
 def _copied(source: sqlite3.Connection, target: sqlite3.Connection, batch_id: int) -> bool:

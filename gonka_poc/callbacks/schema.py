@@ -102,13 +102,18 @@ def bring_up_to_date(db: sqlite3.Connection) -> None:
             raise
 
 
+def find_damaged_pages(db: sqlite3.Connection, table: str) -> str | None:
+    """The first fault in the structure of a table and its indexes; None if there is none. Raises what SQLite does."""
+    (found,) = db.execute(f"PRAGMA integrity_check('{table}')").fetchone()
+    return None if found == "ok" else str(found)
+
+
 def find_damage(db: sqlite3.Connection) -> str | None:
     """The first fault in the tables of batches and rounds, and in the counts; None if there is none. Artifacts, which
     are most of a file, are looked at when their batch is sent. Raises what SQLite does."""
     for table in ("batch", "round"):
-        (found,) = db.execute(f"PRAGMA integrity_check('{table}')").fetchone()
-        if found != "ok":
-            return str(found)
+        if found := find_damaged_pages(db, table):
+            return found
     for parked in (0, 1):
         there, counted = (db.execute(query, (parked,)).fetchone() for query in TOTALS)
         if there != counted:
