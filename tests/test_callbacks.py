@@ -22,8 +22,8 @@ import pytest
 from fakes import until
 
 from gonka_poc.access import CheckedTransport
+from gonka_poc.callbacks import additions, outbox_thread
 from gonka_poc.callbacks import client as callback_client
-from gonka_poc.callbacks import outbox, outbox_thread
 from gonka_poc.callbacks import sender as callbacks
 from gonka_poc.callbacks.admin import retry_parked, summary
 from gonka_poc.callbacks.client import MAX_CONNECTIONS, MAX_CONNECTIONS_PER_HOST, parse_retry_after
@@ -176,7 +176,7 @@ async def test_artifacts_of_one_envelope_travel_together(make, receivers):
 
 
 async def test_a_batch_has_a_largest_size(make, receivers, monkeypatch):
-    monkeypatch.setattr(outbox, "MAX_ARTIFACTS_PER_BATCH", 3)
+    monkeypatch.setattr(additions, "MAX_ARTIFACTS_PER_BATCH", 3)
     sender = make(NEVER)
     for nonce in range(7):
         await sender.add_artifacts(URL, {}, artifacts(nonce))

@@ -21,14 +21,14 @@ import json
 import math
 import sqlite3
 import time
-import uuid
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from gonka_poc.callbacks.additions import Target, add_part, advance, as_json, insert_batch, max_artifacts
 from gonka_poc.callbacks.contents import COLUMNS, DamagedBatchError, StoredBatch, is_whole_round
-from gonka_poc.callbacks.digests import chain, head_digest, round_digest
+from gonka_poc.callbacks.digests import round_digest
 from gonka_poc.callbacks.file import check_artifacts, translate_errors
 from gonka_poc.callbacks.hold import FileHold
 from gonka_poc.callbacks.locks import IN_MEMORY, Slot
@@ -45,10 +45,6 @@ from gonka_poc.callbacks.queries import (
 )
 from gonka_poc.errors import OutboxFullError
 
-MAX_ARTIFACTS_PER_BATCH = 10_000
-MAX_BODY_BYTES = 8 * 2**20  # unless a single artifact is longer
-# upper bound of an artifact's JSON without its value, with room for the brackets around all artifacts
-BYTES_AROUND_VALUE = 64
 MAX_FREE_PAGES = 16_384  # free pages that an empty outbox keeps: room to write even if something else fills the disk
 MAX_ROUNDS = 100
 DELETE_PENDING = "DELETE FROM batch WHERE id = ? AND status = 'pending'"
@@ -196,46 +192,23 @@ class Outbox:
     ) -> None:
         """Store artifacts for `{url}/generated`, and how far their round is with them; on disk when this returns.
         Each is {"nonce", "vector_b64"}, or all are {"nonce", "dist"}: those of a threshold round."""
-        payload, round_id = _json(envelope), checkpoint.round_id if checkpoint else None
-        limit = _max_artifacts(payload, artifacts)
+        payload, round_id = as_json(envelope), checkpoint.round_id if checkpoint else None
+        target = Target(self._slot.number, self._clock(), url, "generated", payload, round_id)
+        limit = max_artifacts(payload, artifacts)
         self.requeue_kept(url)
         with self._transaction():
             for start in range(0, len(artifacts), limit):
-                self._add_part(url, payload, round_id, artifacts[start : start + limit], limit)
+                add_part(self._db, target, artifacts[start : start + limit], limit)
             if checkpoint is not None:  # a round that was ended meanwhile stays forgotten
-                self._advance(checkpoint)
+                advance(self._db, checkpoint.round_id, checkpoint.done, self._clock())
             self._ensure_size_below(self._max_bytes)
-
-    def _advance(self, checkpoint: RoundCheckpoint) -> None:
-        query = "SELECT fingerprint FROM round WHERE id = ?"
-        for (fingerprint,) in self._db.execute(query, (checkpoint.round_id,)).fetchall():
-            values = (checkpoint.done, round_digest(fingerprint, checkpoint.done), self._clock(), checkpoint.round_id)
-            self._db.execute("UPDATE round SET done = ?, digest = ?, updated_at = ? WHERE id = ?", values)
-
-    def _add_part(
-        self, url: str, payload: str, round_id: int | None, artifacts: Sequence[dict[str, Any]], limit: int
-    ) -> None:
-        last = self._db.execute(
-            f"SELECT id, num_artifacts, digest, status, path, round_id, payload FROM batch WHERE slot = ? AND url = ? "
-            f"AND {TO_SEND} ORDER BY id DESC LIMIT 1",
-            (self._slot.number, url),
-        ).fetchone()
-        batch_id, size, digest = last[:3] if last else (0, 0, None)
-        # one without a digest is of an earlier release: it is sent as it is
-        if digest is None or last[3:] != ("open", "generated", round_id, payload) or size + len(artifacts) > limit:
-            batch_id, digest = self._insert_batch(url, "generated", payload, "open", round_id)
-            size = 0
-        rows = [(item["nonce"], _value(item)) for item in artifacts]
-        places = ((batch_id, size + i, *row) for i, row in enumerate(rows))
-        self._db.executemany("INSERT INTO artifact (batch_id, position, nonce, value) VALUES (?, ?, ?, ?)", places)
-        values = (size + len(artifacts), chain(digest, rows), batch_id)
-        self._db.execute("UPDATE batch SET num_artifacts = ?, digest = ? WHERE id = ?", values)
 
     def add_validated(self, url: str, payload: dict[str, Any]) -> None:
         """Store the outcome of a validation for `{url}/validated`."""
         self.requeue_kept(url)
         with self._transaction():
-            self._insert_batch(url, "validated", _json(payload), "pending")
+            target = Target(self._slot.number, self._clock(), url, "validated", as_json(payload), None)
+            insert_batch(self._db, target, "pending")
             self._ensure_size_below(self._max_bytes)
 
     def check_room(self, url: str | None = None) -> None:
@@ -245,20 +218,6 @@ class Outbox:
         with self._transaction():
             self._db.execute("UPDATE total SET batches = batches")  # a write, to see whether there can be one
             self._ensure_size_below(self._max_bytes - self._max_bytes // 100)
-
-    def _insert_batch(
-        self, url: str, path: str, payload: str, status: str, round_id: int | None = None
-    ) -> tuple[int, bytes]:
-        """Insert a batch without artifacts; returns its id and its digest."""
-        key, now = str(uuid.uuid4()), self._clock()
-        digest = head_digest(url, path, payload, key, now)
-        cursor = self._db.execute(
-            "INSERT INTO batch (slot, round_id, url, path, payload, key, status, created_at, head_digest, digest) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (self._slot.number, round_id, url, path, payload, key, status, now, digest, digest),
-        )
-        assert cursor.lastrowid is not None
-        return cursor.lastrowid, digest
 
     def _ensure_size_below(self, limit: int) -> None:
         """Inside a transaction, so that servers that share the file cannot pass the cap together."""
@@ -301,14 +260,8 @@ class Outbox:
                 if artifacts is not None and stored.status == "open":
                     self._db.execute("UPDATE batch SET status = 'pending' WHERE id = ? AND status = 'open'", row[:1])
             if artifacts is not None:
-                return self._batch(stored, artifacts)
+                return _sendable(stored, artifacts, self._clock())
             check_artifacts(self._db, self.path)  # a value may be wrong, or the table
-
-    def _batch(self, stored: StoredBatch, artifacts: list[tuple[Any, Any]]) -> Batch:
-        payload, age = stored.payload, self._clock() - stored.created_at
-        body = _generated_body(payload, artifacts) if stored.path == "generated" else payload.encode()
-        height = block_height(payload)
-        return Batch(stored.id, stored.url, stored.path, stored.key, body, stored.size, stored.attempts, age, height)
 
     def mark_delivered(self, batch_id: int) -> None:
         """Delete a batch that its receiver took."""
@@ -398,19 +351,11 @@ class Outbox:
             return count_receivers(self._db, self._slot.number)
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
-
-
-def _value(artifact: dict[str, Any]) -> str | float:
-    return artifact["vector_b64"] if "vector_b64" in artifact else float(artifact["dist"])
-
-
-def _max_artifacts(payload: str, artifacts: Sequence[dict[str, Any]]) -> int:
-    """The number of artifacts that one body holds; those of one envelope are equally long."""
-    longest = max((len(str(_value(artifact))) for artifact in artifacts), default=0)
-    by_bytes = (MAX_BODY_BYTES - len(payload)) // (longest + BYTES_AROUND_VALUE)
-    return min(MAX_ARTIFACTS_PER_BATCH, max(1, by_bytes))
+def _sendable(stored: StoredBatch, artifacts: list[tuple[Any, Any]], now: float) -> Batch:
+    payload, age = stored.payload, now - stored.created_at
+    body = _generated_body(payload, artifacts) if stored.path == "generated" else payload.encode()
+    height = block_height(payload)
+    return Batch(stored.id, stored.url, stored.path, stored.key, body, stored.size, stored.attempts, age, height)
 
 
 def _generated_body(payload: str, rows: list[tuple[int, Any]]) -> bytes:
@@ -418,7 +363,7 @@ def _generated_body(payload: str, rows: list[tuple[int, Any]]) -> bytes:
     envelope = payload[:-1] + ("," if len(payload) > 2 else "")
     if isinstance(rows[0][1], float):
         nonces, distances = zip(*rows, strict=True)
-        return f'{envelope}"nonces":{_json(nonces)},"dist":{_json(distances)}}}'.encode()
+        return f'{envelope}"nonces":{as_json(nonces)},"dist":{as_json(distances)}}}'.encode()
     pieces = [f'{{"nonce":{nonce},"vector_b64":{json.dumps(value)}}}'.encode() for nonce, value in rows]
     pieces[0] = f'{envelope}"artifacts":['.encode() + pieces[0]
     pieces[-1] += b"]}"
