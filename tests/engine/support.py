@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import numpy as np
@@ -169,6 +169,34 @@ def offline_job(model: str, dtype: str, calls: Sequence[Mapping[str, Any]], **op
     """A job of a golden model; each call is {spec, nonces}. `options`: of vLLM."""
     job = {"model": str(DATA / "models" / model), "dtype": dtype, "hf_overrides": HF_OVERRIDES.get(model, {})}
     return {**job, "calls": list(calls), "options": options}
+
+
+class Float16Prover:
+    """A prover that computes in float16, one engine for vectors and distances; float32 servers judge its claims.
+
+    `vectors` [NUM_VECTORS, 12] of the nonces from 0 on, `distances` [NUM_DISTANCES].
+    """
+
+    NUM_VECTORS, NUM_DISTANCES = 500, 6000
+    ARTIFACTS: ClassVar[dict[str, Any]] = {
+        **{"block_hash": "cheat", "public_key": "prover"},
+        **{"seq_len": 16, "k_dim": 12, "poc_stronger_rng": False},
+    }
+    THRESHOLD: ClassVar[dict[str, Any]] = {
+        **{"block_hash": "block 0", "public_key": "prover"},
+        **{"seq_len": 4, "randomization": "sign_flips"},
+    }
+
+    def __init__(self, folder: Path) -> None:
+        def calls(spec: Mapping[str, Any], count: int, size: int) -> list[dict[str, Any]]:
+            starts = range(0, count, size)
+            return [{"spec": spec, "nonces": list(range(start, min(start + size, count)))} for start in starts]
+
+        of_vectors = calls(self.ARTIFACTS, self.NUM_VECTORS, 32)
+        of_distances = calls(self.THRESHOLD, self.NUM_DISTANCES, 128)
+        (answer,) = offline(folder, [offline_job("qwen3", "float16", [*of_vectors, *of_distances])])
+        self.vectors = np.concatenate(answer["values"][: len(of_vectors)])
+        self.distances = np.concatenate(answer["values"][len(of_vectors) :])
 
 
 # nonce 7 alone, first, inside of 3 and of 16, and those the other way round
