@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "patches"))  # for patch_runner
+sys.path.append(str(ROOT / "patches"))  # for patch_runner and safe_files
 
 
 class InstallError(Exception):
