@@ -14,6 +14,7 @@ import json
 import os
 import pwd
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ from gonka_poc.certificates import ssl_context
 from gonka_poc.config import load_settings, unused_variables
 from gonka_poc.errors import OutboxError, PoCError, SettingsError, ToolError, UnsupportedServerError
 from gonka_poc.gpus import nvidia_smi
+from gonka_poc.safe_files import other_writer
 from gonka_poc.vllm_compat import INSECURE_SERIALIZATION, MIDDLEWARE, SUPPORTED, WORKER_EXTENSION
 from gonka_poc.vllm_contract import Finding, judge, known_release, read_package
 
@@ -300,6 +302,9 @@ sys.exit(0 if found else 3)
 
 def why_not_found(python: str, module: str) -> str:
     """The reason why `python` cannot import `module`; empty if it can. Its file is looked for, never run."""
+    found = other_writer(shutil.which(python) or python) if os.geteuid() == 0 else ""
+    if found:
+        return f"{python} is not run by root, since {found}; run the doctor as that user"
     try:
         done = subprocess.run([python, "-I", "-B", "-c", FIND, module], capture_output=True, timeout=60, check=False)
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:

@@ -167,7 +167,8 @@ def read_file(path: str) -> bytes:
 
 
 def write_file(path: str, data: bytes) -> None:
-    """Replace a plain file, or make one of mode 0600: a reader sees the old content or the new one.
+    """Replace a plain file, or make one of mode 0600: a reader sees the old content or the new one. A file that is a
+    mount of its own is written in place.
 
     Links of folders on the way are followed. Owner, mode and extended attributes stay. For root where others could
     exchange the file or a folder on the way, all is done with the rights of the file's owner, so that nobody gets more
@@ -204,7 +205,13 @@ def _replace(folder: int, name: str, data: bytes, old: os.stat_result | None) ->
                 os.fchmod(descriptor, old.st_mode & 0o777)
             file.flush()
             os.fsync(descriptor)
-        os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+        try:
+            os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            _write_in_place(name, folder, data)
+            os.unlink(temporary, dir_fd=folder)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary, dir_fd=folder)
@@ -214,6 +221,20 @@ def _replace(folder: int, name: str, data: bytes, old: os.stat_result | None) ->
         os.fsync(readable)
     finally:
         os.close(readable)
+
+
+def _write_in_place(name: str, folder: int, data: bytes) -> None:
+    """For a file that is a mount of its own, as containers have them, which no other can be renamed over.
+
+    Cut short, the file is the new content up to some byte and the old one from there on.
+    """
+    descriptor = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    with open(descriptor, "wb", buffering=0) as file:
+        left = memoryview(data)
+        while left:
+            left = left[file.write(left) :]
+        file.truncate()
+        os.fsync(descriptor)
 
 
 def _copy_attributes(name: str, folder: int, target: int) -> None:

@@ -48,7 +48,7 @@ class Journal:
                     raise ValueError(f"format {content['format']}")
                 self.changes, self.made_folders = content["changes"], content["made_folders"]
                 self._check_places()
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InstallError(f"{self.path} cannot be read: {error!r}; move it away, or restore it") from error
 
     def _is_there(self) -> bool:
@@ -57,9 +57,8 @@ class Journal:
         except (FileNotFoundError, NotADirectoryError):
             return False
         except PermissionError as error:
-            raise InstallError(
-                f"{self.path} cannot be read, it is another user's\nrun the same command with sudo"
-            ) from error
+            problem = f"{self.path} cannot be read: it is another user's"
+            raise InstallError(f"{problem}\nrun the same command with sudo") from error
 
     def _check_places(self) -> None:
         """Raise ValueError where the journal names places that a change of ours cannot have had."""

@@ -38,7 +38,7 @@ def folders_of_python(python: str) -> list[str]:
 
 
 def tree_writer(top: str) -> str:
-    """The others who can write to something under `top`, or where its links and .pth files lead; empty if nobody can."""
+    """The others who can write to something under `top` or where its links and .pth files lead; empty if nobody can."""
     left, seen = [top], set()
     while left:
         place = left.pop()
@@ -82,12 +82,9 @@ def refuse_foreign_journal(path: str) -> None:
     """Refuse a journal that others can write: what it says would be deleted and written back."""
     if os.geteuid() == 0:
         found = other_writer(path)
-    elif os.path.lexists(path):
-        found = describe_writer(path, os.lstat(path)) or describe_writer(
-            os.path.dirname(path), os.stat(os.path.dirname(path))
-        )
-    else:
-        found = ""
+    else:  # the folders above are no more this user's than before
+        places = [place for place in (os.path.dirname(path), path) if os.path.lexists(place)]
+        found = next(filter(None, (describe_writer(place, os.stat(place)) for place in places)), "")
     if found:
         problem = f"the journal {path} is not believed: {found}, and could have written anything into it"
         raise RefusalError(f"{problem}\nrun this as that user, or look at it, then move it away")
