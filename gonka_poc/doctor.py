@@ -34,7 +34,7 @@ from gonka_poc import vllm_compat
 from gonka_poc.callbacks.file import IN_MEMORY, outbox_path, try_outbox
 from gonka_poc.certificates import ssl_context
 from gonka_poc.config import load_settings, unused_variables
-from gonka_poc.errors import OutboxError, PoCError, SettingsError, ToolError, UnsupportedServerError
+from gonka_poc.errors import OutboxError, PoCError, SettingsError, ToolError, UnsupportedServerError, for_terminal
 from gonka_poc.gpus import nvidia_smi
 from gonka_poc.safe_files import other_writer
 from gonka_poc.vllm_compat import INSECURE_SERIALIZATION, MIDDLEWARE, SUPPORTED, WORKER_EXTENSION
@@ -414,7 +414,10 @@ def print_table(checks: Sequence[Check]) -> None:
     folded = [Column(title, overflow="fold") for title in ("found", "what to do")]
     table = Table("state", "check", *folded, box=None, pad_edge=False)
     for check in checks:
-        table.add_row(*map(Text, (check.state, check.name, check.found, check.fix)), style=STYLES[check.state])
+        table.add_row(
+            *(Text(for_terminal(text)) for text in (check.state, check.name, check.found, check.fix)),
+            style=STYLES[check.state],
+        )
     console.print(table)
 
 

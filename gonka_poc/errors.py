@@ -135,6 +135,12 @@ def raise_worker_error(answers: Sequence[Any]) -> None:
         raise error_by_name(error["type"], error["message"])
 
 
+def for_terminal(text: str) -> str:
+    """`text` with everything escaped that is no visible character or space: nothing in it can steer a terminal, turn
+    the direction of writing, or look like another line."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 def printable(text: str) -> str:
     """`text` in printable ASCII: everything else escaped, so that it cannot look like another line of a log."""
     return "".join(char if " " <= char <= "~" else ascii(char)[1:-1] for char in text)

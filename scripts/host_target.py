@@ -143,6 +143,10 @@ def child_environment() -> dict[str, str]:
     """
     ours = {"PYTHONDONTWRITEBYTECODE": "1", "PIP_NO_INPUT": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     ours |= {"PIP_PROGRESS_BAR": "off", "PIP_ROOT_USER_ACTION": "ignore"}
+    # over what a pip.conf says; the command line may set them again
+    ours |= dict.fromkeys(
+        ("PIP_USER", "PIP_UPGRADE", "PIP_FORCE_REINSTALL", "PIP_NO_DEPS", "PIP_IGNORE_INSTALLED"), "0"
+    )
     home = os.environ.get("HOME")
     if home and not (os.geteuid() == 0 and other_writer(home)):
         ours["HOME"] = home
