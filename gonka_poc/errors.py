@@ -3,6 +3,7 @@
 PoCError
 ├── RequestError             400  a value breaks a limit of this server
 ├── UnauthorizedError        401  the request does not show the server's token
+├── ForeignPageError         403  a browser sent the request for a web page of another site
 ├── ConflictError            409  the request does not fit what the server is or does
 ├── NotFoundError            404  no such request
 ├── BodyTooLargeError        413  the body is over POC_MAX_BODY_BYTES
@@ -44,6 +45,10 @@ class RequestError(PoCError, http_status=400):
 
 class UnauthorizedError(PoCError, http_status=401):
     """The request does not show POC_API_TOKEN."""
+
+
+class ForeignPageError(PoCError, http_status=403):
+    """A browser sent a request that changes something for a web page of another site."""
 
 
 class ConflictError(PoCError, http_status=409):
