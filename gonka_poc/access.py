@@ -15,6 +15,7 @@ import socket
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -197,6 +198,18 @@ def is_loopback(host: str) -> bool:
     """True if `host` is a loopback address, also as IPv6 writes an IPv4 one; False for what is no address."""
     address = _as_address(host)
     return address is not None and _final_address(address).is_loopback
+
+
+def is_local_name(host: str) -> bool:
+    """True for an IP address or localhost, with or without a port."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        if name == "localhost" or name.endswith(".localhost"):
+            return True
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def shown_url(url: str) -> str:

@@ -17,7 +17,8 @@ from host_journal import Journal, change_file, install_packages, sha256
 from host_options import Options
 from host_target import SUPPORTED_TEXT, Host, Target, existing, is_supported
 from host_wheels import bundled_wheel
-from patch_runner import PatchError, UnknownShapeError, Variant, is_mount, make_patched, read_file, remove_patch
+from patch_runner import PatchError, UnknownShapeError, Variant, is_mount, make_patched, remove_patch
+from safe_files import UnsafePathError, read_file
 
 FIRST_VLLM_WITH_SKIP_COMPILED = (0, 15)
 # The wheel of vLLM that package indexes call by its bare version: CUDA 13 since 0.20 (torch 2.11), CUDA 12 before.
@@ -257,6 +258,8 @@ class RunnerStep(Step):
             raise RefusalError(f"{path}: its shape is not known: {error}\n{error.advice}") from error
         except PatchError as error:
             raise RefusalError(f"{path}: {error}") from error
+        except UnsafePathError as error:
+            raise RefusalError(str(error)) from error
 
     def check(self) -> str:
         if self.host.options.profile == "graphs" and not can_skip_compiled(self):

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gonka_poc.access import is_loopback
+from gonka_poc.access import is_local_name, is_loopback
 from gonka_poc.errors import BodyTooLargeError, PoCError, RequestError, UnauthorizedError
 
 DRAIN_FACTOR = 16  # how much of a body that is too large is read, and thrown away, so that its sender sees the answer
@@ -56,7 +56,12 @@ class TokenGate:
 def _is_program_here(scope: Scope) -> bool:
     headers = Headers(scope=scope)
     client = scope.get("client") or ("",)
-    return is_loopback(client[0]) and not any(name in headers for name in SENT_FOR_OTHERS)
+    # a browser may come with the name of a site that was made to lead here (DNS rebinding)
+    return (
+        is_loopback(client[0])
+        and is_local_name(headers.get("host", ""))
+        and not any(name in headers for name in SENT_FOR_OTHERS)
+    )
 
 
 def _digest(token: bytes) -> bytes:
