@@ -154,7 +154,7 @@ def describe(change: Mapping[str, Any]) -> str:
     if change["kind"] == "file":
         return f"patched: {change['path']}"
     new = [f"{name} {version}" for name, version in change["planned"].items() if name not in change["replaced"]]
-    old = [f"{name} {change['planned'][name]} (was {was})" for name, was in change["replaced"].items()]
+    old = [f"{name} {change['planned'].get(name, 'put aside')} (was {was})" for name, was in change["replaced"].items()]
     return f"installed: {', '.join(new + old)}"
 
 

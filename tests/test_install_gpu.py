@@ -799,9 +799,9 @@ def test_packages_that_somebody_replaced_are_left(packages: FakeHost, journal: o
 
 
 def test_an_edited_file_of_ours_is_not_thrown_away(packages: FakeHost, journal: object) -> None:
-    make_wheel(packages.folder / "wheels", "gonka_poc", "0.1.0", {"gonka_poc/__init__.py": "x = 1\n"})
+    make_wheel(packages.folder / "wheels", "gonka_poc_vllm", "0.1.0", {"gonka_poc/__init__.py": "x = 1\n"})
     host = make_host(packages)
-    host_journal.install_packages(host, journal, ["gonka-poc"])
+    host_journal.install_packages(host, journal, ["gonka-poc-vllm"])
     edited = Path(host.target.purelib, "gonka_poc", "__init__.py")
     edited.write_text("x = 2\n")
     with pytest.raises(host_target.InstallError, match="edited since it was installed"):
@@ -809,6 +809,155 @@ def test_an_edited_file_of_ours_is_not_thrown_away(packages: FakeHost, journal: 
     assert edited.read_text() == "x = 2\n"
     host_journal.undo_packages(host, journal.changes[0], force=True)
     assert not edited.parent.exists()
+
+
+# --- our package: by force, and in place of others
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Sets what a small checkout has: the text of its one module, and the version of its wheel."""
+    root = tmp_path / "checkout"
+    (root / "gonka_poc").mkdir(parents=True)
+    (root / "pyproject.toml").write_text('version = "0.2.0"\n')
+    monkeypatch.setattr(host_steps, "ROOT", root)
+
+    def set_content(text: str, version: str = "0.2.0") -> None:
+        (root / "gonka_poc" / "__init__.py").write_text(text)
+        make_wheel(root, "gonka_poc_vllm", version, {"gonka_poc/__init__.py": text}, "body>=1")
+        monkeypatch.setenv("GONKA_POC_WHEEL", str(root / f"gonka_poc_vllm-{version}-py3-none-any.whl"))
+
+    return set_content
+
+
+def install_package(host: object, journal: object) -> host_steps.PackageStep:
+    host.target.look()
+    step = host_steps.PackageStep(host, host_steps.Choice("0.25.1", None, 13, ""))
+    step.check()
+    if step.todo:
+        step.act(journal)
+        step.verify()
+    return step
+
+
+def take_back(host: object, journal: object) -> None:
+    for change in list(reversed(journal.changes)):
+        host_install.undo(host, journal, change, force=False)
+
+
+def test_an_update_of_the_same_version_and_back(packages: FakeHost, journal: object, checkout: object) -> None:
+    host = make_host(packages)
+    before = tree(packages.python.parent.parent)
+    checkout("x = 1\n")
+    install_package(host, journal)
+    assert "body" in host.target.distributions  # what it requires came first
+    installed = Path(host.target.purelib, "gonka_poc", "__init__.py")
+    for edit, text in ((None, "x = 2\n"), ("x = 3\n", "x = 2\n")):  # a newer checkout; an edited file
+        if edit:
+            installed.write_text(edit)
+        checkout(text)
+        host.target.look()
+        step = host_steps.PackageStep(host, None)
+        step.check()
+        assert step.todo.startswith("update 0.2.0 to 0.2.0")
+        assert (str(installed) in step.todo) == (edit is not None)
+        install_package(host, journal)
+        assert installed.read_text() == text
+    assert not install_package(host, journal).todo
+    take_back(host, journal)
+    assert tree(packages.python.parent.parent) == before
+
+
+def test_another_commit_is_an_update(packages: FakeHost, journal: object, checkout: object) -> None:
+    host = make_host(packages)
+    checkout("x = 1\n", "0.2.0+g111111111111")
+    install_package(host, journal)
+    checkout("x = 1\n", "0.2.0+g222222222222")
+    step = host_steps.PackageStep(host, None)
+    assert "of another commit" in step.check()
+    assert step.todo == "update 0.2.0+g111111111111 to 0.2.0+g222222222222"
+
+
+def add_plugin(python: Path, summary: str = "The network's plugin") -> None:
+    info = "gonka_poc-0.2.0.dist-info"
+    files = {"gonka_poc/__init__.py": "theirs = 1\n", "gonka_poc/plugin.py": ""}
+    files[f"{info}/entry_points.txt"] = "[vllm.general_plugins]\ngonka_poc = gonka_poc.plugin:register\n"
+    add_distribution(python, "gonka-poc", "0.2.0", files)
+    purelib = next((python.parent.parent / "lib").glob("python3*/site-packages"))
+    with (purelib / info / "METADATA").open("a") as metadata:
+        metadata.write(f"Summary: {summary}\nProject-URL: Source, https://plugin.example\n")
+    (purelib / "gonka_poc" / "__pycache__").mkdir()
+    (purelib / "gonka_poc" / "__pycache__" / f"plugin.{sys.implementation.cache_tag}.pyc").write_bytes(b"run once")
+
+
+def test_another_projects_package_is_named_and_comes_back(
+    packages: FakeHost, journal: object, checkout: object
+) -> None:
+    add_plugin(packages.python)
+    host = make_host(packages)
+    before = tree(packages.python.parent.parent)
+    checkout("x = 1\n")
+    with pytest.raises(host_target.RefusalError, match="--replace-other") as refusal:
+        install_package(host, journal)
+    for text in ("gonka-poc 0.2.0", "The network's plugin", "https://plugin.example", "decode proofs"):
+        assert text in str(refusal.value)
+    assert "vllm.general_plugins gonka_poc" in str(refusal.value)
+    assert (tree(packages.python.parent.parent), journal.changes) == (before, [])
+    host.options.replace_other = True
+    install_package(host, journal)
+    assert "gonka-poc" not in host.target.distributions
+    assert "gonka-poc put aside (was 0.2.0)" in host_install.describe(journal.changes[-1])
+    take_back(host, journal)
+    assert tree(packages.python.parent.parent) == before
+
+
+def test_our_earlier_name_makes_way(packages: FakeHost, journal: object, checkout: object) -> None:
+    add_plugin(packages.python, "Proof of compute for unmodified vLLM (V1 engine), beside normal chat")
+    host = make_host(packages)
+    checkout("x = 1\n")
+    install_package(host, journal)
+    assert "gonka-poc" not in host.target.distributions
+
+
+def test_files_that_no_package_lists_are_refused_by_name(packages: FakeHost, journal: object, checkout: object) -> None:
+    host = make_host(packages, replace_other=True)
+    stray = Path(host.target.purelib, "gonka_poc", "notes.py")
+    stray.parent.mkdir()
+    stray.write_text("mine")
+    checkout("x = 1\n")
+    with pytest.raises(host_target.RefusalError, match=r"no package lists .*gonka_poc/notes\.py"):
+        install_package(host, journal)
+    assert (stray.read_text(), journal.changes) == ("mine", [])
+
+
+def test_a_vllm_with_its_own_proof_is_refused(packages: FakeHost, checkout: object) -> None:
+    add_distribution(packages.python, "vllm", "0.25.1", {"vllm/__init__.py": "", "vllm/poc/__init__.py": ""})
+    host = make_host(packages)
+    checkout("x = 1\n")
+    with pytest.raises(host_target.RefusalError, match=r"vllm 0\.25\.1 has a proof of compute .*(\n|.)*decode proofs"):
+        host_steps.PackageStep(host, None).check()
+    host.options.replace_other = True
+    assert host_steps.PackageStep(host, None).check() == "not installed"
+
+
+@pytest.mark.parametrize("layout", ["loose", "packed", "detached", "worktree", "archive"])
+def test_the_commit_of_a_checkout(tmp_path: Path, layout: str) -> None:
+    commit, git = "0123456789abcdef" * 2 + "01234567", tmp_path / ".git"
+    if layout == "worktree":
+        git.write_text("gitdir: elsewhere/worktrees/a\n")
+        git = tmp_path / "elsewhere" / "worktrees" / "a"
+    if layout != "archive":
+        git.mkdir(parents=True)
+        (git / "HEAD").write_text(f"{commit}\n" if layout == "detached" else "ref: refs/heads/main\n")
+    if layout == "worktree":
+        (git / "commondir").write_text("../..\n")
+    if layout in ("loose", "worktree"):
+        shared = git if layout == "loose" else tmp_path / "elsewhere"
+        (shared / "refs" / "heads").mkdir(parents=True)
+        (shared / "refs" / "heads" / "main").write_text(f"{commit}\n")
+    if layout == "packed":
+        (git / "packed-refs").write_text(f"# pack-refs\n{commit} refs/heads/main\n")
+    assert host_steps.read_commit(tmp_path) == ("" if layout == "archive" else commit)
 
 
 def test_nothing_to_install_is_not_recorded(packages: FakeHost, journal: object) -> None:
