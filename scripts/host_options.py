@@ -14,7 +14,7 @@ On a GPU host (each option also works with install_b300.sh and install_universal
   --yes              do not ask; needed where there is no terminal
   --dry-run          print every step, change nothing; needs no root
   --python P         the Python that MLNode starts vLLM with (default: $VLLM_PYTHON_PATH, then the one that runner.py
-                     names, then python3.12 or newer on PATH; 3.10 and 3.11 only if named)
+                     names; 3.10 and 3.11 only if named)
   --mlnode-dir DIR   MLNode's folder (default: /app, ./mlnode, ../mlnode, /opt/mlnode, /opt/gonka/mlnode)
   --profile NAME     standard (default), or hardened: no VLLM_ALLOW_INSECURE_SERIALIZATION, and CUDA graphs for chat
                      where the installed vLLM can skip the compiled forward

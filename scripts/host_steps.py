@@ -119,10 +119,19 @@ class PythonStep(Step):
             pip = self.host.pip("--version").split()[1]
         except InstallError as error:
             advice = f"{target.python} -m ensurepip, or on Debian and Ubuntu: apt install python3-pip"
+            settings = Path(target.prefix, "pyvenv.cfg")
+            if settings.is_file() and re.search(r"^uv\s*=", settings.read_text(errors="replace"), flags=re.MULTILINE):
+                advice = f"uv made this virtual environment without it: uv pip install --python {target.python} pip"
             raise RefusalError(f"{target.python} has no pip\n{advice}") from error
         if version_of(pip) < PIP_MIN:
             problem = f"pip {pip} of {target.python} is too old, 23 or newer is needed"
             raise RefusalError(f"{problem}\n{target.python} -m pip install --upgrade pip")
+        elsewhere = re.findall(
+            r"^(?:global|install)\.(?:target|prefix|root)=.*$", self.host.pip("config", "list"), re.M
+        )
+        if elsewhere:
+            problem = f"pip is configured to install somewhere else than into {target.python}: {', '.join(elsewhere)}"
+            raise RefusalError(f"{problem}\n{target.python} -m pip config debug names the file; take that line out")
         if target.managed and not self.host.options.force:
             problem = f"{target.python} belongs to the operating system, which does not want pip to install into it"
             advice = "name a virtual environment (--python VENV/bin/python), or overrule it with --force"

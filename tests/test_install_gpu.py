@@ -393,6 +393,43 @@ def test_the_python_of_mlnode_is_taken(host: FakeHost, with_vllm: Path) -> None:
         assert f"{with_vllm}: is Python {'.'.join(map(str, sys.version_info[:3]))}; 3.12 or newer" in named.stderr
 
 
+def test_no_python_from_path_is_taken(host: FakeHost) -> None:
+    """runner.py names one that is not there: the python3 on PATH is not MLNode's."""
+    host.nvidia_smi(H200)
+    host.runner.write_text(host.runner.read_text().replace("/opt/venv/bin/python3", "/nowhere/python3"))
+    done = host.run("--mlnode-dir", host.mlnode, "--dry-run")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "/nowhere/python3: not found\nname the one that MLNode starts vLLM with: --python P" in done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_another_shell_hands_over_to_bash(host: FakeHost, script: str) -> None:
+    words = [shutil.which("dash") or "/bin/sh", str(ROOT / script), "--bogus"]
+    done = subprocess.run(words, env=host.environment(), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "unknown option: --bogus" in done.stderr) == (2, True)
+    assert os.access(ROOT / script, os.X_OK)
+
+
+def test_pip_settings_that_lead_elsewhere(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = host.folder / "pip.conf"
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(settings))
+    step = host_steps.PythonStep(make_host(host), None)
+    settings.write_text("[install]\nuser = true\n")
+    assert "pip" in step.check()
+    assert step.host.target.run("-m", "pip", "config", "get", ":env:.user").strip() == "0"
+    settings.write_text("[install]\ntarget = /somewhere\n")
+    with pytest.raises(host_target.RefusalError, match=r"install\.target='/somewhere'(.|\n)*config debug"):
+        step.check()
+
+
+def test_a_virtual_environment_of_uv_without_pip(tmp_path: Path, host: FakeHost) -> None:
+    made = make_host(host)
+    (tmp_path / "pyvenv.cfg").write_text("home = /usr/bin\nuv = 0.9.5\n")
+    made.target.__dict__.update(python="/bin/false", prefix=str(tmp_path))
+    with pytest.raises(host_target.RefusalError, match="has no pip\nuv .*: uv pip install --python /bin/false pip$"):
+        host_steps.PythonStep(made, None).check()
+
+
 def test_an_unknown_runner_is_refused_with_the_steps(host: FakeHost) -> None:
     host.nvidia_smi(H200)
     host.runner.write_text("class VLLMRunner: ...\n")
