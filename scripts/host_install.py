@@ -37,6 +37,11 @@ def install(host: Host) -> int:
             say(f"    to do: {step.todo}")
     busy = any(step.todo for step in steps)
     if host.options.dry_run:
+        if busy:
+            try:
+                refuse_unwritable(host, steps)
+            except RefusalError as error:
+                say(f"The installation itself would be refused: {error}")
         say("Dry run: nothing was changed." if busy else "Dry run: there is nothing to do.")
         return DONE
     if busy:

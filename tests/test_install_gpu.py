@@ -293,6 +293,22 @@ def test_an_nvidia_smi_that_hangs(smi: Callable[..., None], monkeypatch: pytest.
         host_gpus.find_gpus("install.sh", False)
 
 
+def test_lines_that_are_no_rows(smi: Callable[..., None]) -> None:
+    smi(f"Warning: persistence mode is off\n{H200}\n{H200}")
+    assert host_gpus.find_gpus("install.sh", False).text == "2 x NVIDIA H200, SM 9.0"
+    smi(f"{H200}\nUnable to determine the device handle for GPU0001", 15)
+    with pytest.raises(host_target.RefusalError, match=r"status 15\): Unable to determine"):
+        host_gpus.find_gpus("install.sh", False)
+
+
+def test_a_dry_run_says_where_it_may_not_write(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.nvidia_smi(H200)
+    monkeypatch.setattr(os, "access", lambda path, mode: "ml node" not in str(path))
+    done = host.run(*host.words("--dry-run"))
+    assert f"would be refused: cannot write to {host.runner.parent}" in done.stdout
+    assert (done.returncode, "nothing was changed" in done.stdout) == (0, True)
+
+
 def test_releases_of_one_generation_are_no_mixture(smi: Callable[..., None]) -> None:
     smi(f"{B200}\n{B300}")
     assert host_gpus.find_gpus("install.sh", False).generation is host_gpus.B300
