@@ -41,10 +41,21 @@ main() {
     work=$(mktemp -d)
     trap 'rm -rf -- "$work"' EXIT
     say "gonka_poc of $ROOT"
-    mkdir "$work/source"
-    cp -R -- "$ROOT/pyproject.toml" "$ROOT/README.md" "$ROOT/LICENSE" "$ROOT/gonka_poc" "$work/source/"
-    find "$work/source" -name __pycache__ -prune -exec rm -rf {} +
-    "$python" -m pip wheel --quiet --no-deps --wheel-dir "$out" "$work/source"
+    "$python" -B - "$ROOT/scripts" "$work" "$out" <<'PY' || exit 1
+import shutil, sys
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[1])
+from host_common import InstallError
+from host_options import Options
+from host_steps import build_wheel
+from host_target import Host, Target
+
+try:
+    shutil.copy(build_wheel(Host(Options(), Target(sys.executable).look(), Path(), None), Path(sys.argv[2])), sys.argv[3])
+except InstallError as error:
+    sys.exit(f"error: {error}")
+PY
     local wheel=("$out"/gonka_poc*.whl)
     say "what it requires${vllm:+, and vLLM $vllm}"
     "$python" -m pip download --quiet --dest "$out" --only-binary :all: --implementation cp \

@@ -976,7 +976,7 @@ def test_a_failure_in_the_middle_leaves_the_file(tmp_path: Path, monkeypatch: py
 def busy(monkeypatch: pytest.MonkeyPatch) -> None:
     """No file can be renamed over another: the target is a mount of its own."""
 
-    def refuse(_: str, target: str) -> None:
+    def refuse(_: str, target: str, **__: int) -> None:
         raise OSError(errno.EBUSY, "Device or resource busy", target)
 
     monkeypatch.setattr(os, "replace", refuse)
