@@ -433,8 +433,9 @@ def test_another_shell_hands_over_to_bash(host: FakeHost, script: str) -> None:
 
 
 def test_pip_settings_that_lead_elsewhere(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = host.folder / "pip.conf"
-    monkeypatch.setenv("PIP_CONFIG_FILE", str(settings))
+    settings = host.folder / ".config" / "pip" / "pip.conf"
+    settings.parent.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(host.folder))
     step = host_steps.PythonStep(make_host(host), None)
     settings.write_text("[install]\nuser = true\n")
     assert "pip" in step.check()
