@@ -72,7 +72,7 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         default=16 * 1024 * 1024,
         ge=1024,
-        description="largest request body, bytes; chat waits while one is parsed, half a second for 8 MB",
+        description="largest request body, bytes; all requests that are not answered yet may have four times as many",
     )
     max_k_dim: int = Field(
         default=2048,

@@ -215,7 +215,8 @@ class _RoundFields(RequestModel):
     @classmethod
     def _note_ignored_fields(cls, body: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
         request = handler(body)
-        request._ignored_fields = tuple(sorted(cls._unknown_fields(body))[:MAX_FIELDS])
+        if request is not body:  # else it was validated before
+            request._ignored_fields = tuple(sorted(cls._unknown_fields(body))[:MAX_FIELDS])
         return request
 
     @classmethod

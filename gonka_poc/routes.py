@@ -30,6 +30,7 @@ from gonka_poc.data import (
     VersionsAnswer,
 )
 from gonka_poc.errors import PoCError, printable
+from gonka_poc.server.bodies import BodyRoute
 from gonka_poc.server.dashboard import DashboardData, RecentErrors, dashboard_data, dashboard_page
 from gonka_poc.server.guards import error_response
 from gonka_poc.server.service import PoCService
@@ -57,7 +58,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorAnswer} for status in statuses}
 
 
-router = APIRouter(prefix=PREFIX, tags=["proof of compute"], responses=_errors(401))
+router = APIRouter(prefix=PREFIX, tags=["proof of compute"], responses=_errors(401), route_class=BodyRoute)
 
 
 @router.post("/init/generate", responses=_errors(400, 409, 413, 500, 501, 503, 507))
@@ -209,6 +210,7 @@ def make_app(service: PoCService, recent_errors: RecentErrors | None = None) -> 
         redoc_url=None,
     )
     app.state.poc_service = service
+    app.state.body_lock = asyncio.Lock()
     app.state.recent_errors = recent_errors or RecentErrors()
     app.include_router(router)
     app.add_exception_handler(PoCError, answer_poc_error)

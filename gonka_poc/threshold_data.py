@@ -106,6 +106,8 @@ class ThresholdRequest(StrictModel):
 
 
 def _protocol_of(body: Any) -> str:
+    if isinstance(body, ThresholdRequest):
+        return "threshold"
     return "threshold" if isinstance(body, dict) and "r_target" in body and "params" not in body else "artifact"
 
 
