@@ -129,10 +129,11 @@ def _raw_json(body: bytes) -> Response:  # can be large: made into JSON once, an
     return Response(body, media_type="application/json")
 
 
-@router.get("/status")
-async def status(service: Service) -> ThresholdStatusAnswer | StatusAnswer:
+@router.get("/status", response_model=ThresholdStatusAnswer | StatusAnswer)
+async def status(service: Service) -> StatusAnswer | Response:
     """The round that generates; of a threshold round, also its valid nonces."""
-    return service.status()
+    answer = service.status_answer()
+    return _raw_json(answer) if isinstance(answer, bytes) else answer
 
 
 @router.get("/versions", responses=_errors(500, 503))
