@@ -61,7 +61,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 router = APIRouter(prefix=PREFIX, tags=["proof of compute"], responses=_errors(401), route_class=BodyRoute)
 
 
-@router.post("/init/generate", responses=_errors(400, 409, 413, 500, 501, 503, 507))
+@router.post("/init/generate", responses=_errors(400, 408, 409, 413, 500, 501, 503, 507))
 async def init_generate(body: InitGenerateBody, service: Service) -> OkAnswer:
     """Start continuous generation of this node's nonces: of artifacts with `params`, of distances with `r_target`;
     409 if a round runs."""
@@ -72,14 +72,14 @@ async def init_generate(body: InitGenerateBody, service: Service) -> OkAnswer:
     return _ok("GENERATING")
 
 
-@router.post("/init", responses=_errors(400, 409, 413, 500, 501, 503, 507))
+@router.post("/init", responses=_errors(400, 408, 409, 413, 500, 501, 503, 507))
 async def init(body: ThresholdRequest, service: Service) -> OkAnswer:
     """Set a threshold round that waits for its phase; 409 if a round generates."""
     await service.init_threshold(body, "IDLE")
     return _ok("IDLE")
 
 
-@router.post("/init/validate", responses=_errors(400, 409, 413, 500, 501, 503, 507))
+@router.post("/init/validate", responses=_errors(400, 408, 409, 413, 500, 501, 503, 507))
 async def init_validate(body: ThresholdRequest, service: Service) -> OkAnswer:
     """Set a threshold round that validates; 409 if a round generates."""
     await service.init_threshold(body, "VALIDATING")
@@ -100,14 +100,14 @@ async def phase_validate(service: Service) -> OkAnswer:
     return _ok("VALIDATING")
 
 
-@router.post("/validate", responses=_errors(400, 409, 413, 429, 500, 501, 503, 507))
+@router.post("/validate", responses=_errors(400, 408, 409, 413, 429, 500, 501, 503, 507))
 async def validate(body: ProofBatch, request: Request, service: Service) -> ProofVerdict:
     """The verdict over a prover's distances in the threshold round that is set; 400 if none is."""
     job = await service.validate(body)
     return await _outcome_while_connected(job.outcome, partial(service.proofs.drop, job), request)
 
 
-@router.post("/generate", response_model=GenerateAnswer, responses=_errors(400, 409, 413, 429, 500, 501, 503, 507))
+@router.post("/generate", response_model=GenerateAnswer, responses=_errors(400, 408, 409, 413, 429, 500, 501, 503, 507))
 async def generate(body: GenerateRequest, request: Request, service: Service) -> QueuedAnswer | Response:
     """Artifacts of given nonces, or the validation of received ones; `wait` true: inline, false: queued."""
     job = await service.submit(body)
