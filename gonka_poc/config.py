@@ -72,13 +72,19 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         default=16 * 1024 * 1024,
         ge=1024,
-        description="largest request body, bytes; chat waits while one is parsed, half a second for 8 MB",
+        description="largest request body, bytes; all requests that are not answered yet may have four times as many",
+    )
+    max_k_dim: int = Field(
+        default=2048,
+        ge=1,
+        description="longest vector that a request may ask for: one nonce's takes `k_dim` squared random numbers, "
+        "which no batch can be smaller than",
     )
     max_queued_nonces: int = Field(
         default=100_000,
         ge=1,
         description="nonces that may wait in the queue, in at most 1,000 requests; with vectors longer than 32 each "
-        "counts `k_dim / 32` times, rounded up",
+        "counts `k_dim / 32` squared times, rounded up",
     )
     outbox_grace_sec: Positive = Field(
         default=600.0, description="seconds that a receiver is tried after its round ended"

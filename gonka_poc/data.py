@@ -89,6 +89,15 @@ class VectorSpec:
         """The shape of a vector."""
         return (self.k_dim,)
 
+    @property
+    def cost_key(self) -> tuple[int, int | str]:
+        """Nonces of specs with the same key take the same time."""
+        return self.seq_len, self.k_dim
+
+    def num_drawn(self, hidden_size: int, vocab_size: int) -> int:
+        """Random values that a nonce takes beyond what grows with its tokens (docs/limits.md)."""
+        return self.k_dim**2
+
 
 class Randomization(str, Enum):
     """The randomization of a threshold round (section 4)."""
@@ -109,6 +118,16 @@ class DistanceSpec:
 
     value_dtype: ClassVar[np.dtype[Any]] = np.dtype("<f4")
     value_shape: ClassVar[tuple[int, ...]] = ()
+
+    @property
+    def cost_key(self) -> tuple[int, int | str]:
+        """Nonces of specs with the same key take the same time."""
+        return self.seq_len, self.randomization
+
+    def num_drawn(self, hidden_size: int, vocab_size: int) -> int:
+        """Random values that a nonce takes beyond its input, and what takes as long (docs/limits.md)."""
+        # sorting a value takes as long as drawing eight; the product with the random head as long as drawing a few rows
+        return 8 * vocab_size if self.randomization == Randomization.PERMUTATION else 12 * hidden_size
 
 
 Spec = VectorSpec | DistanceSpec
@@ -196,7 +215,8 @@ class _RoundFields(RequestModel):
     @classmethod
     def _note_ignored_fields(cls, body: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
         request = handler(body)
-        request._ignored_fields = tuple(sorted(cls._unknown_fields(body))[:MAX_FIELDS])
+        if request is not body:  # else it was validated before
+            request._ignored_fields = tuple(sorted(cls._unknown_fields(body))[:MAX_FIELDS])
         return request
 
     @classmethod

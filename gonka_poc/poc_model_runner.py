@@ -20,7 +20,7 @@ from gonka_poc.forward_probe import probe
 from gonka_poc.gpu_random import NonceKeys, nonce_inputs, nonce_token_ids
 from gonka_poc.layer_hooks import LayerReflections
 from gonka_poc.prefetch import InFlightBatch, Prefetched
-from gonka_poc.round_tensors import RoundTensors
+from gonka_poc.round_tensors import RandomHead, RoundTensors
 from gonka_poc.vllm_compat.worker import WorkerView
 
 logger = logging.getLogger("vllm.gonka_poc.model_runner")
@@ -75,6 +75,7 @@ class PoCModelRunner:
         self.view = view
         self._layers = view.decoder_layers()
         self._tensors: RoundTensors | None = None
+        self._head: RandomHead | None = None
         self._prefetched = Prefetched()
         self._compiler: LayerCompiler | None = None
         self._compiled_distance: float | None = None
@@ -112,6 +113,28 @@ class PoCModelRunner:
             return None
         finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
         return {"nonces": list(nonces), "values": values.astype(spec.value_dtype).tobytes(), "finite": finite.tolist()}
+
+    @torch.inference_mode()
+    def prepare(self, spec: Spec, budget_sec: float) -> dict[str, Any]:
+        """Make a part of what batches of `spec` need, in about `budget_sec`; a batch makes at once what is missing.
+
+        Returns {"ready": whether there is all of it}.
+        """
+        try:
+            head = self._head_of(spec)
+            return {"ready": head is None or head.make(budget_sec)}
+        except BaseException:
+            self.release()
+            raise
+
+    def _head_of(self, spec: Spec) -> RandomHead | None:
+        """The random head of a spec, which may be incomplete; None where this rank needs none for it."""
+        if not RoundTensors.needs_head(spec, self.view):
+            return None
+        if self._head is None or self._head.block_hash != spec.block_hash:
+            self._head = None  # its memory is free before the next one is asked for
+            self._head = RandomHead(spec.block_hash, self.view)
+        return self._head
 
     @torch.inference_mode()
     def warm_up(self, seq_len: int, num_nonces: int, first: int = 0) -> dict[str, Any]:
@@ -161,7 +184,7 @@ class PoCModelRunner:
     def release(self) -> None:
         """Drop what is kept between calls: the scratch KV cache, the tensors of the round, a prefetched batch."""
         self.view.release()  # waits for the device first
-        self._tensors = None
+        self._tensors = self._head = None
         self._prefetched = Prefetched()
 
     @torch.inference_mode()
@@ -234,7 +257,10 @@ class PoCModelRunner:
             finish = tensors.vectors_of(spec, nonces)
         else:
             hooked, normalise, stronger_rng = spec.randomization == Randomization.LAYER_HOOKS, True, False
-            finish = partial(tensors.distances, spec, nonces)
+            head = self._head_of(spec)
+            if head is not None:
+                head.make()
+            finish = partial(tensors.distances, spec, nonces, head)
         reflections = tensors.reflections if hooked else {}
         if hooked and normalise:
             self._refuse_partial_sums()

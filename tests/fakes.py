@@ -153,7 +153,7 @@ class FakeManager:
         if self.abort_failure is not None:
             raise self.abort_failure
 
-    def micro_batch_size(self, seq_len: int) -> int:
+    def micro_batch_size(self, spec: Spec) -> int:
         return self.micro_batch
 
     async def compute(self, spec: Spec, nonces: list[int], next_nonces: Any = ()) -> BatchResult | None:
@@ -188,6 +188,7 @@ class FakeView:
         self.max_num_batched_tokens = 48
         self.max_num_seqs = 5
         self.hidden_size = 16
+        self.vocab_size = 97
         self.device = "cpu"
         self.chat_is_served = False
         self.asleep = False
@@ -235,7 +236,7 @@ class FakeView:
         if self.answers is not None:
             return self.answers
         answer = self._answer(method, *args)
-        return [answer if method == "poc_warm_up" else None, answer]
+        return [answer if method in ("poc_warm_up", "poc_prepare") else None, answer]
 
     def _answer(self, method: str, *args: Any) -> dict[str, Any] | None:
         if method == "poc_compute":
@@ -244,4 +245,6 @@ class FakeView:
             return {"nonces": nonces, "values": values, "finite": [True] * len(nonces)}
         if method == "poc_describe":
             return {"rank": 1, "device": self.device, "layers": [0], "is_output_rank": True}
+        if method == "poc_prepare":
+            return {"ready": True}
         return {"compiled": True} if method == "poc_warm_up" else None

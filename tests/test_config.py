@@ -32,6 +32,7 @@ def test_defaults():
         "batch_timeout_sec": 600.0,
         "max_step_ms": 200.0,
         "max_body_bytes": 16 * 1024 * 1024,
+        "max_k_dim": 2048,
         "max_queued_nonces": 100_000,
         "outbox_grace_sec": 600.0,
         "outbox_max_bytes": 10 * 1024**3,

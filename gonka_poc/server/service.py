@@ -229,6 +229,11 @@ class PoCService:
         error = status.error or self.callbacks.damage
         return status.model_copy(update={"error": error, "callbacks": self.callbacks.receivers or None})
 
+    def status_answer(self) -> StatusAnswer | bytes:
+        """`status`; of a threshold round as JSON, most of which is made only once per batch."""
+        current, status = self.slot.round, self.status()
+        return current.status_json(status) if isinstance(current, ThresholdRound) else status
+
     async def versions(self) -> VersionsAnswer:
         """The releases, and whether chat goes on while this server validates; waits for no batch.
         Raises EngineUnavailableError where the engine is gone, or does not answer in VERSIONS_SEC."""
