@@ -10,6 +10,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "patches"))  # for patch_runner
 
 
+PACKAGE, IMPORT_NAME = "gonka-poc-vllm", "gonka_poc"
+
+
 class InstallError(Exception):
     """Something stands in the way; the further lines of its text say what to do."""
 

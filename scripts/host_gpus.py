@@ -44,7 +44,9 @@ class Gpus:
 
 def find_gpus(script: str, force: bool) -> Gpus:
     """The GPUs here, if `script` installs for them."""
-    rows = [_parse_row(line) for line in _ask_nvidia_smi().splitlines()]
+    lines = _ask_nvidia_smi().splitlines()
+    # some drivers print a warning beside the rows; where no line is a row, the first is quoted
+    rows = [_parse_row(line) for line in [line for line in lines if _ROW.fullmatch(line)] or lines]
     name, capability, driver = rows[0]
     for other_name, other, _ in rows:
         if _family(other) != _family(capability):
@@ -83,9 +85,12 @@ def _family(capability: str) -> str:
     return "10.x" if capability.startswith("10.") else capability
 
 
+_ROW = re.compile(r"(.+), *(\d+\.\d+), *(\d[\d.]*)\s*")
+
+
 def _parse_row(line: str) -> tuple[str, str, str]:
     """Name, compute capability and driver; from the right, since a name may hold a comma."""
-    row = re.fullmatch(r"(.+), *(\d+\.\d+), *(\d[\d.]*)\s*", line)
+    row = _ROW.fullmatch(line)
     if row is None:
         problem = f"nvidia-smi answered a line that is not understood: {line}"
         raise _no_gpus(problem, "the line should be: name, compute capability, driver version")
@@ -103,7 +108,8 @@ def _ask_nvidia_smi() -> str:
         status, answer = done.returncode, done.stdout.decode(errors="replace").strip()
     except subprocess.TimeoutExpired:
         status, answer = 124, "no answer within 60 s"
-    first_line = answer.partition("\n")[0]
+    lines = answer.splitlines() or [""]
+    first_line = next((line for line in lines if not _ROW.fullmatch(line)), lines[0])  # the one that went wrong
     if "No devices were found" in answer or (status == 0 and not answer):
         advice = "are they visible to this machine or container (lspci | grep -i nvidia, NVIDIA_VISIBLE_DEVICES)?"
         raise _no_gpus("nvidia-smi finds no GPUs", advice)

@@ -37,6 +37,11 @@ def install(host: Host) -> int:
             say(f"    to do: {step.todo}")
     busy = any(step.todo for step in steps)
     if host.options.dry_run:
+        if busy:
+            try:
+                refuse_unwritable(host, steps)
+            except RefusalError as error:
+                say(f"The installation itself would be refused: {error}")
         say("Dry run: nothing was changed." if busy else "Dry run: there is nothing to do.")
         return DONE
     if busy:
@@ -154,7 +159,7 @@ def describe(change: Mapping[str, Any]) -> str:
     if change["kind"] == "file":
         return f"patched: {change['path']}"
     new = [f"{name} {version}" for name, version in change["planned"].items() if name not in change["replaced"]]
-    old = [f"{name} {change['planned'][name]} (was {was})" for name, was in change["replaced"].items()]
+    old = [f"{name} {change['planned'].get(name, 'put aside')} (was {was})" for name, was in change["replaced"].items()]
     return f"installed: {', '.join(new + old)}"
 
 

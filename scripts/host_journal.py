@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from host_common import InstallError, say
+from host_common import PACKAGE, InstallError, say
 from host_target import Distribution, Host
 from patch_runner import PatchError, remove_patch, write_file
 
@@ -80,19 +80,25 @@ class Journal:
         write_file(str(self.path), (json.dumps(content, indent=1) + "\n").encode("ascii"))
 
 
-def install_packages(host: Host, journal: Journal, spec: Sequence[str]) -> None:
-    """pip install, in such a way that `undo_packages` can take it back to the byte and without the network."""
+def install_packages(host: Host, journal: Journal, spec: Sequence[str], others: Sequence[str] = ()) -> None:
+    """pip install, in such a way that `undo_packages` can take it back to the byte and without the network.
+
+    `others` are packages that make way: kept like those that pip replaces, and removed before it begins.
+    """
     before = host.target.look().own()
     planned = plan_packages(host, spec)
     if not planned:
         return
-    replaced = sorted(name for name in planned if name in before)
+    replaced = sorted({*(name for name in planned if name in before), *others})
     unlisted = ", ".join(name for name in replaced if before[name].files is None)
     if unlisted:
         problem = f"{unlisted} in {host.target.prefix} did not come from pip, and would have to be replaced"
         raise InstallError(f"{problem}\ninstall into a virtual environment instead: --python VENV/bin/python")
     for name in replaced:
-        say(f"    replaces {name} {before[name].version} by {planned[name]}; what is replaced is kept")
+        by = planned.get(name, "ours")
+        say(f"    replaces {name} {before[name].version} by {by}; what is replaced is kept")
+    if PACKAGE in replaced:
+        record_edits(journal, before[PACKAGE])
     kept = str(journal.folder / f"kept-{os.getpid()}-{len(journal.changes)}") if replaced else None
     change: dict[str, Any] = {
         "kind": "packages",
@@ -106,6 +112,8 @@ def install_packages(host: Host, journal: Journal, spec: Sequence[str]) -> None:
     for name in replaced:
         keep_files(before[name], Path(host.target.prefix), Path(change["kept"]))
     journal.set_state(change, "begun")
+    if others:
+        host.pip("uninstall", "--yes", *others)
     host.pip("install", *spec)
     now = host.target.look().own()
     missing = [name for name in planned if name not in now or now[name].version != planned[name]]
@@ -131,8 +139,11 @@ def keep_files(found: Distribution, prefix: Path, kept: Path) -> None:
     """Second names (or copies, across file systems) for the files; pip writes new files and leaves these alone."""
     for name in found.files or []:
         source = Path(os.path.normpath(name))
-        if source.is_file() and source.is_relative_to(prefix):
-            link_or_copy(source, kept / source.relative_to(prefix))
+        # pip removes byte code with its source, also what it did not list
+        compiled = source.parent.glob(f"__pycache__/{source.stem}.*.pyc") if source.suffix == ".py" else ()
+        for path in (source, *compiled):
+            if path.is_file() and path.is_relative_to(prefix):
+                link_or_copy(path, kept / path.relative_to(prefix))
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -178,10 +189,22 @@ def refuse_later_edits(now: Mapping[str, Distribution], change: Mapping[str, Any
         if sha256(now[name].record.encode()) != change["records"][name]:
             what = f"{name} {now[name].version} was installed again since, by somebody else; it is left as it is"
             raise InstallError(f"{what}\nto take it away all the same: --uninstall --force")
-    edited = ", ".join(edited_files(now["gonka-poc"])) if "gonka-poc" in present else ""
+    known = change.get("edits", {})
+    files = edited_files(now[PACKAGE]) if PACKAGE in present else []
+    edited = ", ".join(path for path in files if known.get(path) != sha256(Path(path).read_bytes()))
     if edited:
         advice = "save what you need of it, then: --uninstall --force"
         raise InstallError(f"edited since it was installed: {edited}; left as it is\n{advice}")
+
+
+def record_edits(journal: Journal, found: Distribution) -> None:
+    """Note, with the change that installed it, what was edited of a package that an update replaces: the plan named
+    it, so that taking back both does not stop there."""
+    edits = {path: sha256(Path(path).read_bytes()) for path in edited_files(found)}
+    for change in reversed(journal.changes):
+        if edits and PACKAGE in change.get("planned", {}):
+            change["edits"] = edits
+            return
 
 
 def edited_files(found: Distribution) -> list[str]:
@@ -198,7 +221,7 @@ def edited_files(found: Distribution) -> list[str]:
 
 def needed_by_others(now: Mapping[str, Distribution], change: Mapping[str, Any], present: Sequence[str]) -> list[str]:
     """Packages that came with ours and that something installed later requires; it, too, keeps what it requires."""
-    ours = {"gonka-poc", "vllm", *change["replaced"]}
+    ours = {PACKAGE, "vllm", *change["replaced"]}
     later = set(now) - set(change["before"]) - set(change["planned"])
     stay: set[str] = set()
     wanted = [requirement for name in later for requirement in now[name].requires]

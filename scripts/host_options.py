@@ -14,12 +14,14 @@ On a GPU host (each option also works with install_b300.sh and install_universal
   --yes              do not ask; needed where there is no terminal
   --dry-run          print every step, change nothing; needs no root
   --python P         the Python that MLNode starts vLLM with (default: $VLLM_PYTHON_PATH, then the one that runner.py
-                     names, then python3.12 or newer on PATH; 3.10 and 3.11 only if named)
+                     names; 3.10 and 3.11 only if named)
   --mlnode-dir DIR   MLNode's folder (default: /app, ./mlnode, ../mlnode, /opt/mlnode, /opt/gonka/mlnode)
   --profile NAME     standard (default), or hardened: no VLLM_ALLOW_INSECURE_SERIALIZATION, and CUDA graphs for chat
                      where the installed vLLM can skip the compiled forward
   --vllm-version V   install this vLLM (default: an installed one that is supported is kept, else the pinned one)
   --keep-vllm        insist on the installed vLLM; never install another
+  --replace-other    put another project's package of our import name aside, or go on beside a vLLM that has a proof of
+                     its own inside; --uninstall brings it back
   --force            go on with GPUs that are not supported, or with a Python that the operating system manages; with
                      --uninstall: also take back what was edited since
   --uninstall        take everything back, as the journal recorded it
@@ -34,7 +36,7 @@ Exit status: 0 done or nothing to do, 1 failed and taken back, 2 refused before 
 """
 
 ACTIONS = ("--uninstall", "--status")
-FLAGS = ("--yes", "--dry-run", "--force", "--keep-vllm")
+FLAGS = ("--yes", "--dry-run", "--force", "--keep-vllm", "--replace-other")
 VALUES = ("--python", "--mlnode-dir", "--profile", "--vllm-version")
 
 
@@ -45,6 +47,7 @@ class Options:
     dry_run: bool = False
     force: bool = False
     keep_vllm: bool = False
+    replace_other: bool = False
     python: str | None = None
     mlnode_dir: str | None = None
     profile: str = "standard"

