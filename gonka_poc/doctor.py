@@ -14,6 +14,7 @@ import json
 import os
 import pwd
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -42,8 +43,10 @@ from gonka_poc.errors import (
     SettingsError,
     ToolError,
     UnsupportedServerError,
+    for_terminal,
 )
 from gonka_poc.gpus import nvidia_smi
+from gonka_poc.safe_files import other_writer
 from gonka_poc.vllm_compat import INSECURE_SERIALIZATION, MIDDLEWARE, SUPPORTED, WORKER_EXTENSION
 from gonka_poc.vllm_contract import Finding, judge, known_release, read_package
 
@@ -311,6 +314,9 @@ sys.exit(0 if found else 3)
 
 def why_not_found(python: str, module: str) -> str:
     """The reason why `python` cannot import `module`; empty if it can. Its file is looked for, never run."""
+    found = other_writer(shutil.which(python) or python) if os.geteuid() == 0 else ""
+    if found:
+        return f"{python} is not run by root, since {found}; run the doctor as that user"
     try:
         done = subprocess.run([python, "-I", "-B", "-c", FIND, module], capture_output=True, timeout=60, check=False)
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
@@ -420,7 +426,10 @@ def print_table(checks: Sequence[Check]) -> None:
     folded = [Column(title, overflow="fold") for title in ("found", "what to do")]
     table = Table("state", "check", *folded, box=None, pad_edge=False)
     for check in checks:
-        table.add_row(*map(Text, (check.state, check.name, check.found, check.fix)), style=STYLES[check.state])
+        table.add_row(
+            *(Text(for_terminal(text)) for text in (check.state, check.name, check.found, check.fix)),
+            style=STYLES[check.state],
+        )
     console.print(table)
 
 

@@ -58,7 +58,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorAnswer} for status in statuses}
 
 
-router = APIRouter(prefix=PREFIX, tags=["proof of compute"], responses=_errors(401), route_class=BodyRoute)
+router = APIRouter(prefix=PREFIX, tags=["proof of compute"], responses=_errors(401, 403), route_class=BodyRoute)
 
 
 @router.post("/init/generate", responses=_errors(400, 408, 409, 413, 500, 501, 503, 507))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from gonka_poc.command_line import config_options, options_of, values_of
 from gonka_poc.config import unused_variables
-from gonka_poc.errors import PoCError, UnsupportedServerError
+from gonka_poc.errors import PoCError, UnsupportedServerError, for_terminal
 from gonka_poc.gpus import smallest_gpu_mib
 from gonka_poc.preflight import check_settings
 from gonka_poc.vllm_compat import (
@@ -129,7 +129,7 @@ def _batch_option(args: Sequence[str]) -> list[str]:
 
 
 def _say(text: str) -> None:
-    print(f"gonka_poc: {text}", file=sys.stderr)
+    print(f"gonka_poc: {for_terminal(text)}", file=sys.stderr)
 
 
 def main() -> None:

@@ -15,13 +15,15 @@ import errno
 import hashlib
 import os
 import re
-import shutil
-import stat
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
+
+FOLDER = os.path.dirname(os.path.realpath(__file__))
+sys.path.append(FOLDER)  # `python -I` leaves out the folder of the script that it runs
+
+from safe_files import read_file, write_file  # noqa: E402
 
 PATCH_VERSION = 2
 EAGER_OPTION = "--enforce-eager"
@@ -366,40 +368,6 @@ def _marked(block: Sequence[str], variant: Variant, lines: Sequence[bytes], numb
     above = lines[number - 1] if number else b"\n"
     end = above[len(above.rstrip(b"\r\n")) :]
     return [(indent + line if line else "").encode() + end for line in (begin, *block, "# <<< gonka-poc patch")]
-
-
-def read_file(path: str) -> bytes:
-    """The bytes of a plain file; PatchError where `path` is something else."""
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode):
-        folder = stat.S_ISDIR(mode)
-        raise PatchError(f"{path} is {'a folder: name the file runner.py' if folder else 'not a plain file'}")
-    with open(path, "rb") as file:
-        return file.read()
-
-
-def write_file(path: str, data: bytes) -> None:
-    """Write a complete sibling and rename it; owner and mode stay those of the file that it replaces, if any."""
-    folder, name = os.path.split(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if os.path.exists(path):
-            old, new = os.stat(path), os.stat(temporary)
-            if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
-                os.chown(temporary, old.st_uid, old.st_gid)
-            shutil.copystat(path, temporary)
-            os.utime(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def run_apply(args: argparse.Namespace) -> int:

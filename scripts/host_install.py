@@ -20,6 +20,7 @@ from host_journal import Journal, sha256, undo_file, undo_packages
 from host_options import HELP, parse_options
 from host_steps import STEPS, DoctorStep, PackageStep, RunnerStep, Step, VllmStep, choose_vllm
 from host_target import Host, existing, find_host, locked
+from safe_files import read_file
 
 DONE, FAILED, NOT_INSTALLED = 0, 1, 3
 
@@ -179,7 +180,7 @@ def status(host: Host) -> int:
             trouble.append("cut short: run the installation again, or --uninstall")
         elif change["kind"] == "file" and last_of[change["path"]] is change:
             path = Path(change["path"])
-            if not path.exists() or sha256(path.read_bytes()) != change["new_sha256"]:
+            if not path.exists() or sha256(read_file(str(path))) != change["new_sha256"]:
                 trouble.append("changed since")
         elif change["kind"] == "packages":
             for name, record in change["records"].items():
@@ -218,7 +219,7 @@ def main(script: str, *words: str) -> int:
             complain(f"error: {error}")
         return error.exit_code
     except OSError as error:
-        complain(f"error: {error.filename or ''}: {error.strerror or error}")
+        complain(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")
         return FAILED
     except (KeyboardInterrupt, InterruptionError) as error:
         complain(f"stopped by {error or 'SIGINT'}")

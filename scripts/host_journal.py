@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,9 @@ from typing import Any
 
 from host_common import PACKAGE, InstallError, say
 from host_target import Distribution, Host
-from patch_runner import PatchError, remove_patch, write_file
+from host_trust import refuse_foreign_journal
+from patch_runner import PatchError, remove_patch
+from safe_files import read_file, write_file
 
 JOURNAL_FORMAT = 1
 
@@ -37,21 +40,45 @@ class Journal:
         self.path = folder / "journal.json"
         self.changes: list[dict[str, Any]] = []
         self.made_folders: list[str] = []
-        if self.path.exists():
+        refuse_foreign_journal(str(self.path))
+        if self._is_there():
             try:
-                content = json.loads(self.path.read_bytes())
+                content = json.loads(read_file(str(self.path)))
                 if content["format"] != JOURNAL_FORMAT:
                     raise ValueError(f"format {content['format']}")
                 self.changes, self.made_folders = content["changes"], content["made_folders"]
-            except (ValueError, KeyError, TypeError) as error:
+                self._check_places()
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InstallError(f"{self.path} cannot be read: {error!r}; move it away, or restore it") from error
+
+    def _is_there(self) -> bool:
+        try:
+            return stat.S_ISREG(os.lstat(self.path).st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except PermissionError as error:
+            problem = f"{self.path} cannot be read: it is another user's"
+            raise InstallError(f"{problem}\nrun the same command with sudo") from error
+
+    def _check_places(self) -> None:
+        """Raise ValueError where the journal names places that a change of ours cannot have had."""
+        for change in self.changes:
+            kept, path = change.get("kept"), change.get("path")
+            if kept is not None and Path(os.path.normpath(kept)).parent != self.folder:
+                raise ValueError(f"{kept} is not in {self.folder}")
+            if path is not None and (not os.path.isabs(path) or not path.endswith(".py")):
+                raise ValueError(f"{path} is not a file that is patched")
+        if any(not self.folder.is_relative_to(made) for made in self.made_folders):
+            raise ValueError("it names folders that are not above its own")
 
     def begin(self, change: dict[str, Any], state: str = "begun") -> dict[str, Any]:
         """Record a change before it is made."""
         if not self.folder.is_dir():
             missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
             self.made_folders = [str(path) for path in reversed(missing)]
-            self.folder.mkdir(parents=True)
+            for path in reversed(missing):
+                path.mkdir(mode=0o700 if path == self.folder else 0o755)
+            refuse_foreign_journal(str(self.path))
         self.changes.append(change)
         self.set_state(change, state)
         return change
@@ -266,7 +293,7 @@ def undo_file(change: Mapping[str, Any], force: bool) -> None:
     if not path.exists():
         say(f"    {path} is gone; nothing to put back")
         return
-    current = path.read_bytes()
+    current = read_file(str(path))
     if sha256(current) == change["new_sha256"]:
         write_file(str(path), original)
     elif sha256(current) != change["old_sha256"]:

@@ -18,7 +18,8 @@ from host_journal import Journal, change_file, edited_files, install_packages, s
 from host_options import Options
 from host_others import others_of, refuse_others
 from host_target import SUPPORTED_TEXT, Host, Target, existing, is_supported
-from patch_runner import PatchError, UnknownShapeError, Variant, make_patched, read_file, remove_patch
+from patch_runner import PatchError, UnknownShapeError, Variant, make_patched, remove_patch
+from safe_files import UnsafePathError, read_file
 
 FIRST_VLLM_WITH_SKIP_COMPILED = (0, 15)
 # The wheel of vLLM that package indexes call by its bare version: CUDA 13 since 0.20 (torch 2.11), CUDA 12 before.
@@ -309,6 +310,8 @@ class RunnerStep(Step):
             raise RefusalError(f"{path}: its shape is not known: {error}\n{error.advice}") from error
         except PatchError as error:
             raise RefusalError(f"{path}: {error}") from error
+        except UnsafePathError as error:
+            raise RefusalError(str(error)) from error
 
     def check(self) -> str:
         current, wanted = self._patched()

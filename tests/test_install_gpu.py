@@ -67,7 +67,7 @@ class FakeHost:
         self.bin.mkdir()
         self.runner.parent.mkdir(parents=True)
         shutil.copy(RUNNERS / "direct_2025.py", self.runner)
-        for name in ("bash", "cat", "dirname"):
+        for name in ("bash", "cat", "dirname", "readlink", "stat"):
             (self.bin / name).symlink_to(shutil.which(name))
         (self.bin / "python3").symlink_to(sys.executable)
 

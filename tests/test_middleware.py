@@ -328,6 +328,74 @@ def test_a_real_server_ends_where_the_start_is_refused(parts, num_api_processes,
     assert server.lifespan.should_exit is refused
 
 
+# --- browsers ---------------------------------------------------------------------------------------------------
+
+PAGE, HERE = "https://evil.example", "http://10.0.0.5:8000"
+CHANGES = ["stop", "init", "init/generate", "init/validate", "phase/generate", "phase/validate", "generate", "validate"]
+
+
+def from_browser(origin: str | None = None, site: str | None = None, host: str = "10.0.0.5:8000") -> dict[str, str]:
+    headers = {"Host": host, "Origin": origin, "Sec-Fetch-Site": site, "Content-Type": "text/plain;charset=UTF-8"}
+    return {name: value for name, value in headers.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        from_browser(PAGE),  # an address without TLS gets no Sec-Fetch-Site
+        from_browser("null"),  # a sandboxed frame, or a file
+        from_browser(PAGE, "cross-site", "localhost:8000"),
+        from_browser("http://localhost:3000", "same-site", "localhost:8000"),
+        from_browser(None, "cross-site", "127.0.0.1:8000"),
+        from_browser("http://10.0.0.5:80"),
+        from_browser("http://evil.example:8000", None, "evil.example:8000"),  # the name leads to this server
+        from_browser("http://evil.example:8000", "same-origin", "evil.example:8000"),
+    ],
+    ids=str,
+)
+async def test_a_foreign_page_changes_nothing(client, view, headers):
+    await client.post(f"{PREFIX}/init/generate", json=round_body())
+    for path in CHANGES:
+        for body in (b"", json.dumps(round_body()).encode()):
+            for drop in ((), ("Content-Type",)):  # a page can also send a body without a type
+                sent = {name: value for name, value in headers.items() if name not in drop}
+                response = await client.post(f"{PREFIX}/{path}", content=body, headers=sent)
+                assert response.status_code == 403, path
+                assert "web page" in response.json()["detail"]
+    assert (await client.get(f"{PREFIX}/status")).json()["status"] == "GENERATING"
+    preflight = await client.options(f"{PREFIX}/stop", headers={**headers, "Access-Control-Request-Method": "POST"})
+    assert preflight.status_code == 405
+    assert not [name for name in preflight.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"User-Agent": "Go-http-client/1.1"},
+        {"User-Agent": "curl/8.5.0"},
+        {"User-Agent": "python-requests/2.32", "Host": "gpu-host:8000"},
+        from_browser(HERE),  # /docs, tried out
+        from_browser("http://localhost:8000", "same-origin", "localhost:8000"),
+        from_browser("http://[::1]:8000", "same-origin", "[::1]:8000"),
+    ],
+    ids=str,
+)
+async def test_programs_and_own_pages_pass(client, headers):
+    headers = {name: value for name, value in headers.items() if name != "Content-Type"}
+    assert (await client.post(f"{PREFIX}/init/generate", json=round_body(), headers=headers)).status_code == 200
+    assert (await client.post(f"{PREFIX}/stop", headers=headers)).status_code == 200
+
+
+async def test_a_page_under_a_name_passes_with_the_token(parts, monkeypatch):
+    monkeypatch.setenv("POC_API_TOKEN", TOKEN)
+    headers = {**from_browser("https://gpu.example", "same-origin", "gpu.example"), "Authorization": f"Bearer {TOKEN}"}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(parts.host()), base_url="http://test") as client:
+        assert (await client.post(f"{PREFIX}/stop", headers=headers)).status_code == 200
+        headers |= {"Origin": PAGE, "Sec-Fetch-Site": "cross-site"}
+        assert (await client.post(f"{PREFIX}/stop", headers=headers)).status_code == 403
+
+
 # --- the token --------------------------------------------------------------------------------------------------
 
 TOKEN = "s3cret-token"

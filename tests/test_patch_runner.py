@@ -852,7 +852,7 @@ def test_links_to_nowhere(tmp_path: Path) -> None:
 def test_a_failure_in_the_middle_leaves_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = put(tmp_path, "direct_2025")
 
-    def no_space(_: str, target: str) -> None:
+    def no_space(_: str, target: str, **folders: int) -> None:
         raise OSError(28, "No space left on device", target)
 
     for command in ("apply", "revert"):
@@ -885,6 +885,8 @@ def as_nobody() -> Iterator[tuple[Path, Callable[..., subprocess.CompletedProces
     root = Path(tempfile.mkdtemp())
     root.chmod(0o755)
     shutil.copy(SCRIPT, root / "tool.py")
+    for module in PATCHES.glob("*.py"):
+        shutil.copy(module, root)
 
     def call(*words: object) -> subprocess.CompletedProcess[str]:
         command = [python, "-I", "-S", str(root / "tool.py"), *map(str, words)]

@@ -123,7 +123,7 @@ def bench_command(
         common.print_table(("", found.where), rows_of(found))
         common.print_table(("phase", "ms per batch", "share", "meaning"), phase_rows(found))
         if found.not_measured:
-            click.echo(f"only --offline measures: {', '.join(found.not_measured)}; model flops, memory")
+            common.print_lines(f"only --offline measures: {', '.join(found.not_measured)}; model flops, memory")
     if png is not None:  # last, so that a missing matplotlib costs no measurement
         plots.save_png(plot_of(found, plots.theme_of(theme)), png)
     return common.PASS

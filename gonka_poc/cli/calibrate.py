@@ -151,7 +151,7 @@ def calibrate_command(
 
 
 def _print_calibration(found: Calibration, distances: np.ndarray) -> None:
-    click.echo("\n".join(terminal_histogram(distances, found.r_target)))
+    common.print_lines(*terminal_histogram(distances, found.r_target))
     rows = [
         (
             block.block_hash,
@@ -163,11 +163,11 @@ def _print_calibration(found: Calibration, distances: np.ndarray) -> None:
         for block in found.blocks
     ]
     common.print_table(("block hash", "nonces", "mean distance", "valid", "95% interval"), rows)
-    click.echo(
+    common.print_lines(
         f"r_target {found.r_target:.5f} for {found.rate:.1%} valid; 95% interval {found.low:.5f} to {found.high:.5f}"
     )
-    click.echo(
+    common.print_lines(
         f"valid rate over block hashes: standard deviation {found.rate_sd:.2%}, by chance alone "
         f"{found.rate_sd_by_chance:.2%}; p = {found.p_same:.2g} that the block makes no difference"
     )
-    click.echo(f"mean {found.mean:.5f}: {found.standard_errors_from_sqrt2:.1f} standard errors from sqrt(2)")
+    common.print_lines(f"mean {found.mean:.5f}: {found.standard_errors_from_sqrt2:.1f} standard errors from sqrt(2)")
