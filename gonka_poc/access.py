@@ -193,6 +193,12 @@ class CheckedTransport(httpx.AsyncBaseTransport):
         await self._transport.aclose()
 
 
+def is_loopback(host: str) -> bool:
+    """True if `host` is a loopback address, also as IPv6 writes an IPv4 one; False for what is no address."""
+    address = _as_address(host)
+    return address is not None and _final_address(address).is_loopback
+
+
 def shown_url(url: str) -> str:
     """`url` for people and logs, with *** for a name and password in it."""
     return re.sub(r"^([^/?#]*//)[^/?#]*@", r"\1***@", url)

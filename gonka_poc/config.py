@@ -108,6 +108,12 @@ class Settings(BaseSettings):
         "where all of them together would take more room than the answers of `POC_MAX_QUEUED_NONCES` nonces may",
     )
 
+    trust_loopback: bool = Field(
+        default=False,
+        description="1: callers on this machine need no POC_API_TOKEN, which MLNode does not forward; whoever MLNode "
+        "asks for is let in with it. Not those that a proxy or a web page of this machine sends",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _drop_empty(cls, values: dict[str, Any]) -> dict[str, Any]:

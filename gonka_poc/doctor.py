@@ -103,16 +103,18 @@ def _find(pattern: str, text: str) -> str | None:
     return found[1] if found else None
 
 
-def run_checks(runner: Path | None = None, python: str | None = None) -> list[Check]:
+def run_checks(runner: Path | None = None, python: str | None = None, look_at_gpus: bool = True) -> list[Check]:
     """All checks of this host, causes before effects.
 
-    `python` is the interpreter that MLNode uses if neither runner.py nor the environment names one.
+    `python` is the interpreter that MLNode uses if neither runner.py nor the environment names one. An image is
+    checked without `look_at_gpus`: those are of the host that will run it.
     """
     here = Surroundings(runner, python, os.environ)
-    checks = [check_python(), check_vllm(), check_settings(), check_certificates(), check_outbox(), check_gpu()]
-    checks += [check_extension_points()]
+    checks = [check_python(), check_vllm(), check_settings(), check_certificates(), check_outbox()]
+    checks += [check_gpu()] if look_at_gpus else []
+    checks += [check_extension_points(), check_token(here)]
     checks += [check(here) for check in (check_package, check_runner, check_module, check_serialization, check_eager)]
-    return [*checks, check_memory()]
+    return [*checks, check_memory()] if look_at_gpus else checks
 
 
 def check_python() -> Check:
@@ -212,8 +214,14 @@ def check_gpu() -> Check:
         return Check(name, "fail", "nvidia-smi shows no GPU", "install the driver, or give the container its GPUs")
     driver = rows[0][-1]
     found = f"{len(rows)} x {rows[0][0]}, driver {driver}; torch is built for CUDA {cuda}"
-    if int(_find(r"\A(\d+)", driver) or 0) < need:
-        return Check(name, "fail", found, f"update the driver to {need} or newer, or take a vLLM for an older CUDA")
+    release = _find(r"\A(\d+)", driver)
+    if release is None:
+        return Check(name, "fail", found, "nvidia-smi must work first; see what `nvidia-smi -q` says of the driver")
+    if int(release) < need:
+        fix = (
+            f"update the driver to {need} or newer, take a vLLM for an older CUDA, or make sure that NVIDIA's forward "
+        )
+        return Check(name, "warn", found, f"{fix}compatibility libraries (cuda-compat) are where the server starts")
     return Check(name, "ok", found)
 
 
@@ -286,6 +294,23 @@ def check_finding(finding: Finding) -> Check:
     if finding.presence == "unsure":
         return Check(finding.name, "warn", finding.where, GIVE_RELEASE)
     return Check(finding.name, "ok", finding.where)
+
+
+def check_token(here: Surroundings) -> Check:
+    """POC_API_TOKEN beside MLNode, which asks vLLM on this machine and forwards no token."""
+    name = "token"
+    try:
+        settings = load_settings()
+    except SettingsError:
+        return Check(name, "warn", "not looked at", "correct the settings first")
+    if settings.api_token is None:
+        return Check(name, "ok", "POC_API_TOKEN is not set: proof is open to all who reach vLLM's port")
+    if here.runner is None:
+        return Check(name, "ok", "POC_API_TOKEN is set (without MLNode: no --runner)")
+    if settings.trust_loopback:
+        return Check(name, "ok", "POC_API_TOKEN is set; callers on this machine, as MLNode is, need none")
+    found = "POC_API_TOKEN is set, and MLNode forwards no token: it gets 401 and there is no proof"
+    return Check(name, "fail", found, "set POC_TRUST_LOOPBACK=1 where MLNode is started, or unset POC_API_TOKEN there")
 
 
 def check_package(here: Surroundings) -> Check:
@@ -404,9 +429,11 @@ def available_mib() -> int:
     return 0
 
 
-def doctor_command(json_output: bool = False, runner: Path | None = None, python: str | None = None) -> int:
+def doctor_command(
+    json_output: bool = False, runner: Path | None = None, python: str | None = None, look_at_gpus: bool = True
+) -> int:
     """Print the checks of this host; 1 if one failed."""
-    return print_checks(run_checks(runner, python), json_output)
+    return print_checks(run_checks(runner, python, look_at_gpus), json_output)
 
 
 def print_checks(checks: Sequence[Check], json_output: bool) -> int:
@@ -439,8 +466,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runner", type=Path, metavar="FILE", help="MLNode's inference/vllm/runner.py")
     parser.add_argument("--python", metavar="P", help="the Python that MLNode starts vLLM with")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--no-gpu", action="store_true", help="look at no GPU and no driver: in an image")
     options = parser.parse_args(argv)
-    return doctor_command(options.json, options.runner, options.python)
+    return doctor_command(options.json, options.runner, options.python, not options.no_gpu)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ class PoCMiddleware:
         secret = self._settings.api_token
         token = None if secret is None else secret.get_secret_value()
         guarded = BrowserGate(self._serve, any_name=token is not None)
-        self._gate = TokenGate(guarded, token, open_path=DASHBOARD)
+        self._gate = TokenGate(guarded, token, DASHBOARD, self._settings.trust_loopback)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

@@ -33,17 +33,23 @@ B300 = Generation("install_b300.sh", "0.32.0", "0.20.0", "the first whose defaul
 UNIVERSAL = Generation("install_universal.sh", "0.25.1", older_driver_pin="0.19.1")
 
 GENERATIONS = {"10.x": B300, "9.0": UNIVERSAL, "8.0": UNIVERSAL}
+NAMED = {"b300": B300, "universal": UNIVERSAL}  # --gpus
 
 
 @dataclass(frozen=True)
 class Gpus:
     text: str  # "8 x NVIDIA H200, SM 9.0"
-    driver: str
+    driver: str  # empty where --gpus names the generation and nothing was looked at
     generation: Generation
 
 
-def find_gpus(script: str, force: bool) -> Gpus:
-    """The GPUs here, if `script` installs for them."""
+def find_gpus(script: str, force: bool, named: str | None = None) -> Gpus:
+    """The GPUs here, if `script` installs for them; with a `named` generation none is looked for, as in an image."""
+    if named:
+        generation = NAMED[named]
+        if script not in ("install.sh", generation.script):
+            raise _refusal(f"{script} does not install for --gpus {named}", f"run: bash {generation.script}")
+        return Gpus(f"not looked at (--gpus {named})", "", generation)
     lines = _ask_nvidia_smi().splitlines()
     # some drivers print a warning beside the rows; where no line is a row, the first is quoted
     rows = [_parse_row(line) for line in [line for line in lines if _ROW.fullmatch(line)] or lines]

@@ -18,8 +18,9 @@ from host_common import InstallError, InterruptionError, RefusalError, complain,
 from host_gpus import find_gpus
 from host_journal import Journal, sha256, undo_file, undo_packages
 from host_options import HELP, parse_options
-from host_steps import STEPS, DoctorStep, PackageStep, RunnerStep, Step, VllmStep, choose_vllm
+from host_steps import STEPS, DoctorStep, PackageStep, RunnerStep, Step, VllmStep, choose_vllm, live_command
 from host_target import Host, existing, find_host, locked
+from host_wheels import check_wheels
 from safe_files import read_file
 
 DONE, FAILED, NOT_INSTALLED = 0, 1, 3
@@ -30,6 +31,8 @@ def install(host: Host) -> int:
     if not host.options.dry_run:
         finish_earlier_run(host, journal)
     choice = choose_vllm(host.target, host.options, host.gpus.generation)
+    if host.options.wheels:
+        say(f"Packages come from {host.options.wheels} alone: {check_wheels(host.options.wheels)}")
     steps = [cls(host, choice) for cls in STEPS]
     say(f"Plan for {host.target.python} and {host.runner}:")
     for number, step in enumerate(steps, 1):
@@ -64,6 +67,7 @@ def install(host: Host) -> int:
         return DONE
     say(f"Done. Restart MLNode for it to take effect. The journal is in {host.state}.")
     say("To take everything back: bash install.sh --uninstall, with the same --python")
+    say(f"Then ask the running server (its own port, MLNode's first is 5001): {live_command(host.target)}")
     return DONE
 
 
@@ -204,7 +208,7 @@ def main(script: str, *words: str) -> int:
         if options.action == "help":
             print(HELP, end="")
             return DONE
-        gpus = find_gpus(script, options.force) if options.action == "install" else None
+        gpus = find_gpus(script, options.force, options.gpus) if options.action == "install" else None
         host = find_host(options, gpus)
         if options.action == "status":
             return status(host)

@@ -22,7 +22,7 @@ from typing import Any
 from host_common import PACKAGE, InstallError, say
 from host_target import Distribution, Host
 from host_trust import refuse_foreign_journal
-from patch_runner import PatchError, remove_patch
+from patch_runner import PatchError, is_cut_short, remove_patch
 from safe_files import read_file, write_file
 
 JOURNAL_FORMAT = 1
@@ -279,9 +279,15 @@ def remove_empty(folders: set[str], prefix: Path) -> None:
 def change_file(journal: Journal, path: Path, old: bytes, new: bytes) -> None:
     change = {"kind": "file", "path": str(path), "old_sha256": sha256(old), "new_sha256": sha256(new)}
     change["original_base64"] = base64.b64encode(old).decode("ascii")
+    change["patched_base64"] = base64.b64encode(new).decode("ascii")  # to know a write in place that was cut short
     journal.begin(change)
     write_file(str(path), new)
     journal.set_state(change, "done")
+
+
+def was_cut_short(current: bytes, original: bytes, patched: bytes) -> bool:
+    """True if a write in place, of the patch or back, was cut short; journals of earlier releases have no `patched`."""
+    return bool(patched) and (is_cut_short(current, original, patched) or is_cut_short(current, patched, original))
 
 
 def undo_file(change: Mapping[str, Any], force: bool) -> None:
@@ -294,7 +300,8 @@ def undo_file(change: Mapping[str, Any], force: bool) -> None:
         say(f"    {path} is gone; nothing to put back")
         return
     current = read_file(str(path))
-    if sha256(current) == change["new_sha256"]:
+    patched = base64.b64decode(change.get("patched_base64", ""))
+    if sha256(current) == change["new_sha256"] or was_cut_short(current, original, patched):
         write_file(str(path), original)
     elif sha256(current) != change["old_sha256"]:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import email
 import os
 import re
+import shlex
 import shutil
 import tempfile
 import zipfile
@@ -18,7 +19,8 @@ from host_journal import Journal, change_file, edited_files, install_packages, s
 from host_options import Options
 from host_others import others_of, refuse_others
 from host_target import SUPPORTED_TEXT, Host, Target, existing, is_supported
-from patch_runner import PatchError, UnknownShapeError, Variant, make_patched, remove_patch
+from host_wheels import bundled_wheel
+from patch_runner import PatchError, UnknownShapeError, Variant, is_mount, make_patched, remove_patch
 from safe_files import UnsafePathError, read_file
 
 FIRST_VLLM_WITH_SKIP_COMPILED = (0, 15)
@@ -78,12 +80,22 @@ def cuda_of_release(vllm: str) -> int:
     return 13 if version_of(vllm)[:2] >= FIRST_VLLM_WITH_CUDA_13 else 12
 
 
+def driver_of(cuda: int) -> int:
+    """The oldest driver that runs any release of that CUDA."""
+    return MIN_DRIVER.get(cuda, max(MIN_DRIVER.values()))
+
+
 def cuda_of_torch(target: Target) -> int | None:
     """Major CUDA release that the installed torch was built for; read from its file, torch is not imported."""
     path = Path(target.torch).parent / "version.py" if target.torch else None
     text = path.read_text(encoding="utf-8", errors="replace") if path and path.is_file() else ""
     found = re.search(r"^cuda\b[^=\n]*=\s*'(\d+)", text, flags=re.MULTILINE)
     return int(found[1]) if found else None
+
+
+def live_command(target: Target) -> str:
+    """What asks a running server for a proof."""
+    return f"{shlex.quote(str(Path(target.scripts, 'gonka-poc')))} doctor --live http://127.0.0.1:5001"
 
 
 @dataclass
@@ -145,12 +157,20 @@ class DriverStep(Step):
 
     def check(self) -> str:
         gpus, choice = self.host.gpus, self.choice
+        if not gpus.driver:
+            need = f"; a host that runs it needs driver {driver_of(choice.cuda)} or newer" if choice.cuda else ""
+            return f"{gpus.text}{need}"
         found = f"{gpus.text}, driver {gpus.driver}"
         if choice.cuda is None:
             return f"{found}; the installed vLLM is built without CUDA and uses neither"
-        need = MIN_DRIVER.get(choice.cuda, max(MIN_DRIVER.values()))
+        need = driver_of(choice.cuda)
         if version_of(gpus.driver) >= (need,):
             return f"{found}; vLLM {choice.version} is built for CUDA {choice.cuda}, which needs {need} or newer"
+        if choice.installs is None:
+            text = (
+                f"warning: {found}; the installed vLLM {choice.version} is built for CUDA {choice.cuda}, which needs "
+            )
+            return f"{text}{need} or newer, or NVIDIA's forward compatibility libraries (cuda-compat); it is kept"
         text = f"driver {gpus.driver} cannot run CUDA {choice.cuda}, which vLLM {choice.version} is built for: "
         text += f"it needs {need} or newer\nupdate the driver to {need} or newer"
         older = gpus.generation.older_driver_pin
@@ -201,7 +221,7 @@ class PackageStep(Step):
     def check(self) -> str:
         target = self.host.target
         refuse_others(target, self.host.options.replace_other)
-        found, wanted = target.own().get(PACKAGE), wanted_version()
+        found, wanted = target.own().get(PACKAGE), wanted_version(self.host.options)
         if found is None:
             others = ", ".join(f"{name} {other.version}" for name, other in others_of(target).items())
             self.todo = f"pip install {ROOT} into {target.purelib}" + (f", in place of {others}" if others else "")
@@ -215,7 +235,7 @@ class PackageStep(Step):
 
     def act(self, journal: Journal) -> None:
         with tempfile.TemporaryDirectory(prefix="gonka-poc-") as folder:
-            wheel = Path(os.environ.get("GONKA_POC_WHEEL") or build_wheel(self.host, Path(folder)))
+            wheel = given_wheel(self.host.options) or build_wheel(self.host, Path(folder))
             # The dependencies first, as pip resolves them; then the package alone, by force: pip would leave one of
             # the same version as it is.
             dependencies = wheel_requirements(wheel)
@@ -233,10 +253,18 @@ def wheel_requirements(wheel: Path) -> list[str]:
     return [text for text in metadata.get_all("Requires-Dist", []) if "extra ==" not in text]
 
 
-def wanted_version() -> str:
-    """The version of the wheel that is given, else the one that `build_wheel` makes."""
+def given_wheel(options: Options) -> Path | None:
+    """The wheel of this package in the folder of --wheels, else the one that the environment names."""
+    if options.wheels:
+        return Path(bundled_wheel(options.wheels))
     given = os.environ.get("GONKA_POC_WHEEL")
-    return Path(given).name.split("-")[1] if given else checkout_version()
+    return Path(given) if given else None
+
+
+def wanted_version(options: Options) -> str:
+    """The version of the wheel that is given, else the one that `build_wheel` makes."""
+    given = given_wheel(options)
+    return given.name.split("-")[1] if given else checkout_version()
 
 
 def checkout_version() -> str:
@@ -302,7 +330,7 @@ class RunnerStep(Step):
     def _patched(self) -> tuple[bytes, bytes]:
         """The file as it is and as it should be."""
         path, profile = str(self.host.runner), self.host.options.profile
-        variant = Variant(profile, not (profile == "hardened" and can_skip_compiled(self)))
+        variant = Variant(profile, profile == "standard" or not can_skip_compiled(self))
         try:
             current = read_file(path)
             return current, make_patched(remove_patch(current)[0], variant)
@@ -314,12 +342,32 @@ class RunnerStep(Step):
             raise RefusalError(str(error)) from error
 
     def check(self) -> str:
+        if self.host.options.profile == "graphs" and not can_skip_compiled(self):
+            problem = f"--profile graphs: vLLM {self.choice.version} cannot run proof beside a compiled model"
+            raise RefusalError(f"{problem}\ntake vLLM 0.15 or newer, or --profile standard")
         current, wanted = self._patched()
         self.todo = f"patch it, profile {self.host.options.profile}" if current != wanted else ""
-        return f"{self.host.runner} {'is to be' if self.todo else 'is'} patched ({self.host.options.profile})"
+        found = f"{self.host.runner} {'is to be' if self.todo else 'is'} patched ({self.host.options.profile})"
+        if is_mount(str(self.host.runner)):
+            found += "\n    it is a mount of its own and is written in place; what it mounts is patched"
+        return found + "".join(f"\n    {line}" for line in profile_costs(self))
 
     def act(self, journal: Journal) -> None:
         change_file(journal, self.host.runner, *self._patched())
+
+
+def profile_costs(step: Step) -> list[str]:
+    """A line for each profile: what chat gains or loses by it."""
+    able = can_skip_compiled(step)
+    costs = {
+        "standard": "chat loses its compiled model and CUDA graphs (--enforce-eager), unless MLNode's options compile",
+        "graphs": "chat keeps both, proofs are the same; recommended for this vLLM"
+        if able
+        else "chat keeps both; needs vLLM 0.15 or newer, not for this one",
+        "hardened": f"as {'graphs' if able else 'standard'}, and no functions are sent to the workers",
+    }
+    chosen = step.host.options.profile
+    return [f"{'*' if name == chosen else ' '} --profile {name}: {text}" for name, text in costs.items()]
 
 
 def can_skip_compiled(step: Step) -> bool:
@@ -338,6 +386,7 @@ class DoctorStep(Step):
 
     def verify(self) -> None:
         words = ["-m", "gonka_poc.doctor", "--runner", str(self.host.runner), "--python", self.host.target.python]
+        words += [] if self.host.gpus.driver else ["--no-gpu"]
         try:
             table = self.host.target.run(*words, merged=True)
         except InstallError as error:

@@ -233,6 +233,8 @@ class Host:
         """Run pip. One that outlives us still holds the locks."""
         flags = ["--break-system-packages"] if self.target.managed and self.options.force else []
         flags = flags if words[0] in ("install", "uninstall") else []
+        if self.options.wheels and words[0] == "install":
+            flags += ["--no-index", "--find-links", os.path.abspath(self.options.wheels)]
         return self.target.run("-m", "pip", words[0], *flags, *words[1:], keep_open=self.locks, merged=True)
 
 

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from gonka_poc.config import FOREIGN_VARIABLES, Settings, SettingsError, load_settings, unused_variables
 
-TEXTS = ("api_token", "callback_allow", "compile", "outbox_path", "priority")
-NAMES = [name for name in Settings.model_fields if name not in TEXTS]
+OTHERS = ("api_token", "callback_allow", "compile", "outbox_path", "priority", "trust_loopback")
+NAMES = [name for name in Settings.model_fields if name not in OTHERS]
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +39,7 @@ def test_defaults():
         "outbox_path": "$XDG_STATE_HOME/gonka_poc/outbox.sqlite3",
         "priority": "chat",
         "result_ttl_sec": 300.0,
+        "trust_loopback": False,
     }
 
 

@@ -318,7 +318,12 @@ def test_releases_of_one_generation_are_no_mixture(smi: Callable[..., None]) -> 
 
 def test_an_old_driver_is_told_what_fits(host: FakeHost) -> None:
     host.nvidia_smi(H100.replace("580.95.05", "550.54.15"))
-    done = host.run(*host.words("--dry-run"))
+    kept = host.run(*host.words("--dry-run"))
+    assert kept.returncode == 0, kept.stderr  # CUDA's forward compatibility may be there
+    assert "warning: 1 x NVIDIA H100" in kept.stdout
+    assert "cuda-compat" in kept.stdout
+    add_vllm(make_python(host.folder / "python"), "0.13.0", "12.9")
+    done = host.run("--dry-run", "--mlnode-dir", host.mlnode, "--python", host.folder / "python/bin/python")
     assert done.returncode == 2
     assert "driver 550.54.15 cannot run CUDA 13, which vLLM 0.25.1 is built for: it needs 580" in done.stderr
     assert "--vllm-version 0.19.1" in done.stderr
@@ -337,8 +342,9 @@ def test_an_old_driver_is_told_what_fits(host: FakeHost) -> None:
         (["--python", "--yes"], "--python needs a value"),
         (["--yes=1"], "--yes takes no value"),
         (["--status=1"], "--status takes no value"),
-        (["--profile", "soft"], "--profile soft: it is standard or hardened"),
+        (["--profile", "soft"], "--profile soft: it is standard, graphs or hardened"),
         (["--keep-vllm", "--vllm-version", "0.25.1"], "exclude each other"),
+        (["--gpus", "h100"], "--gpus h100: it is b300 or universal"),
         (["--vllm-version", "latest"], "is not a version"),
     ],
 )
@@ -454,6 +460,128 @@ def test_an_unknown_runner_is_refused_with_the_steps(host: FakeHost) -> None:
     assert "its shape is not known" in done.stderr
     assert "Keep a copy of the file." in done.stderr
     assert host.runner.read_text() == "class VLLMRunner: ...\n"
+
+
+# --- images and hosts without an index
+
+
+@pytest.mark.parametrize("words", [["--gpus", "universal"], ["--gpus=universal", "--keep-vllm"], ["--gpus", "b300"]])
+def test_an_image_needs_no_driver(host: FakeHost, words: list[str]) -> None:
+    before = tree(host.folder)
+    done = host.bash("install.sh", *host.words("--dry-run", *words))
+    assert done.returncode == 0, done.stderr
+    assert "needs driver 580 or newer" in done.stdout
+    assert f"not looked at ({' '.join(words[:2]).replace('=', ' ').removesuffix(' --keep-vllm')})" in done.stdout
+    assert tree(host.folder) == before
+
+
+def test_a_script_for_other_gpus_than_named(host: FakeHost) -> None:
+    done = host.bash("install_b300.sh", *host.words("--dry-run", "--gpus", "universal"))
+    assert (done.returncode, "run: bash install_universal.sh" in done.stderr) == (2, True)
+
+
+@pytest.fixture
+def wheels(tmp_path: Path) -> Path:
+    """A folder as scripts/bundle.sh makes it, with the package of this checkout."""
+    folder = tmp_path / "wheel folder"
+    folder.mkdir()
+    package = ROOT / "gonka_poc"
+    files = {str(p.relative_to(ROOT)): p.read_text() for p in package.rglob("*") if p.is_file() and p.suffix != ".pyc"}
+    make_wheel(folder, "gonka_poc", "0.1.0", files)
+    make_wheel(folder, "other", "1.0", {"other.py": ""})
+    write_sums(folder)
+    return folder
+
+
+def write_sums(folder: Path) -> None:
+    sums = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in sorted(folder.glob("*.whl"))]
+    (folder / "SHA256SUMS").write_text("".join(sums))
+
+
+def test_a_wheel_folder_is_checked(host: FakeHost, wheels: Path) -> None:
+    host.nvidia_smi(H200)
+    done = host.run(*host.words("--dry-run", "--wheels", wheels))
+    assert done.returncode == 0, done.stderr
+    assert f"Packages come from {wheels} alone: 2 files, each with its SHA-256 sum" in done.stdout
+
+
+SPOILED = {
+    "no folder": (lambda folder: shutil.rmtree(folder), "there is no SHA256SUMS in it"),
+    "no sums": (lambda folder: (folder / "SHA256SUMS").unlink(), "there is no SHA256SUMS in it"),
+    "another kind of sums": (
+        lambda folder: (folder / "SHA256SUMS").write_text("md5  a\n"),
+        "a line that sha256sum did",
+    ),
+    "a file is missing": (lambda folder: (folder / "other-1.0-py3-none-any.whl").unlink(), "missing: other-1.0"),
+    "a file too many": (lambda folder: make_wheel(folder, "new", "1.0", {}), "not in SHA256SUMS: new-1.0"),
+    "a flipped byte": (lambda folder: flip(folder / "other-1.0-py3-none-any.whl"), "not as SHA256SUMS says: other-1.0"),
+    "another checkout": (lambda folder: make_another(folder), "was not made of this checkout"),
+    "no package": (lambda folder: remove_ours(folder), "one wheel of gonka_poc, and has none"),
+}
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[40] ^= 1
+    path.write_bytes(data)
+
+
+def make_another(folder: Path) -> None:
+    make_wheel(folder, "gonka_poc", "0.1.0", {"gonka_poc/__init__.py": ""})
+    write_sums(folder)
+
+
+def remove_ours(folder: Path) -> None:
+    (folder / "gonka_poc-0.1.0-py3-none-any.whl").unlink()
+    write_sums(folder)
+
+
+@pytest.mark.parametrize(("spoil", "told"), SPOILED.values(), ids=SPOILED)
+def test_a_spoiled_wheel_folder_is_refused(
+    host: FakeHost, wheels: Path, spoil: Callable[[Path], None], told: str
+) -> None:
+    host.nvidia_smi(H200)
+    spoil(wheels)
+    before = tree(host.folder)
+    done = host.run(*host.words("--yes", "--wheels", wheels))
+    assert done.returncode == 2, done.stdout
+    assert told in done.stderr
+    assert tree(host.folder) == before
+
+
+def test_the_folder_is_all_that_pip_asks(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(host_target.Target, "run", lambda self, *words, **_: asked.append(words) or "")
+    made = host_target.Host(host_options.Options(wheels="some/folder"), host_target.Target("/python"), Path(), None)
+    made.pip("install", "--dry-run", "x")
+    made.pip("uninstall", "x")
+    flags = ("--no-index", "--find-links", os.path.abspath("some/folder"))
+    assert asked == [("-m", "pip", "install", *flags, "--dry-run", "x"), ("-m", "pip", "uninstall", "x")]
+
+
+# --- profiles
+
+
+def test_the_plan_says_what_each_profile_costs(host: FakeHost) -> None:
+    host.nvidia_smi(H200)
+    plan = host.run(*host.words("--dry-run", "--profile", "graphs")).stdout
+    assert "* --profile graphs: chat keeps both, proofs are the same; recommended for this vLLM" in plan
+    assert "  --profile standard: chat loses its compiled model and CUDA graphs" in plan
+    assert "  --profile hardened: as graphs" in plan
+    assert "to do: patch it, profile graphs" in plan
+
+
+def test_graphs_need_a_vllm_that_can(host: FakeHost) -> None:
+    python = make_python(host.folder / "python")
+    add_vllm(python, "0.14.1", "12.9")
+    context = next((host.folder / "python/lib").glob("python3*/site-packages/vllm/forward_context.py"))
+    context.write_text("def set_forward_context(): ...")
+    host.nvidia_smi(H200)
+    words = ["--dry-run", "--mlnode-dir", host.mlnode, "--python", python]
+    done = host.run(*words, "--profile", "graphs")
+    assert (done.returncode, "take vLLM 0.15 or newer, or --profile standard" in done.stderr) == (2, True)
+    plan = host.run(*words).stdout
+    assert "  --profile graphs: chat keeps both; needs vLLM 0.15 or newer, not for this one" in plan
 
 
 # --- circumstances
@@ -591,7 +719,9 @@ def test_choices_that_are_refused(found: object, asked: dict[str, object], told:
 )
 def test_driver(cuda: int | None, driver: str, fits: bool) -> None:
     host = argparse.Namespace(gpus=dataclasses.replace(GPUS, driver=driver))
-    step = host_steps.DriverStep(host, host_steps.Choice("0.25.1", None, cuda, ""))
+    kept = host_steps.DriverStep(host, host_steps.Choice("0.25.1", None, cuda, "")).check()
+    assert kept.startswith("warning: ") == (not fits)
+    step = host_steps.DriverStep(host, host_steps.Choice("0.25.1", "0.25.1", cuda, ""))
     if fits:
         assert driver in step.check()
         return
@@ -688,6 +818,20 @@ def patched_copy(folder: Path) -> tuple[Path, bytes, bytes]:
     path.write_bytes(old)
     path.chmod(0o640)
     return path, old, patch_runner.make_patched(old, patch_runner.Variant())
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("written", [1, 700, 2500])
+def test_a_write_in_place_that_was_cut_short(tmp_path: Path, journal: object, back: bool, written: int) -> None:
+    """A mounted runner.py cannot be exchanged in one step; the journal knows both contents."""
+    path, old, new = patched_copy(tmp_path)
+    host_journal.change_file(journal, path, old, new)
+    (change,) = host_journal.Journal(journal.folder).changes
+    first, second = (new, old) if back else (old, new)
+    written = min(written, len(second))
+    path.write_bytes(second[:written] + first[written:])
+    host_journal.undo_file(change, force=False)
+    assert path.read_bytes() == old
 
 
 def test_a_file_goes_and_comes_back(tmp_path: Path, journal: object) -> None:

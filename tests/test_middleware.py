@@ -471,6 +471,53 @@ async def test_the_status_page_needs_no_token(client):
     assert (await client.post(f"{PREFIX}/dashboard")).status_code == 401
 
 
+@pytest.mark.parametrize(
+    ("client", "headers", "trusted"),
+    [
+        (("127.0.0.1", 5), [], True),
+        (("127.8.8.8", 5), [], True),
+        (("::1", 5), [], True),
+        (("::ffff:127.0.0.1", 5), [], True),
+        (("10.0.0.1", 5), [], False),
+        (("::ffff:10.0.0.1", 5), [], False),
+        (("2001:db8::1", 5), [], False),
+        (("localhost", 5), [], False),
+        (("", 0), [], False),
+        (None, [], False),
+        (("127.0.0.1", 5), [(b"x-forwarded-for", b"127.0.0.1")], False),
+        (("127.0.0.1", 5), [(b"forwarded", b"for=1.2.3.4")], False),
+        (("127.0.0.1", 5), [(b"via", b"1.1 proxy")], False),
+        (("127.0.0.1", 5), [(b"origin", b"http://web.example")], False),
+        (("127.0.0.1", 5), [(b"sec-fetch-site", b"cross-site")], False),
+        (("127.0.0.1", 5), [(b"authorization", b"Bearer wrong")], True),
+    ],
+    ids=str,
+)
+async def test_programs_of_this_machine_can_be_let_in(client, headers, trusted):
+    """POC_TRUST_LOOPBACK: not on behalf of others, and not unless it is switched on."""
+    passed, sent = [], []
+
+    async def app(scope, receive, send):
+        passed.append(scope)
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": f"{PREFIX}/status", "headers": headers, "client": client}
+    await TokenGate(app, TOKEN, "/open", trust_loopback=True)(scope, None, send)
+    assert (len(passed), [m["status"] for m in sent if "status" in m]) == ((1, []) if trusted else (0, [401]))
+    passed.clear()
+    await TokenGate(app, TOKEN, "/open")(scope, None, send)
+    assert passed == []
+
+
+@pytest.mark.usefixtures("_token")
+@pytest.mark.parametrize(("value", "status"), [("1", 200), ("0", 401), ("", 401)])
+async def test_trust_is_a_setting(client, monkeypatch, value, status):
+    monkeypatch.setenv("POC_TRUST_LOOPBACK", value)  # the test client's address is 127.0.0.1
+    assert (await client.get(f"{PREFIX}/status")).status_code == status
+
+
 @pytest.mark.usefixtures("_token")
 async def test_the_token_is_not_kept(parts):
     served = parts.around(echo)

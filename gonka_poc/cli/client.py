@@ -75,6 +75,10 @@ class PoCClient:
         """The name of the model that is served."""
         return str(self._vllm("GET", "/v1/models", None, "data", 0, "id"))
 
+    def versions(self) -> data.VersionsAnswer:
+        """GET /versions."""
+        return self._ask(data.VersionsAnswer, "GET", "versions")
+
     def status(self) -> data.StatusAnswer:
         """GET /status."""
         return self._ask(data.StatusAnswer, "GET", "status")
