@@ -188,6 +188,13 @@ CONTRACT = (
     *_names("v1/kv_cache_interface.py", "KVCacheSpec.get_block_stride_alignment()", first="0.32"),
     # what torch may compile
     *_names("model_executor/custom_op.py", "CustomOp: forward_native() forward_cuda() forward_cpu() _forward_method"),
+    *_names("model_executor/layers/layernorm.py", "RMSNorm: variance_epsilon variance_size_override has_weight"),
+    *_names("model_executor/layers/activation.py", "SiluAndMul"),
+    *_names(
+        "model_executor/layers/rotary_embedding/base.py",
+        "RotaryEmbedding.forward_cuda(positions, query, key)",
+        "RotaryEmbeddingBase: head_size is_neox_style cos_sin_cache use_flashinfer",
+    ),
     *_names("ir/op.py", "enable_torch_wrap(enable)", "IrOp: registry impls set_priority(priority)", first="0.20"),
     # an engine without a server, and what its forward costs
     *_names("engine/arg_utils.py", "EngineArgs: worker_extension_cls enforce_eager model"),
