@@ -39,7 +39,7 @@ class CompiledCheck:
         self._compiled: list[np.ndarray] = []
 
     def add(self, plain: np.ndarray, moved: np.ndarray, compiled: np.ndarray) -> None:
-        """Vectors of the same nonces, [nonces, k_dim]: the plain forward's, those of moved inputs, and compiled ones."""
+        """Vectors of the same nonces, [nonces, k_dim]: of the plain forward, of moved inputs, of compiled layers."""
         self._floor.append(distances(plain, moved))
         self._compiled.append(distances(plain, compiled))
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gonka_poc import rounded_ops
+from gonka_poc.rounded_ops import fused_add_rms_norm, rms_norm, rotary_embedding, silu_and_mul
 
 # the kernels that a server with --enforce-eager prefers on CUDA, of operations that vLLM has several of
 EAGER_KERNELS = ("vllm_c", "triton", "native")
@@ -104,12 +104,12 @@ class ModelOperations:
 def _rms_norm(op: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
     weight = op.weight if op.has_weight else None
     if residual is None:
-        return rounded_ops.rms_norm(x, weight, op.variance_epsilon)
-    return rounded_ops.fused_add_rms_norm(x, residual, weight, op.variance_epsilon)
+        return rms_norm(x, weight, op.variance_epsilon)
+    return fused_add_rms_norm(x, residual, weight, op.variance_epsilon)
 
 
 def _silu_and_mul(op: Any, x: torch.Tensor) -> torch.Tensor:
-    return rounded_ops.silu_and_mul(x)
+    return silu_and_mul(x)
 
 
 def _rotary_embedding(
@@ -117,7 +117,7 @@ def _rotary_embedding(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     cos_sin = op.cos_sin_cache.to(query.device, query.dtype)
     turned = [
-        None if x is None else rounded_ops.rotary_embedding(positions, x, op.head_size, cos_sin, op.is_neox_style)
+        None if x is None else rotary_embedding(positions, x, op.head_size, cos_sin, op.is_neox_style)
         for x in (query, key)
     ]
     return turned[0], turned[1]
