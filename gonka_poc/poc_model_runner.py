@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -75,7 +76,6 @@ class PoCModelRunner:
         self._prefetched = Prefetched()
         self._compiler: LayerCompiler | None = None
         self._compiled_check = CompiledCheck()
-        self._moves_inputs = False
         self._last_positions: LastPositions | None = None
         self._partial_layers: list[int] | None = None  # None before the model was probed
         # asked for now, so that a model that cannot be used is refused before the first batch
@@ -130,7 +130,7 @@ class PoCModelRunner:
             calls = NormSearch(self._layers[max(self._layers)], self.view.is_attention)
         with calls or contextlib.nullcontext():
             plain = self._values(spec, nonces)
-        moved = self._values_of_moved_inputs(spec, nonces)
+        moved = self._values(replace(spec, moved=1), nonces)
         try:
             with self.view.error_barrier():
                 with self.view.error_barrier():  # a batch begins with one of its own, which all ranks have to reach
@@ -154,14 +154,6 @@ class PoCModelRunner:
             self._compiler = self._last_positions = None
         self.release()
         return {"compiled": self._compiler is not None, **self._compiled_check.figures()}
-
-    def _values_of_moved_inputs(self, spec: VectorSpec, nonces: Sequence[int]) -> np.ndarray | None:
-        """`_values` under a change that no honest host can avoid: one input value a sequence moved by one step."""
-        self._moves_inputs = True
-        try:
-            return self._values(spec, nonces)
-        finally:
-            self._moves_inputs = False
 
     def release(self) -> None:
         """Drop what is kept between calls: the scratch KV cache, the tensors of the round, a prefetched batch."""
@@ -235,16 +227,16 @@ class PoCModelRunner:
         finish: Callable[[torch.Tensor], torch.Tensor | None]
         if isinstance(spec, VectorSpec):
             # what can be made before the forward is, so that only the hidden states are missing when it ends
-            hooked, normalise, stronger_rng = True, False, spec.poc_stronger_rng
+            hooked, normalise, stronger_rng, moved = True, False, spec.poc_stronger_rng, spec.moved
             finish = tensors.vectors_of(spec, nonces)
         else:
-            hooked, normalise, stronger_rng = spec.randomization == Randomization.LAYER_HOOKS, True, False
+            hooked, normalise, stronger_rng, moved = spec.randomization == Randomization.LAYER_HOOKS, True, False, 0
             finish = partial(tensors.distances, spec, nonces)
         reflections = tensors.reflections if hooked else {}
         if hooked and normalise:
             self._refuse_partial_sums()
         keys = NonceKeys(spec.block_hash, spec.public_key, nonces)
-        embeddings = self._embeddings(keys, spec.seq_len, stronger_rng)
+        embeddings = self._embeddings(keys, spec.seq_len, stronger_rng, moved)
         run = stack.enter_context(view.prefill(len(nonces), spec.seq_len, self._token_ids(keys, spec.seq_len)))
         compiler = self._compiler_for(spec)
         if compiler is not None:
@@ -259,13 +251,15 @@ class PoCModelRunner:
         stack.enter_context(EmbeddingInjectionHook(view.model, embeddings))
         return run, finish
 
-    def _embeddings(self, keys: NonceKeys, seq_len: int, stronger_rng: bool = False) -> torch.Tensor | None:
+    def _embeddings(
+        self, keys: NonceKeys, seq_len: int, stronger_rng: bool = False, moved: int = 0
+    ) -> torch.Tensor | None:
         """The input of the model, [len(keys) * seq_len, hidden_size], on the first pipeline rank."""
         view = self.view
         if not view.is_first_rank:
             return None
         made = nonce_inputs(keys, seq_len, view.hidden_size, view.dtype, view.device, stronger_rng).flatten(0, 1)
-        return moved_by_one_step(made, seq_len) if self._moves_inputs else made
+        return moved_by_one_step(made, seq_len, moved - 1) if moved else made
 
     def _token_ids(self, keys: NonceKeys, seq_len: int) -> torch.Tensor | None:
         """The pseudo token ids of a model that has them, [len(keys) * seq_len], on every rank: any stage may route."""

@@ -7,14 +7,23 @@ first code of ours is the worker extension, which every worker imports before it
 
 from __future__ import annotations
 
+import os
+
 from gonka_poc.callbacks.file import outbox_path, try_outbox
 from gonka_poc.certificates import ssl_context
 from gonka_poc.config import Settings, load_settings
+from gonka_poc.errors import SettingsError
+from gonka_poc.vllm_compat import BATCH_INVARIANT
 
 
 def check_settings() -> Settings:
     """The settings of this process, all tried. Raises SettingsError, OutboxError or OutboxFullError."""
     settings = load_settings()
+    if settings.batch_invariant and os.environ.get(BATCH_INVARIANT) != "1":
+        raise SettingsError(
+            f"POC_BATCH_INVARIANT=1 needs {BATCH_INVARIANT}=1 in vLLM's environment: set both, or start the server "
+            "with gonka_poc.serve, which sets it"
+        )
     ssl_context()  # callbacks need the certificates that it reads
     try_outbox(outbox_path(settings.outbox_path))
     return settings

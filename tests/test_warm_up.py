@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -47,12 +48,12 @@ class Runner(PoCModelRunner):
         self.view, self._prefetched, self._tensors = View(), Prefetched(), None  # type: ignore[assignment]
         self._partial_layers = []
         self._compiler = self._last_positions = None
-        self._compiled_check, self._moves_inputs = CompiledCheck(), False
+        self._compiled_check = CompiledCheck()
         self._errors, self._floor = errors, floor
 
     def _launch(self, spec: Any, nonces: Sequence[int]) -> InFlightBatch:
-        values = np.stack([made_up_vector(spec, n) for n in nonces]).astype(np.float32)
-        if self._moves_inputs:
+        values = np.stack([made_up_vector(replace(spec, moved=0), n) for n in nonces]).astype(np.float32)
+        if spec.moved:
             values[:, 0] += self._floor
         if self._compiler is not None:
             values[:, 0] += [self._errors.get(n, 0.0) for n in nonces]

@@ -29,7 +29,7 @@ from tests.gpu.core_table import K_DIM, SEQ_LEN, make_qwen3_06b, server, server_
 from tests.gpu.oracle import oracle_vectors
 
 EAGER, TRITON = "--enforce-eager", ("--attention-backend", "TRITON_ATTN")
-PLAIN, INVARIANT = {"POC_COMPILE": "never"}, {"VLLM_BATCH_INVARIANT": "1", "POC_COMPILE": "never"}
+PLAIN, INVARIANT = {"POC_COMPILE": "never"}, {"POC_BATCH_INVARIANT": "1"}
 # name: options, environment
 KINDS: tuple[tuple[str, tuple[str, ...], dict[str, str]], ...] = (
     ("eager, plain", (EAGER,), PLAIN),
