@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -44,6 +44,7 @@ from gonka_poc.request_fields import (
 PREFIX = "/api/v1/pow"
 State = Literal["IDLE", "GENERATING", "VALIDATING", "STOPPED"]
 VECTOR_DTYPE = np.dtype("<f2")
+MAX_CALIBRATION_STEP = 16
 
 # --- vectors ----------------------------------------------------------------------------------------------------
 
@@ -74,13 +75,17 @@ def decode_vector(vector_b64: str, k_dim: int) -> np.ndarray | None:
 
 @dataclass(frozen=True)
 class VectorSpec:
-    """The inputs of an artifact vector, besides its nonce and the model."""
+    """The inputs of an artifact vector, besides its nonce and the model.
+
+    `moved`: 0, or for a calibration n: the n-th largest input value of the last position is moved by one step.
+    """
 
     block_hash: str
     public_key: str
     seq_len: int
     k_dim: int
     poc_stronger_rng: bool = False
+    moved: int = 0
 
     value_dtype: ClassVar[np.dtype[Any]] = VECTOR_DTYPE
 
@@ -312,6 +317,24 @@ class GenerateRequest(_RoundFields):
     wait: bool = Field(default=False, description="true: answer with the result; false: queue and poll")
     validation: Validation | None = None
     stat_test: StatTest = Field(default_factory=StatTest)
+    calibration_step: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_CALIBRATION_STEP,
+        description="for `gonka-poc calibrate --vectors`, where POC_CALIBRATION=1 allows it: not 0, each nonce has one "
+        "input value moved by one unit in the last place",
+    )
+
+    @model_validator(mode="after")
+    def _no_moved_validation(self) -> GenerateRequest:
+        if self.calibration_step and self.validation is not None:
+            raise ValueError("calibration_step makes other vectors than those that are validated; leave it out")
+        return self
+
+    @property
+    def spec(self) -> VectorSpec:
+        """The spec of this request's vectors."""
+        return replace(super().spec, moved=self.calibration_step)
 
     @model_validator(mode="before")
     @classmethod

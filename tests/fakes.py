@@ -44,9 +44,11 @@ def generate_body(nonces: list[int], **changes: Any) -> dict[str, Any]:
 
 
 def made_up_vector(spec: VectorSpec, nonce: int) -> np.ndarray:
-    """A float16 vector of length 1 that depends on the block, the key and the nonce."""
+    """A float16 vector of length 1 that depends on the block, the key and the nonce, and a little on `moved`."""
     digest = hashlib.sha256(f"{spec.block_hash}_{spec.public_key}_{nonce}".encode()).digest()
     vector = np.random.default_rng(list(digest)).normal(size=spec.k_dim)
+    if spec.moved:
+        vector += 0.01 * np.random.default_rng([*digest, spec.moved]).normal(size=spec.k_dim)
     return (vector / np.linalg.norm(vector)).astype(VECTOR_DTYPE)
 
 
@@ -107,6 +109,7 @@ class FakeManager:
 
     def __init__(self, batches: int | None = None) -> None:
         self.asked: list[list[int]] = []
+        self.specs: list[Spec] = []  # of each batch that was asked for
         self.script: deque[str | Exception] = deque()
         self.nan_nonces: set[int] = set()
         self.refusal: PoCError | None = None
@@ -158,6 +161,7 @@ class FakeManager:
 
     async def compute(self, spec: Spec, nonces: list[int], next_nonces: Any = ()) -> BatchResult | None:
         self.asked.append(list(nonces))
+        self.specs.append(spec)
         await asyncio.sleep(0)
         await self.ensure_awake()
         step = self.script.popleft() if self.script else "ok"

@@ -186,12 +186,17 @@ class PoCService:
         return self.proofs.submit(current, proof, delivery)
 
     async def submit(self, request: GenerateRequest) -> GenerateJob:
-        """Queue a request for given nonces. Raises RequestError (callback URL refused, nonce sets differ),
-        EngineAsleepError, QueueFullError, OutboxFullError, and what PoCManagerV1.check raises."""
+        """Queue a request for given nonces. Raises RequestError (callback URL refused, nonce sets differ, calibration
+        not allowed), EngineAsleepError, QueueFullError, OutboxFullError, and what PoCManagerV1.check raises."""
         self._ignored_fields.record(request.ignored_fields)
         if request.url is not None:
             self.settings.callback_rules.check_url(request.url)
         _check_same_nonces(request)
+        if request.calibration_step and not self.settings.calibration:
+            raise RequestError(
+                "calibration_step asks for vectors that are no proofs, which this server makes only where it was "
+                "started with POC_CALIBRATION=1"
+            )
         await self._manager.ensure_awake()
         await self._manager.check(request.params)
         url = None if request.wait else request.url  # one that waits has its result as the answer

@@ -10,6 +10,7 @@ The API process and the tools import from here, without torch; the workers impor
 from gonka_poc.vllm_compat.api import ApiView, OfflineEngine
 from gonka_poc.vllm_compat.release import (
     API_SERVER_MODULE,
+    BATCH_INVARIANT,
     INSECURE_SERIALIZATION,
     MIDDLEWARE,
     SUPPORTED,
@@ -20,5 +21,12 @@ from gonka_poc.vllm_compat.release import (
     is_cpu_build,
 )
 
-__all__ = ["API_SERVER_MODULE", "INSECURE_SERIALIZATION", "MIDDLEWARE", "SUPPORTED", "WORKER_EXTENSION"]
+__all__ = [
+    "API_SERVER_MODULE",
+    "BATCH_INVARIANT",
+    "INSECURE_SERIALIZATION",
+    "MIDDLEWARE",
+    "SUPPORTED",
+    "WORKER_EXTENSION",
+]
 __all__ += ["ApiView", "OfflineEngine", "can_skip_compiled", "found_version", "installed_version", "is_cpu_build"]
