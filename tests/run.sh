@@ -50,6 +50,8 @@ main() {
     set_up_venv tests
     ensure_chromium
     export_engine_environment
+    # Where it is set, each of some hundred Pythons that the tests start would compile again what has no byte code yet.
+    unset PYTHONDONTWRITEBYTECODE
     cd -- "$ROOT"
     PATH="$VENV/bin:$PATH"
 
