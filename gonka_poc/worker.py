@@ -53,6 +53,13 @@ class PoCWorkerExtension:
         """bench_worker.measure_parts: seconds of the parts of a batch."""
         return poc_answer(lambda: poc_bench().measure_parts(poc_runner_of(self), VectorSpec(**spec), nonces))
 
+    def poc_take_replay(self, key: str) -> dict[str, Any] | None:
+        """The record of a replay, which is forgotten: {"rows": [[id, logprob, best ids, their logprobs], ..]}.
+
+        None on a worker that has none.
+        """
+        return poc_answer(lambda: poc_replay_record(self, key))
+
     def poc_release(self) -> dict[str, Any] | None:
         """PoCModelRunner.release, if there is a runner."""
         runner = getattr(self, "poc_runner", None)
@@ -82,6 +89,18 @@ def poc_bench() -> Any:
     from gonka_poc import bench_worker
 
     return bench_worker
+
+
+def poc_replay_record(worker: Any, key: str) -> dict[str, Any] | None:
+    """The record under `key` of this worker's logits processor."""
+    from gonka_poc.replay.processor import ReplayProcessor
+    from gonka_poc.vllm_compat.logits_processors import custom_processors
+
+    for processor in custom_processors(worker, ReplayProcessor):
+        rows = processor.take(key)
+        if rows is not None:
+            return {"rows": rows}
+    return None
 
 
 def poc_answer(compute: Callable[[], Any]) -> Any:

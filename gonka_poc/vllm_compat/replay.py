@@ -1,0 +1,52 @@
+"""Names of the replay of chats on vLLM's command line and in its requests, and the server that replays."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from gonka_poc.errors import UnsupportedServerError
+
+V1_PROCESSOR = "gonka_poc.replay.processor:ReplayProcessor"
+V2_PROCESSOR = "gonka_poc.replay.processor:TraceProcessor"
+# in SamplingParams.extra_args, which a request fills by `vllm_xargs`
+REPLAY_IDS, REPLAY_KEY, REPLAY_MODE = "gonka_replay_ids", "gonka_replay_key", "gonka_replay_mode"
+MODES = ("raw_logprobs", "processed_logprobs")
+
+
+@dataclass(frozen=True)
+class ReplayServer:
+    """A server that replays. `records`: by our logits processor on the V1 runner, else by vLLM's trace replay."""
+
+    records: bool
+    mode: Literal["raw_logprobs", "processed_logprobs"]
+    vocab_size: int
+    max_model_len: int
+
+
+def replay_server(config: Any) -> ReplayServer | None:
+    """The server with vLLM's configuration `config`; None without one of our logits processors.
+
+    Raises UnsupportedServerError for options that replays do not work with.
+    """
+    model = config.model_config
+    ours = [name for name in getattr(model, "logits_processors", None) or () if name in (V1_PROCESSOR, V2_PROCESSOR)]
+    if not ours:
+        return None
+    if config.speculative_config is not None:
+        raise UnsupportedServerError("replays do not work with speculative decoding; leave --speculative-config out")
+    mode = getattr(model.logprobs_mode, "value", model.logprobs_mode)
+    if mode not in MODES:
+        raise UnsupportedServerError(f"replays do not work with --logprobs-mode {mode}; give one of {', '.join(MODES)}")
+    if V2_PROCESSOR in ours and not getattr(model, "enable_trace_replay", False):
+        raise UnsupportedServerError("replays on the V2 runner need vLLM's --enable-trace-replay")
+    return ReplayServer(V1_PROCESSOR in ours, cast("Any", mode), model.get_vocab_size(), model.max_model_len)
+
+
+def has_trace_replay() -> bool:
+    """True if the installed vLLM has trace replay, read from its source without importing it."""
+    spec = importlib.util.find_spec("vllm")
+    source = Path(spec.origin).parent / "config" / "model.py" if spec is not None and spec.origin else None
+    return source is not None and source.is_file() and "enable_trace_replay" in source.read_text(encoding="utf-8")
