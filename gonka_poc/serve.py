@@ -95,7 +95,7 @@ def _replay_options(args: Sequence[str]) -> list[str]:
         return [*options, "--logits-processors", V1_PROCESSOR]
     if not has_trace_replay():
         raise UnsupportedServerError(
-            f"{REPLAY} on the V2 runner needs vLLM's trace replay, which this release has not; unset {RUNNER_VARIABLE}"
+            f"{REPLAY} on the V2 runner needs vLLM 0.31, with its trace replay; unset {RUNNER_VARIABLE}"
         )
     return [*options, "--logits-processors", V2_PROCESSOR, "--enable-trace-replay"]
 

@@ -188,6 +188,7 @@ def _refuse_for_trace(fields: dict[str, Any], mode: Mode, server: ReplayServer, 
 def _prepare_replay(fields: dict[str, Any], replay: Replay) -> None:
     length = len(replay.ids)
     fields["stream"] = False
+    fields.pop("seed", None)  # no token is drawn; a seed of its own costs time, and some CPU engines their life
     fields.pop("stream_options", None)
     named = [name for name in ("max_tokens", "max_completion_tokens") if fields.get(name) is not None]
     for name in named or ["max_tokens"]:

@@ -55,6 +55,7 @@ def answer_of(stored: Any) -> Answer:
 
     As dapi reads it: the first choice, and of a chunk of a stream the first token. Raises ToolError for anything else.
     """
+    usage: dict[str, Any]
     try:
         if isinstance(stored, dict) and "events" in stored:
             stored = [json.loads(text) for text in map(_data_of, stored["events"]) if text not in ("", "[DONE]")]
@@ -123,8 +124,11 @@ def _position_distance(original: Mapping[str, float], replayed: Sequence[Mapping
     return distance
 
 
-def replay_body(request: Mapping[str, Any], original: Answer) -> dict[str, Any]:
-    """The body that asks for the replay of `original`, the answer to `request`, as dapi makes it."""
+def replay_body(request: Mapping[str, Any], original: Answer, mode: str = "processed_logprobs") -> dict[str, Any]:
+    """The body that asks for the replay of `original`, the answer to `request`, as dapi makes it.
+
+    `mode`: the `logprobs_mode` where `request` has none.
+    """
     kept = {name: value for name, value in request.items() if name != "stream_options"}
     tokens = [
         {"token": str(entry["token"]), "top_tokens": [str(top["token"]) for top in entry["top_logprobs"]]}
@@ -134,6 +138,7 @@ def replay_body(request: Mapping[str, Any], original: Answer) -> dict[str, Any]:
         **kept,
         "logprobs": True,
         "top_logprobs": kept.get("top_logprobs") or 5,
+        "logprobs_mode": kept.get("logprobs_mode") or mode,
         "stream": False,
         "skip_special_tokens": False,
         "enforced_tokens": {"tokens": tokens},

@@ -36,7 +36,7 @@ def make_numeric(answer: Any) -> None:
 
 
 def _make_entry_numeric(entry: dict[str, Any]) -> None:
-    token = entry.get("token")
+    token: Any = entry.get("token")
     if numeric(token) != token:
         if entry.get("bytes") == list(token.encode()):
             entry["bytes"] = list(numeric(token).encode())

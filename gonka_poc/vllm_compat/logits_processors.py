@@ -6,18 +6,23 @@ can be imported.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
 
-V1LogitsProcessor: Any = object
-V2LogitsProcessor: Any = object
-with contextlib.suppress(ImportError):
-    pass  # type: ignore[no-redef]
-with contextlib.suppress(ImportError):  # 0.29
-    pass
+
+def _interface(module: str) -> Any:
+    """vLLM's LogitsProcessor in `module`; `object` where this vLLM, or this Python, has no such module."""
+    try:
+        return import_module(module).LogitsProcessor
+    except ModuleNotFoundError:
+        return object
+
+
+V1LogitsProcessor: Any = _interface("vllm.v1.sample.logits_processor.interface")
+V2LogitsProcessor: Any = _interface("vllm.v1.worker.gpu.sample.logits_processor.interface")
 
 GREEDY_BELOW = 1e-5  # vLLM's sampler takes a smaller temperature for none
 

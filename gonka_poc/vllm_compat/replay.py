@@ -46,7 +46,12 @@ def replay_server(config: Any) -> ReplayServer | None:
 
 
 def has_trace_replay() -> bool:
-    """True if the installed vLLM has trace replay, read from its source without importing it."""
+    """True if the installed vLLM has trace replay (0.29) and logits processors on its V2 runner (0.31).
+
+    Read from its source, without importing it.
+    """
     spec = importlib.util.find_spec("vllm")
-    source = Path(spec.origin).parent / "config" / "model.py" if spec is not None and spec.origin else None
-    return source is not None and source.is_file() and "enable_trace_replay" in source.read_text(encoding="utf-8")
+    if spec is None or spec.origin is None:
+        return False
+    package = Path(spec.origin).parent / "v1" / "worker" / "gpu" / "sample"
+    return (package / "trace_replay.py").is_file() and (package / "logits_processor" / "interface.py").is_file()
