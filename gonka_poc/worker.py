@@ -54,9 +54,8 @@ class PoCWorkerExtension:
         return poc_answer(lambda: poc_bench().measure_parts(poc_runner_of(self), VectorSpec(**spec), nonces))
 
     def poc_take_replay(self, key: str) -> dict[str, Any] | None:
-        """The record of a replay, which is forgotten: {"rows": [[id, logprob, best ids, their logprobs], ..]}.
-
-        None on a worker that has none.
+        """The record of a replay, which is forgotten: {"rows": [[id, logprob, best ids, their logprobs], ..],
+        "prompt_tokens"}. None on a worker that has none.
         """
         return poc_answer(lambda: poc_replay_record(self, key))
 
@@ -97,9 +96,9 @@ def poc_replay_record(worker: Any, key: str) -> dict[str, Any] | None:
     from gonka_poc.vllm_compat.logits_processors import custom_processors
 
     for processor in custom_processors(worker, ReplayProcessor):
-        rows = processor.take(key)
-        if rows is not None:
-            return {"rows": rows}
+        record = processor.take(key)
+        if record is not None:
+            return {"rows": record.rows(), "prompt_tokens": record.prompt_tokens}
     return None
 
 

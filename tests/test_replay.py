@@ -234,7 +234,10 @@ def vllm():
 def view():
     view = FakeView()
     view.replays = SERVER
-    view.answers = [None, {"rows": [[7, -0.5, [7, 3], [-0.5, -math.inf]], [8, -9.0, [1, 2], [-0.1, -0.2]]]}]
+    view.answers = [
+        None,
+        {"prompt_tokens": 3, "rows": [[7, -0.5, [7, 3], [-0.5, -math.inf]], [8, -9.0, [1, 2], [-0.1, -0.2]]]},
+    ]
     return view
 
 
@@ -272,7 +275,7 @@ async def test_a_replay_gets_the_recorded_logprobs(client, view):
 
 @pytest.mark.parametrize(("rows", "status"), [(None, 503), ([[7, -0.5, [7], [-0.5]]], 503)])
 async def test_a_lost_record_is_no_fault_of_the_payload(client, view, rows, status):
-    view.answers = [None, None if rows is None else {"rows": rows}]
+    view.answers = [None, None if rows is None else {"rows": rows, "prompt_tokens": 3}]
     answer = await client.post("/v1/chat/completions", json={**CHAT, "enforced_tokens": enforced("7", "8")})
     assert answer.status_code == status
     assert client.metrics._registry.get_sample_value("gonka_poc_replays_refused_total", {"status": "503"}) == 1
@@ -289,6 +292,20 @@ async def test_a_refusal_of_vllm_is_handed_on_and_its_record_dropped(client, vll
     answer = await client.post("/v1/chat/completions", json={**CHAT, "enforced_tokens": enforced("7", "8")})
     assert answer.status_code == 400
     assert [method for method, _ in view.calls] == ["poc_take_replay"]
+
+
+@pytest.mark.parametrize("response_format", [{"type": "json_object"}, {"type": "text"}])
+async def test_a_grammar_that_ends_a_replay_is_no_fault_of_ours(client, vllm, response_format):
+    """vLLM answers 500; what was forced up to there is an answer that is too short. Another 500 stays one."""
+    vllm.status = 500
+    body = {**CHAT, "response_format": response_format, "enforced_tokens": enforced("7", "8", "9")}
+    answer = await client.post("/v1/chat/completions", json=body)
+    if response_format["type"] == "text":
+        assert answer.status_code == 500
+    else:
+        replay = answer_of(answer.json())
+        assert (replay.tokens, replay.completion_tokens, replay.prompt_tokens) == (["7", "8"], 2, 3)
+        assert answer.json()["model"] == "m"
 
 
 async def test_a_bad_replay_does_not_reach_vllm(client, vllm):
@@ -370,8 +387,7 @@ def test_tokens_are_forced_and_recorded_at_their_positions(forcing):
         output.append(-1)  # as under async scheduling
     got, logits = sampled(forcing)
     assert got[1] == logits[1].argmax()  # behind the last token nothing is forced
-    rows = forcing.take("k")
-    assert rows is not None
+    rows = forcing.take("k").rows()
     assert [row[0] for row in rows] == [5, 6]
     for row, logprobs in zip(rows, expected, strict=True):
         assert row[1] == pytest.approx(float(logprobs[row[0]]))
@@ -383,8 +399,7 @@ def test_a_position_is_recorded_again_while_its_prompt_is_not_whole(forcing):
     forcing.update_state(update(added=[(0, params([5]), [1], [])]))
     sampled(forcing, seed=1)
     _, logits = sampled(forcing, seed=2)
-    rows = forcing.take("k")
-    assert rows is not None
+    rows = forcing.take("k").rows()
     assert rows[0][1] == pytest.approx(float(logits[0].log_softmax(-1)[5]))
 
 
@@ -413,8 +428,7 @@ def test_a_preempted_replay_goes_on_with_its_record(forcing):
     forcing.update_state(update(removed=[0]))
     forcing.update_state(update(added=[(0, params([5, 6]), [1], [5])]))
     sampled(forcing)
-    rows = forcing.take("k")
-    assert rows is not None
+    rows = forcing.take("k").rows()
     assert [row[0] for row in rows] == [5, 6]
 
 
@@ -428,8 +442,7 @@ def test_records_have_a_bound(forcing, monkeypatch):
 def test_raw_logprobs_know_no_temperature(forcing):
     forcing.update_state(update(added=[(0, params([5], mode="raw_logprobs", temperature=3.0), [1], [])]))
     _, logits = sampled(forcing)
-    rows = forcing.take("k")
-    assert rows is not None
+    rows = forcing.take("k").rows()
     assert rows[0][1] == pytest.approx(float(logits[0].log_softmax(-1)[5]))
 
 

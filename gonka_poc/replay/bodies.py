@@ -36,6 +36,7 @@ class Replay:
     top_logprobs: int
     key: str = ""
     is_structured: bool = False
+    model: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _pop_replay(fields: dict[str, Any], mode: Mode | None, server: ReplayServer,
         _refuse_for_trace(fields, mode, server, is_structured)
     top = fields.get("top_logprobs") or 0
     key = uuid.uuid4().hex if server.records and fields.get("logprobs") else ""
-    return Replay(ids, mode, top, key, is_structured)
+    return Replay(ids, mode, top, key, is_structured, str(fields.get("model") or ""))
 
 
 def _enforced_ids(value: Any) -> tuple[list[int], list[int]]:

@@ -65,15 +65,15 @@ class ReplayGate:
     async def _replay(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send, replay: Replay) -> None:
         started = time.monotonic()
         answer = _WholeAnswer()
-        rows: list[list[Any]] | None = None
+        record: dict[str, Any] | None = None
         try:
             await app(scope, receive, answer)
         finally:  # also when the client has gone: its record goes too
             if replay.key:
-                rows = await self._take(replay.key)
+                record = await self._take(replay.key)
         status = answer.status
         try:
-            content = self._written(answer, replay, rows)
+            content = _written(answer, replay, record)
             status = 200 if content is not None else status
         except PoCError as error:
             logger.warning("PoC: a replay was not answered: %s", error)
@@ -85,30 +85,51 @@ class ReplayGate:
             self._metrics.replay_refused(status)
         await answer.send_on(send, status, content)
 
-    async def _take(self, key: str) -> list[list[Any]] | None:
+    async def _take(self, key: str) -> dict[str, Any] | None:
         try:
             answers = await self._engine.call_workers("poc_take_replay", key)
             raise_worker_error([answer for answer in answers if isinstance(answer, dict)])
-        except PoCError as error:
-            logger.warning("PoC: the record of a replay was not fetched: %s", error)
+        except Exception as error:  # also what vLLM raises where its engine has died
+            logger.warning("PoC: the record of a replay was not fetched: %s: %s", type(error).__name__, error)
             return None
-        found = [answer["rows"] for answer in answers if isinstance(answer, dict) and "rows" in answer]
-        return found[0] if found else None
+        return next((answer for answer in answers if isinstance(answer, dict) and "rows" in answer), None)
 
-    def _written(self, answer: _WholeAnswer, replay: Replay, rows: list[list[Any]] | None) -> bytes | None:
-        """The body of the answer; None for vLLM's own. Raises ComputeError where the record is not whole."""
-        if answer.status != 200:
-            return None
-        value = json.loads(answer.body)
-        make_numeric(value)
-        if replay.key:
-            choice = value["choices"][0]
-            content = (choice.get("logprobs") or {}).get("content") or []
-            if rows is None or len(rows) < len(content):
-                raise EngineUnavailableError("the logprobs of this replay were lost; send it again")
-            for entry, row in zip(content, rows, strict=False):
-                _write_entry(entry, row, replay.top_logprobs)
-        return json_bytes(value)
+
+def _written(answer: _WholeAnswer, replay: Replay, record: dict[str, Any] | None) -> bytes | None:
+    """The body of the answer; None for vLLM's own.
+
+    Raises EngineUnavailableError where the record is not whole, and ComputeError for another token than was forced.
+    """
+    rows = [] if record is None else record["rows"]
+    if record is not None and answer.status == 500 and replay.is_structured and rows:
+        # vLLM ends a request whose grammar rejects a token; the network's servers go on without the grammar. What was
+        # forced up to there is enough to judge: the answer is not one of the model under this grammar.
+        logger.info("PoC: a replay ended at position %d, probably by its grammar", len(rows))
+        return json_bytes(_cut_answer(rows, record["prompt_tokens"], replay))
+    if answer.status != 200:
+        return None
+    value = json.loads(answer.body)
+    make_numeric(value)
+    if replay.key:
+        choice = value["choices"][0]
+        content = (choice.get("logprobs") or {}).get("content") or []
+        if len(rows) < len(content):
+            raise EngineUnavailableError("the logprobs of this replay were lost; send it again")
+        for entry, row in zip(content, rows, strict=False):
+            _write_entry(entry, row, replay.top_logprobs)
+    return json_bytes(value)
+
+
+def _cut_answer(rows: list[list[Any]], prompt_tokens: int, replay: Replay) -> dict[str, Any]:
+    """A chat answer of the recorded positions, without its text."""
+    content = [{"token": str(row[0]), "bytes": list(str(row[0]).encode())} for row in rows]
+    for entry, row in zip(content, rows, strict=True):
+        _write_entry(entry, row, replay.top_logprobs)
+    message = {"role": "assistant", "content": ""}
+    choice = {"index": 0, "message": message, "logprobs": {"content": content}, "finish_reason": "stop"}
+    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": len(rows), "total_tokens": prompt_tokens + len(rows)}
+    answer = {"id": f"chatcmpl-{replay.key}", "object": "chat.completion", "created": int(time.time())}
+    return {**answer, "model": replay.model, "choices": [choice], "usage": usage}
 
 
 def _write_entry(entry: dict[str, Any], row: list[Any], top: int) -> None:

@@ -30,6 +30,7 @@ class Record:
     ids: list[int]
     top: int
     device: torch.device
+    prompt_tokens: int = 0
     filled: int = 0
     values: torch.Tensor = field(init=False, repr=False)
     tops: torch.Tensor = field(init=False, repr=False)
@@ -107,20 +108,20 @@ class ReplayProcessor(V1LogitsProcessor):
         # the API process has checked them; a request that went around it must not end the engine
         if not ids or not all(isinstance(i, int) and 0 <= i < self._vocab_size for i in ids):
             return None
-        record = self._record(str(extra.get(REPLAY_KEY) or ""), ids, params.logprobs)
+        record = self._record(str(extra.get(REPLAY_KEY) or ""), ids, params.logprobs, len(prompt_ids or ()))
         prompt = torch.tensor(prompt_ids or [], dtype=torch.int64, device=self._device)
         forced = torch.tensor(ids, dtype=torch.int64, device=self._device)
         is_raw = extra.get(REPLAY_MODE) == "raw_logprobs"
         return Row(ids, SamplingRules.of(params), is_raw, output, prompt, forced, record)
 
-    def _record(self, key: str, ids: list[int], num_logprobs: int | None) -> Record | None:
+    def _record(self, key: str, ids: list[int], num_logprobs: int | None, prompt_tokens: int) -> Record | None:
         if not key or num_logprobs is None or num_logprobs < 0 or not is_recording_rank():
             return None
         if key not in self._records:  # a preempted request comes back, and goes on with its record
             while self._records and len(ids) + sum(len(each.ids) for each in self._records.values()) > MAX_POSITIONS:
                 dropped, _ = self._records.popitem(last=False)
                 logger.warning("PoC: the record of a replay was dropped to make room (%s)", dropped)
-            self._records[key] = Record(ids, min(num_logprobs, self._vocab_size), self._device)
+            self._records[key] = Record(ids, min(num_logprobs, self._vocab_size), self._device, prompt_tokens)
         return self._records[key]
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
@@ -138,10 +139,9 @@ class ReplayProcessor(V1LogitsProcessor):
             logits[index, row.ids[position]] = 0.0
         return logits
 
-    def take(self, key: str) -> list[list[Any]] | None:
+    def take(self, key: str) -> Record | None:
         """The record under `key`, which is forgotten; None where there is none on this rank."""
-        record = self._records.pop(key, None)
-        return None if record is None else record.rows()
+        return self._records.pop(key, None)
 
 
 class TraceProcessor(V2LogitsProcessor):
