@@ -21,10 +21,10 @@ from gonka_poc.middleware import PoCMiddleware
 from gonka_poc.replay import processor
 from gonka_poc.replay.bodies import rewritten
 from gonka_poc.replay.judgement import answer_of, judge, replay_body
-from gonka_poc.replay.processor import ReplayProcessor, TraceProcessor
+from gonka_poc.replay.processor import ReplayProcessor
 from gonka_poc.replay.token_ids import EventStream, make_numeric, split_chunk
 from gonka_poc.vllm_compat import REPLAY_IDS, REPLAY_KEY, REPLAY_MODE, V1_PROCESSOR, V2_PROCESSOR, ReplayServer
-from gonka_poc.vllm_compat.logits_processors import SamplingRules
+from gonka_poc.vllm_compat.logits_processors import SamplingRules, TraceProcessor
 from gonka_poc.vllm_compat.replay import replay_server
 
 VOCAB = 100

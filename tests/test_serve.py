@@ -387,7 +387,7 @@ def test_a_server_with_another_release_does_not_start(tmp_path):
 
 PROCESSED = ["--logprobs-mode", "processed_logprobs"]
 V1 = ["--logits-processors", "gonka_poc.replay.processor:ReplayProcessor"]
-V2 = ["--logits-processors", "gonka_poc.replay.processor:TraceProcessor", "--enable-trace-replay"]
+V2 = ["--logits-processors", "gonka_poc.vllm_compat.logits_processors:TraceProcessor", "--enable-trace-replay"]
 
 
 @pytest.mark.parametrize(

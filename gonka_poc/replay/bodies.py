@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
 from gonka_poc.errors import PoCError, UnsupportedServerError
-from gonka_poc.vllm_compat import REPLAY_IDS, REPLAY_KEY, REPLAY_MODE, ReplayServer
+from gonka_poc.vllm_compat import EXTRA_FIELD, REPLAY_IDS, REPLAY_KEY, REPLAY_MODE, TOKEN_IDS_FIELD, ReplayServer
 
 Mode = Literal["raw_logprobs", "processed_logprobs"]
 MAX_TOP_LOGPROBS = 20
@@ -73,7 +73,7 @@ def rewritten(body: bytes, is_chat: bool, server: ReplayServer, tokenize: Any = 
     asks = fields.get("logprobs")
     numeric = asks is not None and asks is not False
     if numeric:
-        fields["return_tokens_as_token_ids"] = True
+        fields[TOKEN_IDS_FIELD] = True
     if replay is not None:
         _prepare_replay(fields, replay)
     return Rewritten(json.dumps(fields).encode(), numeric, replay)
@@ -87,9 +87,9 @@ def _pop_mode(fields: dict[str, Any]) -> Mode | None:
 
 
 def _drop_private_fields(fields: dict[str, Any]) -> None:
-    extra = fields.get("vllm_xargs")
+    extra = fields.get(EXTRA_FIELD)
     if isinstance(extra, dict):
-        fields["vllm_xargs"] = {name: value for name, value in extra.items() if not name.startswith("gonka_replay")}
+        fields[EXTRA_FIELD] = {name: value for name, value in extra.items() if not name.startswith("gonka_replay")}
 
 
 def _pop_replay(fields: dict[str, Any], mode: Mode | None, server: ReplayServer, tokenize: Any) -> Replay | None:
@@ -203,8 +203,8 @@ def _prepare_replay(fields: dict[str, Any], replay: Replay) -> None:
         # they act on the logits before the logits processors, and not on raw logprobs; the tokens are forced anyway
         for name in ("logit_bias", "bad_words", "allowed_token_ids", "min_tokens"):
             fields.pop(name, None)
-    extra = fields.get("vllm_xargs")
-    fields["vllm_xargs"] = {
+    extra = fields.get(EXTRA_FIELD)
+    fields[EXTRA_FIELD] = {
         **(extra if isinstance(extra, dict) else {}),
         REPLAY_IDS: replay.ids,
         REPLAY_KEY: replay.key,

@@ -63,7 +63,7 @@ class ApiView:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens. Raises UnsupportedServerError where there is no tokenizer."""
-        from vllm.tokenizers import cached_tokenizer_from_config
+        from vllm.tokenizers.registry import cached_tokenizer_from_config
 
         tokenizer: Any = cached_tokenizer_from_config(self._config.model_config)
         if tokenizer is None:

@@ -10,9 +10,11 @@ from typing import Any, Literal, cast
 from gonka_poc.errors import UnsupportedServerError
 
 V1_PROCESSOR = "gonka_poc.replay.processor:ReplayProcessor"
-V2_PROCESSOR = "gonka_poc.replay.processor:TraceProcessor"
+V2_PROCESSOR = "gonka_poc.vllm_compat.logits_processors:TraceProcessor"
 # in SamplingParams.extra_args, which a request fills by `vllm_xargs`
 REPLAY_IDS, REPLAY_KEY, REPLAY_MODE = "gonka_replay_ids", "gonka_replay_key", "gonka_replay_mode"
+# fields of a request: token ids in place of texts, and what a request carries to a logits processor
+TOKEN_IDS_FIELD, EXTRA_FIELD = "return_tokens_as_token_ids", "vllm_xargs"
 MODES = ("raw_logprobs", "processed_logprobs")
 
 
@@ -40,7 +42,7 @@ def replay_server(config: Any) -> ReplayServer | None:
     mode = getattr(model.logprobs_mode, "value", model.logprobs_mode)
     if mode not in MODES:
         raise UnsupportedServerError(f"replays do not work with --logprobs-mode {mode}; give one of {', '.join(MODES)}")
-    if V2_PROCESSOR in ours and not getattr(model, "enable_trace_replay", False):
+    if V2_PROCESSOR in ours and not getattr(model, "enable_trace_replay", False):  # 0.29: --enable-trace-replay
         raise UnsupportedServerError("replays on the V2 runner need vLLM's --enable-trace-replay")
     return ReplayServer(V1_PROCESSOR in ours, cast("Any", mode), model.get_vocab_size(), model.max_model_len)
 
