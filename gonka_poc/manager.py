@@ -28,6 +28,7 @@ from gonka_poc.errors import (
     raise_worker_error,
 )
 from gonka_poc.metrics import Metrics
+from gonka_poc.vllm_compat import ReplayServer
 
 # below vLLM's logger, so that its handlers and level apply
 logger = logging.getLogger("vllm.gonka_poc.manager")
@@ -129,6 +130,12 @@ class EngineView(Protocol):
 
     def model_names(self) -> list[str]:
         """The names that requests may use for the served model."""
+
+    def replay_server(self) -> ReplayServer | None:
+        """How this server replays chats; None where it does not."""
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of `text`, without special tokens."""
 
     def has_unfinished_requests(self) -> bool:
         """True while chat is served."""

@@ -105,6 +105,8 @@ FUSED_MOE = "model_executor/layers/fused_moe/config.py"
 LINEAR = "model_executor/layers/linear.py"
 PARALLEL = "distributed/parallel_state.py"
 BACKEND = "v1/attention/backend.py"
+PROCESSORS = "v1/sample/logits_processor/interface.py"
+V2_PROCESSORS = "v1/worker/gpu/sample/logits_processor/interface.py"
 QWEN = "model_executor/models/qwen*.py"  # one model stands for all
 
 CONTRACT = (
@@ -214,6 +216,37 @@ CONTRACT = (
     *_names("model_executor/layers/fused_moe/layer.py", "FusedMoE.intermediate_size_per_partition", last="0.14"),
     *_names(ATTENTION, "Attention: num_heads head_size head_size_v sliding_window"),
     *_names(MLA_ATTENTION, "MLAAttention: num_heads qk_nope_head_dim qk_rope_head_dim v_head_dim kv_cache impl"),
+    # replays of chats: the logits processors of both runners, the sampler's functions and what carries the tokens
+    *_names("engine/arg_utils.py", "--logits-processors --logprobs-mode"),
+    *_names("engine/arg_utils.py", "--enable-trace-replay", first="0.29"),
+    *_names("config/model.py", "ModelConfig: logits_processors logprobs_mode"),
+    *_names("config/model.py", "ModelConfig.enable_trace_replay", first="0.29"),
+    *_names("config/vllm.py", "VllmConfig.speculative_config"),
+    *_names("envs.py", "VLLM_USE_V2_MODEL_RUNNER"),
+    *_names("entrypoints/*.py", "ChatCompletionRequest: return_tokens_as_token_ids vllm_xargs"),
+    *_names("entrypoints/*.py", "CompletionRequest.return_tokens_as_token_ids"),
+    *_names("tokenizers/registry.py", "cached_tokenizer_from_config(model_config)"),
+    *_names("tokenizers/protocol.py", "TokenizerLike.encode(text, add_special_tokens)"),
+    *_names("sampling_params.py", "SamplingParams: extra_args n logprobs temperature top_p top_k min_p"),
+    *_names("sampling_params.py", "SamplingParams: presence_penalty frequency_penalty repetition_penalty"),
+    *_names("sampling_params.py", "SamplingParams.trace_decode_token_ids", first="0.29"),
+    *_names(PROCESSORS, "LogitsProcessor: update_state(batch_update) apply(logits) is_argmax_invariant()"),
+    *_names(PROCESSORS, "BatchUpdate: removed added moved"),
+    *_names("v1/sample/logits_processor/state.py", "LogitsProcessors.non_argmax_invariant"),
+    *_names("v1/worker/gpu_model_runner.py", "GPUModelRunner.input_batch"),
+    *_names("v1/worker/gpu_input_batch.py", "InputBatch.logitsprocs"),
+    *_names(
+        V2_PROCESSORS,
+        "LogitsProcessor: validate_params(sampling_params) add_request(req_idx, sampling_params)",
+        first="0.31",
+    ),
+    *_names(V2_PROCESSORS, "LogitsProcessor.apply(logits, ctx)", first="0.31"),
+    *_names("v1/sample/ops/topk_topp_sampler.py", "apply_top_k_top_p(logits, k, p)"),
+    *_names(
+        "model_executor/layers/utils.py",
+        "apply_penalties(logits, prompt_tokens_tensor, output_tokens_tensor, presence_penalties, "
+        "frequency_penalties, repetition_penalties)",
+    ),
     # layers that have a KV cache
     *_names(ATTENTION, "Attention: kv_cache impl kv_sharing_target_layer_name"),
     *_names("model_executor/layers/mamba/mamba_mixer2.py", "MambaMixer2.kv_cache"),

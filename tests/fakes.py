@@ -20,6 +20,7 @@ from gonka_poc.data import PREFIX, VECTOR_DTYPE, BatchResult, DistanceSpec, Para
 from gonka_poc.errors import EngineAsleepError, EngineUnavailableError, PoCError
 from gonka_poc.routes import make_app
 from gonka_poc.server.protocols import Manager
+from gonka_poc.vllm_compat import ReplayServer
 
 MODEL = "tiny"
 BUSY = "chat is being served"
@@ -195,6 +196,7 @@ class FakeView:
         self.vocab_size = 97
         self.device = "cpu"
         self.chat_is_served = False
+        self.replays: ReplayServer | None = None
         self.asleep = False
         self.num_aborts = 0
         self.abort_failure: Exception | None = None
@@ -208,6 +210,12 @@ class FakeView:
 
     def model_names(self) -> list[str]:
         return [MODEL, "/models/tiny"]
+
+    def replay_server(self) -> ReplayServer | None:
+        return self.replays
+
+    def tokenize(self, text: str) -> list[int]:
+        return [ord(char) for char in text]
 
     def has_unfinished_requests(self) -> bool:
         return self.chat_is_served

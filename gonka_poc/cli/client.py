@@ -163,6 +163,10 @@ class PoCClient:
         body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
         return str(self._vllm("POST", "/v1/chat/completions", body, "choices", 0, "message", "content") or "")
 
+    def chat_answer(self, body: Any) -> Any:
+        """The whole answer to a chat request."""
+        return self._vllm("POST", "/v1/chat/completions", body)
+
     def prefill(self, model: str, prompts: Sequence[Sequence[int]]) -> None:
         """Let the server prefill `prompts` (token ids): completions of one token each, in one request."""
         body = {"model": model, "prompt": prompts, "max_tokens": 1, "temperature": 0, "ignore_eos": True}

@@ -20,6 +20,17 @@ from gonka_poc.vllm_compat.release import (
     installed_version,
     is_cpu_build,
 )
+from gonka_poc.vllm_compat.replay import (
+    EXTRA_FIELD,
+    REPLAY_IDS,
+    REPLAY_KEY,
+    REPLAY_MODE,
+    TOKEN_IDS_FIELD,
+    V1_PROCESSOR,
+    V2_PROCESSOR,
+    ReplayServer,
+    has_trace_replay,
+)
 
 __all__ = [
     "API_SERVER_MODULE",
@@ -30,3 +41,5 @@ __all__ = [
     "WORKER_EXTENSION",
 ]
 __all__ += ["ApiView", "OfflineEngine", "can_skip_compiled", "found_version", "installed_version", "is_cpu_build"]
+__all__ += ["EXTRA_FIELD", "REPLAY_IDS", "REPLAY_KEY", "REPLAY_MODE", "TOKEN_IDS_FIELD", "V1_PROCESSOR", "V2_PROCESSOR"]
+__all__ += ["ReplayServer", "has_trace_replay"]
