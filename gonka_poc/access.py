@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from gonka_poc.bounded_http import BoundedTransport
 from gonka_poc.certificates import ssl_context
 from gonka_poc.errors import RequestError, printable
 from gonka_poc.request_fields import has_query
@@ -156,8 +157,7 @@ class CheckedTransport(httpx.AsyncBaseTransport):
 
     def __init__(self, rules: CallbackRules, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self._rules = rules
-        limits = httpx.Limits(max_keepalive_connections=0)
-        self._transport = transport or httpx.AsyncHTTPTransport(verify=ssl_context(), trust_env=False, limits=limits)
+        self._transport = transport or BoundedTransport(ssl_context())
         # not the event loop's threads, which vLLM uses too
         self._threads = ThreadPoolExecutor(MAX_LOOKUPS, "poc-dns")
 

@@ -12,6 +12,7 @@ from gonka_poc.callbacks.sender import CallbackSender
 from gonka_poc.config import Settings
 from gonka_poc.manager import EngineView, PoCManagerV1
 from gonka_poc.metrics import Metrics
+from gonka_poc.replay.gate import ReplayGate, make_gate
 from gonka_poc.routes import make_app
 from gonka_poc.server.background import BackgroundTasks
 from gonka_poc.server.dashboard import RecentErrors
@@ -25,12 +26,14 @@ from gonka_poc.server.threshold import ProofQueue
 
 @dataclass(frozen=True)
 class PoCApp:
-    """One server's proof of compute: `http` answers /api/v1/pow/*."""
+    """One server's proof of compute: `http` answers /api/v1/pow/*. `replay`, where the server replays chats, stands
+    before its chats and completions."""
 
     http: ASGIApp
     service: PoCService
     recent_errors: RecentErrors
     registry: CollectorRegistry
+    replay: ReplayGate | None = None
 
     def start(self) -> None:
         """Begin to deliver callbacks, first of all those that an earlier server left, to count and to listen."""
@@ -74,4 +77,4 @@ def build_app(
     service = PoCService(manager, settings, metrics, callbacks, slot, queue, proofs, background)
     recent_errors = RecentErrors()
     http = BodyLimit(make_app(service, recent_errors), settings.max_body_bytes)
-    return PoCApp(http, service, recent_errors, registry)
+    return PoCApp(http, service, recent_errors, registry, make_gate(view, metrics))

@@ -23,6 +23,7 @@ CHAT = "chat"
 # a batch is meant to take 0.02 to 2 seconds; the ends show what went wrong
 BATCH_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 CALLBACK_BUCKETS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60)
+REPLAY_BUCKETS = (0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
 MAX_YIELD_SEC = 1.0  # a pause after a skipped batch that is longer was no waiting for chat: the work had ended
 BUCKET_SEC, NUM_BUCKETS = 10, 180  # the history: 30 minutes
 
@@ -92,6 +93,10 @@ class Metrics(Collector):
         self._batch_seconds = Histogram("gonka_poc_batch_seconds", text, registry=own, buckets=BATCH_BUCKETS)
         text = "seconds of a callback, answered or not"
         self._callback_seconds = Histogram("gonka_poc_callback_seconds", text, registry=own, buckets=CALLBACK_BUCKETS)
+        text = "seconds of a replay of a chat that was answered with 200"
+        self._replay_seconds = Histogram("gonka_poc_replay_seconds", text, registry=own, buckets=REPLAY_BUCKETS)
+        text = "replays of chats that were answered otherwise, by HTTP status"
+        self._replays_refused = Counter("gonka_poc_replays_refused", text, ["status"], registry=own)
 
     def computed(self, nonces: int, nan: int, seconds: float) -> None:
         """A batch gave `nonces` vectors and dropped `nan`; the workers took `seconds`."""
@@ -118,6 +123,14 @@ class Metrics(Collector):
     def called_back(self, seconds: float) -> None:
         """A callback was answered, or failed, after `seconds`."""
         self._callback_seconds.observe(seconds)
+
+    def replayed(self, seconds: float) -> None:
+        """A chat was replayed in `seconds`."""
+        self._replay_seconds.observe(seconds)
+
+    def replay_refused(self, status: int) -> None:
+        """A replay was answered with another status than 200."""
+        self._replays_refused.labels(str(status)).inc()
 
     def _end_yield(self, now: float) -> None:
         if self._skipped_at is not None:

@@ -79,6 +79,8 @@ class PoCMiddleware:
             await self._gate(scope, receive, send)
         elif scope["type"] == "http" and self._is_paused(scope):
             await _answer_paused(scope, receive, send)
+        elif self._poc is not None and self._poc.replay is not None and self._poc.replay.concerns(scope):
+            await self._poc.replay.serve(self._app, scope, receive, send)
         else:
             await self._app(scope, receive, send)
 

@@ -1,6 +1,6 @@
 """Starts vLLM's own OpenAI server, with or without proof of compute.
 
-    python -m gonka_poc.serve MODEL --enable-poc [any option of vLLM's server]
+    python -m gonka_poc.serve MODEL --enable-poc [--enable-replay] [any option of vLLM's server]
 
 Without --enable-poc this is `python -m vllm.entrypoints.openai.api_server --model MODEL` with the same options.
 """
@@ -12,20 +12,26 @@ import sys
 from collections.abc import Sequence
 
 from gonka_poc.command_line import config_options, options_of, values_of
-from gonka_poc.config import unused_variables
+from gonka_poc.config import load_settings, unused_variables
 from gonka_poc.errors import PoCError, UnsupportedServerError, for_terminal
 from gonka_poc.gpus import smallest_gpu_mib
 from gonka_poc.preflight import check_settings
 from gonka_poc.vllm_compat import (
     API_SERVER_MODULE,
+    BATCH_INVARIANT,
     MIDDLEWARE,
+    V1_PROCESSOR,
+    V2_PROCESSOR,
     WORKER_EXTENSION,
     can_skip_compiled,
+    has_trace_replay,
     installed_version,
     is_cpu_build,
 )
 
-ENABLE = "--enable-poc"
+ENABLE, REPLAY = "--enable-poc", "--enable-replay"
+OURS = (ENABLE, REPLAY)
+RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 USAGE = f"python -m gonka_poc.serve MODEL {ENABLE} [options]"
 BATCHED_TOKENS = "--max-num-batched-tokens"
 # tokens of a batch of 32 nonces of 1024 tokens, the sizes of the network; vLLM's own defaults are 2048 to 16384
@@ -40,6 +46,8 @@ def server_arguments(args: Sequence[str]) -> list[str]:
     no model or two, several API processes, or another worker extension than ours."""
     rest = _with_model_option(args)
     if ENABLE not in args:
+        if REPLAY in args:
+            raise UnsupportedServerError(f"{REPLAY} goes with {ENABLE}; give both")
         return rest
     installed_version()
     names = {name for name, _ in options_of(rest)}
@@ -69,7 +77,28 @@ def server_arguments(args: Sequence[str]) -> list[str]:
     if not can_skip_compiled() and "--enforce-eager" not in rest:
         _say("this vLLM cannot run proofs beside a compiled model; adding --enforce-eager")
         rest += ["--enforce-eager"]
+    if REPLAY in args:
+        rest += _replay_options(rest)
     return rest + _batch_option(rest)
+
+
+def _replay_options(args: Sequence[str]) -> list[str]:
+    """The options for chats that the network accepts, and for replays. Raises UnsupportedServerError for others that
+    they do not work with."""
+    given = dict([*config_options(args), *options_of(args)])
+    if any(name.startswith("--spec") or name == "-sc" for name in given):
+        raise UnsupportedServerError(f"{REPLAY} does not work with speculative decoding; leave one of them out")
+    mode = given.get("--logprobs-mode")
+    if mode is not None and not mode.endswith("_logprobs"):
+        raise UnsupportedServerError(f"{REPLAY} does not work with --logprobs-mode {mode}; the network has logprobs")
+    options = [] if mode else ["--logprobs-mode", "processed_logprobs"]
+    if os.environ.get(RUNNER_VARIABLE, "0") in ("", "0"):
+        return [*options, "--logits-processors", V1_PROCESSOR]
+    if not has_trace_replay():
+        raise UnsupportedServerError(
+            f"{REPLAY} on the V2 runner needs vLLM 0.31, with its trace replay; unset {RUNNER_VARIABLE}"
+        )
+    return [*options, "--logits-processors", V2_PROCESSOR, "--enable-trace-replay"]
 
 
 def _with_model_option(args: Sequence[str]) -> list[str]:
@@ -86,10 +115,10 @@ def _with_model_option(args: Sequence[str]) -> list[str]:
     for arg in args[:cut]:
         is_option = arg.startswith("-")
         if is_option:
-            takes_value = "=" not in arg and arg != ENABLE
+            takes_value = "=" not in arg and arg not in OURS
         (options if is_option or takes_value else words).append(arg)
     words += args[cut + 1 :]
-    options, words = ([arg for arg in part if arg != ENABLE] for part in (options, words))
+    options, words = ([arg for arg in part if arg not in OURS] for part in (options, words))
     models = list(dict.fromkeys([*words, *values_of(options, "--model")[-1:]]))
     if len(words) > 1 or len(models) > 1:
         named = " and ".join(map(repr, models if len(models) > 1 else words))
@@ -137,9 +166,14 @@ def main() -> None:
     try:
         args = server_arguments(sys.argv[1:])
         if ENABLE in sys.argv[1:]:
+            if load_settings().batch_invariant:
+                os.environ[BATCH_INVARIANT] = "1"
             check_settings(_say)
             for sentence in unused_variables():
                 _say(sentence)
+        if REPLAY in sys.argv[1:] and not os.environ.get(RUNNER_VARIABLE):
+            # the V2 runner, where vLLM would choose it, takes other logits processors
+            os.environ[RUNNER_VARIABLE] = "0"
     except PoCError as error:
         _say(str(error))
         sys.exit(1)

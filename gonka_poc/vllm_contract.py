@@ -22,7 +22,7 @@ from typing import Literal
 from packaging.version import InvalidVersion, Version
 
 from gonka_poc.errors import ToolError
-from gonka_poc.vllm_compat import INSECURE_SERIALIZATION
+from gonka_poc.vllm_compat import BATCH_INVARIANT, INSECURE_SERIALIZATION
 
 Presence = Literal["there", "optional", "unsure", "gone", "parameter missing", "newly required"]
 Function = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -105,6 +105,8 @@ FUSED_MOE = "model_executor/layers/fused_moe/config.py"
 LINEAR = "model_executor/layers/linear.py"
 PARALLEL = "distributed/parallel_state.py"
 BACKEND = "v1/attention/backend.py"
+PROCESSORS = "v1/sample/logits_processor/interface.py"
+V2_PROCESSORS = "v1/worker/gpu/sample/logits_processor/interface.py"
 QWEN = "model_executor/models/qwen*.py"  # one model stands for all
 
 CONTRACT = (
@@ -113,6 +115,7 @@ CONTRACT = (
     *_names("entrypoints/*cli_args.py", "FrontendArgs.middleware --api-server-count -asc --config"),
     *_names("envs.py", f"{INSECURE_SERIALIZATION} VLLM_ENABLE_V1_MULTIPROCESSING VLLM_CPU_KVCACHE_SPACE"),
     *_names("envs.py", "VLLM_SERVER_DEV_MODE"),
+    *_names("envs.py", BATCH_INVARIANT, first="0.25"),  # read elsewhere before
     *_names("entrypoints/*.py", "/v1/chat/completions /v1/completions /v1/responses /v1/messages"),
     *_names("entrypoints/*.py", "/invocations /inference/v1/generate"),
     *_names("entrypoints/*.py", "/v1/chat/completions/batch", first="0.19"),
@@ -188,6 +191,13 @@ CONTRACT = (
     *_names("v1/kv_cache_interface.py", "KVCacheSpec.get_block_stride_alignment()", first="0.32"),
     # what torch may compile
     *_names("model_executor/custom_op.py", "CustomOp: forward_native() forward_cuda() forward_cpu() _forward_method"),
+    *_names("model_executor/layers/layernorm.py", "RMSNorm: variance_epsilon variance_size_override has_weight"),
+    *_names("model_executor/layers/activation.py", "SiluAndMul"),
+    *_names(
+        "model_executor/layers/rotary_embedding/base.py",
+        "RotaryEmbedding.forward_cuda(positions, query, key)",
+        "RotaryEmbeddingBase: head_size is_neox_style cos_sin_cache use_flashinfer",
+    ),
     *_names("ir/op.py", "enable_torch_wrap(enable)", "IrOp: registry impls set_priority(priority)", first="0.20"),
     # an engine without a server, and what its forward costs
     *_names("engine/arg_utils.py", "EngineArgs: worker_extension_cls enforce_eager model"),
@@ -206,6 +216,37 @@ CONTRACT = (
     *_names("model_executor/layers/fused_moe/layer.py", "FusedMoE.intermediate_size_per_partition", last="0.14"),
     *_names(ATTENTION, "Attention: num_heads head_size head_size_v sliding_window"),
     *_names(MLA_ATTENTION, "MLAAttention: num_heads qk_nope_head_dim qk_rope_head_dim v_head_dim kv_cache impl"),
+    # replays of chats: the logits processors of both runners, the sampler's functions and what carries the tokens
+    *_names("engine/arg_utils.py", "--logits-processors --logprobs-mode"),
+    *_names("engine/arg_utils.py", "--enable-trace-replay", first="0.29"),
+    *_names("config/model.py", "ModelConfig: logits_processors logprobs_mode"),
+    *_names("config/model.py", "ModelConfig.enable_trace_replay", first="0.29"),
+    *_names("config/vllm.py", "VllmConfig.speculative_config"),
+    *_names("envs.py", "VLLM_USE_V2_MODEL_RUNNER"),
+    *_names("entrypoints/*.py", "ChatCompletionRequest: return_tokens_as_token_ids vllm_xargs"),
+    *_names("entrypoints/*.py", "CompletionRequest.return_tokens_as_token_ids"),
+    *_names("tokenizers/registry.py", "cached_tokenizer_from_config(model_config)"),
+    *_names("tokenizers/protocol.py", "TokenizerLike.encode(text, add_special_tokens)"),
+    *_names("sampling_params.py", "SamplingParams: extra_args n logprobs temperature top_p top_k min_p"),
+    *_names("sampling_params.py", "SamplingParams: presence_penalty frequency_penalty repetition_penalty"),
+    *_names("sampling_params.py", "SamplingParams.trace_decode_token_ids", first="0.29"),
+    *_names(PROCESSORS, "LogitsProcessor: update_state(batch_update) apply(logits) is_argmax_invariant()"),
+    *_names(PROCESSORS, "BatchUpdate: removed added moved"),
+    *_names("v1/sample/logits_processor/state.py", "LogitsProcessors.non_argmax_invariant"),
+    *_names("v1/worker/gpu_model_runner.py", "GPUModelRunner.input_batch"),
+    *_names("v1/worker/gpu_input_batch.py", "InputBatch.logitsprocs"),
+    *_names(
+        V2_PROCESSORS,
+        "LogitsProcessor: validate_params(sampling_params) add_request(req_idx, sampling_params)",
+        first="0.31",
+    ),
+    *_names(V2_PROCESSORS, "LogitsProcessor.apply(logits, ctx)", first="0.31"),
+    *_names("v1/sample/ops/topk_topp_sampler.py", "apply_top_k_top_p(logits, k, p)"),
+    *_names(
+        "model_executor/layers/utils.py",
+        "apply_penalties(logits, prompt_tokens_tensor, output_tokens_tensor, presence_penalties, "
+        "frequency_penalties, repetition_penalties)",
+    ),
     # layers that have a KV cache
     *_names(ATTENTION, "Attention: kv_cache impl kv_sharing_target_layer_name"),
     *_names("model_executor/layers/mamba/mamba_mixer2.py", "MambaMixer2.kv_cache"),

@@ -41,6 +41,10 @@ class PoCWorkerExtension:
         """PoCModelRunner.compute with `spec` holding the fields of VectorSpec or DistanceSpec."""
         return poc_answer(lambda: poc_runner_of(self).compute(spec_from(spec), nonces, next_nonces))
 
+    def poc_prepare(self, spec: dict[str, Any], budget_sec: float) -> dict[str, Any]:
+        """PoCModelRunner.prepare with `spec` holding the fields of DistanceSpec."""
+        return poc_answer(lambda: poc_runner_of(self).prepare(spec_from(spec), budget_sec))
+
     def poc_bench_describe(self, spec: dict[str, Any]) -> dict[str, Any]:
         """bench_worker.describe: the device, and what the model asks of it."""
         return poc_answer(lambda: poc_bench().describe(poc_runner_of(self), VectorSpec(**spec)))
@@ -52,6 +56,12 @@ class PoCWorkerExtension:
     def poc_bench_parts(self, spec: dict[str, Any], nonces: list[int]) -> dict[str, Any]:
         """bench_worker.measure_parts: seconds of the parts of a batch."""
         return poc_answer(lambda: poc_bench().measure_parts(poc_runner_of(self), VectorSpec(**spec), nonces))
+
+    def poc_take_replay(self, key: str) -> dict[str, Any] | None:
+        """The record of a replay, which is forgotten: {"rows": [[id, logprob, best ids, their logprobs], ..],
+        "prompt_tokens"}. None on a worker that has none.
+        """
+        return poc_answer(lambda: poc_replay_record(self, key))
 
     def poc_release(self) -> dict[str, Any] | None:
         """PoCModelRunner.release, if there is a runner."""
@@ -82,6 +92,18 @@ def poc_bench() -> Any:
     from gonka_poc import bench_worker
 
     return bench_worker
+
+
+def poc_replay_record(worker: Any, key: str) -> dict[str, Any] | None:
+    """The record under `key` of this worker's logits processor."""
+    from gonka_poc.replay.processor import ReplayProcessor
+    from gonka_poc.vllm_compat.logits_processors import custom_processors
+
+    for processor in custom_processors(worker, ReplayProcessor):
+        record = processor.take(key)
+        if record is not None:
+            return {"rows": record.rows(), "prompt_tokens": record.prompt_tokens}
+    return None
 
 
 def poc_answer(compute: Callable[[], Any]) -> Any:

@@ -221,11 +221,10 @@ class PackageStep(Step):
     def check(self) -> str:
         target = self.host.target
         refuse_others(target, self.host.options.replace_other)
-        given = given_wheel(self.host.options)
-        found, wanted = target.own().get(PACKAGE), given.name.split("-")[1] if given else checkout_version()
+        found, wanted = target.own().get(PACKAGE), wanted_version(self.host.options)
         if found is None:
             others = ", ".join(f"{name} {other.version}" for name, other in others_of(target).items())
-            self.todo = f"pip install {given or ROOT} into {target.purelib}" + (
+            self.todo = f"pip install {given_wheel(self.host.options) or ROOT} into {target.purelib}" + (
                 f", in place of {others}" if others else ""
             )
             return "not installed"
@@ -257,9 +256,17 @@ def wheel_requirements(wheel: Path) -> list[str]:
 
 
 def given_wheel(options: Options) -> Path | None:
-    """The wheel of gonka_poc that is given; without one `build_wheel` makes it."""
-    given = bundled_wheel(options.wheels) if options.wheels else os.environ.get("GONKA_POC_WHEEL")
+    """The wheel of this package in the folder of --wheels, else the one that the environment names."""
+    if options.wheels:
+        return Path(bundled_wheel(options.wheels))
+    given = os.environ.get("GONKA_POC_WHEEL")
     return Path(given) if given else None
+
+
+def wanted_version(options: Options) -> str:
+    """The version of the wheel that is given, else the one that `build_wheel` makes."""
+    given = given_wheel(options)
+    return given.name.split("-")[1] if given else checkout_version()
 
 
 def checkout_version() -> str:

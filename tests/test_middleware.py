@@ -258,7 +258,7 @@ def with_engine(host: Starlette, num_api_processes: int) -> Starlette:
     host.state.engine_client = SimpleNamespace()
     host.state.vllm_config = SimpleNamespace(
         parallel_config=parallel_config,
-        model_config=SimpleNamespace(max_model_len=64, get_hidden_size=lambda: 16),
+        model_config=SimpleNamespace(max_model_len=64, get_hidden_size=lambda: 16, get_vocab_size=lambda: 97),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=48, max_num_seqs=5),
     )
     return host

@@ -1036,9 +1036,8 @@ def as_nobody() -> Iterator[tuple[Path, Callable[..., subprocess.CompletedProces
         pytest.skip("no Python here that another user can start")
     root = Path(tempfile.mkdtemp())
     root.chmod(0o755)
-    shutil.copy(SCRIPT, root / "tool.py")
-    for module in PATCHES.glob("*.py"):
-        shutil.copy(module, root)
+    for path in PATCHES.glob("*.py"):
+        shutil.copy(path, root / path.name.replace("patch_runner", "tool"))
 
     def call(*words: object) -> subprocess.CompletedProcess[str]:
         command = [python, "-I", "-S", str(root / "tool.py"), *map(str, words)]

@@ -326,6 +326,15 @@ def test_main_tries_the_outbox(run, monkeypatch, capsys):
     run(*MODEL)  # a plain server has none
 
 
+def test_main_tells_vllm_of_batch_invariance(run, monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "0")
+    run("--enable-poc", *MODEL)
+    assert os.environ["VLLM_BATCH_INVARIANT"] == "0"
+    monkeypatch.setenv("POC_BATCH_INVARIANT", "1")
+    run("--enable-poc", *MODEL)
+    assert os.environ["VLLM_BATCH_INVARIANT"] == "1"
+
+
 def test_main_names_variables_that_nothing_reads(run, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("POC_OUTBOX_PATH", str(tmp_path / "outbox.sqlite3"))
     monkeypatch.setenv("POC_CALLBACK_INTERVAL", "1")
@@ -381,3 +390,50 @@ def test_a_server_with_another_release_does_not_start(tmp_path):
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("gonka_poc: vLLM 0.13.0 is installed, gonka_poc supports ")
+
+
+# --- replays ----------------------------------------------------------------------------------------------------
+
+PROCESSED = ["--logprobs-mode", "processed_logprobs"]
+V1 = ["--logits-processors", "gonka_poc.replay.processor:ReplayProcessor"]
+V2 = ["--logits-processors", "gonka_poc.vllm_compat.logits_processors:TraceProcessor", "--enable-trace-replay"]
+
+
+@pytest.mark.parametrize(
+    ("given", "runner", "added"),
+    [
+        ([], "", [*PROCESSED, *V1]),
+        ([], "0", [*PROCESSED, *V1]),
+        ([], "1", [*PROCESSED, *V2]),
+        (["--logprobs-mode", "raw_logprobs"], "", V1),
+    ],
+)
+def test_replays_add_their_options(monkeypatch, given, runner, added):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    monkeypatch.setattr(serve, "has_trace_replay", lambda: True)
+    args = ["--enable-replay", "--enable-poc", *MODEL, *given]
+    assert server_arguments(args) == [*MODEL, *given, *MIDDLEWARE, *EXTENSION, *added]
+
+
+def test_a_model_behind_enable_replay_is_the_model():
+    assert server_arguments(["--enable-poc", "--enable-replay", "m"])[:2] == MODEL
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["--enable-replay", *MODEL], "goes with --enable-poc"),
+        (["--enable-replay", "--enable-poc", *MODEL, "--speculative-config", "{}"], "speculative decoding"),
+        (["--enable-replay", "--enable-poc", *MODEL, "--logprobs-mode=raw_logits"], "--logprobs-mode raw_logits"),
+    ],
+)
+def test_what_replays_do_not_go_with(args, text):
+    with pytest.raises(UnsupportedServerError, match=text):
+        server_arguments(args)
+
+
+def test_the_v2_runner_needs_trace_replay(monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    monkeypatch.setattr(serve, "has_trace_replay", lambda: False)
+    with pytest.raises(UnsupportedServerError, match="unset VLLM_USE_V2_MODEL_RUNNER"):
+        server_arguments(["--enable-replay", "--enable-poc", *MODEL])

@@ -163,6 +163,10 @@ class PoCClient:
         body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
         return str(self._vllm("POST", "/v1/chat/completions", body, "choices", 0, "message", "content") or "")
 
+    def chat_answer(self, body: Any) -> Any:
+        """The whole answer to a chat request."""
+        return self._vllm("POST", "/v1/chat/completions", body)
+
     def prefill(self, model: str, prompts: Sequence[Sequence[int]]) -> None:
         """Let the server prefill `prompts` (token ids): completions of one token each, in one request."""
         body = {"model": model, "prompt": prompts, "max_tokens": 1, "temperature": 0, "ignore_eos": True}
@@ -187,11 +191,13 @@ class PoCClient:
         batch_size: int,
         on_artifacts: Callable[[list[data.Artifact]], object],
         progress: Progress = ignore_progress,
+        calibration_step: int = 0,
     ) -> list[int]:
         """Compute `nonces` as `file` says, batch by batch, each for `on_artifacts`; those that gave NaN or Inf."""
         not_computed: list[int] = []
+        more = {"calibration_step": calibration_step} if calibration_step else {}
         for batch in data.chunks(list(nonces), batch_size):
-            answer = self._generate(data.ArtifactsAnswer, file, batch, batch_size)
+            answer = self._generate(data.ArtifactsAnswer, file, batch, batch_size, **more)
             on_artifacts(answer.artifacts)
             not_computed += answer.not_computed_nonces or []
             progress(len(batch))

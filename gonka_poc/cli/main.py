@@ -19,6 +19,7 @@ from gonka_poc.cli.e2e import e2e_command
 from gonka_poc.cli.outbox import outbox_group
 from gonka_poc.cli.receive import receive_command
 from gonka_poc.cli.reference import reference_group
+from gonka_poc.cli.replay import replay_command
 from gonka_poc.cli.report import report_command
 from gonka_poc.cli.smoke import smoke_command
 from gonka_poc.errors import PoCError
@@ -33,9 +34,10 @@ def app() -> None:
     """Proof of compute on vLLM: ask a server for artifacts, validate them, see and stop a round."""
 
 
-HOST = (generate_command, validate_command, status_command, stop_command, doctor, outbox_group, demo_command)
+HOST = (generate_command, validate_command, replay_command, status_command, stop_command)
+UPKEEP = (doctor, outbox_group, demo_command)
 CHECKS = (smoke_command, e2e_command, coexist_command, calibrate_command, bench_command, reference_group)
-for command in (*HOST, *CHECKS, receive_command, report_command):
+for command in (*HOST, *UPKEEP, *CHECKS, receive_command, report_command):
     app.add_command(command)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from gonka_poc.errors import EngineUnavailableError, ServerStartError, UnsupportedServerError
 from gonka_poc.vllm_compat.refusals import refuse, unsupported_options
 from gonka_poc.vllm_compat.release import INSECURE_SERIALIZATION, WORKER_EXTENSION, installed_version
+from gonka_poc.vllm_compat.replay import ReplayServer, replay_server
 from gonka_poc.vllm_compat.sleep import is_sleep_recorded
 
 
@@ -47,11 +48,28 @@ class ApiView:
         self.max_num_batched_tokens: int = config.scheduler_config.max_num_batched_tokens
         self.max_num_seqs: int = config.scheduler_config.max_num_seqs
         self.hidden_size: int = config.model_config.get_hidden_size()
+        self.vocab_size: int = config.model_config.get_vocab_size()
 
     def model_names(self) -> list[str]:
         """The names that requests may use for the served model, its path included."""
         names = [path.name for path in getattr(self._serving_models, "base_model_paths", [])]
         return list(dict.fromkeys([*names, self._config.model_config.model]))
+
+    def replay_server(self) -> ReplayServer | None:
+        """How this server replays chats; None where it was not started for it.
+
+        Raises UnsupportedServerError for options that replays do not work with.
+        """
+        return replay_server(self._config)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of `text`, without special tokens. Raises UnsupportedServerError where there is no tokenizer."""
+        from vllm.tokenizers.registry import cached_tokenizer_from_config
+
+        tokenizer: Any = cached_tokenizer_from_config(self._config.model_config)
+        if tokenizer is None:
+            raise UnsupportedServerError("this server has no tokenizer (--skip-tokenizer-init); send enforced_tokens")
+        return list(tokenizer.encode(text, add_special_tokens=False))
 
     def has_unfinished_requests(self) -> bool:
         """True while chat is served: the engine client has requests that it has not finished."""

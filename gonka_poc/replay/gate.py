@@ -1,0 +1,270 @@
+"""ReplayGate: chats with numeric token ids, and replays, in front of vLLM's own application."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from typing import Any, Protocol
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gonka_poc.errors import ComputeError, EngineUnavailableError, PoCError, raise_worker_error
+from gonka_poc.metrics import Metrics
+from gonka_poc.replay.bodies import Replay, rewritten
+from gonka_poc.replay.token_ids import EventStream, json_bytes, make_numeric, numeric
+from gonka_poc.vllm_compat import ReplayServer
+
+logger = logging.getLogger("vllm.gonka_poc.replay")
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+LOWEST = -9999.0  # vLLM writes it for -inf
+
+
+class Engine(Protocol):
+    """The engine as the gate needs it; ApiView is one."""
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of `text`, without special tokens."""
+
+    async def call_workers(self, method: str, *args: Any) -> list[Any]:
+        """One answer per worker."""
+
+
+class ReplayGate:
+    """Rewrites requests with logprobs and their answers; every other request passes byte by byte."""
+
+    def __init__(self, engine: Engine, server: ReplayServer, metrics: Metrics) -> None:
+        self._engine = engine
+        self._server = server
+        self._metrics = metrics
+
+    def concerns(self, scope: Scope) -> bool:
+        """True if `scope` is a request that this may have to rewrite."""
+        return scope["type"] == "http" and scope["method"] == "POST" and _path(scope) in (CHAT, COMPLETIONS)
+
+    async def serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a chat or completion by `app`."""
+        body = await _read(receive)
+        if body is None:
+            return
+        try:
+            request = rewritten(body, _path(scope) == CHAT, self._server, self._engine.tokenize)
+        except PoCError as error:
+            self._metrics.replay_refused(error.http_status)
+            return await _error(error.http_status, str(error))(scope, receive, send)
+        scope, receive = _with_body(scope, receive, request.body)
+        if request.replay is not None:
+            await self._replay(app, scope, receive, send, request.replay)
+        elif request.numeric:
+            await app(scope, receive, _NumericSend(send))
+        else:
+            await app(scope, receive, send)
+
+    async def _replay(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send, replay: Replay) -> None:
+        started = time.monotonic()
+        answer = _WholeAnswer()
+        record: dict[str, Any] | None = None
+        try:
+            await app(scope, receive, answer)
+        finally:  # also when the client has gone: its record goes too
+            if replay.key:
+                record = await self._take(replay.key)
+        status = answer.status
+        try:
+            content = _written(answer, replay, record)
+            status = 200 if content is not None else status
+        except PoCError as error:
+            logger.warning("PoC: a replay was not answered: %s", error)
+            self._metrics.replay_refused(error.http_status)
+            return await _error(error.http_status, str(error))(scope, receive, send)
+        if status == 200:
+            self._metrics.replayed(time.monotonic() - started)
+        else:
+            self._metrics.replay_refused(status)
+        await answer.send_on(send, status, content)
+
+    async def _take(self, key: str) -> dict[str, Any] | None:
+        try:
+            answers = await self._engine.call_workers("poc_take_replay", key)
+            raise_worker_error([answer for answer in answers if isinstance(answer, dict)])
+        except Exception as error:  # also what vLLM raises where its engine has died
+            logger.warning("PoC: the record of a replay was not fetched: %s: %s", type(error).__name__, error)
+            return None
+        return next((answer for answer in answers if isinstance(answer, dict) and "rows" in answer), None)
+
+
+def _written(answer: _WholeAnswer, replay: Replay, record: dict[str, Any] | None) -> bytes | None:
+    """The body of the answer; None for vLLM's own.
+
+    Raises EngineUnavailableError where the record is not whole, and ComputeError for another token than was forced.
+    """
+    rows = [] if record is None else record["rows"]
+    if record is not None and answer.status == 500 and replay.is_structured and rows:
+        # vLLM ends a request whose grammar rejects a token; the network's servers go on without the grammar. What was
+        # forced up to there is enough to judge: the answer is not one of the model under this grammar.
+        logger.info("PoC: a replay ended at position %d, probably by its grammar", len(rows))
+        return json_bytes(_cut_answer(rows, record["prompt_tokens"], replay))
+    if answer.status != 200:
+        return None
+    value = json.loads(answer.body)
+    make_numeric(value)
+    if replay.key:
+        choice = value["choices"][0]
+        content = (choice.get("logprobs") or {}).get("content") or []
+        if len(rows) < len(content):
+            raise EngineUnavailableError("the logprobs of this replay were lost; send it again")
+        for entry, row in zip(content, rows, strict=False):
+            _write_entry(entry, row, replay.top_logprobs)
+    return json_bytes(value)
+
+
+def _cut_answer(rows: list[list[Any]], prompt_tokens: int, replay: Replay) -> dict[str, Any]:
+    """A chat answer of the recorded positions, without its text."""
+    content = [{"token": str(row[0]), "bytes": list(str(row[0]).encode())} for row in rows]
+    for entry, row in zip(content, rows, strict=True):
+        _write_entry(entry, row, replay.top_logprobs)
+    message = {"role": "assistant", "content": ""}
+    choice = {"index": 0, "message": message, "logprobs": {"content": content}, "finish_reason": "stop"}
+    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": len(rows), "total_tokens": prompt_tokens + len(rows)}
+    answer = {"id": f"chatcmpl-{replay.key}", "object": "chat.completion", "created": int(time.time())}
+    return {**answer, "model": replay.model, "choices": [choice], "usage": usage}
+
+
+def _write_entry(entry: dict[str, Any], row: list[Any], top: int) -> None:
+    """Logprobs of a position as vLLM would have written them: the forced token first, then the best others."""
+    forced, logprob, ids, values = row
+    if numeric(entry["token"]) != str(forced):
+        raise ComputeError(f"token {entry['token']} came where {forced} was forced; the server's log may say why")
+    others = [(i, value) for i, value in zip(ids, values, strict=True) if i != forced]
+    entry["logprob"] = _floor(logprob)
+    entry["top_logprobs"] = [
+        {"token": str(i), "logprob": _floor(value), "bytes": list(str(i).encode())}
+        for i, value in [(forced, logprob), *others][:top]
+    ]
+
+
+def _floor(logprob: float) -> float:
+    return max(logprob, LOWEST)
+
+
+class _NumericSend:
+    """`send` that writes the token ids of an answer, JSON or server-sent events, as numbers."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._start: Message | None = None
+        self._events: EventStream | None = None
+        self._body = b""
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await self._on_start(message)
+        elif message["type"] == "http.response.body" and self._events is not None:
+            is_last = not message.get("more_body", False)
+            data = self._events.feed(message.get("body", b""), is_last)
+            if data or is_last:
+                await self._send({**message, "body": data})
+        elif message["type"] == "http.response.body" and self._start is not None:
+            self._body += message.get("body", b"")
+            if not message.get("more_body", False):
+                await self._send_whole(self._start)
+        else:
+            await self._send(message)
+
+    async def _on_start(self, message: Message) -> None:
+        kind = next((value for name, value in message["headers"] if name.lower() == b"content-type"), b"")
+        if kind.startswith(b"text/event-stream"):
+            self._events = EventStream()
+            await self._send(message)
+        elif kind.startswith(b"application/json"):
+            self._start = message
+        else:
+            await self._send(message)
+
+    async def _send_whole(self, start: Message) -> None:
+        body = self._body
+        try:
+            value = json.loads(body)
+        except ValueError:
+            value = None
+        if isinstance(value, dict):
+            make_numeric(value)
+            body = json_bytes(value)
+        await self._send({**start, "headers": _with_length(start["headers"], len(body))})
+        await self._send({"type": "http.response.body", "body": body})
+
+
+class _WholeAnswer:
+    """An ASGI `send` that keeps the answer."""
+
+    def __init__(self) -> None:
+        self._start: Message = {"type": "http.response.start", "status": 499, "headers": []}
+        self.body = b""
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._start = message
+        else:
+            self.body += message.get("body", b"")
+
+    @property
+    def status(self) -> int:
+        """The HTTP status."""
+        return int(self._start["status"])
+
+    async def send_on(self, send: Send, status: int, body: bytes | None) -> None:
+        """Send it, with another body if there is one."""
+        data = self.body if body is None else body
+        await send({**self._start, "status": status, "headers": _with_length(self._start["headers"], len(data))})
+        await send({"type": "http.response.body", "body": data})
+
+
+async def _read(receive: Receive) -> bytes | None:
+    """The whole body; None where the client has gone."""
+    parts, more = [], True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    return b"".join(parts)
+
+
+def _with_body(scope: Scope, receive: Receive, body: bytes) -> tuple[Scope, Receive]:
+    is_read = False
+
+    async def receive_body() -> Message:
+        nonlocal is_read
+        if is_read:
+            return await receive()
+        is_read = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return {**scope, "headers": _with_length(scope["headers"], len(body))}, receive_body
+
+
+def _with_length(headers: Any, length: int) -> list[tuple[bytes, bytes]]:
+    kept = [(name, value) for name, value in headers if name.lower() not in (b"content-length", b"transfer-encoding")]
+    return [*kept, (b"content-length", str(length).encode())]
+
+
+def _path(scope: Scope) -> str:
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
+
+
+def _error(status: int, text: str) -> JSONResponse:
+    """An error as vLLM writes its own."""
+    kind = "BadRequestError" if status < 500 else "ServiceUnavailableError"
+    return JSONResponse({"error": {"message": text, "type": kind, "param": None, "code": status}}, status)
+
+
+def make_gate(view: Any, metrics: Metrics) -> ReplayGate | None:
+    """The gate of the server that `view` shows; None where it was not started for replays.
+
+    Raises UnsupportedServerError for options that replays do not work with.
+    """
+    server = view.replay_server()
+    return None if server is None else ReplayGate(view, server, metrics)

@@ -1,0 +1,59 @@
+"""Names of the replay of chats on vLLM's command line and in its requests, and the server that replays."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from gonka_poc.errors import UnsupportedServerError
+
+V1_PROCESSOR = "gonka_poc.replay.processor:ReplayProcessor"
+V2_PROCESSOR = "gonka_poc.vllm_compat.logits_processors:TraceProcessor"
+# in SamplingParams.extra_args, which a request fills by `vllm_xargs`
+REPLAY_IDS, REPLAY_KEY, REPLAY_MODE = "gonka_replay_ids", "gonka_replay_key", "gonka_replay_mode"
+# fields of a request: token ids in place of texts, and what a request carries to a logits processor
+TOKEN_IDS_FIELD, EXTRA_FIELD = "return_tokens_as_token_ids", "vllm_xargs"
+MODES = ("raw_logprobs", "processed_logprobs")
+
+
+@dataclass(frozen=True)
+class ReplayServer:
+    """A server that replays. `records`: by our logits processor on the V1 runner, else by vLLM's trace replay."""
+
+    records: bool
+    mode: Literal["raw_logprobs", "processed_logprobs"]
+    vocab_size: int
+    max_model_len: int
+
+
+def replay_server(config: Any) -> ReplayServer | None:
+    """The server with vLLM's configuration `config`; None without one of our logits processors.
+
+    Raises UnsupportedServerError for options that replays do not work with.
+    """
+    model = config.model_config
+    ours = [name for name in getattr(model, "logits_processors", None) or () if name in (V1_PROCESSOR, V2_PROCESSOR)]
+    if not ours:
+        return None
+    if config.speculative_config is not None:
+        raise UnsupportedServerError("replays do not work with speculative decoding; leave --speculative-config out")
+    mode = getattr(model.logprobs_mode, "value", model.logprobs_mode)
+    if mode not in MODES:
+        raise UnsupportedServerError(f"replays do not work with --logprobs-mode {mode}; give one of {', '.join(MODES)}")
+    if V2_PROCESSOR in ours and not getattr(model, "enable_trace_replay", False):  # 0.29: --enable-trace-replay
+        raise UnsupportedServerError("replays on the V2 runner need vLLM's --enable-trace-replay")
+    return ReplayServer(V1_PROCESSOR in ours, cast("Any", mode), model.get_vocab_size(), model.max_model_len)
+
+
+def has_trace_replay() -> bool:
+    """True if the installed vLLM has trace replay (0.29) and logits processors on its V2 runner (0.31).
+
+    Read from its source, without importing it.
+    """
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        return False
+    package = Path(spec.origin).parent / "v1" / "worker" / "gpu" / "sample"
+    return (package / "trace_replay.py").is_file() and (package / "logits_processor" / "interface.py").is_file()

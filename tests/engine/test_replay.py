@@ -1,0 +1,140 @@
+"""Chats and their replays on live servers: equal tokens, distance next to nothing, and what is not honest is caught."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from gonka_poc.cli import main as cli
+from gonka_poc.replay.judgement import Answer, ReplayVerdict, answer_of, judge, replay_body
+from tests.engine.support import MODEL, PLAIN, POW, Client, ServerConfig, golden_cases, round_of, until
+
+REPLAY = ServerConfig(args=("--enforce-eager", "--enable-replay", "--no-enable-prefix-caching"), env=PLAIN.env)
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+CHAT = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": "count to ten, please"}],
+    "max_tokens": 20,
+    "logprobs": True,
+    "top_logprobs": 5,
+    "skip_special_tokens": False,
+    "logprobs_mode": "processed_logprobs",
+}
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "temperature": {"temperature": 0.9},
+    "top_p": {"temperature": 0.7, "top_p": 0.8},
+    "top_k": {"temperature": 1.3, "top_k": 20},
+    "min_p": {"min_p": 0.1},
+    "penalties": {"repetition_penalty": 1.2, "frequency_penalty": 0.4, "presence_penalty": 0.3},
+    "logit_bias": {"logit_bias": {"5": 4.0}},
+    "min_tokens": {"min_tokens": 8},
+    "ignore_eos": {"ignore_eos": True},
+    "stop": {"stop": ["a", "e"]},
+    "seed": {"seed": 7, "temperature": 1.1},
+    "schema": {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}},
+    "stream": {"stream": True, "stream_options": {"include_usage": True}},
+    "long": {"messages": [{"role": "user", "content": "many words " * 40}]},
+}
+
+
+def stored(client: httpx.Client, body: dict[str, Any]) -> Answer:
+    """The answer to a chat, as an executor stores it."""
+    response = client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    return answer_of({"events": response.text.split("\n\n")} if body.get("stream") else response.json())
+
+
+def replayed(client: httpx.Client, body: dict[str, Any], original: Answer) -> ReplayVerdict:
+    """The verdict over `original`, of which `client` makes the replay."""
+    response = client.post("/v1/chat/completions", json=replay_body(body, original))
+    assert response.status_code == 200, response.text
+    return judge(original, answer_of(response.json()))
+
+
+@pytest.mark.server(REPLAY)
+@pytest.mark.matrix
+def test_replays_of_chats_are_equal(server: Client) -> None:
+    """Also many at a time, among other chats, and beside a round."""
+    chats = {name: {**CHAT, **changes} for name, changes in PARAMETERS.items()}
+    originals = {name: stored(server, body) for name, body in chats.items()}
+    assert all(len(answer.content) == answer.completion_tokens for answer in originals.values())
+    for name, body in chats.items():
+        verdict = replayed(server, body, originals[name])
+        assert verdict.passed, (name, verdict)
+        assert verdict.distance is not None
+        assert verdict.distance < 1e-6, (name, verdict)
+    server.post(f"{POW}/init/generate", json=round_of(golden_cases("qwen3")[0])).raise_for_status()
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        others = [pool.submit(stored, server, CHAT) for _ in range(6)]
+        verdicts = {name: pool.submit(replayed, server, body, originals[name]) for name, body in chats.items()}
+        for name, future in verdicts.items():
+            verdict = future.result()
+            assert verdict.equal_tokens == verdict.positions, name
+            assert verdict.distance is not None
+            assert verdict.distance < 1e-4, (name, verdict)  # other batches, so other sums
+        assert all(future.result().content for future in others)
+    server.post(f"{POW}/stop").raise_for_status()
+
+
+@pytest.mark.server(REPLAY)
+@pytest.mark.matrix
+def test_what_is_not_honest_is_caught(server: Client, tmp_path: Path) -> None:
+    body = {**CHAT, "max_tokens": 100, "ignore_eos": True}
+    response = server.post("/v1/chat/completions", json=body).json()
+    original = answer_of(response)
+    for count in (1, 3, 100):
+        changed = json.loads(json.dumps(response))
+        for entry in changed["choices"][0]["logprobs"]["content"][10 : 10 + count]:
+            wrong = str((int(entry["token"]) + 7) % 500)
+            entry["top_logprobs"][0]["token"] = entry["token"] = wrong
+        verdict = replayed(server, body, answer_of(changed))
+        assert verdict.equal_tokens == 100  # they were forced
+        assert verdict.distance is not None
+        assert verdict.distance > 1e-3, (count, verdict)
+    shorter = json.loads(json.dumps(response))
+    del shorter["choices"][0]["logprobs"]["content"][50:]
+    assert "100 completion_tokens are claimed" in replayed(server, body, answer_of(shorter)).reason
+    file = tmp_path / "chat.json"
+    file.write_text(json.dumps({"request": body, "response": response}))
+    for threshold, status in (("0.99", 0), ("1", 2)):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["replay", str(file), "--url", str(server.base_url), "--threshold", threshold])
+        assert end.value.code == status
+    assert original.tokens
+
+
+@pytest.mark.server(REPLAY)
+def test_bad_tokens_are_refused_and_the_engine_lives(server: Client) -> None:
+    bad: list[Any] = ["x", "-1", -1, 2**70, 1.5, "", None, "512000", "1e3", [], {}]
+    bodies = [{"tokens": [{"token": token, "top_tokens": []}]} for token in bad]
+    for enforced in (*bodies, "text", 5, [], {}, {"tokens": []}, {"tokens": [{"token": "1"}] * 100_000}):
+        response = server.post("/v1/chat/completions", json={**CHAT, "enforced_tokens": enforced})
+        assert response.status_code in (400, 422), (enforced, response.text)
+    # around the gate: what another route hands to the workers is looked at again there
+    extra = {"vllm_xargs": {"gonka_replay_ids": [99999999], "gonka_replay_key": "k"}}
+    messages = [{"role": "user", "content": "hi"}]
+    server.post("/v1/chat/completions", json={"model": MODEL, "messages": messages, "max_tokens": 3, **extra})
+    server.post("/v1/completions", json={"model": MODEL, "prompt": "hi", "max_tokens": 3, **extra})
+    assert len(server.chat(max_tokens=4)) == 4
+
+
+@pytest.mark.server(REPLAY)
+def test_a_grammar_that_rejects_a_token_shortens_the_replay(server: Client) -> None:
+    body = {**CHAT, **PARAMETERS["schema"]}
+    original = stored(server, body)
+    original.content[2]["token"] = "77"
+    verdict = replayed(server, body, original)
+    assert not verdict.passed
+
+
+@pytest.mark.server(REPLAY)
+def test_metrics_count_replays(server: Client) -> None:
+    replayed(server, CHAT, stored(server, CHAT))
+    text = server.get("/metrics").text
+    until(lambda: "gonka_poc_replay_seconds_count" in text)
