@@ -18,6 +18,7 @@ from host_common import InstallError, InterruptionError, RefusalError, complain,
 from host_gpus import find_gpus
 from host_journal import Journal, sha256, undo_file, undo_packages
 from host_options import HELP, parse_options
+from host_runners import stray_patches, take_out
 from host_steps import STEPS, DoctorStep, PackageStep, RunnerStep, Step, VllmStep, choose_vllm, live_command
 from host_target import Host, existing, find_host, locked
 from host_wheels import check_wheels
@@ -141,12 +142,16 @@ def roll_back(host: Host, journal: Journal, begun: int, error: BaseException) ->
 
 def uninstall(host: Host) -> int:
     journal = Journal(host.state)
-    if not journal.changes:
+    strays = stray_patches(host, journal)
+    if not journal.changes and not strays:
         say(f"Nothing is recorded in {host.state}: there is nothing to take back.")
         return DONE
-    say(f"To take back, recorded in {host.state}:")
+    if journal.changes:
+        say(f"To take back, recorded in {host.state}:")
     for change in reversed(journal.changes):
         say(f"    {describe(change)}")
+    for path, marks in strays.items():
+        say(f"To take out, a patch ({marks}) that is recorded nowhere and has no package: {path}")
     if host.options.dry_run:
         say("Dry run: nothing was changed.")
         return DONE
@@ -156,6 +161,7 @@ def uninstall(host: Host) -> int:
             undo(host, journal, change, force=host.options.force)
         except InstallError as error:
             raise InstallError(f"{error}\nwhat is not taken back yet stays recorded in {journal.path}") from error
+    take_out(host, journal)
     say("Everything is as it was before the installation. Restart MLNode.")
     return DONE
 
@@ -171,9 +177,12 @@ def describe(change: Mapping[str, Any]) -> str:
 def status(host: Host) -> int:
     """0: installed and as we left it; 3: not installed; 1: something was changed since."""
     journal = Journal(host.state)
+    strays = stray_patches(host, journal)
+    for path, marks in strays.items():
+        say(f"Patched ({marks}), and no Python that it starts has the package: {path} [take it out: --uninstall]")
     if not journal.changes:
         say(f"Not installed: nothing is recorded in {host.state}.")
-        return NOT_INSTALLED
+        return FAILED if strays else NOT_INSTALLED
     say(f"Installed into {host.target.python}; recorded in {host.state}:")
     problems = 0
     own = host.target.own()
@@ -192,7 +201,7 @@ def status(host: Host) -> int:
                     trouble.append(f"{name} was changed since")
         problems += len(trouble)
         say(f"    {describe(change)}" + "".join(f" [{text}]" for text in trouble))
-    return FAILED if problems else DONE
+    return FAILED if problems or strays else DONE
 
 
 def stop(number: int, _frame: object) -> None:

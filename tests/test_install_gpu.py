@@ -585,6 +585,56 @@ def test_graphs_need_a_vllm_that_can(host: FakeHost) -> None:
     assert "  --profile graphs: chat keeps both; needs vLLM 0.15 or newer, not for this one" in plan
 
 
+# --- patches that outlived their package
+
+
+def test_a_patch_that_is_recorded_nowhere_is_found_and_taken_out(host: FakeHost) -> None:
+    original = host.runner.read_bytes()
+    patched = patch_runner.make_patched(original, patch_runner.Variant("graphs", False))
+    host.runner.write_bytes(patched)
+    status = host.run("--status", *host.words())
+    assert (status.returncode, f"Patched (v{patch_runner.PATCH_VERSION} graphs)" in status.stdout) == (1, True)
+    assert str(host.runner) in status.stdout
+    plan = host.run("--uninstall", "--dry-run", *host.words())
+    assert (plan.returncode, f"and has no package: {host.runner}" in plan.stdout) == (0, True)
+    assert host.runner.read_bytes() == patched
+    done = host.run("--uninstall", "--yes", *host.words())
+    assert (done.returncode, f"patch taken out: {host.runner}" in done.stdout) == (0, True), done.stderr
+    assert host.runner.read_bytes() == original
+    assert host.run("--status", *host.words()).returncode == 3
+
+
+def test_a_patch_in_the_usual_places_is_found(host: FakeHost) -> None:
+    usual = host.folder / "mlnode" / RUNNER
+    usual.parent.mkdir(parents=True)
+    usual.write_bytes(patch_runner.make_patched(host.runner.read_bytes(), patch_runner.Variant()))
+    assert str(usual) in host.run("--status", *host.words()).stdout
+
+
+@pytest.mark.parametrize("served_by", ["the target", "the Python that the file names"])
+def test_a_patch_that_is_served_is_left(host: FakeHost, served_by: str) -> None:
+    other = make_python(host.folder / "other")
+    add_distribution(other, "gonka-poc-vllm", "0.2.0", {"gonka_poc/__init__.py": ""})
+    original = re.sub(rb'VLLM_PYTHON_PATH = ".*"', f'VLLM_PYTHON_PATH = "{other}"'.encode(), host.runner.read_bytes())
+    assert str(other).encode() in original
+    patched = patch_runner.make_patched(original, patch_runner.Variant())
+    host.runner.write_bytes(patched)
+    python = other if served_by == "the target" else host.python
+    words = ["--mlnode-dir", host.mlnode, "--python", python]
+    assert host.run("--status", *words).returncode == 3
+    assert "nothing to take back" in host.run("--uninstall", "--yes", *words).stdout
+    assert host.runner.read_bytes() == patched
+
+
+def test_a_damaged_stray_patch_is_named(host: FakeHost) -> None:
+    patched = patch_runner.make_patched(host.runner.read_bytes(), patch_runner.Variant())
+    damaged = patched.replace(b'"VLLM_USE_V1": "1"', b'"VLLM_USE_V1": "0"')
+    host.runner.write_bytes(damaged)
+    done = host.run("--uninstall", "--yes", *host.words())
+    assert (done.returncode, "delete by hand what is between the markers" in done.stderr) == (2, True)
+    assert host.runner.read_bytes() == damaged
+
+
 # --- circumstances
 
 

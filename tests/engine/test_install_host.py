@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +29,7 @@ from hosts import (
     host_steps,
     host_target,
     make_wheel,
+    patch_runner,
     tree,
 )
 
@@ -257,6 +260,61 @@ def test_a_run_that_is_ended_while_pip_is_at_work(number: signal.Signals, with_e
         wait_until(lambda: with_engine.run("--yes").returncode == 0)  # resumes; pip may still hold the lock
         assert with_engine.run("--status").returncode == 0
         with_engine.answers("--uninstall", "--yes")
+    assert tree(with_engine.folder) == before
+
+
+@pytest.mark.nightly
+def test_kills_at_random_moments_leave_no_trace(with_engine: HostTree) -> None:
+    """kill -9 over an installation, a switch of the profile and an uninstallation: the next run puts it in order."""
+    choose = random.Random(14)
+    before = tree(with_engine.folder)
+    acts = {"install": ["--yes"], "switch": ["--yes", "--profile", "graphs"], "uninstall": ["--uninstall", "--yes"]}
+    seconds = {}
+    for name, words in acts.items():
+        begin = time.monotonic()
+        with_engine.answers(*words)
+        seconds[name] = time.monotonic() - begin
+    assert tree(with_engine.folder) == before
+    for number in range(int(os.environ.get("POC_TEST_KILLS", "6"))):
+        killed = list(acts)[number % len(acts)]
+        for name in list(acts)[: list(acts).index(killed)]:
+            with_engine.answers(*acts[name])
+        with subprocess.Popen(
+            with_engine.command(*acts[killed]),
+            env=with_engine.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as process:
+            time.sleep(choose.uniform(0, seconds[killed]))
+            process.kill()
+        if killed != "uninstall":  # resumes; a pip that outlived the run may still hold the lock
+            wait_until(lambda words=acts[killed]: with_engine.run(*words).returncode == 0)
+            assert with_engine.run("--status").returncode == 0
+        wait_until(lambda: with_engine.run("--uninstall", "--yes").returncode == 0)
+        assert tree(with_engine.folder) == before, f"{killed}, run {number}"
+
+
+def test_a_patch_by_hand_goes_with_the_package(with_engine: HostTree) -> None:
+    """It was there before the installation, and would start vLLM without the package after it."""
+    original = with_engine.runner.read_bytes()
+    with_engine.runner.write_bytes(patch_runner.make_patched(original, patch_runner.Variant("hardened")))
+    with_engine.answers("--yes")
+    assert "patch taken out" in with_engine.answers("--uninstall", "--yes")
+    assert with_engine.runner.read_bytes() == original
+
+
+def test_an_image_is_made_without_a_driver(with_engine: HostTree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`RUN bash install.sh --yes --gpus universal`: no nvidia-smi, and the doctor looks for no GPU."""
+    before = tree(with_engine.folder)
+    folders = with_engine.environment["PATH"].split(os.pathsep)
+    path = os.pathsep.join(folder for folder in folders if not Path(folder, "nvidia-smi").exists())
+    monkeypatch.setitem(with_engine.environment, "PATH", path)
+    done = with_engine.answers("--yes", "--gpus", "universal", "--keep-vllm")
+    assert "not looked at (--gpus universal)" in done
+    assert "GPU and driver   " not in done.partition("gonka-poc doctor:")[2]
+    assert re.search(r"doctor --live http://127\.0\.0\.1:5001$", done.strip())
+    with_engine.answers("--uninstall", "--yes")
     assert tree(with_engine.folder) == before
 
 

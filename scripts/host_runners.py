@@ -1,0 +1,63 @@
+"""Patches in the runner.py files of this host, whoever put them there: none may outlive the package."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from host_common import PACKAGE, InstallError, RefusalError, say
+from host_journal import Journal
+from host_target import MLNODE_FOLDERS, RUNNER_PATHS, Host, Target, runners_python
+from patch_runner import PatchError, remove_patch
+from safe_files import read_file, write_file
+
+
+def stray_patches(host: Host, journal: Journal) -> dict[Path, str]:
+    """The patched runner.py files that the journal does not have, with what their markers name, where no Python that
+    they start has the package."""
+    recorded = {change["path"] for change in journal.changes if change["kind"] == "file"}
+    found = {path: marks_of(path) for path in known_runners(host) if str(path) not in recorded}
+    return {path: marks for path, marks in found.items() if marks and not _is_served(path, host.target)}
+
+
+def known_runners(host: Host) -> list[Path]:
+    """The runner.py that was named or found, and those in the usual places."""
+    usual = [Path(folder, path) for folder in MLNODE_FOLDERS for path in RUNNER_PATHS]
+    paths = [*([host.runner] if host.runner else []), *(path.resolve() for path in usual if path.is_file())]
+    return list(dict.fromkeys(paths))
+
+
+def marks_of(path: Path) -> str:
+    """What the markers in the file name ("v3 standard"); empty where there are none, or it cannot be read."""
+    try:
+        return ", ".join(sorted(remove_patch(read_file(str(path)))[1]))
+    except PatchError:
+        return "damaged"
+    except OSError:
+        return ""
+
+
+def _is_served(path: Path, target: Target) -> bool:
+    """True if a Python that this file starts vLLM with has the package: `target`, or the one that the file names."""
+    if PACKAGE in target.distributions:
+        return True
+    named = shutil.which(runners_python(path) or "")
+    if not named or os.path.realpath(os.path.dirname(named)) == os.path.realpath(os.path.dirname(target.python)):
+        return False
+    try:
+        return PACKAGE in Target(named).look().distributions
+    except (InstallError, OSError, ValueError):
+        return False
+
+
+def take_out(host: Host, journal: Journal) -> None:
+    """Take every stray patch out; every other byte of the files stays."""
+    host.target.look()
+    for path in stray_patches(host, journal):
+        try:
+            original, _ = remove_patch(read_file(str(path)))
+        except PatchError as error:
+            raise RefusalError(f"{path}: the patch in it is damaged: {error}\n{error.advice.rstrip()}") from error
+        write_file(str(path), original)
+        say(f"    patch taken out: {path}")
