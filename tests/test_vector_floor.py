@@ -133,11 +133,8 @@ def test_thresholds_below_the_floor_are_warned_of(
     assert server.manager.computed_on.items() <= json.loads(file.read_text())["computed_by"].items()
     capsys.readouterr()
     tight = ("--dist-threshold", "0.001", "--floor", floor)
-    wide = (
-        "--floor",
-        floor,
-        *(part for name, v in advised.items() for part in (f"--{name.replace('_', '-')}", str(v))),
-    )
+    options = [(f"--{name.replace('_', '-')}", str(value)) for name, value in written["stat_test"].items()]
+    wide = ("--floor", floor, *(part for option in options for part in option))
     for command in (("validate", file, "--url", server.url), ("report", file, file)):
         assert run(*command, *tight) == 0
         assert "below the noise floor of this model (p99" in capsys.readouterr().err

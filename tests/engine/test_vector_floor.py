@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gonka_poc.cli import main as cli
 from gonka_poc.cli.artifact_file import ArtifactFile, write_artifact_file
 from gonka_poc.data import VECTOR_DTYPE, Artifact, encode_vector
 from tests.engine.support import MODEL, ServerConfig, Servers, offline
-from tests.test_vector_floor import run
 
 FOLDER = os.environ.get("POC_TEST_SMOLLM2", "")
 pytestmark = [
@@ -33,6 +33,13 @@ SEQ_LEN, K_DIM, PROOF = 32, 12, 200
 MINUTES = 3
 SPEC = {"block_hash": "test-block", "public_key": "test-key", "seq_len": SEQ_LEN, "k_dim": K_DIM}
 Change = Callable[[str, torch.Tensor], torch.Tensor]
+
+
+def run(*args: object) -> Any:
+    """The exit status of `gonka-poc args`."""
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(arg) for arg in args])
+    return end.value.code
 
 
 def int4(name: str, weight: torch.Tensor) -> torch.Tensor:
@@ -70,7 +77,7 @@ def without_a_layer(model: Path, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def proofs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+def proofs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Files of PROOF nonces: another honest host's (float32), and those of three cheats."""
     folder, model = tmp_path_factory.mktemp("proofs"), Path(FOLDER)
     hosts: dict[str, tuple[Path, str]] = {
@@ -89,7 +96,7 @@ def proofs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]
         artifacts = [Artifact(nonce=i, vector_b64=encode_vector(row)) for i, row in enumerate(rows)]
         files[name] = folder / f"{name}.json"
         write_artifact_file(files[name], ArtifactFile(model=MODEL, artifacts=artifacts, **SPEC))
-    yield files
+    return files
 
 
 def test_recommended_thresholds(
