@@ -79,6 +79,14 @@ class PoCClient:
         """GET /versions."""
         return self._ask(data.VersionsAnswer, "GET", "versions")
 
+    def computed_by(self) -> dict[str, str]:
+        """What computes there: releases, dtype, attention backend, GPU; empty of a server that does not say."""
+        try:
+            answer = self._ask(data.VersionsAnswer, "GET", "versions")
+        except ServerAnswerError:
+            return {}
+        return {name: str(value) for name, value in answer.model_dump(exclude={"poc_validation_inference"}).items()}
+
     def status(self) -> data.StatusAnswer:
         """GET /status."""
         return self._ask(data.StatusAnswer, "GET", "status")

@@ -252,7 +252,7 @@ class PoCService:
             text = f"the workers did not answer within {VERSIONS_SEC:g} s; ask again"
             raise EngineUnavailableError(text) from error
         # under `abort` chats end for a round that generates, as the network expects; validation waits for them
-        return versions_answer(supported and self.settings.priority != "poc")
+        return versions_answer(supported and self.settings.priority != "poc", self._manager.computed_on)
 
     def stop(self) -> StoppedWork:
         """End the round and drop queued requests, also a round that is about to start; what was computed is still

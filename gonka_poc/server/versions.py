@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from gonka_poc.data import VersionsAnswer
 from gonka_poc.version import UNINSTALLED, __version__
 from gonka_poc.vllm_compat import found_version
@@ -9,10 +11,12 @@ from gonka_poc.vllm_compat import found_version
 UNKNOWN = "unknown"
 
 
-def versions_answer(poc_validation_inference: bool) -> VersionsAnswer:
-    """The releases that are installed; `poc_validation_inference`: chat is answered while this server validates."""
+def versions_answer(poc_validation_inference: bool, computed_on: Mapping[str, str]) -> VersionsAnswer:
+    """The releases that are installed; `poc_validation_inference`: chat is answered while this server validates.
+    `computed_on`: Manager.computed_on."""
     return VersionsAnswer(
         vllm_version=found_version() or UNKNOWN,
         gonka_poc_version=UNKNOWN if __version__ == UNINSTALLED else __version__,
         poc_validation_inference=poc_validation_inference,
+        **computed_on,
     )
