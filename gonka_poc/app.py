@@ -59,16 +59,19 @@ def build_app(
     registry: CollectorRegistry = REGISTRY,
 ) -> PoCApp:
     """The parts of a server over the engine that `view` shows; a test may hand in parts of its own.
-    Raises OutboxError where POC_OUTBOX_PATH cannot be used."""
+    Raises OutboxError where POC_OUTBOX_PATH is wrong; an outbox that is damaged or locked does not keep chat from
+    starting."""
     metrics = metrics or Metrics()
     manager = manager or PoCManagerV1(view, settings, metrics)
-    callbacks = CallbackSender(settings, Outbox(settings.outbox_path, settings.outbox_max_bytes), metrics)
+    outbox = Outbox(settings.outbox_path, settings.outbox_max_bytes, must_open=False)
+    callbacks = CallbackSender(settings, outbox, metrics)
     background = BackgroundTasks()
     slot = RoundSlot(manager, background)
     queue = GenerateQueue(manager, settings, slot.no_round)
     proofs = ProofQueue(manager, settings)
     metrics.queue_nonces = lambda: queue.queued_nonces + proofs.queued_nonces
     metrics.outbox_pending = lambda: callbacks.counts.pending_batches
+    metrics.outbox_damaged = lambda: callbacks.damaged_batches
     metrics.receivers = lambda: callbacks.receivers
     metrics.state = lambda: slot.state
     service = PoCService(manager, settings, metrics, callbacks, slot, queue, proofs, background)

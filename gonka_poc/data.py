@@ -458,8 +458,9 @@ class ReceiverStatus(BaseModel):
 
 
 class StatusAnswer(BaseModel):
-    """`error` is there only if the last round ended by a failure, or what is computed cannot be stored now; `callbacks`
-    only if there were any. They are as of the outbox's last use, a few seconds old at most."""
+    """`error` is there only if the last round ended by a failure, what is computed cannot be stored now, or callbacks
+    were damaged on the disk; `callbacks` only if there were any. They are as of the outbox's last use, a few seconds
+    old at most."""
 
     status: State
     config: RoundConfig | None

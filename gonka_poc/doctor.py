@@ -30,10 +30,19 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from gonka_poc import vllm_compat
-from gonka_poc.callbacks.file import IN_MEMORY, outbox_path, try_outbox
+from gonka_poc.callbacks.file import outbox_path, try_outbox
+from gonka_poc.callbacks.locks import IN_MEMORY
 from gonka_poc.certificates import ssl_context
 from gonka_poc.config import load_settings, unused_variables
-from gonka_poc.errors import OutboxError, PoCError, SettingsError, ToolError, UnsupportedServerError
+from gonka_poc.errors import (
+    OutboxDamagedError,
+    OutboxError,
+    OutboxFullError,
+    PoCError,
+    SettingsError,
+    ToolError,
+    UnsupportedServerError,
+)
 from gonka_poc.gpus import nvidia_smi
 from gonka_poc.vllm_compat import INSECURE_SERIALIZATION, MIDDLEWARE, SUPPORTED, WORKER_EXTENSION
 from gonka_poc.vllm_contract import Finding, judge, known_release, read_package
@@ -166,6 +175,8 @@ def check_outbox() -> Check:
         else:
             with tempfile.TemporaryDirectory(prefix=".gonka_poc-", dir=folder) as trial:
                 try_outbox(os.path.join(trial, "outbox.sqlite3"))
+    except (OutboxDamagedError, OutboxFullError) as error:
+        return Check(name, "fail", str(error), "do what the text says; the server starts, and callbacks wait")
     except PoCError as error:
         return Check(name, "fail", str(error), "do what the text says; the server does not start like this")
     except OSError as error:

@@ -21,7 +21,8 @@ PoCError
 ├── UnsupportedSchemeError   501  the request asks for the decode scheme
 ├── EngineUnavailableError   503  the engine or the way to its workers is missing
 ├── EngineAsleepError        503  the engine sleeps (POST /sleep), so nothing can be computed
-└── OutboxFullError          507  the outbox has no room, or cannot be written now
+├── OutboxFullError          507  the outbox has no room, or cannot be written now
+└── OutboxDamagedError       507  the file of POC_OUTBOX_PATH is damaged
 """
 
 from __future__ import annotations
@@ -126,9 +127,13 @@ class OutboxFullError(PoCError, http_status=507):
     """The outbox is at its cap, the disk is full, or the file cannot be written now; what it has is safe."""
 
 
+class OutboxDamagedError(OutboxError, http_status=507):
+    """The outbox is damaged, and could not be set aside and replaced; chat is served all the same."""
+
+
 def error_by_name(name: str, message: str) -> PoCError:
     """The error that a worker named in its answer; a ComputeError for a name that is not ours."""
-    classes = {cls.__name__: cls for cls in PoCError.__subclasses__()}
+    classes = {cls.__name__: cls for cls in (*PoCError.__subclasses__(), *OutboxError.__subclasses__())}
     return classes[name](message) if name in classes else ComputeError(f"{name}: {message}")
 
 

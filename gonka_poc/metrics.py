@@ -69,13 +69,14 @@ class History:
 
 class Metrics(Collector):
     """Reports of one server's parts: counted for Prometheus in a registry of its own, and kept for the status page.
-    `attach` shows them in another registry. `queue_nonces`, `outbox_pending`, `receivers` and `state` are asked at each
-    scrape."""
+    `attach` shows them in another registry. `queue_nonces`, `outbox_pending`, `outbox_damaged`, `receivers` and `state`
+    are asked at each scrape."""
 
     def __init__(self, history: History | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.history = history or History(clock)
         self.queue_nonces: Callable[[], int] = int
         self.outbox_pending: Callable[[], int] = int
+        self.outbox_damaged: Callable[[], int] = int
         self.receivers: Callable[[], Sequence[ReceiverStatus]] = list
         self.state: Callable[[], str] = lambda: STATES[0]
         self._clock = clock
@@ -167,6 +168,8 @@ class Metrics(Collector):
         yield GaugeMetricFamily("gonka_poc_queue_nonces", text, value=self.queue_nonces())
         text = "callbacks that no receiver has taken yet"
         yield GaugeMetricFamily("gonka_poc_outbox_pending", text, value=self.outbox_pending())
+        text = "callbacks that were damaged in the outbox's file, and were set aside"
+        yield CounterMetricFamily("gonka_poc_outbox_damaged_batches", text, value=self.outbox_damaged())
         yield from _receiver_metrics(self.receivers())
         state = GaugeMetricFamily("gonka_poc_state", "1 for the state of the server", labels=["state"])
         now = self.state()

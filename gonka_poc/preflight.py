@@ -7,14 +7,21 @@ first code of ours is the worker extension, which every worker imports before it
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from gonka_poc.callbacks.file import outbox_path, try_outbox
 from gonka_poc.certificates import ssl_context
 from gonka_poc.config import Settings, load_settings
+from gonka_poc.errors import OutboxDamagedError, OutboxFullError
 
 
-def check_settings() -> Settings:
-    """The settings of this process, all tried. Raises SettingsError, OutboxError or OutboxFullError."""
+def check_settings(warn: Callable[[str], object]) -> Settings:
+    """The settings of this process, all tried. Raises SettingsError, or OutboxError for a wrong POC_OUTBOX_PATH. An
+    outbox that is damaged, or cannot be written now, is no reason not to serve chat: `warn` gets a sentence."""
     settings = load_settings()
     ssl_context()  # callbacks need the certificates that it reads
-    try_outbox(outbox_path(settings.outbox_path))
+    try:
+        try_outbox(outbox_path(settings.outbox_path))
+    except (OutboxDamagedError, OutboxFullError) as error:
+        warn(f"{error}. Chat is served all the same, and proof without callbacks")
     return settings

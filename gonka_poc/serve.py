@@ -165,7 +165,7 @@ def main() -> None:
     try:
         args = server_arguments(sys.argv[1:])
         if ENABLE in sys.argv[1:]:
-            check_settings()
+            check_settings(_say)
             for sentence in unused_variables():
                 _say(sentence)
         if REPLAY in sys.argv[1:] and not os.environ.get(RUNNER_VARIABLE):

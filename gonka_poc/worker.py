@@ -125,15 +125,15 @@ def check_before_loading() -> None:
 
     Only in a worker of a server that will load the middleware, named in `sys.argv` or in its --config file: vLLM starts
     engine and workers by multiprocessing, with the environment and `sys.argv` of the API process. A worker on another
-    host (Ray, --headless) has no outbox, and an engine without a server needs none. Raises SettingsError, OutboxError
-    or OutboxFullError.
+    host (Ray, --headless) has no outbox, and an engine without a server needs none. Raises SettingsError or
+    OutboxError.
     """
     if multiprocessing.parent_process() is None or "--headless" in sys.argv:
         return
     if names_anywhere(sys.argv, MIDDLEWARE):
         from gonka_poc.preflight import check_settings
 
-        check_settings()
+        check_settings(lambda text: logger.warning("PoC: %s", text))
 
 
 # vLLM imports this module before it loads the weights; an exception here ends the server

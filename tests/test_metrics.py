@@ -36,6 +36,7 @@ SAMPLES = {
     "gonka_poc_replay_seconds_count",
     "gonka_poc_queue_nonces",
     "gonka_poc_outbox_pending",
+    "gonka_poc_outbox_damaged_batches_total",
     "gonka_poc_state",
 }
 

@@ -21,13 +21,15 @@ from pathlib import Path
 
 import pytest
 
+from gonka_poc.callbacks import additions
 from gonka_poc.callbacks import file as file_module
 from gonka_poc.callbacks import outbox as outbox_module
 from gonka_poc.callbacks.admin import purge, retry_parked, summary
-from gonka_poc.callbacks.file import APPLICATION_ID, FORMAT_VERSION, outbox_path
+from gonka_poc.callbacks.file import outbox_path
 from gonka_poc.callbacks.outbox import Batch, Counts, Outbox, RoundCheckpoint
 from gonka_poc.callbacks.queries import Expired, ReceiverCounts
-from gonka_poc.errors import OutboxError, OutboxFullError
+from gonka_poc.callbacks.schema import APPLICATION_ID, FORMAT_VERSION
+from gonka_poc.errors import OutboxDamagedError, OutboxError, OutboxFullError
 
 URL = "http://receiver"
 CAP = 10**9
@@ -183,7 +185,7 @@ def test_the_next_batch_is_found_by_an_index(open_outbox, query):
 
 def test_a_body_has_a_largest_size(open_outbox, monkeypatch):
     """Its envelope counts too; a single artifact may be longer. All come in order, and once."""
-    monkeypatch.setattr(outbox_module, "MAX_BODY_BYTES", 1000)
+    monkeypatch.setattr(additions, "MAX_BODY_BYTES", 1000)
     box = open_outbox()
     for envelope, start, count in [({}, 0, 25), ({}, 25, 1), ({}, 26, 8), ({"block_hash": "b" * 500}, 34, 10)]:
         box.add_artifacts(URL, envelope, artifacts(*range(start, start + count)))
@@ -211,7 +213,7 @@ async def test_long_vectors_do_not_hold_up_the_event_loop(open_outbox):
     long_vectors = [{"nonce": n, "vector_b64": "A" * 10_924} for n in range(2000)]  # k_dim 4096
     box.add_artifacts(URL, {}, long_vectors)
     newest = box.newest(URL)
-    assert 7 * 2**20 < len(box.next_batch(URL, newest).body) <= outbox_module.MAX_BODY_BYTES
+    assert 7 * 2**20 < len(box.next_batch(URL, newest).body) <= additions.MAX_BODY_BYTES
     at_once = min([await longest_pause(lambda: json.dumps(long_vectors).encode()) for _ in range(3)])
     in_pieces = min([await longest_pause(lambda: box.next_batch(URL, newest)) for _ in range(5)])
     assert in_pieces < at_once / 4
@@ -367,7 +369,7 @@ def counted(batches: list[ModelBatch]) -> Counts:
 @pytest.mark.parametrize("seed", range(6))
 def test_random_operations_against_a_model(open_outbox, path, monkeypatch, seed):
     rng, model = random.Random(seed), Model()
-    monkeypatch.setattr(outbox_module, "MAX_ARTIFACTS_PER_BATCH", model.limit)
+    monkeypatch.setattr(additions, "MAX_ARTIFACTS_PER_BATCH", model.limit)
     box, nonce = open_outbox(), 0
     urls = ["http://a", "http://b"]
     keys: dict[int, str] = {}
@@ -770,7 +772,7 @@ def test_new_work_is_refused_before_running_work(open_outbox):
 
 def read_only(box: Outbox) -> None:
     box._db.close()
-    box._db = sqlite3.connect(f"file:{box.path}?mode=ro", uri=True, isolation_level=None, check_same_thread=False)
+    box._hold._db = sqlite3.connect(f"file:{box.path}?mode=ro", uri=True, isolation_level=None, check_same_thread=False)
 
 
 @contextmanager
@@ -815,12 +817,19 @@ def test_what_can_pass_is_no_room(open_outbox, refuse, said):
 
 
 @pytest.mark.parametrize("use", [Outbox.receivers, Outbox.resume, lambda box: box.add_validated(URL, {})])
-def test_a_fault_of_this_program_is_raised_as_it_is(open_outbox, use):
+def test_what_no_waiting_helps_is_damage(open_outbox, use):
     box = open_outbox()
     box._db.execute("DROP TABLE batch")
-    with pytest.raises(sqlite3.OperationalError, match="no such table: batch") as raised:
+    with pytest.raises(OutboxDamagedError, match="is damaged .no such table: batch") as raised:
         use(box)
-    assert not file_module._can_pass(sqlite3.OperationalError(str(raised.value)))
+    assert not file_module._can_pass(raised.value.__cause__)
+
+
+def test_a_fault_of_this_program_is_raised_as_it_is(open_outbox):
+    box = open_outbox()
+    box._db.close()
+    with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
+        box.receivers()
 
 
 FULL_DISK = """

@@ -22,17 +22,17 @@ URL = "http://receiver"
 
 def test_settings_that_can_be_used_are_returned(monkeypatch, tmp_path):
     monkeypatch.setenv("POC_OUTBOX_PATH", str(tmp_path / "outbox.sqlite3"))
-    assert check_settings() == Settings()
+    assert check_settings(print) == Settings()
     monkeypatch.setenv("POC_MAX_STEP_MS", "soon")
     with pytest.raises(SettingsError, match="POC_MAX_STEP_MS='soon'"):
-        check_settings()
+        check_settings(print)
 
 
 @pytest.mark.parametrize("path", ["/proc/nope/o.sqlite3", "/dev/null/o.sqlite3", "/proc"])
 def test_an_outbox_that_cannot_be_used_says_what_to_do(monkeypatch, path):
     monkeypatch.setenv("POC_OUTBOX_PATH", path)
     with pytest.raises(OutboxError, match=f"the outbox '{path}' cannot be opened: .*; set POC_OUTBOX_PATH to"):
-        check_settings()
+        check_settings(print)
 
 
 def test_an_outbox_that_cannot_be_written_now(monkeypatch, tmp_path):

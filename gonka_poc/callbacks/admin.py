@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sqlite3 import Connection
 from typing import Any
 
-from gonka_poc.callbacks.file import connect, outbox_path, transaction
+from gonka_poc.callbacks.file import connect, outbox_path, transaction, translate_errors
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class BatchInfo:
 
 def summary(path: str) -> list[BatchInfo]:
     """List the outbox at `path` (as POC_OUTBOX_PATH), oldest first. Raises OutboxError where there is none."""
-    with closing(connect(outbox_path(path), create=False)) as db:
+    file = outbox_path(path)
+    with closing(connect(file, create=False)) as db, translate_errors(file):
         return [BatchInfo(*row) for row in db.execute(f"SELECT {', '.join(BatchInfo.__annotations__)} FROM batch")]
 
 

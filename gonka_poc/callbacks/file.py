@@ -1,4 +1,4 @@
-"""The outbox file: where it lies, what makes a SQLite file ours, and which server a batch in it belongs to.
+"""The outbox file: where it lies, what makes a SQLite file ours, and what its errors mean.
 
 Several servers of one host (one per GPU, say) share one file. Each holds a slot, a small number, by a lock on a file
 beside it; its batches carry that number. The kernel drops the lock with the process, however that ends, so a batch
@@ -8,20 +8,28 @@ trust, no port in a file name that a restart on another port would not find agai
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from gonka_poc.errors import OutboxError, OutboxFullError
+from gonka_poc.callbacks.locks import IN_MEMORY, make_folders, open_private, opening
+from gonka_poc.callbacks.schema import (
+    APPLICATION_ID,
+    COUNTS_INDEX,
+    FORMAT_VERSION,
+    NEWER_VERSIONS,
+    READABLE_VERSIONS,
+    bring_up_to_date,
+    find_damage,
+    find_damaged_pages,
+    make_tables,
+)
+from gonka_poc.errors import OutboxDamagedError, OutboxError, OutboxFullError
 
-IN_MEMORY = ":memory:"
-APPLICATION_ID = 0x506F4378  # "PoCx": no other program's file
-FORMAT_VERSION = 2
 BUSY_TIMEOUT_SEC = 30.0
-MAX_SLOTS = 1024
+OPEN_TIMEOUT_SEC = 10.0
 # What passes by itself, or once somebody makes room: codes of SQLite, and what it says. A quota that is used up, and a
 # full disk under the WAL's index, are I/O errors.
 PASSING_ERRORS = (
@@ -30,61 +38,8 @@ PASSING_ERRORS = (
     (8, "attempt to write a readonly database"),
     (10, "disk I/O error"),
     (13, "database or disk is full"),
+    (14, "unable to open database file"),
 )
-
-SCHEMA = """
-CREATE TABLE round ( -- how far the rounds came that no client ended
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    fingerprint TEXT NOT NULL,
-    slot INTEGER, -- of the server that it runs on; null: that server ended
-    done INTEGER NOT NULL,
-    updated_at REAL NOT NULL
-);
-CREATE TABLE batch (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    slot INTEGER NOT NULL,
-    round_id INTEGER, -- null: not of a round
-    url TEXT NOT NULL,
-    path TEXT NOT NULL CHECK (path IN ('generated', 'validated')),
-    payload TEXT NOT NULL,
-    key TEXT NOT NULL UNIQUE,
-    status TEXT NOT NULL CHECK (status IN ('open', 'pending', 'kept', 'parked')),
-    num_artifacts INTEGER NOT NULL DEFAULT 0,
-    attempts INTEGER NOT NULL DEFAULT 0,
-    reason TEXT,
-    created_at REAL NOT NULL,
-    tried_at REAL
-);
-CREATE INDEX batch_to_send ON batch (slot, url, id) WHERE status IN ('open', 'pending');
-CREATE INDEX batch_kept ON batch (slot, url) WHERE status = 'kept';
-CREATE INDEX batch_slot ON batch (slot);
--- counted as it changes: a look at every batch after each change would take longer than the change
-CREATE TABLE total (parked INTEGER PRIMARY KEY, batches INTEGER NOT NULL, artifacts INTEGER NOT NULL);
-INSERT INTO total VALUES (0, 0, 0), (1, 0, 0);
-CREATE TRIGGER batch_comes AFTER INSERT ON batch BEGIN
-    UPDATE total SET batches = batches + 1, artifacts = artifacts + new.num_artifacts
-    WHERE parked = (new.status = 'parked');
-END;
-CREATE TRIGGER batch_changes AFTER UPDATE OF status, num_artifacts ON batch BEGIN
-    UPDATE total SET batches = batches - 1, artifacts = artifacts - old.num_artifacts
-    WHERE parked = (old.status = 'parked');
-    UPDATE total SET batches = batches + 1, artifacts = artifacts + new.num_artifacts
-    WHERE parked = (new.status = 'parked');
-END;
-CREATE TRIGGER batch_goes AFTER DELETE ON batch BEGIN
-    UPDATE total SET batches = batches - 1, artifacts = artifacts - old.num_artifacts
-    WHERE parked = (old.status = 'parked');
-END;
-CREATE TABLE artifact (
-    batch_id INTEGER NOT NULL REFERENCES batch (id) ON DELETE CASCADE,
-    position INTEGER NOT NULL,
-    nonce INTEGER NOT NULL,
-    value NOT NULL, -- a vector's base64, or a distance
-    PRIMARY KEY (batch_id, position)
-) WITHOUT ROWID;
-"""
-# made where it is missing: files of earlier releases lack it. It holds all that the counts by receiver are made of.
-COUNTS_INDEX = "CREATE INDEX IF NOT EXISTS batch_counts ON batch (slot, url, status, path, num_artifacts, created_at)"
 
 
 def outbox_path(setting: str) -> str:
@@ -102,24 +57,29 @@ def outbox_path(setting: str) -> str:
 def connect(path: str, create: bool) -> sqlite3.Connection:
     """A connection to the outbox at `path`. Without `create` no lock file is made either: root's would shut the server
     of another user out. Raises OutboxError where there is no outbox, or another program's file, which is only read,
-    never opened as a database, so nothing of it changes."""
+    never opened as a database, so nothing of it changes; OutboxDamagedError for one that is damaged, OutboxFullError
+    for one that cannot be opened at this moment."""
+    if path == IN_MEMORY:
+        return _prepared(path, create)
     lock = f"{path}.lock-open"
     try:
-        if path == IN_MEMORY:
-            return _prepared(path, create)
+        was_used = os.path.lexists(f"{path}.lock-0")  # a server had this file for its outbox
         if create:
-            Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # URLs in it may hold a password
+            make_folders(Path(path).parent)
         elif not Path(path).exists():
             raise OutboxError(f"there is no outbox {path!r} (POC_OUTBOX_PATH)")
+        fd = open_private(path, os.O_RDWR | (os.O_CREAT if create else 0))
+        state = os.fstat(fd)
+        os.close(fd)
         # servers that start at once: one makes the file, and SQLite does not wait for a lock while it changes to WAL
-        locked = _locked(lock, wait=True) if create or os.path.exists(lock) else nullcontext()
-        with locked, translate_errors(path):
-            _refuse_foreign(path)
+        owner = (state.st_uid, state.st_gid)
+        alone = opening(path, OPEN_TIMEOUT_SEC, owner) if create or os.path.lexists(lock) else nullcontext()
+        with alone, translate_errors(path):
+            _refuse_foreign(path, was_used)
             return _prepared(path, create)
-    except (OSError, sqlite3.Error, OutboxFullError) as error:
+    except OSError as error:
         raise OutboxError(
-            f"the outbox {path!r} cannot be opened: {error.__cause__ or error}; set POC_OUTBOX_PATH to a file on a "
+            f"the outbox {path!r} cannot be opened: {error}; set POC_OUTBOX_PATH to a file on a "
             f"local disk that this user may write, or to {IN_MEMORY} to do without"
         ) from error
 
@@ -127,46 +87,67 @@ def connect(path: str, create: bool) -> sqlite3.Connection:
 def try_outbox(path: str, create: bool = True) -> None:
     """Open and lock the outbox at `path` for writing as a server does, and leave it to the servers that use it.
 
-    Raises OutboxError, or OutboxFullError where the file cannot be written now. Without `create` a file must be there,
-    and nothing is added to it.
+    Raises what `connect` does, and OutboxFullError where the file cannot be written now. Without `create` a file must
+    be there, and nothing is added to it.
     """
     with closing(connect(path, create)) as db, transaction(db, path):
-        pass
+        check_whole(db, path)
 
 
-def _refuse_foreign(path: str) -> None:
+def check_whole(db: sqlite3.Connection, path: str) -> None:
+    """Raise OutboxDamagedError where `find_damage` finds any."""
+    if found := find_damage(db):
+        raise _damaged(path, found)
+
+
+def check_artifacts(db: sqlite3.Connection, path: str) -> None:
+    """Raise OutboxDamagedError where the table of artifacts is broken: what is added to it would be lost, too."""
+    with translate_errors(path):
+        if found := find_damaged_pages(db, "artifact"):
+            raise _damaged(path, found)
+
+
+def _refuse_foreign(path: str, was_used: bool) -> None:
+    """Raise OutboxError for what is no outbox of this release; OutboxDamagedError where it was one."""
     # the header is right in the file itself, never only in the WAL: the schema is made before WAL is switched on
     with open(path, "rb") as file:
         header = file.read(100)
     if not header:
         return
     application_id, version = (int.from_bytes(header[at : at + 4], "big") for at in (68, 60))
-    if not header.startswith(b"SQLite format 3\0") or application_id != APPLICATION_ID:
-        raise OutboxError(f"{path!r} is not an outbox; it was left as it is. Set POC_OUTBOX_PATH to another file")
-    if version != FORMAT_VERSION:
+    if version in NEWER_VERSIONS and application_id == APPLICATION_ID:
         raise OutboxError(
             f"the outbox {path!r} has format {version}, this release reads {FORMAT_VERSION}; deliver it with the "
             "release that wrote it, or set POC_OUTBOX_PATH to another file"
         )
+    is_ours = header.startswith(b"SQLite format 3\0") and application_id == APPLICATION_ID
+    if was_used and not (is_ours and version in READABLE_VERSIONS):
+        raise _damaged(path, "its header is not that of an outbox")
+    if not is_ours:
+        raise OutboxError(f"{path!r} is not an outbox; it was left as it is. Set POC_OUTBOX_PATH to another file")
+    if version not in READABLE_VERSIONS:
+        raise OutboxError(f"the outbox {path!r} has format {version}, which no release wrote; move it away")
 
 
 def _prepared(path: str, create: bool) -> sqlite3.Connection:
     # one thread at a time uses the connection, but not always the one that made it
     db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_SEC, isolation_level=None, check_same_thread=False)
+    # bytes that a flipped bit made no UTF-8 are no error of a whole query: the digest shows which batch has them
+    db.text_factory = lambda text: text.decode("utf-8", "replace")
     try:
         if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            db.executescript(
-                f"BEGIN; PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {FORMAT_VERSION}; "
-                f"{SCHEMA} COMMIT;"
-            )
+            make_tables(db)
         mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
         if path != IN_MEMORY and mode != "wal":
-            raise sqlite3.OperationalError(f"the file system takes no write-ahead log (journal mode {mode})")
+            raise OutboxError(
+                f"the outbox {path!r} cannot be opened: its file system takes no write-ahead log (journal mode "
+                f"{mode}); set POC_OUTBOX_PATH to a file on a local disk"
+            )
         # FULL, one fsync per commit: what was committed survives a power cut too. NORMAL would lose the last commits.
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA foreign_keys = ON")
         if create:
+            bring_up_to_date(db)
             with suppress(sqlite3.OperationalError):  # no room, or locked: it is slower without, and nothing else
                 db.execute(COUNTS_INDEX)
     except BaseException:
@@ -175,23 +156,28 @@ def _prepared(path: str, create: bool) -> sqlite3.Connection:
     return db
 
 
+def _damaged(path: str, found: str) -> OutboxDamagedError:
+    return OutboxDamagedError(
+        f"the outbox {path!r} is damaged ({found}); callbacks wait until its servers are stopped and one starts alone, "
+        "which sets it aside and takes over what is whole. Or move the file away together with those whose names begin "
+        "with its name, or set POC_OUTBOX_PATH to another file"
+    )
+
+
 @contextmanager
 def translate_errors(path: str) -> Iterator[None]:
-    """Raise OutboxError where SQLite finds damage, OutboxFullError where waiting can help, and others as they are."""
+    """Raise OutboxFullError where waiting can help, OutboxDamagedError for every other error of the file, and a wrong
+    use of SQLite by this program as it is."""
     try:
         yield
+    except sqlite3.ProgrammingError:
+        raise
     except sqlite3.DatabaseError as error:
-        if type(error) is sqlite3.DatabaseError:  # damage; all other errors are of subclasses
-            raise OutboxError(
-                f"the outbox {path!r} is damaged ({error}); stop the server and move the file away together with those "
-                "whose names begin with its name, or set POC_OUTBOX_PATH to another file; `sqlite3 FILE .recover` "
-                "shows what can still be read of it"
-            ) from error
         if _can_pass(error):
             raise OutboxFullError(
                 f"the outbox {path!r} cannot be written: {error}; free disk space, or set POC_OUTBOX_PATH"
             ) from error
-        raise
+        raise _damaged(path, str(error)) from error
 
 
 def _can_pass(error: sqlite3.DatabaseError) -> bool:
@@ -214,49 +200,3 @@ def transaction(db: sqlite3.Connection, path: str) -> Iterator[None]:
             if db.in_transaction:
                 db.execute("ROLLBACK")
             raise
-
-
-@contextmanager
-def _locked(path: str, wait: bool) -> Iterator[bool]:
-    """Context: True if the lock file `path` was free and is held inside."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        free = True
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            free = False
-        yield free
-    finally:
-        os.close(fd)
-
-
-class Slot:
-    """This server's place in an outbox file: the lowest number that no living server holds."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._lock = ExitStack()
-        self.number = 0
-        if path == IN_MEMORY:
-            return
-        try:
-            for self.number in range(MAX_SLOTS):
-                with ExitStack() as stack:
-                    if stack.enter_context(_locked(self._lock_path(self.number), wait=False)):
-                        self._lock = stack.pop_all()
-                        return
-        except OSError as error:
-            raise OutboxError(f"the outbox {path!r} cannot be locked: {error}") from error
-        raise OutboxError(f"{MAX_SLOTS} servers use the outbox {path!r}; set POC_OUTBOX_PATH to another file")
-
-    def orphaned(self, number: int | None) -> AbstractContextManager[bool]:
-        """Context: True if no other living server has slot `number`; none can take it before the context ends."""
-        return nullcontext(True) if number in (None, self.number) else _locked(self._lock_path(number), wait=False)
-
-    def close(self) -> None:
-        """Give the place up."""
-        self._lock.close()
-
-    def _lock_path(self, number: int | None) -> str:
-        return f"{self._path}.lock-{number}"

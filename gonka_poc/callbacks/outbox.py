@@ -6,29 +6,34 @@ A batch is what one POST carries. Its status is one of
     pending   fixed, because it is being sent: each try has the same body and the same idempotency key
     kept      was not delivered within the grace time, or was so old when its server started; pending after a retry, or
               with new work for its receiver, also where there is no room for that
-    parked    the receiver refused its body, or POC_CALLBACK_ALLOW its URL; pending again only after a retry
+    parked    the receiver refused its body, or POC_CALLBACK_ALLOW its URL, or it is not what was stored (its digest
+              says so: it is damaged); pending again only after a retry
 
 and a batch that was delivered, or expired because its stage is over, is deleted. Batches of a receiver are read in the
 order of their ids. Of each round it is kept how many nonces are done, so that one that lost its server goes on where it
-was. Methods raise OutboxFullError where they could not add or change anything; then they did not; and OutboxError where
-the file is damaged. They block, and one thread at a time may call them.
+was. Methods raise OutboxFullError where they could not add or change anything; then they did not; and
+OutboxDamagedError where the file is damaged (`recover`). They block, and one thread at a time may call them.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import sqlite3
 import time
-import uuid
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from gonka_poc.callbacks.file import IN_MEMORY, Slot, connect, outbox_path, transaction, translate_errors
+from gonka_poc.callbacks.additions import Target, add_part, advance, as_json, insert_batch, max_artifacts
+from gonka_poc.callbacks.contents import COLUMNS, DamagedBatchError, StoredBatch, is_whole_round
+from gonka_poc.callbacks.digests import round_digest
+from gonka_poc.callbacks.file import check_artifacts, translate_errors
+from gonka_poc.callbacks.hold import FileHold
+from gonka_poc.callbacks.locks import IN_MEMORY, Slot
 from gonka_poc.callbacks.queries import (
     PATHS,
-    SIZE,
     TO_SEND,
     Expired,
     ReceiverCounts,
@@ -40,10 +45,6 @@ from gonka_poc.callbacks.queries import (
 )
 from gonka_poc.errors import OutboxFullError
 
-MAX_ARTIFACTS_PER_BATCH = 10_000
-MAX_BODY_BYTES = 8 * 2**20  # unless a single artifact is longer
-# upper bound of an artifact's JSON without its value, with room for the brackets around all artifacts
-BYTES_AROUND_VALUE = 64
 MAX_FREE_PAGES = 16_384  # free pages that an empty outbox keeps: room to write even if something else fills the disk
 MAX_ROUNDS = 100
 DELETE_PENDING = "DELETE FROM batch WHERE id = ? AND status = 'pending'"
@@ -103,27 +104,45 @@ def most_bytes(num_artifacts: int, value_chars: int) -> int:
 class Outbox:
     """One server's part of the outbox file."""
 
-    def __init__(self, setting: str, max_bytes: int, clock: Callable[[], float] = time.time) -> None:
-        """Open or make the file that POC_OUTBOX_PATH names. Raises OutboxError where it cannot be used."""
+    def __init__(
+        self, setting: str, max_bytes: int, clock: Callable[[], float] = time.time, must_open: bool = True
+    ) -> None:
+        """Open or make the file that POC_OUTBOX_PATH names, or with `must_open` False at a later use, where it is
+        damaged or locked now. Raises OutboxError where it cannot be used."""
         self._clock = clock
-        self.path = outbox_path(setting)
         self._max_bytes = max_bytes
-        self._db = connect(self.path, create=True)
-        self._slot = Slot(self.path)
-        with self._transaction():  # the server that had this place before has ended
-            self._db.execute("UPDATE round SET slot = NULL WHERE slot = ?", (self._slot.number,))
+        self._hold = FileHold(setting, must_open)
+        self.path = self._hold.path
+        self._transaction = self._hold.transaction
+        self.recover, self.heal = self._hold.recover, self._hold.heal
+        self.ensure_in_place = self._hold.ensure_in_place
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        return self._hold.db
+
+    @property
+    def _slot(self) -> Slot:
+        return self._hold.slot
 
     @property
     def is_durable(self) -> bool:
         """True if what is in it outlives the server."""
         return self.path != IN_MEMORY
 
+    @property
+    def damaged_batches(self) -> int:
+        """Batches that were set aside since the start, because they were damaged."""
+        return self._hold.damaged_batches
+
+    @property
+    def damage(self) -> str | None:
+        """The damage that was met last; None if there was none."""
+        return self._hold.damage
+
     def close(self) -> None:
         """Leave the file, with all that is in it, to the next server."""
-        try:
-            self._db.close()
-        finally:
-            self._slot.close()
+        self._hold.close()
 
     # --- rounds -------------------------------------------------------------------------------------------------
 
@@ -136,8 +155,8 @@ class Outbox:
             checkpoint = self._claim_unfinished_round(fingerprint)
             if checkpoint is None:
                 cursor = self._db.execute(
-                    "INSERT INTO round (fingerprint, slot, done, updated_at) VALUES (?, ?, 0, ?)",
-                    (fingerprint, self._slot.number, self._clock()),
+                    "INSERT INTO round (fingerprint, slot, done, updated_at, digest) VALUES (?, ?, 0, ?, ?)",
+                    (fingerprint, self._slot.number, self._clock(), round_digest(fingerprint, 0)),
                 )
                 assert cursor.lastrowid is not None
                 checkpoint = RoundCheckpoint(cursor.lastrowid, 0)
@@ -145,8 +164,11 @@ class Outbox:
         return checkpoint
 
     def _claim_unfinished_round(self, fingerprint: str) -> RoundCheckpoint | None:
-        query = "SELECT id, slot, done FROM round WHERE fingerprint = ? ORDER BY done DESC"
-        for round_id, slot, done in self._db.execute(query, (fingerprint,)).fetchall():
+        query = "SELECT id, slot, done, digest FROM round WHERE fingerprint = ? ORDER BY done DESC"
+        for round_id, slot, done, digest in self._db.execute(query, (fingerprint,)).fetchall():
+            if not is_whole_round(fingerprint, done, digest):  # it is done again, and nothing left out
+                self._db.execute(DELETE_ROUND, (round_id,))
+                continue
             with self._slot.orphaned(slot) as is_free:  # one of this server has failed, or it would not begin again
                 if is_free:
                     values = (self._slot.number, self._clock(), round_id)
@@ -170,38 +192,23 @@ class Outbox:
     ) -> None:
         """Store artifacts for `{url}/generated`, and how far their round is with them; on disk when this returns.
         Each is {"nonce", "vector_b64"}, or all are {"nonce", "dist"}: those of a threshold round."""
-        payload, round_id = _json(envelope), checkpoint.round_id if checkpoint else None
-        limit = _max_artifacts(payload, artifacts)
+        payload, round_id = as_json(envelope), checkpoint.round_id if checkpoint else None
+        target = Target(self._slot.number, self._clock(), url, "generated", payload, round_id)
+        limit = max_artifacts(payload, artifacts)
         self.requeue_kept(url)
         with self._transaction():
             for start in range(0, len(artifacts), limit):
-                self._add_part(url, payload, round_id, artifacts[start : start + limit], limit)
+                add_part(self._db, target, artifacts[start : start + limit], limit)
             if checkpoint is not None:  # a round that was ended meanwhile stays forgotten
-                values = (checkpoint.done, self._clock(), round_id)
-                self._db.execute("UPDATE round SET done = ?, updated_at = ? WHERE id = ?", values)
+                advance(self._db, checkpoint.round_id, checkpoint.done, self._clock())
             self._ensure_size_below(self._max_bytes)
-
-    def _add_part(
-        self, url: str, payload: str, round_id: int | None, artifacts: Sequence[dict[str, Any]], limit: int
-    ) -> None:
-        last = self._db.execute(
-            f"SELECT id, status, path, round_id, payload, num_artifacts FROM batch WHERE slot = ? AND url = ? "
-            f"AND {TO_SEND} ORDER BY id DESC LIMIT 1",
-            (self._slot.number, url),
-        ).fetchone()
-        batch_id, size = (last[0], last[5]) if last else (0, 0)
-        fits = size + len(artifacts) <= limit
-        if last is None or last[1:5] != ("open", "generated", round_id, payload) or not fits:
-            batch_id, size = self._insert_batch(url, "generated", payload, "open", round_id), 0
-        rows = ((batch_id, size + i, item["nonce"], _value(item)) for i, item in enumerate(artifacts))
-        self._db.executemany("INSERT INTO artifact (batch_id, position, nonce, value) VALUES (?, ?, ?, ?)", rows)
-        self._db.execute("UPDATE batch SET num_artifacts = ? WHERE id = ?", (size + len(artifacts), batch_id))
 
     def add_validated(self, url: str, payload: dict[str, Any]) -> None:
         """Store the outcome of a validation for `{url}/validated`."""
         self.requeue_kept(url)
         with self._transaction():
-            self._insert_batch(url, "validated", _json(payload), "pending")
+            target = Target(self._slot.number, self._clock(), url, "validated", as_json(payload), None)
+            insert_batch(self._db, target, "pending")
             self._ensure_size_below(self._max_bytes)
 
     def check_room(self, url: str | None = None) -> None:
@@ -212,17 +219,9 @@ class Outbox:
             self._db.execute("UPDATE total SET batches = batches")  # a write, to see whether there can be one
             self._ensure_size_below(self._max_bytes - self._max_bytes // 100)
 
-    def _insert_batch(self, url: str, path: str, payload: str, status: str, round_id: int | None = None) -> int:
-        cursor = self._db.execute(
-            "INSERT INTO batch (slot, round_id, url, path, payload, key, status, created_at) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (self._slot.number, round_id, url, path, payload, str(uuid.uuid4()), status, self._clock()),
-        )
-        assert cursor.lastrowid is not None
-        return cursor.lastrowid
-
     def _ensure_size_below(self, limit: int) -> None:
         """Inside a transaction, so that servers that share the file cannot pass the cap together."""
+        self.ensure_in_place()
         pages, free, page_size = (
             self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
         )
@@ -241,25 +240,28 @@ class Outbox:
             return self._db.execute(query, (self._slot.number, url)).fetchone()[0]
 
     def next_batch(self, url: str, newest: int, after: int = 0, paths: Collection[str] = PATHS) -> Batch | None:
-        """The first batch to send to `url` on one of `paths`, after the id `after` and up to the id `newest`.
-        What is in it does not change any more."""
-        with self._transaction():
-            row = self._db.execute(
-                f"SELECT id, status, path, key, payload, {SIZE}, attempts, created_at FROM batch "
-                f"WHERE slot = ? AND url = ? AND {TO_SEND} AND id > ? AND id <= ? AND {one_of(paths)} "
-                "ORDER BY id LIMIT 1",
-                (self._slot.number, url, after, newest, *paths),
-            ).fetchone()
-            if row is None:
-                return None
-            batch_id, status, path, key, payload, size, attempts, created_at = row
-            if status == "open":
-                self._db.execute("UPDATE batch SET status = 'pending' WHERE id = ? AND status = 'open'", (batch_id,))
-            # here, where `gonka-poc outbox purge` cannot come between
-            query = "SELECT nonce, value FROM artifact WHERE batch_id = ? ORDER BY position"
-            artifacts = self._db.execute(query, (batch_id,)).fetchall()
-        body = _generated_body(payload, artifacts) if path == "generated" else payload.encode()
-        return Batch(batch_id, url, path, key, body, size, attempts, self._clock() - created_at, block_height(payload))
+        """The first batch to send to `url` on one of `paths`, after the id `after` and up to the id `newest`. What is
+        in it does not change any more. One that is not what was stored is parked, and the next one returned."""
+        while True:
+            with self._transaction():
+                row = self._db.execute(
+                    f"SELECT {COLUMNS} FROM batch WHERE slot = ? AND url = ? AND {TO_SEND} "
+                    f"AND id > ? AND id <= ? AND {one_of(paths)} ORDER BY id LIMIT 1",
+                    (self._slot.number, url, after, newest, *paths),
+                ).fetchone()
+                if row is None:
+                    return None
+                stored = StoredBatch(*row)
+                artifacts: list[tuple[Any, Any]] | None = None
+                try:  # here, where `gonka-poc outbox purge` cannot come between
+                    artifacts = stored.artifacts(self._db)
+                except DamagedBatchError as damage:
+                    self._hold.park_damaged(stored.id, str(damage))
+                if artifacts is not None and stored.status == "open":
+                    self._db.execute("UPDATE batch SET status = 'pending' WHERE id = ? AND status = 'open'", row[:1])
+            if artifacts is not None:
+                return _sendable(stored, artifacts, self._clock())
+            check_artifacts(self._db, self.path)  # a value may be wrong, or the table
 
     def mark_delivered(self, batch_id: int) -> None:
         """Delete a batch that its receiver took."""
@@ -348,23 +350,12 @@ class Outbox:
         with translate_errors(self.path):
             return count_receivers(self._db, self._slot.number)
 
-    def _transaction(self) -> AbstractContextManager[None]:
-        return transaction(self._db, self.path)
 
-
-def _json(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
-
-
-def _value(artifact: dict[str, Any]) -> str | float:
-    return artifact["vector_b64"] if "vector_b64" in artifact else float(artifact["dist"])
-
-
-def _max_artifacts(payload: str, artifacts: Sequence[dict[str, Any]]) -> int:
-    """The number of artifacts that one body holds; those of one envelope are equally long."""
-    longest = max((len(str(_value(artifact))) for artifact in artifacts), default=0)
-    by_bytes = (MAX_BODY_BYTES - len(payload)) // (longest + BYTES_AROUND_VALUE)
-    return min(MAX_ARTIFACTS_PER_BATCH, max(1, by_bytes))
+def _sendable(stored: StoredBatch, artifacts: list[tuple[Any, Any]], now: float) -> Batch:
+    payload, age = stored.payload, now - stored.created_at
+    body = _generated_body(payload, artifacts) if stored.path == "generated" else payload.encode()
+    height = block_height(payload)
+    return Batch(stored.id, stored.url, stored.path, stored.key, body, stored.size, stored.attempts, age, height)
 
 
 def _generated_body(payload: str, rows: list[tuple[int, Any]]) -> bytes:
@@ -372,7 +363,7 @@ def _generated_body(payload: str, rows: list[tuple[int, Any]]) -> bytes:
     envelope = payload[:-1] + ("," if len(payload) > 2 else "")
     if isinstance(rows[0][1], float):
         nonces, distances = zip(*rows, strict=True)
-        return f'{envelope}"nonces":{_json(nonces)},"dist":{_json(distances)}}}'.encode()
+        return f'{envelope}"nonces":{as_json(nonces)},"dist":{as_json(distances)}}}'.encode()
     pieces = [f'{{"nonce":{nonce},"vector_b64":{json.dumps(value)}}}'.encode() for nonce, value in rows]
     pieces[0] = f'{envelope}"artifacts":['.encode() + pieces[0]
     pieces[-1] += b"]}"

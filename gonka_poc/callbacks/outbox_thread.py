@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from gonka_poc.callbacks.outbox import Outbox
-from gonka_poc.errors import OutboxError, OutboxFullError, PoCError, printable
+from gonka_poc.callbacks.outbox import Counts, Outbox
+from gonka_poc.callbacks.queries import ReceiverCounts
+from gonka_poc.errors import OutboxDamagedError, OutboxError, OutboxFullError, PoCError, printable
 
 logger = logging.getLogger("vllm.gonka_poc.callbacks")
 
@@ -26,20 +27,31 @@ class OutboxThread:
 
     def __init__(self, outbox: Outbox, sleep: Callable[[float], Awaitable[None]]) -> None:
         self.problem: str | None = None  # why the outbox takes nothing now
-        self.counts = outbox.counts()  # as of the last time that it was used
-        self.receiver_counts = outbox.receiver_counts()  # not much older
+        self.counts = Counts(0, 0, 0, 0)  # as of the last time that it was used
+        self.receiver_counts: list[ReceiverCounts] = []  # not much older
         self._next_receiver_counts = 0.0
         self._outbox = outbox
         self._sleep = sleep
         self._executor = ThreadPoolExecutor(1, "poc-outbox")
         self._num_waiting = 0
         self._damage: OutboxError | None = None
+        try:
+            self.counts, self.receiver_counts = outbox.counts(), outbox.receiver_counts()
+        except (OutboxError, OutboxFullError) as error:  # one that cannot be opened yet
+            self._note(error)
 
     async def attempt(self, operation: Callable[..., T], *args: Any) -> T:
         """Run a method of the outbox once."""
 
         def work() -> T:
-            result = operation(*args)
+            try:
+                result = operation(*args)
+            except OutboxDamagedError as error:
+                if operation == self._outbox.heal:
+                    raise
+                self._outbox.recover(str(error))
+                result = operation(*args)
+                self._damage = self.problem = None
             with suppress(sqlite3.Error, PoCError):  # what was done is done, counted or not
                 self.counts = self._outbox.counts()
                 self._count_receivers()
@@ -48,9 +60,19 @@ class OutboxThread:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._executor, work)
         except OutboxError as error:
-            self.record_problem(error)
-            self._damage = error
+            self._note(error)
             raise
+
+    async def heal(self) -> None:
+        """Try again to replace a file that is known to be damaged, or to open it. Raises OutboxError."""
+        if self._damage is not None:
+            await self.attempt(self._outbox.heal)
+            self._damage = self.problem = None
+
+    def _note(self, error: Exception) -> None:
+        self.record_problem(error)
+        if isinstance(error, OutboxError):
+            self._damage = error
 
     def _count_receivers(self) -> None:
         """Look at every batch; so seldom that it takes no more than a twentieth of the thread's time."""
@@ -81,12 +103,13 @@ class OutboxThread:
 
     async def admit(self, operation: Callable[..., T], *args: Any) -> T:
         """Run what begins new work, once. Raises OutboxFullError, and OutboxError for a file that is damaged."""
-        if self._damage is not None:  # which does not heal, though not every use of the file meets it
-            raise self._damage.with_traceback(None)
         return await self.add(operation, *args, give_up=lambda: True)
 
     async def add(self, operation: Callable[..., T], *args: Any, give_up: Callable[[], bool] | None = None) -> T:
-        """Like `run`, for what needs room: once it is done there is some again, unless others wait for more."""
+        """Like `run`, for what needs room: once it is done there is some again, unless others wait for more. Raises
+        OutboxError for a file that is known to be damaged."""
+        if self._damage is not None:  # not every use of the file meets it
+            raise self._damage.with_traceback(None)
         result = await self.run(operation, *args, give_up=give_up)
         if not self._num_waiting and self._damage is None:
             if self.problem is not None:

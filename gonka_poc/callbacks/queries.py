@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from sqlite3 import Connection
+
+from gonka_poc.callbacks.contents import COLUMNS, DamagedBatchError, StoredBatch
 
 TO_SEND = "status IN ('open', 'pending')"
 IS_PARKED = "status = 'parked'"
@@ -74,12 +77,15 @@ def delete_path(db: Connection, slot: int, url: str, path: str, newest: int) -> 
 def delete_past_stages(db: Connection, slot: int, url: str, current: int, in_flight: int) -> Expired:
     """Delete what is for `url` of stages before `current`, but for parked batches, and for the one with the id
     `in_flight`."""
-    query = f"SELECT id, {SIZE}, payload FROM batch WHERE slot = ? AND url = ? AND status <> 'parked' AND id <> ?"
+    query = f"SELECT {COLUMNS} FROM batch WHERE slot = ? AND url = ? AND status <> 'parked' AND id <> ?"
     past = []
-    for batch_id, size, payload in db.execute(query, (slot, url, in_flight)):
-        height = block_height(payload)
+    for row in db.execute(query, (slot, url, in_flight)):
+        stored = StoredBatch(*row)
+        height = block_height(stored.payload)
         if height is not None and height < current:
-            past.append((batch_id, size))
+            with suppress(DamagedBatchError):  # it is not known to be of a past stage; it is parked when it is read
+                stored.check()
+                past.append((stored.id, stored.size))
     return _delete(db, past)
 
 

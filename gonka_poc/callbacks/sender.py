@@ -26,13 +26,14 @@ from gonka_poc.callbacks.outbox_thread import OutboxThread
 from gonka_poc.callbacks.tally import Tally
 from gonka_poc.config import Settings
 from gonka_poc.data import ReceiverStatus
-from gonka_poc.errors import OutboxError
+from gonka_poc.errors import OutboxError, OutboxFullError
 from gonka_poc.metrics import Metrics
 
 logger = logging.getLogger("vllm.gonka_poc.callbacks")
 
 # a receiver that fails is asked every interval at first, so that one that is back is not kept waiting
 QUICK_TRIES, MAX_BACKOFF_SEC = 8, 15.0
+MAX_WATCH_SEC = 5.0  # a file that was removed or exchanged is noticed as soon as that
 
 
 class CallbackSender:
@@ -69,6 +70,18 @@ class CallbackSender:
     def problem(self) -> str | None:
         """The reason for which the outbox takes nothing now; None if it does."""
         return self._thread.problem
+
+    @property
+    def damage(self) -> str | None:
+        """The damage of the outbox that was set aside last, and how much there was; None if there was none."""
+        if self._outbox.damage is None:
+            return None
+        return f"{self._outbox.damaged_batches} callbacks in the outbox were damaged; the last: {self._outbox.damage}"
+
+    @property
+    def damaged_batches(self) -> int:
+        """Batches that were damaged, and set aside, since the start."""
+        return self._outbox.damaged_batches
 
     @property
     def counts(self) -> Counts:
@@ -176,6 +189,7 @@ class CallbackSender:
         resumed, fresh_sec = False, self._settings.outbox_grace_sec
         while True:
             try:
+                await self._thread.heal()
                 if not resumed:
                     await self._thread.run(self._outbox.resume, fresh_sec)
                     resumed = True
@@ -183,13 +197,16 @@ class CallbackSender:
                 for url in await self._thread.run(self._outbox.receivers):
                     if url not in self._receivers:
                         self._ensure_task(url)
+                await self._thread.attempt(self._outbox.ensure_in_place)
                 if self.problem is not None:
                     await self.check_room()
+            except OutboxFullError as error:
+                self._thread.record_problem(error)
             except OutboxError:
                 pass  # said once, and shown as the problem
             except Exception as error:
                 self._thread.record_problem(error)
-            await self._sleep(self._settings.callback_interval_sec)
+            await self._sleep(min(self._settings.callback_interval_sec, MAX_WATCH_SEC))
 
     def _extend_grace(self, url: str) -> None:
         self._deadlines[url] = self._clock() + self._settings.outbox_grace_sec

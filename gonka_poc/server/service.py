@@ -223,10 +223,11 @@ class PoCService:
         return self._round_begins or (self.slot.generating and not waits)
 
     def status(self) -> StatusAnswer:
-        """The round that is set, or IDLE; what keeps the outbox from taking more, or ended the last round; and the
-        receivers of callbacks."""
+        """The round that is set, or IDLE; what keeps the outbox from taking more, ended the last round, or was damaged;
+        and the receivers of callbacks."""
         status = self.slot.status(self.callbacks.problem)
-        return status.model_copy(update={"callbacks": self.callbacks.receivers or None})
+        error = status.error or self.callbacks.damage
+        return status.model_copy(update={"error": error, "callbacks": self.callbacks.receivers or None})
 
     async def versions(self) -> VersionsAnswer:
         """The releases, and whether chat goes on while this server validates; waits for no batch.

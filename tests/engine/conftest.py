@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.support import POW, Client, Servers
+from tests.engine.support import POW, Client, Float16Prover, Servers
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -38,6 +38,12 @@ def server(servers: Servers, request: pytest.FixtureRequest) -> Client:
     client = servers.get(marker.args[0])
     client.post(f"{POW}/stop")
     return client
+
+
+@pytest.fixture(scope="session")
+def float16_prover(tmp_path_factory: pytest.TempPathFactory) -> Float16Prover:
+    """What tests of more than one module judge; they are in one group, and so on one worker."""
+    return Float16Prover(tmp_path_factory.mktemp("float16"))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import numpy as np
@@ -39,6 +39,11 @@ GOLDEN_LIMIT = {"float32": 1e-4, "float16": 5e-3}
 DISTANCE_LIMIT = {"float32": 1e-5, "float16": 2e-3}
 
 
+# One thread for each worker of an engine, on whatever core is free. By default vLLM binds the one worker of each server
+# to the first core, which those of two servers that run at a time would share while the other core is idle.
+ONE_THREAD = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+
+
 # --- servers ----------------------------------------------------------------------------------------------------
 
 
@@ -62,7 +67,7 @@ class ServerConfig:
         """The server, not started yet."""
         common = ["--served-model-name", MODEL, "--dtype", self.dtype, "--max-model-len", "1024", *self.args]
         common += ["--hf-overrides", json.dumps(HF_OVERRIDES[self.model])] if self.model in HF_OVERRIDES else []
-        env = {"PYTHONPATH": str(ROOT), "VLLM_NO_USAGE_STATS": "1", **dict(self.env)}
+        env = {"PYTHONPATH": str(ROOT), "VLLM_NO_USAGE_STATS": "1", **ONE_THREAD, **dict(self.env)}
         kind = DirectServer if self.direct else ServerProcess
         if self.direct and self.extension:
             common += ["--worker-extension-cls", self.extension]
@@ -138,8 +143,7 @@ def probed(servers: Servers) -> Client:
 
 def parallel(model: str, option: str, *env: tuple[str, str]) -> ServerConfig:
     """Two workers: `option` is --tensor-parallel-size or --pipeline-parallel-size."""
-    # one core per worker; without it vLLM says "Not enough allowed NUMA nodes"
-    env = (("VLLM_CPU_OMP_THREADS_BIND", "0|1"), ("VLLM_SERVER_DEV_MODE", "1"), *env)
+    env = (("VLLM_SERVER_DEV_MODE", "1"), *env)
     probe = "tests.engine.extension.Probe"
     return ServerConfig(model, args=("--enforce-eager", option, "2"), env=env, extension=probe, direct=True)
 
@@ -152,6 +156,7 @@ def offline(folder: Path, jobs: Sequence[Mapping[str, Any]], may_fail: bool = Fa
     (folder / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "tests.engine.offline", str(folder / "jobs.json"), str(folder / "answers.json")]
     env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    env |= ONE_THREAD
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=START_SEC * len(jobs))
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
     answers = json.loads((folder / "answers.json").read_text())
@@ -164,6 +169,34 @@ def offline_job(model: str, dtype: str, calls: Sequence[Mapping[str, Any]], **op
     """A job of a golden model; each call is {spec, nonces}. `options`: of vLLM."""
     job = {"model": str(DATA / "models" / model), "dtype": dtype, "hf_overrides": HF_OVERRIDES.get(model, {})}
     return {**job, "calls": list(calls), "options": options}
+
+
+class Float16Prover:
+    """A prover that computes in float16, one engine for vectors and distances; float32 servers judge its claims.
+
+    `vectors` [NUM_VECTORS, 12] of the nonces from 0 on, `distances` [NUM_DISTANCES].
+    """
+
+    NUM_VECTORS, NUM_DISTANCES = 500, 6000
+    ARTIFACTS: ClassVar[dict[str, Any]] = {
+        **{"block_hash": "cheat", "public_key": "prover"},
+        **{"seq_len": 16, "k_dim": 12, "poc_stronger_rng": False},
+    }
+    THRESHOLD: ClassVar[dict[str, Any]] = {
+        **{"block_hash": "block 0", "public_key": "prover"},
+        **{"seq_len": 4, "randomization": "sign_flips"},
+    }
+
+    def __init__(self, folder: Path) -> None:
+        def calls(spec: Mapping[str, Any], count: int, size: int) -> list[dict[str, Any]]:
+            starts = range(0, count, size)
+            return [{"spec": spec, "nonces": list(range(start, min(start + size, count)))} for start in starts]
+
+        of_vectors = calls(self.ARTIFACTS, self.NUM_VECTORS, 32)
+        of_distances = calls(self.THRESHOLD, self.NUM_DISTANCES, 128)
+        (answer,) = offline(folder, [offline_job("qwen3", "float16", [*of_vectors, *of_distances])])
+        self.vectors = np.concatenate(answer["values"][: len(of_vectors)])
+        self.distances = np.concatenate(answer["values"][len(of_vectors) :])
 
 
 # nonce 7 alone, first, inside of 3 and of 16, and those the other way round

@@ -14,7 +14,17 @@ import pytest
 
 from gonka_poc.cli.server_process import free_port
 from gonka_poc.vllm_compat import WORKER_EXTENSION
-from tests.engine.support import DATA, GOLDEN_LIMIT, MODEL, ROOT, Client, ServerConfig, golden_cases, golden_distance
+from tests.engine.support import (
+    DATA,
+    GOLDEN_LIMIT,
+    MODEL,
+    ONE_THREAD,
+    ROOT,
+    Client,
+    ServerConfig,
+    golden_cases,
+    golden_distance,
+)
 
 # of this run alone: several checkouts may be tested on one machine
 NAMESPACE, LINK = f"gonka-poc-{os.getpid()}", f"poc{os.getpid()}"
@@ -73,8 +83,7 @@ def test_two_nodes(option: str, nodes: tuple[list[str], tuple[str, str], tuple[s
 
     def env_of(node: int) -> dict[str, str]:
         # without the interface Gloo takes the address that the host's name stands for, often the loopback one
-        own = {"VLLM_HOST_IP": addresses[node], "GLOO_SOCKET_IFNAME": interfaces[node]}
-        return {**own, "VLLM_CPU_OMP_THREADS_BIND": str(node)}
+        return {"VLLM_HOST_IP": addresses[node], "GLOO_SOCKET_IFNAME": interfaces[node], **ONE_THREAD}
 
     first = ServerConfig(args=(*common, "--node-rank", "0"), env=tuple(env_of(0).items())).process(
         tmp_path / "first.log"

@@ -20,7 +20,7 @@ CASE = golden_cases("qwen3")[0]
 ROUND = round_of(CASE)
 BACKOFF_SEC = 0.05
 # a step of the chat is slowed down, so that it lasts while it is looked at, on any machine
-TOKENS, STEP_SEC = 300, 0.03
+TOKENS, STEP_SEC = 200, 0.03
 # vLLM ends its server with its engine, unless it is told to stay; then /status can still say what happened
 CONFIG = ServerConfig(
     args=("--enforce-eager", "--max-num-batched-tokens", "1024"),

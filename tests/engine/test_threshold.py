@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,8 @@ from tests.engine.support import (
     PLAIN,
     POW,
     Client,
+    Float16Prover,
     callback_receiver,
-    offline,
-    offline_job,
     until,
 )
 
@@ -111,15 +109,11 @@ def test_a_round_generates_what_it_validates(server: Client) -> None:
     assert status["total_checked"] == status["stats"]["total_processed"] >= status["total_valid"] >= 20
 
 
-def test_honest_and_cheating_provers(server: Client, tmp_path: Path) -> None:
+def test_honest_and_cheating_provers(server: Client, float16_prover: Float16Prover) -> None:
     """500 valid nonces of a float32 prover and of a float16 one, judged by a float32 server with another batch size."""
-    who = set_round(server, batch_size=7)
-    spec = {"block_hash": who["block_hash"], "public_key": who["public_key"], "seq_len": who["seq_len"]}
-    nonces = list(range(6000))
-    spec["randomization"] = "sign_flips"
-    calls = [{"spec": spec, "nonces": nonces[start : start + 128]} for start in range(0, len(nonces), 128)]
-    (answer,) = offline(tmp_path, [offline_job("qwen3", "float16", calls)])
-    provers = {"float32": distances(server, nonces), "float16": np.concatenate(answer["values"])}
+    set_round(server, batch_size=7)
+    nonces = list(range(len(float16_prover.distances)))
+    provers = {"float32": distances(server, nonces), "float16": float16_prover.distances}
     for dtype, prover in provers.items():
         valid = [n for n in nonces if prover[n] < R_TARGET][:500]
         foreign = [n for n in nonces if prover[n] > R_TARGET + 0.001][:5]

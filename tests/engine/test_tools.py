@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from gonka_poc.cli import main as cli
@@ -25,16 +24,14 @@ from tests.engine.support import (
     ROOT,
     TIMED,
     Client,
+    Float16Prover,
     Servers,
     artifact_file,
-    offline,
-    offline_job,
-    spec_of,
 )
 
 SERVER_ARGS = "--dtype float32 --enforce-eager --max-model-len 256"
 SEQ_LEN = 16
-NONCES = 500
+NONCES = Float16Prover.NUM_VECTORS
 TAMPERED = NONCES // 100
 
 Show = Callable[[str], None]
@@ -66,13 +63,10 @@ def show(capsys: pytest.CaptureFixture[str]) -> Show:
 
 
 @pytest.mark.server(PLAIN)
-def test_vectors_of_a_cheating_prover(server: Client, tmp_path: Path, show: Show) -> None:
+def test_vectors_of_a_cheating_prover(server: Client, float16_prover: Float16Prover, show: Show) -> None:
     """The claims come from an engine that computes in float16."""
-    asked = ArtifactFile(model=MODEL, seq_len=SEQ_LEN, k_dim=12, block_hash="cheat", public_key="prover")
-    batches = [list(range(start, min(start + 32, NONCES))) for start in range(0, NONCES, 32)]
-    calls = [{"spec": spec_of(asked.model_dump()), "nonces": batch} for batch in batches]
-    (answer,) = offline(tmp_path, [offline_job("qwen3", "float16", calls)])
-    honest = artifact_file(asked.model_dump(), range(NONCES), np.concatenate(answer["values"]))
+    asked = ArtifactFile(model=MODEL, **float16_prover.ARTIFACTS)
+    honest = artifact_file(asked.model_dump(), range(NONCES), float16_prover.vectors)
     verdicts = {}
     with PoCClient(url_of(server)) as client:
         for name, claim in {"honest float16": honest, "1% tampered": with_turned_vectors(honest, TAMPERED)}.items():

@@ -5,7 +5,8 @@
 The models are tiny, with dummy weights scaled up so that layers matter. A proof is 16 nonces, in batches of 1, 3 and
 16, and reversed: the vectors must agree, and chat before and after too. Writes DIR/models.json and DIR/models.md row by
 row, with what is in DIR already; `--record` merges the rows into tests/data/models_tried.json and docs/models.md.
-Takes 10 to 60 s a model; one that crashes or hangs costs its own row only. Exits 1 if a proof gave wrong vectors.
+Takes 10 to 60 s a model, `--jobs` of them at a time; one that crashes or hangs costs its own row only.
+Exits 1 if a proof gave wrong vectors.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +92,14 @@ def prove(model: TinyModel, folder: Path, dtype: str, is_cpu: bool) -> Row:
 
     scale_dummy_weights()
     options = engine_options(model, folder, dtype) | {
-        "gpu_memory_utilization": 0.2 if is_cpu else 0.5,
+        "gpu_memory_utilization": 0.2,
+        "kv_cache_memory_bytes": None if is_cpu else 2 << 30,  # not measured: others may use the GPU too
         "distributed_executor_backend": "uni",
         "worker_extension_cls": "gonka_poc.worker.PoCWorkerExtension",
         "kv_cache_dtype": "auto" if is_cpu else model.kv_cache_dtype,
     }
+    if not is_cpu:
+        options["additional_config"] = {"gdn_prefill_backend": "triton"}  # the other one needs FlashInfer
     if is_cpu and model.cpu_operations:
         options["compilation_config"] = {"custom_ops": list(model.cpu_operations)}
     llm = LLM(**options)
@@ -314,6 +319,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder of the rows and logs")
     parser.add_argument("--only", nargs="*", metavar="CLASS", help="classes to try (default: all)")
     parser.add_argument("--limit", type=float, default=240, help="seconds a model may take, twice (default: 240)")
+    parser.add_argument("--jobs", type=int, default=1, help="models tried at a time (default: 1)")
     parser.add_argument("--record", action="store_true", help="also write the recorded rows and docs/models.md")
     parser.add_argument("--one", nargs=3, metavar=("TITLE", "MODE", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -331,13 +337,15 @@ def main() -> int:
     saved = options.out / "models.json"
     rows: list[Row] = json.loads(saved.read_text()) if saved.exists() else []
     wrong = False
-    for model in chosen:
-        row = try_apart(model, options.limit, options.out)
-        wrong |= row["verdict"] == "wrong"
-        rows = merged(rows, [row])
-        write_json(saved, rows)
-        (options.out / "models.md").write_text(markdown(rows) + "\n")
-        print(markdown([row]).splitlines()[-1], flush=True)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        tries = [pool.submit(try_apart, model, options.limit, options.out) for model in chosen]
+        for tried in as_completed(tries):
+            row = tried.result()
+            wrong |= row["verdict"] == "wrong"
+            rows = merged(rows, [row])
+            write_json(saved, rows)
+            (options.out / "models.md").write_text(markdown(rows) + "\n")
+            print(markdown([row]).splitlines()[-1], flush=True)
     if options.record:
         recorded = merged(json.loads(TRIED.read_text()) if TRIED.exists() else [], rows)
         write_json(TRIED, recorded)

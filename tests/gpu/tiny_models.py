@@ -31,7 +31,8 @@ class TinyModel:
     @property
     def config_json(self) -> Config:
         """The whole config.json."""
-        return {"architectures": [self.architecture], **COMMON, **self.config}
+        common = {"torch_dtype": COMMON["torch_dtype"]} if "text_config" in self.config else COMMON
+        return {"architectures": [self.architecture], **common, **self.config}
 
 
 COMMON: Config = {
@@ -75,7 +76,7 @@ MLA: Config = {
     "topk_method": "noaux_tc",
     "rope_theta": 10000.0,
 }
-INDEXER: Config = {"index_topk": 64, "index_head_dim": 128, "index_n_heads": 32}
+INDEXER: Config = {"index_topk": 128, "index_head_dim": 128, "index_n_heads": 32}
 QWEN_MOE: Config = {
     "moe_intermediate_size": 128,
     "num_experts": 8,
@@ -224,6 +225,13 @@ MODELS = [
             "index_n_heads": 64,
             "index_head_dim": 128,
             "index_topk": 512,
+            "quantization_config": {
+                "quant_method": "fp8",
+                "activation_scheme": "dynamic",
+                "weight_block_size": [128, 128],
+                "fmt": "e4m3",
+                "scale_fmt": "ue8m0",
+            },
             "num_nextn_predict_layers": 1,
             "attention_bias": False,
         },
