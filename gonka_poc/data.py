@@ -339,6 +339,9 @@ class VersionsAnswer(BaseModel):
     vllm_version: str
     gonka_poc_version: str
     poc_validation_inference: bool = Field(description="chat is answered while this server validates")
+    replay: Literal["v1", "v2"] | None = Field(
+        default=None, description="the model runner by which this server replays chats; absent where it does not"
+    )
 
 
 class PowStatus(BaseModel):
