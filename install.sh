@@ -10,6 +10,8 @@
 #                     (default: PyTorch's own CPU wheel index; for a mirror)
 #   GONKA_POC_WHEEL   on a GPU host: a wheel of this very checkout, for a host that cannot build one (it needs
 #                     setuptools 77 or newer, or an index to take it from)
+# `sh install.sh` goes on in bash; the shell has read no further than this.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 
 usage() {

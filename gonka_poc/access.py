@@ -18,6 +18,7 @@ from functools import partial
 
 import httpx
 
+from gonka_poc.bounded_http import BoundedTransport
 from gonka_poc.certificates import ssl_context
 from gonka_poc.errors import RequestError, printable
 from gonka_poc.request_fields import has_query
@@ -155,8 +156,7 @@ class CheckedTransport(httpx.AsyncBaseTransport):
 
     def __init__(self, rules: CallbackRules, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self._rules = rules
-        limits = httpx.Limits(max_keepalive_connections=0)
-        self._transport = transport or httpx.AsyncHTTPTransport(verify=ssl_context(), trust_env=False, limits=limits)
+        self._transport = transport or BoundedTransport(ssl_context())
         # not the event loop's threads, which vLLM uses too
         self._threads = ThreadPoolExecutor(MAX_LOOKUPS, "poc-dns")
 
@@ -191,6 +191,12 @@ class CheckedTransport(httpx.AsyncBaseTransport):
         """Close the connections."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         await self._transport.aclose()
+
+
+def is_loopback(host: str) -> bool:
+    """True if `host` is a loopback address, also as IPv6 writes an IPv4 one; False for what is no address."""
+    address = _as_address(host)
+    return address is not None and _final_address(address).is_loopback
 
 
 def shown_url(url: str) -> str:

@@ -16,6 +16,7 @@ from torch import nn
 
 from gonka_poc.errors import UnsupportedServerError
 from gonka_poc.layer_hooks import is_hidden_state, reflect_output
+from gonka_poc.rounded_ops import rounded
 
 # what is compiled for kinds of layers and of shapes, before torch gives up and runs them plainly
 RECOMPILE_LIMIT = 64
@@ -27,9 +28,13 @@ class LayerCompiler:
 
     Where the compiler fails, torch runs the plain operations. Raises UnsupportedServerError where this release of torch
     has not what the compiler is set up with: those names are private, and may move.
+
+    `emulate_casts`: every cast that an eager server makes stays in the compiled code. Layers whose operations all round
+    by themselves (`rounded_ops`) do without, and are faster.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, emulate_casts: bool = False) -> None:
+        self._emulate_casts = emulate_casts
         try:
             self._run = torch.compile(run_reflected, dynamic=True)
             self._choices = _persistent_norms()
@@ -45,6 +50,7 @@ class LayerCompiler:
     @contextlib.contextmanager
     def _settings(self) -> Iterator[None]:
         import torch._dynamo.config
+        import torch._inductor.config
         import torch.fx.experimental._config
         from torch._inductor.virtualized import V
 
@@ -56,6 +62,7 @@ class LayerCompiler:
             ),
             # sizes that are equal are so by chance: hidden_size tokens are no case of their own
             torch.fx.experimental._config.patch(use_duck_shape=False),
+            torch._inductor.config.patch(emulate_precision_casts=self._emulate_casts),
             V.set_choices_handler(self._choices),
         ):
             yield
@@ -217,7 +224,7 @@ def fusible_householder(x: torch.Tensor, v: Any) -> torch.Tensor:
     """`gpu_random.householder_reference`, in a form whose roundings a compiler keeps.
 
     A compiler that fuses operations on 16-bit values computes them in float32 and rounds at the end. Each operation
-    is rounded here as the reference rounds it, by `rounded`.
+    is rounded here as the reference rounds it, by `rounded`; so is the result, which the next norm is fused with.
     """
     dtype = x.dtype
     if dtype == torch.float32:
@@ -225,20 +232,4 @@ def fusible_householder(x: torch.Tensor, v: Any) -> torch.Tensor:
         return x - 2 * dot * v
     wide, v = x.to(torch.float32), rounded(v.to(torch.float32), dtype)
     dot = rounded(rounded(wide * v, dtype).sum(dim=-1, keepdim=True), dtype)
-    return (wide - rounded(rounded(2 * dot, dtype) * v, dtype)).to(dtype)
-
-
-def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """float32 `x` with the values that `x.to(dtype)` has, to nearest, ties to even; float16 or bfloat16.
-
-    By its bits: a compiler may leave out `x.to(dtype).to(torch.float32)`, but not this.
-    """
-    shift = {torch.bfloat16: 16, torch.float16: 13}[dtype]
-    bits = x.view(torch.int32)
-    bits = (bits + ((1 << (shift - 1)) - 1) + ((bits >> shift) & 1)) & -(1 << shift)
-    out = bits.view(torch.float32)
-    if dtype == torch.float16:
-        # below 2^-14 float16 has a fixed step of 2^-24, and above its largest value there is infinity
-        out = torch.where(x.abs() < 2.0**-14, torch.round(x * 2.0**24) * 2.0**-24, out)
-        out = torch.where(out.abs() > 65504.0, torch.sign(out) * torch.inf, out)
-    return torch.where(x.isnan(), x, out)
+    return rounded(wide - rounded(rounded(2 * dot, dtype) * v, dtype), dtype).to(dtype)

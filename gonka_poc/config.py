@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from gonka_poc.access import CallbackRules
@@ -46,8 +46,18 @@ class Settings(BaseSettings):
     api_token: SecretStr | None = Field(
         default=None, description="bearer token that /api/v1/pow/* asks for; none: open to all who reach the port"
     )
+    batch_invariant: bool = Field(
+        default=False,
+        description="whether vLLM computes with kernels whose results do not depend on the batch "
+        "(`VLLM_BATCH_INVARIANT=1`, which `gonka_poc.serve` sets); with them proof runs the plain forward",
+    )
     batch_size_default: int = Field(
         default=32, ge=1, description="nonces per batch where a request leaves that to the server"
+    )
+    calibration: bool = Field(
+        default=False,
+        description="whether `/generate` takes `calibration_step`, by which `gonka-poc calibrate --vectors` measures "
+        "the noise floor; the vectors of such requests are no proofs",
     )
     callback_allow: str = Field(
         default="",
@@ -61,8 +71,8 @@ class Settings(BaseSettings):
     )
     compile: Literal["auto", "always", "never"] = Field(
         default="auto",
-        description="whether proof runs decoder layers compiled with their reflections; `auto`: on one GPU, where they "
-        "give the vectors of the plain forward",
+        description="whether proof runs decoder layers compiled with their reflections; `auto`: on one GPU, where "
+        "their vectors are within the model's noise floor of the plain forward's",
     )
     batch_timeout_sec: Positive = Field(default=600.0, description="seconds that the workers have for one batch")
     max_step_ms: Positive = Field(
@@ -72,13 +82,19 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         default=16 * 1024 * 1024,
         ge=1024,
-        description="largest request body, bytes; chat waits while one is parsed, half a second for 8 MB",
+        description="largest request body, bytes; all requests that are not answered yet may have four times as many",
+    )
+    max_k_dim: int = Field(
+        default=2048,
+        ge=1,
+        description="longest vector that a request may ask for: one nonce's takes `k_dim` squared random numbers, "
+        "which no batch can be smaller than",
     )
     max_queued_nonces: int = Field(
         default=100_000,
         ge=1,
         description="nonces that may wait in the queue, in at most 1,000 requests; with vectors longer than 32 each "
-        "counts `k_dim / 32` times, rounded up",
+        "counts `k_dim / 32` squared times, rounded up",
     )
     outbox_grace_sec: Positive = Field(
         default=600.0, description="seconds that a receiver is tried after its round ended"
@@ -102,6 +118,12 @@ class Settings(BaseSettings):
         "where all of them together would take more room than the answers of `POC_MAX_QUEUED_NONCES` nonces may",
     )
 
+    trust_loopback: bool = Field(
+        default=False,
+        description="1: callers on this machine need no POC_API_TOKEN, which MLNode does not forward; whoever MLNode "
+        "asks for is let in with it. Not those that a proxy or a web page of this machine sends",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _drop_empty(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -118,6 +140,13 @@ class Settings(BaseSettings):
             raise ValueError("must be printable ASCII without spaces, and not empty; unset it to ask for no token")
         return token
 
+    @field_validator("compile")
+    @classmethod
+    def _check_compile(cls, value: str, info: ValidationInfo) -> str:
+        if value == "always" and info.data.get("batch_invariant"):
+            raise ValueError("compiled layers are not batch-invariant; unset this or POC_BATCH_INVARIANT")
+        return value
+
     @field_validator("callback_allow")
     @classmethod
     def _check_callback_allow(cls, entries: str) -> str:
@@ -125,7 +154,12 @@ class Settings(BaseSettings):
         return entries
 
     def compiles(self, devices: Sequence[str]) -> bool:
-        """True if workers on devices of these kinds ("cuda", "cpu") have to compile their decoder layers."""
+        """True if workers on devices of these kinds ("cuda", "cpu") have to compile their decoder layers.
+
+        Compiled products of matrices would go past vLLM's batch-invariant ones.
+        """
+        if self.batch_invariant:
+            return False
         return self.compile == "always" or (self.compile == "auto" and list(devices) == ["cuda"])
 
     @property

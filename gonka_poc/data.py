@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -44,6 +44,7 @@ from gonka_poc.request_fields import (
 PREFIX = "/api/v1/pow"
 State = Literal["IDLE", "GENERATING", "VALIDATING", "STOPPED"]
 VECTOR_DTYPE = np.dtype("<f2")
+MAX_CALIBRATION_STEP = 16
 
 # --- vectors ----------------------------------------------------------------------------------------------------
 
@@ -74,13 +75,17 @@ def decode_vector(vector_b64: str, k_dim: int) -> np.ndarray | None:
 
 @dataclass(frozen=True)
 class VectorSpec:
-    """The inputs of an artifact vector, besides its nonce and the model."""
+    """The inputs of an artifact vector, besides its nonce and the model.
+
+    `moved`: 0, or for a calibration n: the n-th largest input value of the last position is moved by one step.
+    """
 
     block_hash: str
     public_key: str
     seq_len: int
     k_dim: int
     poc_stronger_rng: bool = False
+    moved: int = 0
 
     value_dtype: ClassVar[np.dtype[Any]] = VECTOR_DTYPE
 
@@ -88,6 +93,15 @@ class VectorSpec:
     def value_shape(self) -> tuple[int, ...]:
         """The shape of a vector."""
         return (self.k_dim,)
+
+    @property
+    def cost_key(self) -> tuple[int, int | str]:
+        """Nonces of specs with the same key take the same time."""
+        return self.seq_len, self.k_dim
+
+    def num_drawn(self, hidden_size: int, vocab_size: int) -> int:
+        """Random values that a nonce takes beyond what grows with its tokens (docs/limits.md)."""
+        return self.k_dim**2
 
 
 class Randomization(str, Enum):
@@ -109,6 +123,16 @@ class DistanceSpec:
 
     value_dtype: ClassVar[np.dtype[Any]] = np.dtype("<f4")
     value_shape: ClassVar[tuple[int, ...]] = ()
+
+    @property
+    def cost_key(self) -> tuple[int, int | str]:
+        """Nonces of specs with the same key take the same time."""
+        return self.seq_len, self.randomization
+
+    def num_drawn(self, hidden_size: int, vocab_size: int) -> int:
+        """Random values that a nonce takes beyond its input, and what takes as long (docs/limits.md)."""
+        # sorting a value takes as long as drawing eight; the product with the random head as long as drawing a few rows
+        return 8 * vocab_size if self.randomization == Randomization.PERMUTATION else 12 * hidden_size
 
 
 Spec = VectorSpec | DistanceSpec
@@ -196,7 +220,8 @@ class _RoundFields(RequestModel):
     @classmethod
     def _note_ignored_fields(cls, body: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
         request = handler(body)
-        request._ignored_fields = tuple(sorted(cls._unknown_fields(body))[:MAX_FIELDS])
+        if request is not body:  # else it was validated before
+            request._ignored_fields = tuple(sorted(cls._unknown_fields(body))[:MAX_FIELDS])
         return request
 
     @classmethod
@@ -292,6 +317,24 @@ class GenerateRequest(_RoundFields):
     wait: bool = Field(default=False, description="true: answer with the result; false: queue and poll")
     validation: Validation | None = None
     stat_test: StatTest = Field(default_factory=StatTest)
+    calibration_step: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_CALIBRATION_STEP,
+        description="for `gonka-poc calibrate --vectors`, where POC_CALIBRATION=1 allows it: not 0, each nonce has one "
+        "input value moved by one unit in the last place",
+    )
+
+    @model_validator(mode="after")
+    def _no_moved_validation(self) -> GenerateRequest:
+        if self.calibration_step and self.validation is not None:
+            raise ValueError("calibration_step makes other vectors than those that are validated; leave it out")
+        return self
+
+    @property
+    def spec(self) -> VectorSpec:
+        """The spec of this request's vectors."""
+        return replace(super().spec, moved=self.calibration_step)
 
     @model_validator(mode="before")
     @classmethod

@@ -14,6 +14,7 @@ import json
 import os
 import pwd
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -42,8 +43,10 @@ from gonka_poc.errors import (
     SettingsError,
     ToolError,
     UnsupportedServerError,
+    for_terminal,
 )
 from gonka_poc.gpus import nvidia_smi
+from gonka_poc.safe_files import other_writer
 from gonka_poc.vllm_compat import INSECURE_SERIALIZATION, MIDDLEWARE, SUPPORTED, WORKER_EXTENSION
 from gonka_poc.vllm_contract import Finding, judge, known_release, read_package
 
@@ -100,16 +103,18 @@ def _find(pattern: str, text: str) -> str | None:
     return found[1] if found else None
 
 
-def run_checks(runner: Path | None = None, python: str | None = None) -> list[Check]:
+def run_checks(runner: Path | None = None, python: str | None = None, look_at_gpus: bool = True) -> list[Check]:
     """All checks of this host, causes before effects.
 
-    `python` is the interpreter that MLNode uses if neither runner.py nor the environment names one.
+    `python` is the interpreter that MLNode uses if neither runner.py nor the environment names one. An image is
+    checked without `look_at_gpus`: those are of the host that will run it.
     """
     here = Surroundings(runner, python, os.environ)
-    checks = [check_python(), check_vllm(), check_settings(), check_certificates(), check_outbox(), check_gpu()]
-    checks += [check_extension_points()]
+    checks = [check_python(), check_vllm(), check_settings(), check_certificates(), check_outbox()]
+    checks += [check_gpu()] if look_at_gpus else []
+    checks += [check_extension_points(), check_token(here)]
     checks += [check(here) for check in (check_package, check_runner, check_module, check_serialization, check_eager)]
-    return [*checks, check_memory()]
+    return [*checks, check_memory()] if look_at_gpus else checks
 
 
 def check_python() -> Check:
@@ -209,8 +214,14 @@ def check_gpu() -> Check:
         return Check(name, "fail", "nvidia-smi shows no GPU", "install the driver, or give the container its GPUs")
     driver = rows[0][-1]
     found = f"{len(rows)} x {rows[0][0]}, driver {driver}; torch is built for CUDA {cuda}"
-    if int(_find(r"\A(\d+)", driver) or 0) < need:
-        return Check(name, "fail", found, f"update the driver to {need} or newer, or take a vLLM for an older CUDA")
+    release = _find(r"\A(\d+)", driver)
+    if release is None:
+        return Check(name, "fail", found, "nvidia-smi must work first; see what `nvidia-smi -q` says of the driver")
+    if int(release) < need:
+        fix = (
+            f"update the driver to {need} or newer, take a vLLM for an older CUDA, or make sure that NVIDIA's forward "
+        )
+        return Check(name, "warn", found, f"{fix}compatibility libraries (cuda-compat) are where the server starts")
     return Check(name, "ok", found)
 
 
@@ -285,6 +296,23 @@ def check_finding(finding: Finding) -> Check:
     return Check(finding.name, "ok", finding.where)
 
 
+def check_token(here: Surroundings) -> Check:
+    """POC_API_TOKEN beside MLNode, which asks vLLM on this machine and forwards no token."""
+    name = "token"
+    try:
+        settings = load_settings()
+    except SettingsError:
+        return Check(name, "warn", "not looked at", "correct the settings first")
+    if settings.api_token is None:
+        return Check(name, "ok", "POC_API_TOKEN is not set: proof is open to all who reach vLLM's port")
+    if here.runner is None:
+        return Check(name, "ok", "POC_API_TOKEN is set (without MLNode: no --runner)")
+    if settings.trust_loopback:
+        return Check(name, "ok", "POC_API_TOKEN is set; callers on this machine, as MLNode is, need none")
+    found = "POC_API_TOKEN is set, and MLNode forwards no token: it gets 401 and there is no proof"
+    return Check(name, "fail", found, "set POC_TRUST_LOOPBACK=1 where MLNode is started, or unset POC_API_TOKEN there")
+
+
 def check_package(here: Surroundings) -> Check:
     """This package, in the Python that MLNode starts vLLM with."""
     name = "gonka_poc in MLNode's Python"
@@ -311,6 +339,9 @@ sys.exit(0 if found else 3)
 
 def why_not_found(python: str, module: str) -> str:
     """The reason why `python` cannot import `module`; empty if it can. Its file is looked for, never run."""
+    found = other_writer(shutil.which(python) or python) if os.geteuid() == 0 else ""
+    if found:
+        return f"{python} is not run by root, since {found}; run the doctor as that user"
     try:
         done = subprocess.run([python, "-I", "-B", "-c", FIND, module], capture_output=True, timeout=60, check=False)
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
@@ -398,9 +429,11 @@ def available_mib() -> int:
     return 0
 
 
-def doctor_command(json_output: bool = False, runner: Path | None = None, python: str | None = None) -> int:
+def doctor_command(
+    json_output: bool = False, runner: Path | None = None, python: str | None = None, look_at_gpus: bool = True
+) -> int:
     """Print the checks of this host; 1 if one failed."""
-    return print_checks(run_checks(runner, python), json_output)
+    return print_checks(run_checks(runner, python, look_at_gpus), json_output)
 
 
 def print_checks(checks: Sequence[Check], json_output: bool) -> int:
@@ -420,7 +453,10 @@ def print_table(checks: Sequence[Check]) -> None:
     folded = [Column(title, overflow="fold") for title in ("found", "what to do")]
     table = Table("state", "check", *folded, box=None, pad_edge=False)
     for check in checks:
-        table.add_row(*map(Text, (check.state, check.name, check.found, check.fix)), style=STYLES[check.state])
+        table.add_row(
+            *(Text(for_terminal(text)) for text in (check.state, check.name, check.found, check.fix)),
+            style=STYLES[check.state],
+        )
     console.print(table)
 
 
@@ -430,8 +466,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runner", type=Path, metavar="FILE", help="MLNode's inference/vllm/runner.py")
     parser.add_argument("--python", metavar="P", help="the Python that MLNode starts vLLM with")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--no-gpu", action="store_true", help="look at no GPU and no driver: in an image")
     options = parser.parse_args(argv)
-    return doctor_command(options.json, options.runner, options.python)
+    return doctor_command(options.json, options.runner, options.python, not options.no_gpu)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 PoCError
 ├── RequestError             400  a value breaks a limit of this server
 ├── UnauthorizedError        401  the request does not show the server's token
+├── ForeignPageError         403  a browser sent the request for a web page of another site
 ├── ConflictError            409  the request does not fit what the server is or does
 ├── NotFoundError            404  no such request
 ├── BodyTooLargeError        413  the body is over POC_MAX_BODY_BYTES
@@ -46,6 +47,10 @@ class RequestError(PoCError, http_status=400):
 
 class UnauthorizedError(PoCError, http_status=401):
     """The request does not show POC_API_TOKEN."""
+
+
+class ForeignPageError(PoCError, http_status=403):
+    """A browser sent a request that changes something for a web page of another site."""
 
 
 class ConflictError(PoCError, http_status=409):
@@ -143,6 +148,12 @@ def raise_worker_error(answers: Sequence[Any]) -> None:
     if errors:
         error = next((e for e in errors if e["type"] != OtherRankError.__name__), errors[0])
         raise error_by_name(error["type"], error["message"])
+
+
+def for_terminal(text: str) -> str:
+    """`text` with everything escaped that is no visible character or space: nothing in it can steer a terminal, turn
+    the direction of writing, or look like another line."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def printable(text: str) -> str:

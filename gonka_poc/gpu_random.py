@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -30,11 +30,12 @@ _MASK = 0xFFFFFFFF
 NUM_NONCE_REFLECTIONS = 8
 PROJECTION_DIM = 8192
 EPS = 1e-8
-PIECE = 2**22  # values of a large draw that are made at once
+# Values of a draw that are made at once: their int64 intermediates stay within the caches of a CPU, and within 16 MiB.
+PIECE = 2**18
 MAX_KERNEL_VALUES = 2**31 - 2**16  # the kernel counts the values of a nonce in 32 bits
 
 Device: TypeAlias = torch.device | str | None
-Projection: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # what nonce_projection makes
+Projection: TypeAlias = tuple[torch.Tensor, Iterable[torch.Tensor]]  # what nonce_projection makes
 
 
 # --- seeds and hashes (section 1) -------------------------------------------------------------------------------
@@ -94,7 +95,15 @@ def _hash_rows(seeds: Sequence[int], n: int, device: Device) -> torch.Tensor:
 
 def uniform(seeds: Sequence[int], n: int, device: Device = None) -> torch.Tensor:
     """float32 [len(seeds), n] in [0, 1]: hash / 2^32 (a hash next to 2^32 rounds up to 1)."""
-    return _to_uniform(_hash_rows(seeds, n, device))
+    return _by_rows(lambda part: _to_uniform(_hash_rows(part, n, device)), seeds, n)
+
+
+def _by_rows(make: Callable[[Sequence[int]], torch.Tensor], seeds: Sequence[int], n: int) -> torch.Tensor:
+    """`make(seeds)`, a row of `n` values for each seed, made by at most PIECE values, and at least a row, at a time."""
+    rows = max(1, PIECE // max(n, 1))
+    if len(seeds) <= rows:
+        return make(seeds)
+    return torch.cat([make(seeds[start : start + rows]) for start in range(0, len(seeds), rows)])
 
 
 def _to_uniform(hashes: torch.Tensor) -> torch.Tensor:
@@ -103,9 +112,33 @@ def _to_uniform(hashes: torch.Tensor) -> torch.Tensor:
 
 def normal(seeds: Sequence[int], n: int, device: Device = None) -> torch.Tensor:
     """Standard normal values by Box-Muller, float32 [len(seeds), n]: all cosines, then all sines."""
+    return _by_rows(lambda part: _normal_rows(part, n, device), seeds, n)
+
+
+def _normal_rows(seeds: Sequence[int], n: int, device: Device) -> torch.Tensor:
+    if n > PIECE:
+        out = torch.empty(len(seeds), n, dtype=torch.float32, device=device)
+        for row, seed in zip(out, seeds, strict=True):
+            for _ in _fill_row(row, seed):
+                pass
+        return out
     half = (n + 1) // 2
     u = uniform(seeds, 2 * half, device)
     return torch.cat(_box_muller(u[:, :half], u[:, half:]), dim=-1)[:, :n]
+
+
+def _fill_row(out: torch.Tensor, seed: int) -> Iterator[None]:
+    """Fill `out` [n], of any dtype, with `normal([seed], n)`; yields after each piece of it."""
+    n = len(out)
+    half = (n + 1) // 2
+    for start in range(0, half, PIECE // 2):
+        stop = min(start + PIECE // 2, half)
+        first = torch.arange(start, stop, dtype=torch.int64, device=out.device)
+        cosines, sines = _box_muller(_to_uniform(murmur3_32(first, seed)), _to_uniform(murmur3_32(first + half, seed)))
+        out[start:stop] = cosines
+        end = min(half + stop, n)
+        out[half + start : end] = sines[: end - half - start]
+        yield
 
 
 def _box_muller(u1: torch.Tensor, u2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,13 +204,12 @@ def nonce_token_ids(keys: NonceKeys, seq_len: int, vocab_size: int, device: Devi
 def fill_normal_reference(out: torch.Tensor, seeds: Sequence[Sequence[int]], segment_size: int) -> None:
     """`kernels.fill_normal` in plain torch.
 
-    One row at a time: the int64 intermediates of a whole batch would not fit beside a served model.
+    By pieces: the int64 intermediates of a whole batch would not fit beside a served model.
     """
-    n = out.shape[1]
     for row, row_seeds in zip(out, seeds, strict=True):
-        sizes = [max(0, min(segment_size, n - j * segment_size)) for j in range(len(row_seeds))]
-        parts = [normal([seed], size, out.device)[0] for seed, size in zip(row_seeds, sizes, strict=True) if size]
-        row.copy_(torch.cat(parts))
+        for j, seed in enumerate(row_seeds):
+            for _ in _fill_row(row[j * segment_size : (j + 1) * segment_size], seed):
+                pass
 
 
 # --- reflections and the artifact vector (section 3) ------------------------------------------------------------
@@ -194,27 +226,54 @@ def pick_indices(keys: NonceKeys, hidden_size: int, k_dim: int, device: Device =
     The k_dim - 1 smallest scores in ascending order of index, then the index of the k_dim-th smallest. Scores of
     one nonce are all different: the hash of a fixed seed is a bijection.
     """
-    scores = _hash_rows(keys.seeds(f"pick_{k_dim}"), hidden_size, device)
-    smallest = torch.topk(scores, k_dim, dim=-1, largest=False, sorted=True).indices
-    return torch.cat([smallest[:, :-1].sort(dim=-1).values, smallest[:, -1:]], dim=-1)
+
+    def pick(seeds: Sequence[int]) -> torch.Tensor:
+        scores = _hash_rows(seeds, hidden_size, device)
+        smallest = torch.topk(scores, k_dim, dim=-1, largest=False, sorted=True).indices
+        return torch.cat([smallest[:, :-1].sort(dim=-1).values, smallest[:, -1:]], dim=-1)
+
+    return _by_rows(pick, keys.seeds(f"pick_{k_dim}"), hidden_size)
 
 
-def rotation_vectors(keys: NonceKeys, k_dim: int, device: Device = None) -> torch.Tensor:
-    """The k_dim - 1 unit vectors that rotate each nonce: float32 [len(nonces), k_dim - 1, k_dim]."""
-    seeds = keys.seeds(*(f"haar_hh_{k_dim}_{j}" for j in range(k_dim - 1)))
-    return unit(normal(seeds, k_dim, device), 1e-30).view(len(keys), k_dim - 1, k_dim)
+@dataclass(frozen=True)
+class Rotations:
+    """The k_dim - 1 unit vectors that rotate each nonce, in order; made while they are gone through.
+
+    Pieces are float32 [len(nonces), m, k_dim], of at most PIECE values where one vector of each nonce has no more:
+    all of them would be len(nonces) * k_dim^2 values.
+    """
+
+    keys: NonceKeys
+    k_dim: int
+    device: Device = None
+
+    @property
+    def num_values(self) -> int:
+        """Of all vectors."""
+        return len(self.keys) * (self.k_dim - 1) * self.k_dim
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        k_dim, num_nonces = self.k_dim, len(self.keys)
+        step = max(1, PIECE // max(1, num_nonces * k_dim))
+        for start in range(0, k_dim - 1, step):
+            stop = min(start + step, k_dim - 1)
+            seeds = self.keys.seeds(*(f"haar_hh_{k_dim}_{j}" for j in range(start, stop)))
+            yield unit(normal(seeds, k_dim, self.device), 1e-30).view(num_nonces, stop - start, k_dim)
 
 
-def rotate(x: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-    """Row i of `x` (float32 [n, k_dim]) reflected by each of `vectors[i]` (float32 [n, k_dim - 1, k_dim])."""
-    for j in range(vectors.shape[1]):
-        x = householder(x, vectors[:, j])
+def rotate(x: torch.Tensor, rotations: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Row i of `x` (float32 [n, k_dim]) reflected by each vector of row i of the pieces (float32 [n, m, k_dim])."""
+    for vectors in rotations:
+        for j in range(vectors.shape[1]):
+            x = householder(x, vectors[:, j])
     return x
 
 
 def nonce_projection(keys: NonceKeys, hidden_size: int, k_dim: int, device: Device = None) -> Projection:
-    """`pick_indices` and `rotation_vectors` of each nonce, which can be made before its hidden state."""
-    return pick_indices(keys, hidden_size, k_dim, device), rotation_vectors(keys, k_dim, device)
+    """`pick_indices` and the `Rotations` of each nonce: what can be made before its hidden state, if it is small."""
+    rotations = Rotations(keys, k_dim, device)
+    made = list(rotations) if rotations.num_values <= PIECE else rotations
+    return pick_indices(keys, hidden_size, k_dim, device), made
 
 
 def artifact_vectors(hidden: torch.Tensor, projection: Projection) -> torch.Tensor:
@@ -238,10 +297,11 @@ def sign_flips(keys: NonceKeys, hidden_size: int, device: Device = None) -> torc
     return torch.where(uniform(keys.seeds("signs"), hidden_size, device) > 0.5, 1.0, -1.0)
 
 
-def nonce_reflections(keys: NonceKeys, hidden_size: int, device: Device = None) -> torch.Tensor:
-    """The 8 unit vectors that reflect the last hidden state of each nonce: float32 [len(nonces), 8, hidden_size]."""
-    seeds = keys.seeds(*(f"hidden_r{r}" for r in range(NUM_NONCE_REFLECTIONS)))
-    return unit(normal(seeds, hidden_size, device)).view(len(keys), NUM_NONCE_REFLECTIONS, hidden_size)
+def nonce_reflections(keys: NonceKeys, hidden_size: int, device: Device = None) -> Iterator[torch.Tensor]:
+    """The 8 unit vectors that reflect the last hidden state of each nonce, one after another: each float32
+    [len(nonces), hidden_size]."""
+    for r in range(NUM_NONCE_REFLECTIONS):
+        yield unit(normal(keys.seeds(f"hidden_r{r}"), hidden_size, device))
 
 
 def target(block_hash: str, dim: int = PROJECTION_DIM, device: Device = None) -> torch.Tensor:
@@ -250,26 +310,29 @@ def target(block_hash: str, dim: int = PROJECTION_DIM, device: Device = None) ->
 
 
 def random_projection(block_hash: str, hidden_size: int, device: Device = None) -> torch.Tensor:
-    """The random head of a round: float32 [8192, hidden_size].
+    """The random head of a round: float32 [8192, hidden_size]."""
+    out = torch.empty(PROJECTION_DIM, hidden_size, dtype=torch.float32, device=device)
+    for _ in fill_projection(out, block_hash):
+        pass
+    return out
 
-    Made in pieces: the int64 intermediates of the whole would need eight times its memory beside a served model.
-    """
-    seed = seed_from_string(f"{block_hash}_lm_head")
-    half = hidden_size * PROJECTION_DIM // 2
-    out = torch.empty(2 * half, dtype=torch.float32, device=device)
-    for start in range(0, half, PIECE):
-        stop = min(start + PIECE, half)
-        first = torch.arange(start, stop, dtype=torch.int64, device=device)
-        cosines, sines = _box_muller(_to_uniform(murmur3_32(first, seed)), _to_uniform(murmur3_32(first + half, seed)))
-        out[start:stop] = cosines
-        out[half + start : half + stop] = sines
-    return out.mul_(0.02).view(PROJECTION_DIM, hidden_size)
+
+def fill_projection(out: torch.Tensor, block_hash: str) -> Iterator[None]:
+    """Fill `out` with `random_projection`; yields after each piece. The int64 intermediates of the whole would need
+    eight times its memory beside a served model, and on a CPU seconds."""
+    values = out.view(-1)
+    yield from _fill_row(values, seed_from_string(f"{block_hash}_lm_head"))
+    values.mul_(0.02)
 
 
 def permutations(keys: NonceKeys, vocab_size: int, device: Device = None) -> torch.Tensor:
     """The order in which each nonce reads the logits, a stable argsort of hashes: int64 [len(nonces), vocab_size]."""
-    hashes = (_hash_rows([seed], vocab_size, device)[0] for seed in keys.seeds("permutations"))
-    return torch.stack([torch.argsort(row, stable=True) for row in hashes])
+    return torch.stack(list(_permutation_rows(keys, vocab_size, device)))
+
+
+def _permutation_rows(keys: NonceKeys, vocab_size: int, device: Device) -> Iterator[torch.Tensor]:
+    for seed in keys.seeds("permutations"):
+        yield torch.argsort(_hash_rows([seed], vocab_size, device)[0], stable=True)
 
 
 def projected_distances(
@@ -284,16 +347,16 @@ def projected_distances(
     if flip_signs:
         x = x * sign_flips(keys, size, x.device)
     x = unit(x, EPS)
-    reflections = nonce_reflections(keys, size, x.device)
-    for r in range(NUM_NONCE_REFLECTIONS):
-        x = householder(x, reflections[:, r])
+    for reflection in nonce_reflections(keys, size, x.device):
+        x = householder(x, reflection)
     return _distances(x @ projection.T, target_vector)
 
 
 def permuted_distances(keys: NonceKeys, logits: torch.Tensor, target_vector: torch.Tensor) -> torch.Tensor:
     """Distances of the permuted logits (any dtype [len(nonces), vocab_size]) to the target of that size."""
-    orders = permutations(keys, logits.shape[-1], logits.device)
-    return _distances(logits.to(torch.float32).gather(-1, orders), target_vector)
+    orders = _permutation_rows(keys, logits.shape[-1], logits.device)  # int64: one at a time
+    permuted = [row.to(torch.float32)[order] for row, order in zip(logits, orders, strict=True)]
+    return _distances(torch.stack(permuted), target_vector)
 
 
 def _distances(x: torch.Tensor, target_vector: torch.Tensor) -> torch.Tensor:

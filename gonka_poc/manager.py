@@ -11,9 +11,10 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+from cachetools import LRUCache
 
 from gonka_poc.config import Settings
-from gonka_poc.data import BatchResult, Params, Spec
+from gonka_poc.data import BatchResult, DistanceSpec, Params, Randomization, Spec
 from gonka_poc.errors import (
     ComputeError,
     ConflictError,
@@ -41,6 +42,12 @@ MAX_LOGGED = 100
 CHAT_MEMORY_SEC = 5.0  # chat is taken to go on for this time after it was last seen
 # the slowest of the last batches takes half of the budget; the rest is for its call, and for batches that differ
 MEASUREMENTS, SHARE = 16, 0.5
+MAX_KINDS = 64  # of nonces, whose speed is remembered
+# random values of a batch whose speed is not known yet: some 10 ms of a CPU
+MAX_DRAWN = 2**20
+PREPARE_SHARE = 0.25  # of the budget: the time of one step of what a round needs before its first batch
+
+CostKey = tuple[int, int | str]
 
 
 class BatchSizer:
@@ -48,26 +55,43 @@ class BatchSizer:
 
     Full size while chat is idle; within a time budget, by measured speed, once chat was seen in the last seconds.
     While chat is idle a second batch is computed behind the first, and the first chat waits for both: batches that
-    take longer than half of the budget have half of the full size.
+    take longer than half of the budget have half of the full size. Nonces of one `Spec.cost_key` have one speed. Two
+    sizes are full: `full` is as many tokens as the engine's own steps have, and `safe` of them, where it is less, have
+    no more random values than an unknown device draws in a small part of the budget.
     """
 
     def __init__(self, max_step_sec: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_step_sec = max_step_sec
         self._clock = clock
         self._chat_seen: float | None = None
-        self._sec_per_nonce: dict[int, deque[float]] = {}
-        self._max_fitting: dict[int, int] = {}
+        self._sec_per_nonce: LRUCache[CostKey, deque[float]] = LRUCache(MAX_KINDS)
+        self._max_fitting: LRUCache[CostKey, int] = LRUCache(MAX_KINDS)
 
-    def limit(self, seq_len: int, full: int) -> int:
-        """Nonces of `seq_len` tokens for the next micro-batch, at most `full` and at least 1."""
-        size = min(full, self._max_fitting.get(seq_len, full))
-        measured = self._sec_per_nonce.get(seq_len)
+    def limit(self, key: CostKey, full: int, safe: int) -> int:
+        """Nonces of that cost for the next micro-batch, at most `full` and at least 1."""
+        size = min(full, self._max_fitting.get(key, full))
+        measured = self._sec_per_nonce.get(key)
         if self.chat_seen_recently:
             # without a measurement yet, one nonce makes it
             size = min(size, int(SHARE * self._max_step_sec / max(measured or [self._max_step_sec])))
-        elif measured and full * max(measured) > self._max_step_sec / 2:
-            size = min(size, (full + 1) // 2)
+        elif not measured:
+            size = min(size, safe)
+        elif full * max(measured) > self._max_step_sec / 2:
+            size = min(size, safe // 2)
         return max(1, size)
+
+    def may_prefetch(self, key: CostKey, nonces: int, safe: int) -> bool:
+        """True if a chat that comes now does not wait too long for batches of `nonces` together: for no more than a
+        full batch, or within the budget."""
+        measured = self._sec_per_nonce.get(key)
+        if self.chat_seen_recently or not measured:
+            return False
+        return nonces <= safe or nonces * max(measured) <= self._max_step_sec
+
+    @property
+    def preparation_sec(self) -> float:
+        """Seconds of one step of what a round needs before its first batch."""
+        return PREPARE_SHARE * self._max_step_sec
 
     @property
     def chat_seen_recently(self) -> bool:
@@ -82,16 +106,17 @@ class BatchSizer:
         """Chat has been ended, so proof need not leave time for it."""
         self._chat_seen = None
 
-    def record_batch(self, seq_len: int, nonces: int, seconds: float) -> None:
+    def record_batch(self, key: CostKey, nonces: int, seconds: float) -> None:
         """A micro-batch took `seconds`."""
-        last = self._sec_per_nonce.get(seq_len, deque(maxlen=MEASUREMENTS))
+        last = self._sec_per_nonce.get(key)
+        if last is None:
+            last = self._sec_per_nonce[key] = deque(maxlen=MEASUREMENTS)
         last.append(max(seconds, 1e-6) / nonces)
-        self._sec_per_nonce = {seq_len: last}
 
-    def record_out_of_memory(self, seq_len: int, nonces: int) -> int:
+    def record_out_of_memory(self, key: CostKey, nonces: int) -> int:
         """A micro-batch did not fit; returns the size of the next ones."""
-        self._max_fitting[seq_len] = max(1, nonces // 2)
-        return self._max_fitting[seq_len]
+        size = self._max_fitting[key] = max(1, nonces // 2)
+        return size
 
 
 class EngineView(Protocol):
@@ -101,6 +126,7 @@ class EngineView(Protocol):
     max_num_batched_tokens: int
     max_num_seqs: int
     hidden_size: int
+    vocab_size: int
 
     def model_names(self) -> list[str]:
         """The names that requests may use for the served model."""
@@ -137,6 +163,7 @@ class PoCManagerV1:
         self._sizer = BatchSizer(self._settings.max_step_ms / 1000)
         self._lock = asyncio.Lock()
         self._reached = self._must_warm_up = False
+        self._prepared_for: str | None = None  # the block hash whose random head the workers have
         self._unsupported: UnsupportedServerError | None = None
         self._warming_up: asyncio.Task[None] | None = None
         # set from each call of the workers until their release; while there is none they keep nothing
@@ -151,6 +178,8 @@ class PoCManagerV1:
             raise ConflictError(f"model {params.model!r} is not served here; served: {', '.join(map(repr, names))}")
         if params.k_dim > self._view.hidden_size:
             raise RequestError(f"k_dim {params.k_dim} is over the model's hidden size of {self._view.hidden_size}")
+        if params.k_dim > self._settings.max_k_dim:
+            raise RequestError(f"k_dim {params.k_dim} is over the limit of {self._settings.max_k_dim} (POC_MAX_K_DIM)")
         await self.check_seq_len(params.seq_len)
 
     async def check_seq_len(self, seq_len: int) -> None:
@@ -244,15 +273,22 @@ class PoCManagerV1:
             logger.warning("PoC could not warm up with %d nonces of %d tokens: %a", num_nonces, seq_len, str(error))
         self._must_warm_up = False
 
-    def micro_batch_size(self, seq_len: int) -> int:
+    def micro_batch_size(self, spec: Spec) -> int:
         """Nonces of the next micro-batch: what fits, and less where chat was seen lately or memory was short."""
-        return self._sizer.limit(seq_len, min(self._view.max_num_batched_tokens // seq_len, self._view.max_num_seqs))
+        return self._sizer.limit(spec.cost_key, *self._full_sizes(spec))
+
+    def _full_sizes(self, spec: Spec) -> tuple[int, int]:
+        """Nonces of a micro-batch by what the engine's own steps take, and of them by the random values too."""
+        view = self._view
+        full = max(1, min(view.max_num_batched_tokens // spec.seq_len, view.max_num_seqs))
+        return full, max(1, min(full, MAX_DRAWN // spec.num_drawn(view.hidden_size, view.vocab_size)))
 
     async def compute(self, spec: Spec, nonces: list[int], next_nonces: Sequence[int] = ()) -> BatchResult | None:
         """The vectors or distances of at most one micro-batch; None if the same nonces are to be tried again.
 
         So it is while chat is served, or where memory was short and `micro_batch_size` is less now. While chat is idle
-        the workers compute `next_nonces`, asked for next, behind `nonces`, so that they do not wait between calls.
+        the workers compute `next_nonces`, asked for next, behind `nonces`, so that they do not wait between calls; and
+        where a round needs a random head first, of which a part is made.
         Raises WorkerMemoryError (one nonce does not fit), EngineAsleepError, and what `check_seq_len` raises.
         """
         async with self._lock:
@@ -265,20 +301,24 @@ class PoCManagerV1:
                 if self._release_timer is not None:  # they keep memory that a sleep is there to free
                     await self._call("poc_release")
                 raise EngineAsleepError()
+            if not await self._prepare(spec):
+                return None
+            together = len(nonces) + len(next_nonces)
+            may_prefetch = self._sizer.may_prefetch(spec.cost_key, together, self._full_sizes(spec)[1])
+            prefetched = list(next_nonces) if may_prefetch else []
             started = time.monotonic()
-            prefetched = [] if self._sizer.chat_seen_recently else list(next_nonces)
             try:
                 answers = await self._call("poc_compute", dataclasses.asdict(spec), nonces, prefetched)
             except WorkerMemoryError as error:
                 if len(nonces) == 1:
                     raise
-                size = self._sizer.record_out_of_memory(spec.seq_len, len(nonces))
+                size = self._sizer.record_out_of_memory(spec.cost_key, len(nonces))
                 self._metrics.skipped("memory")
                 text = "PoC: %d nonces did not fit into memory, going on with %d: %a"
                 logger.warning(text, len(nonces), size, str(error))
                 return None
             seconds = time.monotonic() - started
-            self._sizer.record_batch(spec.seq_len, len(nonces), seconds)
+            self._sizer.record_batch(spec.cost_key, len(nonces), seconds)
             result = _batch_result(spec, nonces, answers)
             if result.not_computed_nonces:
                 # a NaN left in a scratch cache could reach other nonces through masked attention (0 * NaN)
@@ -288,6 +328,17 @@ class PoCManagerV1:
             logger.warning("PoC dropped %d nonces with NaN or Inf: %s", len(bad), bad[:MAX_LOGGED])
         self._metrics.computed(len(result.values), len(bad), seconds)
         return result
+
+    async def _prepare(self, spec: Spec) -> bool:
+        """True if the workers have what a batch of `spec` needs; else they have made a part of it, in a short step."""
+        if not isinstance(spec, DistanceSpec) or spec.randomization == Randomization.PERMUTATION:
+            return True
+        if self._prepared_for == spec.block_hash:
+            return True
+        answers = await self._call("poc_prepare", dataclasses.asdict(spec), self._sizer.preparation_sec)
+        if all(answer["ready"] for answer in answers):
+            self._prepared_for = spec.block_hash
+        return False
 
     async def ensure_awake(self) -> None:
         """Raise EngineAsleepError while the engine sleeps; the workers have dropped what they kept by then.
@@ -335,6 +386,7 @@ class PoCManagerV1:
         if self._release_timer is not None:
             self._release_timer.cancel()
             self._release_timer = None
+        prepared, self._prepared_for = self._prepared_for, None  # a release and a failure leave nothing
         try:
             answers = await self._answered(self._view.call_workers(method, *args), "a worker failed")
         finally:
@@ -342,6 +394,8 @@ class PoCManagerV1:
                 loop = asyncio.get_running_loop()
                 self._release_timer = loop.call_later(RELEASE_AFTER_SEC, self._release_idle)
         raise_worker_error(answers)
+        if method in ("poc_compute", "poc_prepare"):
+            self._prepared_for = prepared
         return answers
 
     async def _answered(self, call: Coroutine[Any, Any, Answer], failed: str) -> Answer:

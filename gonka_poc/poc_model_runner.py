@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,15 +20,12 @@ from gonka_poc.errors import PoCError, RequestError, UnsupportedServerError
 from gonka_poc.forward_probe import probe
 from gonka_poc.gpu_random import NonceKeys, nonce_inputs, nonce_token_ids
 from gonka_poc.layer_hooks import LayerReflections
+from gonka_poc.noise_floor import CompiledCheck, moved_by_one_step
 from gonka_poc.prefetch import InFlightBatch, Prefetched
-from gonka_poc.round_tensors import RoundTensors
+from gonka_poc.round_tensors import RandomHead, RoundTensors
 from gonka_poc.vllm_compat.worker import WorkerView
 
 logger = logging.getLogger("vllm.gonka_poc.model_runner")
-
-# A compiled forward whose vectors are further from the plain one's is not used: half of the distance at which a
-# validator takes two vectors for different ones by default (0.02). How far rounding alone goes depends on the model.
-MAX_COMPILED_DISTANCE = 0.01
 
 
 class EmbeddingInjectionHook:
@@ -75,9 +73,10 @@ class PoCModelRunner:
         self.view = view
         self._layers = view.decoder_layers()
         self._tensors: RoundTensors | None = None
+        self._head: RandomHead | None = None
         self._prefetched = Prefetched()
         self._compiler: LayerCompiler | None = None
-        self._compiled_distance: float | None = None
+        self._compiled_check = CompiledCheck()
         self._last_positions: LastPositions | None = None
         self._partial_layers: list[int] | None = None  # None before the model was probed
         # asked for now, so that a model that cannot be used is refused before the first batch
@@ -114,15 +113,36 @@ class PoCModelRunner:
         return {"nonces": list(nonces), "values": values.astype(spec.value_dtype).tobytes(), "finite": finite.tolist()}
 
     @torch.inference_mode()
+    def prepare(self, spec: Spec, budget_sec: float) -> dict[str, Any]:
+        """Make a part of what batches of `spec` need, in about `budget_sec`; a batch makes at once what is missing.
+
+        Returns {"ready": whether there is all of it}.
+        """
+        try:
+            head = self._head_of(spec)
+            return {"ready": head is None or head.make(budget_sec)}
+        except BaseException:
+            self.release()
+            raise
+
+    def _head_of(self, spec: Spec) -> RandomHead | None:
+        """The random head of a spec, which may be incomplete; None where this rank needs none for it."""
+        if not RoundTensors.needs_head(spec, self.view):
+            return None
+        if self._head is None or self._head.block_hash != spec.block_hash:
+            self._head = None  # its memory is free before the next one is asked for
+            self._head = RandomHead(spec.block_hash, self.view)
+        return self._head
+
+    @torch.inference_mode()
     def warm_up(self, seq_len: int, num_nonces: int, first: int = 0) -> dict[str, Any]:
         """Compile the decoder layers with a batch of this size, and use them as long as their vectors are right.
 
-        Called again with another `first` nonce it compares more vectors: rounding that sends a token to other experts
-        is rare, and its vectors are far apart. Where one rank cannot compile its layers, all go on with the plain
-        forward.
+        They are where they are no further from those of the plain forward than the model's noise floor is wide
+        (`noise_floor.CompiledCheck`), which is measured here too. Called again with another `first` nonce it compares
+        more vectors. Where one rank cannot compile its layers, all go on with the plain forward.
 
-        Returns {"compiled": whether all ranks use them, "distance": the largest L2 so far of a vector to that of the
-        plain forward, on the output rank}.
+        Returns {"compiled": whether all ranks use them}, on the output rank also the figures of CompiledCheck so far.
         """
         self._probe()
         spec = VectorSpec("warm-up", "warm-up", seq_len, min(12, self.view.hidden_size))
@@ -133,21 +153,21 @@ class PoCModelRunner:
             calls = NormSearch(self._layers[max(self._layers)], self.view.is_attention)
         with calls or contextlib.nullcontext():
             plain = self._values(spec, nonces)
+        moved = self._values(replace(spec, moved=1), nonces)
         try:
             with self.view.error_barrier():
                 with self.view.error_barrier():  # a batch begins with one of its own, which all ranks have to reach
                     if compiler is None:
                         self._last_positions = calls.found() if calls else None
-                    self._compiler = compiler or LayerCompiler()
+                    self._compiler = compiler or LayerCompiler(not self.view.operations.all_round())
                 compiled = self._values(spec, nonces)
                 one = self._values(spec, nonces[:1])  # torch compiles a single sequence by itself
-                if plain is not None and compiled is not None and one is not None:
-                    differences = np.concatenate([compiled - plain, one - plain[:1]])
-                    largest = float(np.nan_to_num(np.linalg.norm(differences, axis=-1), nan=np.inf).max())
-                    self._compiled_distance = max(self._compiled_distance or 0.0, largest)
-                    if not self._compiled_distance <= MAX_COMPILED_DISTANCE:
+                if plain is not None and moved is not None and compiled is not None and one is not None:
+                    self._compiled_check.add(plain, moved, compiled)
+                    self._compiled_check.add(plain[:1], moved[:1], one)
+                    if fault := self._compiled_check.fault():
                         raise UnsupportedServerError(
-                            f"the compiled layers gave vectors at a distance of {self._compiled_distance:g}"
+                            f"the compiled layers are further away than rounding goes: {fault}"
                         )
         except Exception as error:
             if isinstance(error, PoCError):
@@ -156,12 +176,12 @@ class PoCModelRunner:
                 logger.exception("PoC goes on with the plain forward: the decoder layers cannot be compiled")
             self._compiler = self._last_positions = None
         self.release()
-        return {"compiled": self._compiler is not None, "distance": self._compiled_distance}
+        return {"compiled": self._compiler is not None, **self._compiled_check.figures()}
 
     def release(self) -> None:
         """Drop what is kept between calls: the scratch KV cache, the tensors of the round, a prefetched batch."""
         self.view.release()  # waits for the device first
-        self._tensors = None
+        self._tensors = self._head = None
         self._prefetched = Prefetched()
 
     @torch.inference_mode()
@@ -230,16 +250,19 @@ class PoCModelRunner:
         finish: Callable[[torch.Tensor], torch.Tensor | None]
         if isinstance(spec, VectorSpec):
             # what can be made before the forward is, so that only the hidden states are missing when it ends
-            hooked, normalise, stronger_rng = True, False, spec.poc_stronger_rng
+            hooked, normalise, stronger_rng, moved = True, False, spec.poc_stronger_rng, spec.moved
             finish = tensors.vectors_of(spec, nonces)
         else:
-            hooked, normalise, stronger_rng = spec.randomization == Randomization.LAYER_HOOKS, True, False
-            finish = partial(tensors.distances, spec, nonces)
+            hooked, normalise, stronger_rng, moved = spec.randomization == Randomization.LAYER_HOOKS, True, False, 0
+            head = self._head_of(spec)
+            if head is not None:
+                head.make()
+            finish = partial(tensors.distances, spec, nonces, head)
         reflections = tensors.reflections if hooked else {}
         if hooked and normalise:
             self._refuse_partial_sums()
         keys = NonceKeys(spec.block_hash, spec.public_key, nonces)
-        embeddings = self._embeddings(keys, spec.seq_len, stronger_rng)
+        embeddings = self._embeddings(keys, spec.seq_len, stronger_rng, moved)
         run = stack.enter_context(view.prefill(len(nonces), spec.seq_len, self._token_ids(keys, spec.seq_len)))
         compiler = self._compiler_for(spec)
         if compiler is not None:
@@ -254,12 +277,15 @@ class PoCModelRunner:
         stack.enter_context(EmbeddingInjectionHook(view.model, embeddings))
         return run, finish
 
-    def _embeddings(self, keys: NonceKeys, seq_len: int, stronger_rng: bool = False) -> torch.Tensor | None:
+    def _embeddings(
+        self, keys: NonceKeys, seq_len: int, stronger_rng: bool = False, moved: int = 0
+    ) -> torch.Tensor | None:
         """The input of the model, [len(keys) * seq_len, hidden_size], on the first pipeline rank."""
         view = self.view
         if not view.is_first_rank:
             return None
-        return nonce_inputs(keys, seq_len, view.hidden_size, view.dtype, view.device, stronger_rng).flatten(0, 1)
+        made = nonce_inputs(keys, seq_len, view.hidden_size, view.dtype, view.device, stronger_rng).flatten(0, 1)
+        return moved_by_one_step(made, seq_len, moved - 1) if moved else made
 
     def _token_ids(self, keys: NonceKeys, seq_len: int) -> torch.Tensor | None:
         """The pseudo token ids of a model that has them, [len(keys) * seq_len], on every rank: any stage may route."""

@@ -30,6 +30,7 @@ from gonka_poc.data import (
     VersionsAnswer,
 )
 from gonka_poc.errors import PoCError, printable
+from gonka_poc.server.bodies import BodyRoute
 from gonka_poc.server.dashboard import DashboardData, RecentErrors, dashboard_data, dashboard_page
 from gonka_poc.server.guards import error_response
 from gonka_poc.server.service import PoCService
@@ -57,10 +58,10 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorAnswer} for status in statuses}
 
 
-router = APIRouter(prefix=PREFIX, tags=["proof of compute"], responses=_errors(401))
+router = APIRouter(prefix=PREFIX, tags=["proof of compute"], responses=_errors(401, 403), route_class=BodyRoute)
 
 
-@router.post("/init/generate", responses=_errors(400, 409, 413, 500, 501, 503, 507))
+@router.post("/init/generate", responses=_errors(400, 408, 409, 413, 500, 501, 503, 507))
 async def init_generate(body: InitGenerateBody, service: Service) -> OkAnswer:
     """Start continuous generation of this node's nonces: of artifacts with `params`, of distances with `r_target`;
     409 if a round runs."""
@@ -71,14 +72,14 @@ async def init_generate(body: InitGenerateBody, service: Service) -> OkAnswer:
     return _ok("GENERATING")
 
 
-@router.post("/init", responses=_errors(400, 409, 413, 500, 501, 503, 507))
+@router.post("/init", responses=_errors(400, 408, 409, 413, 500, 501, 503, 507))
 async def init(body: ThresholdRequest, service: Service) -> OkAnswer:
     """Set a threshold round that waits for its phase; 409 if a round generates."""
     await service.init_threshold(body, "IDLE")
     return _ok("IDLE")
 
 
-@router.post("/init/validate", responses=_errors(400, 409, 413, 500, 501, 503, 507))
+@router.post("/init/validate", responses=_errors(400, 408, 409, 413, 500, 501, 503, 507))
 async def init_validate(body: ThresholdRequest, service: Service) -> OkAnswer:
     """Set a threshold round that validates; 409 if a round generates."""
     await service.init_threshold(body, "VALIDATING")
@@ -99,14 +100,14 @@ async def phase_validate(service: Service) -> OkAnswer:
     return _ok("VALIDATING")
 
 
-@router.post("/validate", responses=_errors(400, 409, 413, 429, 500, 501, 503, 507))
+@router.post("/validate", responses=_errors(400, 408, 409, 413, 429, 500, 501, 503, 507))
 async def validate(body: ProofBatch, request: Request, service: Service) -> ProofVerdict:
     """The verdict over a prover's distances in the threshold round that is set; 400 if none is."""
     job = await service.validate(body)
     return await _outcome_while_connected(job.outcome, partial(service.proofs.drop, job), request)
 
 
-@router.post("/generate", response_model=GenerateAnswer, responses=_errors(400, 409, 413, 429, 500, 501, 503, 507))
+@router.post("/generate", response_model=GenerateAnswer, responses=_errors(400, 408, 409, 413, 429, 500, 501, 503, 507))
 async def generate(body: GenerateRequest, request: Request, service: Service) -> QueuedAnswer | Response:
     """Artifacts of given nonces, or the validation of received ones; `wait` true: inline, false: queued."""
     job = await service.submit(body)
@@ -128,10 +129,11 @@ def _raw_json(body: bytes) -> Response:  # can be large: made into JSON once, an
     return Response(body, media_type="application/json")
 
 
-@router.get("/status")
-async def status(service: Service) -> ThresholdStatusAnswer | StatusAnswer:
+@router.get("/status", response_model=ThresholdStatusAnswer | StatusAnswer)
+async def status(service: Service) -> StatusAnswer | Response:
     """The round that generates; of a threshold round, also its valid nonces."""
-    return service.status()
+    answer = service.status_answer()
+    return _raw_json(answer) if isinstance(answer, bytes) else answer
 
 
 @router.get("/versions", responses=_errors(500, 503), response_model_exclude_none=True)
@@ -209,6 +211,7 @@ def make_app(service: PoCService, recent_errors: RecentErrors | None = None) -> 
         redoc_url=None,
     )
     app.state.poc_service = service
+    app.state.body_lock = asyncio.Lock()
     app.state.recent_errors = recent_errors or RecentErrors()
     app.include_router(router)
     app.add_exception_handler(PoCError, answer_poc_error)

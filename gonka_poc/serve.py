@@ -12,12 +12,13 @@ import sys
 from collections.abc import Sequence
 
 from gonka_poc.command_line import config_options, options_of, values_of
-from gonka_poc.config import unused_variables
-from gonka_poc.errors import PoCError, UnsupportedServerError
+from gonka_poc.config import load_settings, unused_variables
+from gonka_poc.errors import PoCError, UnsupportedServerError, for_terminal
 from gonka_poc.gpus import smallest_gpu_mib
 from gonka_poc.preflight import check_settings
 from gonka_poc.vllm_compat import (
     API_SERVER_MODULE,
+    BATCH_INVARIANT,
     MIDDLEWARE,
     V1_PROCESSOR,
     V2_PROCESSOR,
@@ -157,7 +158,7 @@ def _batch_option(args: Sequence[str]) -> list[str]:
 
 
 def _say(text: str) -> None:
-    print(f"gonka_poc: {text}", file=sys.stderr)
+    print(f"gonka_poc: {for_terminal(text)}", file=sys.stderr)
 
 
 def main() -> None:
@@ -165,6 +166,8 @@ def main() -> None:
     try:
         args = server_arguments(sys.argv[1:])
         if ENABLE in sys.argv[1:]:
+            if load_settings().batch_invariant:
+                os.environ[BATCH_INVARIANT] = "1"
             check_settings(_say)
             for sentence in unused_variables():
                 _say(sentence)

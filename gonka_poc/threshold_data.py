@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, Discriminator, Field, SkipValidation, Tag, model_validator
 
 from gonka_poc.data import (
     BatchResult,
@@ -106,6 +106,8 @@ class ThresholdRequest(StrictModel):
 
 
 def _protocol_of(body: Any) -> str:
+    if isinstance(body, ThresholdRequest):
+        return "threshold"
     return "threshold" if isinstance(body, dict) and "r_target" in body and "params" not in body else "artifact"
 
 
@@ -180,8 +182,8 @@ class ThresholdStatusAnswer(StatusAnswer):
     config: ThresholdConfig
     stats: RoundStats
     state: State = Field(description="the same as status")
-    valid_nonces: Sequence[int] = Field(description="the newest 10,000")
-    valid_distances: Sequence[float] = Field(description="of valid_nonces")
+    valid_nonces: SkipValidation[Sequence[int]] = Field(description="the newest 10,000")
+    valid_distances: SkipValidation[Sequence[float]] = Field(description="of valid_nonces")
     total_checked: int = Field(description="nonces whose distance was computed")
     total_valid: int
     elapsed_seconds: float = Field(description="time spent generating")

@@ -22,7 +22,7 @@ from typing import Literal
 from packaging.version import InvalidVersion, Version
 
 from gonka_poc.errors import ToolError
-from gonka_poc.vllm_compat import INSECURE_SERIALIZATION
+from gonka_poc.vllm_compat import BATCH_INVARIANT, INSECURE_SERIALIZATION
 
 Presence = Literal["there", "optional", "unsure", "gone", "parameter missing", "newly required"]
 Function = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -115,6 +115,7 @@ CONTRACT = (
     *_names("entrypoints/*cli_args.py", "FrontendArgs.middleware --api-server-count -asc --config"),
     *_names("envs.py", f"{INSECURE_SERIALIZATION} VLLM_ENABLE_V1_MULTIPROCESSING VLLM_CPU_KVCACHE_SPACE"),
     *_names("envs.py", "VLLM_SERVER_DEV_MODE"),
+    *_names("envs.py", BATCH_INVARIANT, first="0.25"),  # read elsewhere before
     *_names("entrypoints/*.py", "/v1/chat/completions /v1/completions /v1/responses /v1/messages"),
     *_names("entrypoints/*.py", "/invocations /inference/v1/generate"),
     *_names("entrypoints/*.py", "/v1/chat/completions/batch", first="0.19"),
@@ -190,6 +191,13 @@ CONTRACT = (
     *_names("v1/kv_cache_interface.py", "KVCacheSpec.get_block_stride_alignment()", first="0.32"),
     # what torch may compile
     *_names("model_executor/custom_op.py", "CustomOp: forward_native() forward_cuda() forward_cpu() _forward_method"),
+    *_names("model_executor/layers/layernorm.py", "RMSNorm: variance_epsilon variance_size_override has_weight"),
+    *_names("model_executor/layers/activation.py", "SiluAndMul"),
+    *_names(
+        "model_executor/layers/rotary_embedding/base.py",
+        "RotaryEmbedding.forward_cuda(positions, query, key)",
+        "RotaryEmbeddingBase: head_size is_neox_style cos_sin_cache use_flashinfer",
+    ),
     *_names("ir/op.py", "enable_torch_wrap(enable)", "IrOp: registry impls set_priority(priority)", first="0.20"),
     # an engine without a server, and what its forward costs
     *_names("engine/arg_utils.py", "EngineArgs: worker_extension_cls enforce_eager model"),

@@ -41,6 +41,10 @@ class PoCWorkerExtension:
         """PoCModelRunner.compute with `spec` holding the fields of VectorSpec or DistanceSpec."""
         return poc_answer(lambda: poc_runner_of(self).compute(spec_from(spec), nonces, next_nonces))
 
+    def poc_prepare(self, spec: dict[str, Any], budget_sec: float) -> dict[str, Any]:
+        """PoCModelRunner.prepare with `spec` holding the fields of DistanceSpec."""
+        return poc_answer(lambda: poc_runner_of(self).prepare(spec_from(spec), budget_sec))
+
     def poc_bench_describe(self, spec: dict[str, Any]) -> dict[str, Any]:
         """bench_worker.describe: the device, and what the model asks of it."""
         return poc_answer(lambda: poc_bench().describe(poc_runner_of(self), VectorSpec(**spec)))

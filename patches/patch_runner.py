@@ -15,18 +15,20 @@ import errno
 import hashlib
 import os
 import re
-import shutil
-import stat
 import sys
-import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
-PATCH_VERSION = 2
-EAGER_OPTION = "--enforce-eager"
-MIDDLEWARE = "gonka_poc.middleware.PoCMiddleware"
-WORKER_EXTENSION = "gonka_poc.worker.PoCWorkerExtension"
+FOLDER = os.path.dirname(os.path.realpath(__file__))
+sys.path.append(FOLDER)  # `python -I` leaves out the folder of the script that it runs
+
+from runner_shape import PatchError, UnknownShapeError, find_blocks, leading_space  # noqa: E402
+from safe_files import read_file, write_file  # noqa: E402
+
+PATCH_VERSION = 3
+PROFILES = ("standard", "graphs", "hardened")
 OK, IO_ERROR, USAGE_ERROR, NOT_PATCHED, UNKNOWN_SHAPE, OTHER_PATCH = range(6)
 
 EXIT_CODES = """\
@@ -39,81 +41,6 @@ exit codes:
   5  check: patched by another version or profile, or the patch is damaged; apply, revert, diff: the patch is damaged,
      and nothing was changed
 """
-
-MANUAL_STEPS = f"""\
-1. Keep a copy of the file.
-2. Find the list of the vLLM command (`... "-m", "vllm.entrypoints.openai.api_server" ...`). At its very end, behind the
-   operator's additional args, add what these do not already bring:
-
-       + [
-           "{EAGER_OPTION}",
-           "--middleware", "{MIDDLEWARE}",
-           "--worker-extension-cls", "{WORKER_EXTENSION}",
-       ]
-
-   vLLM takes several `--middleware`, but one `--worker-extension-cls`. On GPUs of 70 GiB or more add
-   `"--max-num-batched-tokens", "32768"` too, unless it is there or chunked prefill is off.
-3. Find the child's environment (`env = os.environ.copy()`). Just before the process is started, add:
-
-       env["VLLM_USE_V1"] = "1"
-       env["VLLM_USE_CUDA_GRAPHS"] = "0"
-       env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-
-4. Profile hardened: leave out VLLM_ALLOW_INSECURE_SERIALIZATION; and, where the installed vLLM can skip the compiled
-   forward, `{EAGER_OPTION}` and VLLM_USE_CUDA_GRAPHS too.
-5. `python3 -m py_compile runner.py`, then restart MLNode. vLLM's port must answer `GET /api/v1/pow/status`.
-"""
-
-# Put into runner.py as it is here: MLNode's Python need not have gonka_poc installed. The limits are gonka_poc.serve's.
-COMMAND_FUNCTION = '''\
-def _gonka_poc_command(command):
-    """`command` with each of these options once, at its end; what the operator chose otherwise stays."""
-    words, kept, names = list(command), [], set()
-    while words:
-        name, equals, value = str(words[0]).partition("=")
-        name = name.replace("_", "-")
-        own_value, length = _GONKA_POC_OPTIONS.get(name), 1
-        if own_value and not equals and len(words) > 1 and not str(words[1]).startswith("--"):
-            value, length = words[1], 2
-        if value != own_value:
-            kept += words[:length]
-            names.add(name)
-        del words[:length]
-    for name, value in _GONKA_POC_OPTIONS.items():
-        replaced = name in names or "--no-" + name[2:] in names
-        if name == "--middleware" or not replaced:  # the only one of which vLLM takes several
-            kept += [name, value] if value else [name]
-    return kept + _gonka_poc_batch(names)
-
-
-def _gonka_poc_batch(names):
-    """The option for batches of 32 sequences of 1024 tokens, where no other speaks of it and the GPUs have 70 GiB."""
-    import shutil
-    import subprocess
-
-    others = {"--config", "--no-enable-chunked-prefill", "--runner", "--convert", "--nnodes", "-n"}
-    if any(name.startswith("--max-num-b") for name in names) or others & names or not shutil.which("nvidia-smi"):
-        return []
-    ask = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        sizes = [int(mib) for mib in subprocess.check_output(ask, timeout=60).split()]
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return []
-    return ["--max-num-batched-tokens", "32768"] if min(sizes, default=0) >= 70 * 1024 else []
-'''
-
-
-class PatchError(Exception):
-    """The path is not a file that can be patched."""
-
-    exit_code, problem, advice = IO_ERROR, "it cannot be patched", ""
-
-
-class UnknownShapeError(PatchError):
-    """The file is not a runner.py of a known shape."""
-
-    exit_code, problem = UNKNOWN_SHAPE, "its shape is not known"
-    advice = f"\nBy hand, with the same result:\n\n{MANUAL_STEPS}"
 
 
 class DamagedPatchError(PatchError):
@@ -131,154 +58,13 @@ class Variant(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.profile if self.enforce_eager else f"{self.profile}-cuda-graphs"
+        return "hardened-cuda-graphs" if self.profile == "hardened" and not self.enforce_eager else self.profile
 
-
-SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
-LIST_MUTATORS = {"append", "clear", "extend", "insert", "pop", "remove", "reverse", "sort"}
-
-
-def find_blocks(tree: ast.Module, lines: Sequence[bytes], variant: Variant) -> dict[int, list[str]]:
-    """The lines to insert, by the 0-based line they go before; each anchor must be there once, or UnknownShapeError."""
-    runners = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "VLLMRunner"]
-    runner = _only(runners, "class VLLMRunner at the top level")
-    starts = [node for node in runner.body if isinstance(node, ast.FunctionDef) and node.name == "start"]
-    start = _only(starts, "method VLLMRunner.start")
-
-    nodes = list(_walk(start))
-    assignments = sorted((node for node in nodes if _assigned_name(node)), key=_position)
-    command = _only([a for a in assignments if _is_vllm_command(a)], "vLLM command list + self.additional_args")
-    name = _assigned_name(command)
-    derived = _derived(assignments, command)
-    names = {name, *map(_assigned_name, derived)}
-    calls = [node for node in nodes if isinstance(node, ast.Call)]
-    popens = [call for call in calls if ast.unparse(call.func) in ("subprocess.Popen", "Popen")]
-    launches = [call for call in popens if _mentions(_argument(call, "args"), names)]
-    launch = _only(launches, "subprocess.Popen of that command")
-    use_env = f"{_environment_name(assignments, launch)}.update(_GONKA_POC_ENV)"
-    first_use = _first_use(nodes, command, [*derived, launch])
-    innermost = [node for node in nodes if isinstance(node, ast.stmt) and launch in _walk(node)][-1]
-
-    blocks = {_own_line(runner, lines): _definitions(variant, _leading_space(lines[start.lineno - 1]))}
-    blocks[_own_line(first_use, lines)] = [f"{name} = _gonka_poc_command({name})"]
-    blocks.setdefault(_own_line(innermost, lines), []).append(use_env)
-    return blocks
-
-
-def _only(found: Sequence[Any], what: str) -> Any:
-    if len(found) != 1:
-        where = ", ".join(str(getattr(node, "lineno", "?")) for node in found)
-        raise UnknownShapeError(f"expected one {what}, found {len(found)}" + (f" (lines {where})" if found else ""))
-    return found[0]
-
-
-def _walk(node: ast.AST) -> Iterator[ast.AST]:
-    """`node` and what is in it, outer before inner, without nested functions and classes."""
-    yield node
-    for child in ast.iter_child_nodes(node):
-        if not isinstance(child, SCOPES):
-            yield from _walk(child)
-
-
-def _assigned_name(node: ast.AST) -> str:
-    """The one plain name that `node` gives a value, with or without an annotation; else empty."""
-    if not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.value is None:
-        return ""
-    target, *more = node.targets if isinstance(node, ast.Assign) else [node.target]
-    return target.id if isinstance(target, ast.Name) and not more else ""
-
-
-def _position(node: Any) -> tuple[int, int]:
-    return node.lineno, node.col_offset
-
-
-def _is_vllm_command(assignment: Any) -> bool:
-    """`command = [..., "-m", ..., "--host", ...] + self.additional_args`, perhaps with more lists added."""
-    first, *others = _sum_terms(assignment.value)
-    return (
-        _assigned_name(assignment) in ("command", "vllm_command")
-        and isinstance(first, ast.List)
-        and {"-m", "--host"} <= {word.value for word in first.elts if isinstance(word, ast.Constant)}
-        and any(ast.unparse(term) == "self.additional_args" for term in others)
-    )
-
-
-def _sum_terms(node: ast.expr) -> list[ast.expr]:
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return [*_sum_terms(node.left), *_sum_terms(node.right)]
-    return [node]
-
-
-def _argument(launch: ast.Call, name: str) -> ast.expr | None:
-    """An argument of Popen; only `args` may be positional."""
-    named = {keyword.arg: keyword.value for keyword in launch.keywords}
-    return launch.args[0] if name == "args" and launch.args else named.get(name)
-
-
-def _mentions(node: ast.AST | None, names: set[str]) -> bool:
-    return node is not None and any(isinstance(part, ast.Name) and part.id in names for part in ast.walk(node))
-
-
-def _derived(assignments: Sequence[Any], command: ast.stmt) -> list[ast.stmt]:
-    """The assignments that make something of the command before it is started: `sh -c` and its string."""
-    names, derived = {_assigned_name(command)}, []
-    for a in assignments[assignments.index(command) + 1 :]:
-        grows = _assigned_name(a) == _assigned_name(command) and isinstance(a.value, ast.BinOp)
-        if not grows and _mentions(a.value, names):
-            names.add(_assigned_name(a))
-            derived.append(a)
-    return derived
-
-
-def _environment_name(assignments: Sequence[Any], launch: ast.Call) -> str:
-    """The variable that holds the child's environment: a copy, so changing it changes nothing else."""
-    env = _argument(launch, "env")
-    if not isinstance(env, ast.Name):
-        raise UnknownShapeError("subprocess.Popen has no `env=` variable")
-    made = _only([a for a in assignments if _assigned_name(a) == env.id], f"assignment to `{env.id}`")
-    if ast.unparse(made.value) != "os.environ.copy()":
-        raise UnknownShapeError(f"`{env.id}` in line {made.lineno} is not os.environ.copy()")
-    return env.id
-
-
-def _first_use(nodes: Sequence[ast.AST], command: ast.stmt, uses: Sequence[ast.AST]) -> ast.stmt:
-    """The first statement behind the command, in the same block, that uses it; nothing may change it later."""
-    fields = [value for node in nodes for _, value in ast.iter_fields(node)]
-    block: list[ast.stmt] = next(value for value in fields if isinstance(value, list) and command in value)
-    behind = block[block.index(command) + 1 :]
-    first = next((s for s in behind if any(use in _walk(s) for use in uses)), None)
-    if first is None:
-        raise UnknownShapeError("the vLLM command is made in one block and used in another")
-    made_of_it = [node for use in uses if isinstance(use, ast.stmt) for node in ast.walk(use)]
-    name = _assigned_name(command)
-    for node in nodes:
-        if _changes(node, name) and _position(node) > _position(first) and node not in made_of_it:
-            raise UnknownShapeError(f"`{name}` is used in line {first.lineno} and changed after that")
-    return first
-
-
-def _changes(node: ast.AST, name: str) -> bool:
-    """True if `node` gives the list another content or the name another value."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-        owner, changing = node.func.value, node.func.attr in LIST_MUTATORS
-    elif isinstance(node, (ast.Name, ast.Subscript)):
-        owner = node.value if isinstance(node, ast.Subscript) else node
-        changing = not isinstance(node.ctx, ast.Load)
-    else:
-        return False
-    return changing and isinstance(owner, ast.Name) and owner.id == name
-
-
-def _own_line(node: ast.stmt, lines: Sequence[bytes]) -> int:
-    """The 0-based line that the statement, or its first decorator, begins; it must have it for itself."""
-    if lines[node.lineno - 1][: node.col_offset].strip():
-        raise UnknownShapeError(f"line {node.lineno} holds more than one statement")
-    decorators = node.decorator_list if isinstance(node, ast.ClassDef) else []
-    return min([node.lineno, *(decorator.lineno for decorator in decorators)]) - 1
-
-
-def _leading_space(line: bytes) -> str:
-    return line[: len(line) - len(line.lstrip())].decode("ascii")
+    @property
+    def left_out(self) -> list[str]:
+        """The options and variables of the profile `standard` that this one does without."""
+        graphs = [] if self.enforce_eager else ["--enforce-eager", "VLLM_USE_CUDA_GRAPHS"]
+        return graphs + (["VLLM_ALLOW_INSECURE_SERIALIZATION"] if self.profile == "hardened" else [])
 
 
 BEGIN = re.compile(rb"[ \t]*# >>> gonka-poc patch v(\d+) (\S+) ([0-9a-f]{12}) ")
@@ -290,7 +76,7 @@ def make_patched(original: bytes, variant: Variant) -> bytes:
     """The file with the patch in it; UnknownShapeError if it cannot be put there."""
     lines = LINE.findall(original)
     try:
-        blocks = find_blocks(_parse(original), lines, variant)
+        blocks = find_blocks(_parse(original), lines, partial(_definitions, variant))
     except RecursionError as error:
         raise UnknownShapeError("it is nested too deeply") from error
     for number in sorted(blocks, reverse=True):
@@ -341,16 +127,12 @@ def _parse(data: bytes) -> ast.Module:
 
 
 def _definitions(variant: Variant, indent_unit: str) -> list[str]:
-    options = {EAGER_OPTION: ""} if variant.enforce_eager else {}  # "" for a flag
-    options.update({"--middleware": MIDDLEWARE, "--worker-extension-cls": WORKER_EXTENSION})
-    environment = {"VLLM_USE_V1": "1", **({"VLLM_USE_CUDA_GRAPHS": "0"} if variant.enforce_eager else {})}
-    if variant.profile == "standard":
-        environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-    lines = []
-    for name, values in (("OPTIONS", options), ("ENV", environment)):
-        lines += [f"_GONKA_POC_{name} = {{", *(f'    "{key}": "{value}",' for key, value in values.items()), "}"]
-    lines += ["", "", *COMMAND_FUNCTION.split("\n"), ""]
-    return [re.sub(r"^(?:    )+", lambda spaces: indent_unit * (len(spaces[0]) // 4), line) for line in lines]
+    """The lines of runner_inserted.py from its first definition on, without what the profile leaves out."""
+    with open(os.path.join(FOLDER, "runner_inserted.py"), encoding="ascii") as file:
+        _, begin, text = file.read().partition("_GONKA_POC_OPTIONS = ")
+    left_out = tuple(f'    "{name}": ' for name in variant.left_out)
+    lines = [line for line in (begin + text).split("\n") if not (left_out and line.startswith(left_out))]
+    return [re.sub(r"^(?:    )+", lambda spaces: indent_unit * (len(spaces[0]) // 4), line) for line in [*lines, ""]]
 
 
 def _digest(block: Sequence[bytes]) -> str:
@@ -362,44 +144,27 @@ def _marked(block: Sequence[str], variant: Variant, lines: Sequence[bytes], numb
     """The block between markers, indented as the line it goes before, with the line end of the one above."""
     digest = _digest([line.encode() for line in block])
     begin = f"# >>> gonka-poc patch v{PATCH_VERSION} {variant.name} {digest} (take it back: patch_runner.py revert)"
-    indent = _leading_space(lines[number])
+    indent = leading_space(lines[number])
     above = lines[number - 1] if number else b"\n"
     end = above[len(above.rstrip(b"\r\n")) :]
     return [(indent + line if line else "").encode() + end for line in (begin, *block, "# <<< gonka-poc patch")]
 
 
-def read_file(path: str) -> bytes:
-    """The bytes of a plain file; PatchError where `path` is something else."""
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode):
-        folder = stat.S_ISDIR(mode)
-        raise PatchError(f"{path} is {'a folder: name the file runner.py' if folder else 'not a plain file'}")
-    with open(path, "rb") as file:
-        return file.read()
-
-
-def write_file(path: str, data: bytes) -> None:
-    """Write a complete sibling and rename it; owner and mode stay those of the file that it replaces, if any."""
-    folder, name = os.path.split(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder)
+def is_mount(path: str) -> bool:
+    """True if the file is a mount of its own, so that it can only be written in place."""
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if os.path.exists(path):
-            old, new = os.stat(path), os.stat(temporary)
-            if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
-                os.chown(temporary, old.st_uid, old.st_gid)
-            shutil.copystat(path, temporary)
-            os.utime(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+            points = [line.split(" ")[4] for line in file]
+    except OSError:
+        return False
+    return path in (re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), point) for point in points)
+
+
+def is_cut_short(current: bytes, old: bytes, new: bytes) -> bool:
+    """True if `current` is what is left where `new` was being written over `old` in place."""
+    alike = zip(current, new, strict=False)
+    written = next((index for index, (one, other) in enumerate(alike) if one != other), min(len(current), len(new)))
+    return current not in (old, new) and current[written:] == old[written:]
 
 
 def run_apply(args: argparse.Namespace) -> int:
@@ -461,14 +226,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = "apply: put the patch in; check: only look; revert: take it out; diff: print what apply would change"
     parser.add_argument("command", choices=COMMANDS, help=commands)
     parser.add_argument("file", metavar="FILE", help="MLNode's runner.py; where it is a link, its target is patched")
-    hardened = "hardened: do not set VLLM_ALLOW_INSECURE_SERIALIZATION (default: standard)"
-    parser.add_argument("--profile", choices=["standard", "hardened"], default="standard", help=hardened)
-    graphs = "with hardened, where vLLM can skip the compiled forward: no --enforce-eager, chat keeps CUDA graphs"
-    parser.add_argument("--no-enforce-eager", dest="enforce_eager", action="store_false", help=graphs)
+    profiles = (
+        "standard (default): chat in eager mode; graphs: without --enforce-eager, so chat keeps its CUDA graphs, "
+    )
+    profiles += "which needs vLLM 0.15; hardened: does not set VLLM_ALLOW_INSECURE_SERIALIZATION"
+    parser.add_argument("--profile", choices=PROFILES, default="standard", help=profiles)
+    without = "with hardened, where vLLM can skip the compiled forward: no --enforce-eager, as graphs"
+    parser.add_argument("--no-enforce-eager", dest="enforce_eager", action="store_false", help=without)
     args = parser.parse_args(argv)
-    if not args.enforce_eager and args.profile != "hardened":
-        parser.error("--no-enforce-eager needs --profile hardened")
-    args.variant = Variant(args.profile, args.enforce_eager)
+    if not args.enforce_eager and args.profile == "standard":
+        parser.error("standard without --enforce-eager is --profile graphs")
+    args.variant = Variant(args.profile, args.enforce_eager and args.profile != "graphs")
     args.target = os.path.realpath(args.file)
     return args
 

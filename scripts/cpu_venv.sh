@@ -303,6 +303,8 @@ PY
 
 check_engine() (
     export_engine_environment
-    venv_python -c 'import torch, vllm.entrypoints.openai.api_server, vllm.v1.worker.cpu_worker, vllm
+    venv_python -c 'import torch, vllm
+import vllm.entrypoints.openai.api_server, vllm.v1.engine.async_llm, vllm.v1.engine.core
+import vllm.v1.attention.backends.cpu_attn, vllm.v1.executor.multiproc_executor, vllm.v1.worker.cpu_worker
 print("torch", torch.__version__, "vllm", vllm.__version__)'
 )

@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "patches"))  # for patch_runner
+sys.path.append(str(ROOT / "patches"))  # for patch_runner and safe_files
+
+
+PACKAGE, IMPORT_NAME = "gonka-poc-vllm", "gonka_poc"
 
 
 class InstallError(Exception):
@@ -28,11 +31,16 @@ class InterruptionError(BaseException):
 
 
 def say(text: str) -> None:
-    print(text, flush=True)
+    print(for_terminal(text), flush=True)
 
 
 def complain(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(for_terminal(text), file=sys.stderr, flush=True)
+
+
+def for_terminal(text: str) -> str:
+    """`text`, much of which others wrote, without what could steer a terminal; its lines stay lines."""
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
 
 
 def version_of(text: str) -> tuple[int, ...]:

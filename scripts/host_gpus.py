@@ -33,18 +33,26 @@ B300 = Generation("install_b300.sh", "0.32.0", "0.20.0", "the first whose defaul
 UNIVERSAL = Generation("install_universal.sh", "0.25.1", older_driver_pin="0.19.1")
 
 GENERATIONS = {"10.x": B300, "9.0": UNIVERSAL, "8.0": UNIVERSAL}
+NAMED = {"b300": B300, "universal": UNIVERSAL}  # --gpus
 
 
 @dataclass(frozen=True)
 class Gpus:
     text: str  # "8 x NVIDIA H200, SM 9.0"
-    driver: str
+    driver: str  # empty where --gpus names the generation and nothing was looked at
     generation: Generation
 
 
-def find_gpus(script: str, force: bool) -> Gpus:
-    """The GPUs here, if `script` installs for them."""
-    rows = [_parse_row(line) for line in _ask_nvidia_smi().splitlines()]
+def find_gpus(script: str, force: bool, named: str | None = None) -> Gpus:
+    """The GPUs here, if `script` installs for them; with a `named` generation none is looked for, as in an image."""
+    if named:
+        generation = NAMED[named]
+        if script not in ("install.sh", generation.script):
+            raise _refusal(f"{script} does not install for --gpus {named}", f"run: bash {generation.script}")
+        return Gpus(f"not looked at (--gpus {named})", "", generation)
+    lines = _ask_nvidia_smi().splitlines()
+    # some drivers print a warning beside the rows; where no line is a row, the first is quoted
+    rows = [_parse_row(line) for line in [line for line in lines if _ROW.fullmatch(line)] or lines]
     name, capability, driver = rows[0]
     for other_name, other, _ in rows:
         if _family(other) != _family(capability):
@@ -83,9 +91,12 @@ def _family(capability: str) -> str:
     return "10.x" if capability.startswith("10.") else capability
 
 
+_ROW = re.compile(r"(.+), *(\d+\.\d+), *(\d[\d.]*)\s*")
+
+
 def _parse_row(line: str) -> tuple[str, str, str]:
     """Name, compute capability and driver; from the right, since a name may hold a comma."""
-    row = re.fullmatch(r"(.+), *(\d+\.\d+), *(\d[\d.]*)\s*", line)
+    row = _ROW.fullmatch(line)
     if row is None:
         problem = f"nvidia-smi answered a line that is not understood: {line}"
         raise _no_gpus(problem, "the line should be: name, compute capability, driver version")
@@ -103,7 +114,8 @@ def _ask_nvidia_smi() -> str:
         status, answer = done.returncode, done.stdout.decode(errors="replace").strip()
     except subprocess.TimeoutExpired:
         status, answer = 124, "no answer within 60 s"
-    first_line = answer.partition("\n")[0]
+    lines = answer.splitlines() or [""]
+    first_line = next((line for line in lines if not _ROW.fullmatch(line)), lines[0])  # the one that went wrong
     if "No devices were found" in answer or (status == 0 and not answer):
         advice = "are they visible to this machine or container (lspci | grep -i nvidia, NVIDIA_VISIBLE_DEVICES)?"
         raise _no_gpus("nvidia-smi finds no GPUs", advice)

@@ -18,8 +18,10 @@ from host_common import InstallError, InterruptionError, RefusalError, complain,
 from host_gpus import find_gpus
 from host_journal import Journal, sha256, undo_file, undo_packages
 from host_options import HELP, parse_options
-from host_steps import STEPS, DoctorStep, PackageStep, RunnerStep, Step, VllmStep, choose_vllm
+from host_steps import STEPS, DoctorStep, PackageStep, RunnerStep, Step, VllmStep, choose_vllm, live_command
 from host_target import Host, existing, find_host, locked
+from host_wheels import check_wheels
+from safe_files import read_file
 
 DONE, FAILED, NOT_INSTALLED = 0, 1, 3
 
@@ -29,6 +31,8 @@ def install(host: Host) -> int:
     if not host.options.dry_run:
         finish_earlier_run(host, journal)
     choice = choose_vllm(host.target, host.options, host.gpus.generation)
+    if host.options.wheels:
+        say(f"Packages come from {host.options.wheels} alone: {check_wheels(host.options.wheels)}")
     steps = [cls(host, choice) for cls in STEPS]
     say(f"Plan for {host.target.python} and {host.runner}:")
     for number, step in enumerate(steps, 1):
@@ -37,6 +41,11 @@ def install(host: Host) -> int:
             say(f"    to do: {step.todo}")
     busy = any(step.todo for step in steps)
     if host.options.dry_run:
+        if busy:
+            try:
+                refuse_unwritable(host, steps)
+            except RefusalError as error:
+                say(f"The installation itself would be refused: {error}")
         say("Dry run: nothing was changed." if busy else "Dry run: there is nothing to do.")
         return DONE
     if busy:
@@ -58,6 +67,7 @@ def install(host: Host) -> int:
         return DONE
     say(f"Done. Restart MLNode for it to take effect. The journal is in {host.state}.")
     say("To take everything back: bash install.sh --uninstall, with the same --python")
+    say(f"Then ask the running server (its own port, MLNode's first is 5001): {live_command(host.target)}")
     return DONE
 
 
@@ -154,7 +164,7 @@ def describe(change: Mapping[str, Any]) -> str:
     if change["kind"] == "file":
         return f"patched: {change['path']}"
     new = [f"{name} {version}" for name, version in change["planned"].items() if name not in change["replaced"]]
-    old = [f"{name} {change['planned'][name]} (was {was})" for name, was in change["replaced"].items()]
+    old = [f"{name} {change['planned'].get(name, 'put aside')} (was {was})" for name, was in change["replaced"].items()]
     return f"installed: {', '.join(new + old)}"
 
 
@@ -174,7 +184,7 @@ def status(host: Host) -> int:
             trouble.append("cut short: run the installation again, or --uninstall")
         elif change["kind"] == "file" and last_of[change["path"]] is change:
             path = Path(change["path"])
-            if not path.exists() or sha256(path.read_bytes()) != change["new_sha256"]:
+            if not path.exists() or sha256(read_file(str(path))) != change["new_sha256"]:
                 trouble.append("changed since")
         elif change["kind"] == "packages":
             for name, record in change["records"].items():
@@ -198,7 +208,7 @@ def main(script: str, *words: str) -> int:
         if options.action == "help":
             print(HELP, end="")
             return DONE
-        gpus = find_gpus(script, options.force) if options.action == "install" else None
+        gpus = find_gpus(script, options.force, options.gpus) if options.action == "install" else None
         host = find_host(options, gpus)
         if options.action == "status":
             return status(host)
@@ -213,7 +223,7 @@ def main(script: str, *words: str) -> int:
             complain(f"error: {error}")
         return error.exit_code
     except OSError as error:
-        complain(f"error: {error.filename or ''}: {error.strerror or error}")
+        complain(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")
         return FAILED
     except (KeyboardInterrupt, InterruptionError) as error:
         complain(f"stopped by {error or 'SIGINT'}")

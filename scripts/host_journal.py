@@ -13,14 +13,17 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from host_common import InstallError, say
+from host_common import PACKAGE, InstallError, say
 from host_target import Distribution, Host
-from patch_runner import PatchError, remove_patch, write_file
+from host_trust import refuse_foreign_journal
+from patch_runner import PatchError, is_cut_short, remove_patch
+from safe_files import read_file, write_file
 
 JOURNAL_FORMAT = 1
 
@@ -37,21 +40,45 @@ class Journal:
         self.path = folder / "journal.json"
         self.changes: list[dict[str, Any]] = []
         self.made_folders: list[str] = []
-        if self.path.exists():
+        refuse_foreign_journal(str(self.path))
+        if self._is_there():
             try:
-                content = json.loads(self.path.read_bytes())
+                content = json.loads(read_file(str(self.path)))
                 if content["format"] != JOURNAL_FORMAT:
                     raise ValueError(f"format {content['format']}")
                 self.changes, self.made_folders = content["changes"], content["made_folders"]
-            except (ValueError, KeyError, TypeError) as error:
+                self._check_places()
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InstallError(f"{self.path} cannot be read: {error!r}; move it away, or restore it") from error
+
+    def _is_there(self) -> bool:
+        try:
+            return stat.S_ISREG(os.lstat(self.path).st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except PermissionError as error:
+            problem = f"{self.path} cannot be read: it is another user's"
+            raise InstallError(f"{problem}\nrun the same command with sudo") from error
+
+    def _check_places(self) -> None:
+        """Raise ValueError where the journal names places that a change of ours cannot have had."""
+        for change in self.changes:
+            kept, path = change.get("kept"), change.get("path")
+            if kept is not None and Path(os.path.normpath(kept)).parent != self.folder:
+                raise ValueError(f"{kept} is not in {self.folder}")
+            if path is not None and (not os.path.isabs(path) or not path.endswith(".py")):
+                raise ValueError(f"{path} is not a file that is patched")
+        if any(not self.folder.is_relative_to(made) for made in self.made_folders):
+            raise ValueError("it names folders that are not above its own")
 
     def begin(self, change: dict[str, Any], state: str = "begun") -> dict[str, Any]:
         """Record a change before it is made."""
         if not self.folder.is_dir():
             missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
             self.made_folders = [str(path) for path in reversed(missing)]
-            self.folder.mkdir(parents=True)
+            for path in reversed(missing):
+                path.mkdir(mode=0o700 if path == self.folder else 0o755)
+            refuse_foreign_journal(str(self.path))
         self.changes.append(change)
         self.set_state(change, state)
         return change
@@ -80,19 +107,25 @@ class Journal:
         write_file(str(self.path), (json.dumps(content, indent=1) + "\n").encode("ascii"))
 
 
-def install_packages(host: Host, journal: Journal, spec: Sequence[str]) -> None:
-    """pip install, in such a way that `undo_packages` can take it back to the byte and without the network."""
+def install_packages(host: Host, journal: Journal, spec: Sequence[str], others: Sequence[str] = ()) -> None:
+    """pip install, in such a way that `undo_packages` can take it back to the byte and without the network.
+
+    `others` are packages that make way: kept like those that pip replaces, and removed before it begins.
+    """
     before = host.target.look().own()
     planned = plan_packages(host, spec)
     if not planned:
         return
-    replaced = sorted(name for name in planned if name in before)
+    replaced = sorted({*(name for name in planned if name in before), *others})
     unlisted = ", ".join(name for name in replaced if before[name].files is None)
     if unlisted:
         problem = f"{unlisted} in {host.target.prefix} did not come from pip, and would have to be replaced"
         raise InstallError(f"{problem}\ninstall into a virtual environment instead: --python VENV/bin/python")
     for name in replaced:
-        say(f"    replaces {name} {before[name].version} by {planned[name]}; what is replaced is kept")
+        by = planned.get(name, "ours")
+        say(f"    replaces {name} {before[name].version} by {by}; what is replaced is kept")
+    if PACKAGE in replaced:
+        record_edits(journal, before[PACKAGE])
     kept = str(journal.folder / f"kept-{os.getpid()}-{len(journal.changes)}") if replaced else None
     change: dict[str, Any] = {
         "kind": "packages",
@@ -106,6 +139,8 @@ def install_packages(host: Host, journal: Journal, spec: Sequence[str]) -> None:
     for name in replaced:
         keep_files(before[name], Path(host.target.prefix), Path(change["kept"]))
     journal.set_state(change, "begun")
+    if others:
+        host.pip("uninstall", "--yes", *others)
     host.pip("install", *spec)
     now = host.target.look().own()
     missing = [name for name in planned if name not in now or now[name].version != planned[name]]
@@ -131,8 +166,11 @@ def keep_files(found: Distribution, prefix: Path, kept: Path) -> None:
     """Second names (or copies, across file systems) for the files; pip writes new files and leaves these alone."""
     for name in found.files or []:
         source = Path(os.path.normpath(name))
-        if source.is_file() and source.is_relative_to(prefix):
-            link_or_copy(source, kept / source.relative_to(prefix))
+        # pip removes byte code with its source, also what it did not list
+        compiled = source.parent.glob(f"__pycache__/{source.stem}.*.pyc") if source.suffix == ".py" else ()
+        for path in (source, *compiled):
+            if path.is_file() and path.is_relative_to(prefix):
+                link_or_copy(path, kept / path.relative_to(prefix))
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -178,10 +216,22 @@ def refuse_later_edits(now: Mapping[str, Distribution], change: Mapping[str, Any
         if sha256(now[name].record.encode()) != change["records"][name]:
             what = f"{name} {now[name].version} was installed again since, by somebody else; it is left as it is"
             raise InstallError(f"{what}\nto take it away all the same: --uninstall --force")
-    edited = ", ".join(edited_files(now["gonka-poc"])) if "gonka-poc" in present else ""
+    known = change.get("edits", {})
+    files = edited_files(now[PACKAGE]) if PACKAGE in present else []
+    edited = ", ".join(path for path in files if known.get(path) != sha256(Path(path).read_bytes()))
     if edited:
         advice = "save what you need of it, then: --uninstall --force"
         raise InstallError(f"edited since it was installed: {edited}; left as it is\n{advice}")
+
+
+def record_edits(journal: Journal, found: Distribution) -> None:
+    """Note, with the change that installed it, what was edited of a package that an update replaces: the plan named
+    it, so that taking back both does not stop there."""
+    edits = {path: sha256(Path(path).read_bytes()) for path in edited_files(found)}
+    for change in reversed(journal.changes):
+        if edits and PACKAGE in change.get("planned", {}):
+            change["edits"] = edits
+            return
 
 
 def edited_files(found: Distribution) -> list[str]:
@@ -198,7 +248,7 @@ def edited_files(found: Distribution) -> list[str]:
 
 def needed_by_others(now: Mapping[str, Distribution], change: Mapping[str, Any], present: Sequence[str]) -> list[str]:
     """Packages that came with ours and that something installed later requires; it, too, keeps what it requires."""
-    ours = {"gonka-poc", "vllm", *change["replaced"]}
+    ours = {PACKAGE, "vllm", *change["replaced"]}
     later = set(now) - set(change["before"]) - set(change["planned"])
     stay: set[str] = set()
     wanted = [requirement for name in later for requirement in now[name].requires]
@@ -229,9 +279,15 @@ def remove_empty(folders: set[str], prefix: Path) -> None:
 def change_file(journal: Journal, path: Path, old: bytes, new: bytes) -> None:
     change = {"kind": "file", "path": str(path), "old_sha256": sha256(old), "new_sha256": sha256(new)}
     change["original_base64"] = base64.b64encode(old).decode("ascii")
+    change["patched_base64"] = base64.b64encode(new).decode("ascii")  # to know a write in place that was cut short
     journal.begin(change)
     write_file(str(path), new)
     journal.set_state(change, "done")
+
+
+def was_cut_short(current: bytes, original: bytes, patched: bytes) -> bool:
+    """True if a write in place, of the patch or back, was cut short; journals of earlier releases have no `patched`."""
+    return bool(patched) and (is_cut_short(current, original, patched) or is_cut_short(current, patched, original))
 
 
 def undo_file(change: Mapping[str, Any], force: bool) -> None:
@@ -243,8 +299,9 @@ def undo_file(change: Mapping[str, Any], force: bool) -> None:
     if not path.exists():
         say(f"    {path} is gone; nothing to put back")
         return
-    current = path.read_bytes()
-    if sha256(current) == change["new_sha256"]:
+    current = read_file(str(path))
+    patched = base64.b64decode(change.get("patched_base64", ""))
+    if sha256(current) == change["new_sha256"] or was_cut_short(current, original, patched):
         write_file(str(path), original)
     elif sha256(current) != change["old_sha256"]:
         try:

@@ -14,12 +14,17 @@ On a GPU host (each option also works with install_b300.sh and install_universal
   --yes              do not ask; needed where there is no terminal
   --dry-run          print every step, change nothing; needs no root
   --python P         the Python that MLNode starts vLLM with (default: $VLLM_PYTHON_PATH, then the one that runner.py
-                     names, then python3.12 or newer on PATH; 3.10 and 3.11 only if named)
+                     names; 3.10 and 3.11 only if named)
   --mlnode-dir DIR   MLNode's folder (default: /app, ./mlnode, ../mlnode, /opt/mlnode, /opt/gonka/mlnode)
-  --profile NAME     standard (default), or hardened: no VLLM_ALLOW_INSECURE_SERIALIZATION, and CUDA graphs for chat
-                     where the installed vLLM can skip the compiled forward
+  --profile NAME     standard (default): chat in eager mode; graphs: the same with a compiled model and CUDA graphs for
+                     chat, for vLLM 0.15 and newer; hardened: no VLLM_ALLOW_INSECURE_SERIALIZATION, and as graphs where
+                     the vLLM is new enough. The plan says what each costs
   --vllm-version V   install this vLLM (default: an installed one that is supported is kept, else the pinned one)
+  --gpus NAME        b300 or universal: install for these GPUs without looking for any, nor for a driver; for images
+  --wheels DIR       take every package from this folder of scripts/bundle.sh, none from an index
   --keep-vllm        insist on the installed vLLM; never install another
+  --replace-other    put another project's package of our import name aside, or go on beside a vLLM that has a proof of
+                     its own inside; --uninstall brings it back
   --force            go on with GPUs that are not supported, or with a Python that the operating system manages; with
                      --uninstall: also take back what was edited since
   --uninstall        take everything back, as the journal recorded it
@@ -34,8 +39,8 @@ Exit status: 0 done or nothing to do, 1 failed and taken back, 2 refused before 
 """
 
 ACTIONS = ("--uninstall", "--status")
-FLAGS = ("--yes", "--dry-run", "--force", "--keep-vllm")
-VALUES = ("--python", "--mlnode-dir", "--profile", "--vllm-version")
+FLAGS = ("--yes", "--dry-run", "--force", "--keep-vllm", "--replace-other")
+VALUES = ("--python", "--mlnode-dir", "--profile", "--vllm-version", "--gpus", "--wheels")
 
 
 @dataclass
@@ -45,10 +50,13 @@ class Options:
     dry_run: bool = False
     force: bool = False
     keep_vllm: bool = False
+    replace_other: bool = False
     python: str | None = None
     mlnode_dir: str | None = None
     profile: str = "standard"
     vllm_version: str | None = None
+    gpus: str | None = None
+    wheels: str | None = None
 
 
 def parse_options(words: Sequence[str]) -> Options:
@@ -74,8 +82,10 @@ def parse_options(words: Sequence[str]) -> Options:
             options.action = field
         else:
             setattr(options, field, True)
-    if options.profile not in ("standard", "hardened"):
-        raise RefusalError(f"--profile {options.profile}: it is standard or hardened")
+    if options.profile not in ("standard", "graphs", "hardened"):
+        raise RefusalError(f"--profile {options.profile}: it is standard, graphs or hardened")
+    if options.gpus not in (None, "b300", "universal"):
+        raise RefusalError(f"--gpus {options.gpus}: it is b300 or universal")
     if options.keep_vllm and options.vllm_version:
         raise RefusalError("--keep-vllm and --vllm-version exclude each other")
     if options.vllm_version and not re.fullmatch(r"\d+\.\d+(\.\d+)?([.a-z+]\w*)*", options.vllm_version):

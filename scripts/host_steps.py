@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import email
 import os
 import re
+import shlex
 import shutil
 import tempfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from host_common import ROOT, InstallError, RefusalError, say, version_of
+from host_common import PACKAGE, ROOT, InstallError, RefusalError, say, version_of
 from host_gpus import Generation
-from host_journal import Journal, change_file, install_packages, sha256
+from host_journal import Journal, change_file, edited_files, install_packages, sha256
 from host_options import Options
+from host_others import others_of, refuse_others
 from host_target import SUPPORTED_TEXT, Host, Target, existing, is_supported
-from patch_runner import PatchError, UnknownShapeError, Variant, make_patched, read_file, remove_patch
+from host_wheels import bundled_wheel
+from patch_runner import PatchError, UnknownShapeError, Variant, is_mount, make_patched, remove_patch
+from safe_files import UnsafePathError, read_file
 
 FIRST_VLLM_WITH_SKIP_COMPILED = (0, 15)
 # The wheel of vLLM that package indexes call by its bare version: CUDA 13 since 0.20 (torch 2.11), CUDA 12 before.
@@ -74,12 +80,22 @@ def cuda_of_release(vllm: str) -> int:
     return 13 if version_of(vllm)[:2] >= FIRST_VLLM_WITH_CUDA_13 else 12
 
 
+def driver_of(cuda: int) -> int:
+    """The oldest driver that runs any release of that CUDA."""
+    return MIN_DRIVER.get(cuda, max(MIN_DRIVER.values()))
+
+
 def cuda_of_torch(target: Target) -> int | None:
     """Major CUDA release that the installed torch was built for; read from its file, torch is not imported."""
     path = Path(target.torch).parent / "version.py" if target.torch else None
     text = path.read_text(encoding="utf-8", errors="replace") if path and path.is_file() else ""
     found = re.search(r"^cuda\b[^=\n]*=\s*'(\d+)", text, flags=re.MULTILINE)
     return int(found[1]) if found else None
+
+
+def live_command(target: Target) -> str:
+    """What asks a running server for a proof."""
+    return f"{shlex.quote(str(Path(target.scripts, 'gonka-poc')))} doctor --live http://127.0.0.1:5001"
 
 
 @dataclass
@@ -116,10 +132,19 @@ class PythonStep(Step):
             pip = self.host.pip("--version").split()[1]
         except InstallError as error:
             advice = f"{target.python} -m ensurepip, or on Debian and Ubuntu: apt install python3-pip"
+            settings = Path(target.prefix, "pyvenv.cfg")
+            if settings.is_file() and re.search(r"^uv\s*=", settings.read_text(errors="replace"), flags=re.MULTILINE):
+                advice = f"uv made this virtual environment without it: uv pip install --python {target.python} pip"
             raise RefusalError(f"{target.python} has no pip\n{advice}") from error
         if version_of(pip) < PIP_MIN:
             problem = f"pip {pip} of {target.python} is too old, 23 or newer is needed"
             raise RefusalError(f"{problem}\n{target.python} -m pip install --upgrade pip")
+        elsewhere = re.findall(
+            r"^(?:global|install)\.(?:target|prefix|root)=.*$", self.host.pip("config", "list"), re.M
+        )
+        if elsewhere:
+            problem = f"pip is configured to install somewhere else than into {target.python}: {', '.join(elsewhere)}"
+            raise RefusalError(f"{problem}\n{target.python} -m pip config debug names the file; take that line out")
         if target.managed and not self.host.options.force:
             problem = f"{target.python} belongs to the operating system, which does not want pip to install into it"
             advice = "name a virtual environment (--python VENV/bin/python), or overrule it with --force"
@@ -132,12 +157,20 @@ class DriverStep(Step):
 
     def check(self) -> str:
         gpus, choice = self.host.gpus, self.choice
+        if not gpus.driver:
+            need = f"; a host that runs it needs driver {driver_of(choice.cuda)} or newer" if choice.cuda else ""
+            return f"{gpus.text}{need}"
         found = f"{gpus.text}, driver {gpus.driver}"
         if choice.cuda is None:
             return f"{found}; the installed vLLM is built without CUDA and uses neither"
-        need = MIN_DRIVER.get(choice.cuda, max(MIN_DRIVER.values()))
+        need = driver_of(choice.cuda)
         if version_of(gpus.driver) >= (need,):
             return f"{found}; vLLM {choice.version} is built for CUDA {choice.cuda}, which needs {need} or newer"
+        if choice.installs is None:
+            text = (
+                f"warning: {found}; the installed vLLM {choice.version} is built for CUDA {choice.cuda}, which needs "
+            )
+            return f"{text}{need} or newer, or NVIDIA's forward compatibility libraries (cuda-compat); it is kept"
         text = f"driver {gpus.driver} cannot run CUDA {choice.cuda}, which vLLM {choice.version} is built for: "
         text += f"it needs {need} or newer\nupdate the driver to {need} or newer"
         older = gpus.generation.older_driver_pin
@@ -186,25 +219,95 @@ class PackageStep(Step):
     title = "gonka_poc"
 
     def check(self) -> str:
-        found = self.host.target.own().get("gonka-poc")
+        target = self.host.target
+        refuse_others(target, self.host.options.replace_other)
+        found, wanted = target.own().get(PACKAGE), wanted_version(self.host.options)
         if found is None:
-            self.todo = f"pip install {ROOT} into {self.host.target.purelib}"
+            others = ", ".join(f"{name} {other.version}" for name, other in others_of(target).items())
+            self.todo = f"pip install {ROOT} into {target.purelib}" + (f", in place of {others}" if others else "")
             return "not installed"
-        if package_files(Path(self.host.target.purelib)) == package_files(ROOT):
+        same = package_files(Path(target.purelib)) == package_files(ROOT)
+        if same and found.version == wanted:
             return f"{found.version} is installed, the same as in this checkout"
-        self.todo = f"pip install {ROOT} over it"
-        return f"{found.version} is installed, not the same as in this checkout"
+        edited = ", ".join(edited_files(found))
+        self.todo = f"update {found.version} to {wanted}" + (f"; replaces what was edited: {edited}" if edited else "")
+        return f"{found.version} is installed, " + ("of another commit" if same else "not the same as in this checkout")
 
     def act(self, journal: Journal) -> None:
         with tempfile.TemporaryDirectory(prefix="gonka-poc-") as folder:
-            wheel = os.environ.get("GONKA_POC_WHEEL") or build_wheel(self.host, Path(folder))
-            install_packages(self.host, journal, [str(wheel)])
+            wheel = given_wheel(self.host.options) or build_wheel(self.host, Path(folder))
+            # The dependencies first, as pip resolves them; then the package alone, by force: pip would leave one of
+            # the same version as it is.
+            dependencies = wheel_requirements(wheel)
+            if dependencies:
+                install_packages(self.host, journal, dependencies)
+            others = sorted(others_of(self.host.target.look()))
+            install_packages(self.host, journal, ["--no-deps", "--force-reinstall", str(wheel)], others)
+
+
+def wheel_requirements(wheel: Path) -> list[str]:
+    """What the wheel requires, without its extras."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = email.message_from_bytes(archive.read(name))
+    return [text for text in metadata.get_all("Requires-Dist", []) if "extra ==" not in text]
+
+
+def given_wheel(options: Options) -> Path | None:
+    """The wheel of this package in the folder of --wheels, else the one that the environment names."""
+    if options.wheels:
+        return Path(bundled_wheel(options.wheels))
+    given = os.environ.get("GONKA_POC_WHEEL")
+    return Path(given) if given else None
+
+
+def wanted_version(options: Options) -> str:
+    """The version of the wheel that is given, else the one that `build_wheel` makes."""
+    given = given_wheel(options)
+    return given.name.split("-")[1] if given else checkout_version()
+
+
+def checkout_version() -> str:
+    """The version in pyproject.toml with the commit of this checkout, as 0.2.0+g0123456789ab.
+
+    An archive that was unpacked has no .git, so a build of it has no commit: `git archive` leaves none behind.
+    """
+    found = re.search(r'^version = "([^"]+)"', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    if found is None:
+        raise InstallError(f"{ROOT / 'pyproject.toml'} has no version")
+    commit = read_commit(ROOT)
+    return f"{found[1]}+g{commit[:12]}" if commit else found[1]
+
+
+def read_commit(root: Path) -> str:
+    """The commit that is checked out; empty without one. Read by hand: root's git refuses another user's checkout,
+    and what it would run there is that user's choice."""
+    folder = root / ".git"
+    if folder.is_file():  # a worktree names its folder
+        folder = root / folder.read_text().removeprefix("gitdir:").strip()
+    common = folder / "commondir"
+    shared = folder / common.read_text().strip() if common.is_file() else folder
+    head = (folder / "HEAD").read_text().strip() if (folder / "HEAD").is_file() else ""
+    if head.startswith("ref: "):
+        name, head = head[5:], ""
+        loose = [place / name for place in (folder, shared) if (place / name).is_file()]
+        packed = shared / "packed-refs"
+        if loose:
+            head = loose[0].read_text().strip()
+        elif packed.is_file():
+            lines = [line.split() for line in packed.read_text().splitlines()]
+            head = next((words[0] for words in lines if words[1:] == [name]), "")
+    return head if re.fullmatch(r"[0-9a-f]{40,64}", head) else ""
 
 
 def build_wheel(host: Host, folder: Path) -> Path:
     """A wheel of a copy of this checkout: pip builds inside the folder that it is given."""
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("README.md", "LICENSE"):
         shutil.copyfile(ROOT / name, folder / name)
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    version = f'version = "{checkout_version()}"'
+    project = re.sub(r'^version = "[^"]+"', version, project, count=1, flags=re.MULTILINE)
+    (folder / "pyproject.toml").write_text(project, encoding="utf-8")
     shutil.copytree(ROOT / "gonka_poc", folder / "gonka_poc", ignore=shutil.ignore_patterns("__pycache__"))
     setuptools = host.target.distributions.get("setuptools")
     usable = setuptools is not None and version_of(setuptools.version) >= SETUPTOOLS_MIN
@@ -227,7 +330,7 @@ class RunnerStep(Step):
     def _patched(self) -> tuple[bytes, bytes]:
         """The file as it is and as it should be."""
         path, profile = str(self.host.runner), self.host.options.profile
-        variant = Variant(profile, not (profile == "hardened" and can_skip_compiled(self)))
+        variant = Variant(profile, profile == "standard" or not can_skip_compiled(self))
         try:
             current = read_file(path)
             return current, make_patched(remove_patch(current)[0], variant)
@@ -235,14 +338,36 @@ class RunnerStep(Step):
             raise RefusalError(f"{path}: its shape is not known: {error}\n{error.advice}") from error
         except PatchError as error:
             raise RefusalError(f"{path}: {error}") from error
+        except UnsafePathError as error:
+            raise RefusalError(str(error)) from error
 
     def check(self) -> str:
+        if self.host.options.profile == "graphs" and not can_skip_compiled(self):
+            problem = f"--profile graphs: vLLM {self.choice.version} cannot run proof beside a compiled model"
+            raise RefusalError(f"{problem}\ntake vLLM 0.15 or newer, or --profile standard")
         current, wanted = self._patched()
         self.todo = f"patch it, profile {self.host.options.profile}" if current != wanted else ""
-        return f"{self.host.runner} {'is to be' if self.todo else 'is'} patched ({self.host.options.profile})"
+        found = f"{self.host.runner} {'is to be' if self.todo else 'is'} patched ({self.host.options.profile})"
+        if is_mount(str(self.host.runner)):
+            found += "\n    it is a mount of its own and is written in place; what it mounts is patched"
+        return found + "".join(f"\n    {line}" for line in profile_costs(self))
 
     def act(self, journal: Journal) -> None:
         change_file(journal, self.host.runner, *self._patched())
+
+
+def profile_costs(step: Step) -> list[str]:
+    """A line for each profile: what chat gains or loses by it."""
+    able = can_skip_compiled(step)
+    costs = {
+        "standard": "chat loses its compiled model and CUDA graphs (--enforce-eager), unless MLNode's options compile",
+        "graphs": "chat keeps both, proofs are the same; recommended for this vLLM"
+        if able
+        else "chat keeps both; needs vLLM 0.15 or newer, not for this one",
+        "hardened": f"as {'graphs' if able else 'standard'}, and no functions are sent to the workers",
+    }
+    chosen = step.host.options.profile
+    return [f"{'*' if name == chosen else ' '} --profile {name}: {text}" for name, text in costs.items()]
 
 
 def can_skip_compiled(step: Step) -> bool:
@@ -261,6 +386,7 @@ class DoctorStep(Step):
 
     def verify(self) -> None:
         words = ["-m", "gonka_poc.doctor", "--runner", str(self.host.runner), "--python", self.host.target.python]
+        words += [] if self.host.gpus.driver else ["--no-gpu"]
         try:
             table = self.host.target.run(*words, merged=True)
         except InstallError as error:

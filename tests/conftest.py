@@ -10,7 +10,7 @@ import pytest
 from starts import STARTS_FILE, count_server_processes, read_starts
 
 _ENVIRONMENT = pytest.MonkeyPatch()
-# what takes longest begins first, so that both workers are busy to the end
+# what takes longest begins first, so that all workers are busy to the end
 LONG_FOLDER = Path(__file__).parent / "engine"
 LONG_FILES = {"test_install_cpu.py", "test_install_gpu.py", "test_compiled_layers.py", "test_memory.py"}
 

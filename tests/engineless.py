@@ -37,6 +37,7 @@ def engineless_server(
     chat: Callable[[dict[str, Any]], Awaitable[Any]] | None = None,
     more: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
     socket: str | None = None,
+    calibration: bool = False,
 ) -> Iterator[SimpleNamespace]:
     """A PoC application over `manager` on a port of its own; `chat` answers /v1/chat/completions.
 
@@ -52,7 +53,7 @@ def engineless_server(
             return await inner[0](scope, receive, send)
         await receive()
         # the tasks of the service belong to the event loop of the server
-        poc = make_poc(manager, Settings(chat_backoff_sec=0.001, callback_interval_sec=0.05))
+        poc = make_poc(manager, Settings(chat_backoff_sec=0.001, callback_interval_sec=0.05, calibration=calibration))
         poc.start()
         inner.append(make_app(poc.service))
         inner[0].add_api_route("/v1/models", vllm_models)

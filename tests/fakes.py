@@ -45,9 +45,11 @@ def generate_body(nonces: list[int], **changes: Any) -> dict[str, Any]:
 
 
 def made_up_vector(spec: VectorSpec, nonce: int) -> np.ndarray:
-    """A float16 vector of length 1 that depends on the block, the key and the nonce."""
+    """A float16 vector of length 1 that depends on the block, the key and the nonce, and a little on `moved`."""
     digest = hashlib.sha256(f"{spec.block_hash}_{spec.public_key}_{nonce}".encode()).digest()
     vector = np.random.default_rng(list(digest)).normal(size=spec.k_dim)
+    if spec.moved:
+        vector += 0.01 * np.random.default_rng([*digest, spec.moved]).normal(size=spec.k_dim)
     return (vector / np.linalg.norm(vector)).astype(VECTOR_DTYPE)
 
 
@@ -108,6 +110,7 @@ class FakeManager:
 
     def __init__(self, batches: int | None = None) -> None:
         self.asked: list[list[int]] = []
+        self.specs: list[Spec] = []  # of each batch that was asked for
         self.script: deque[str | Exception] = deque()
         self.nan_nonces: set[int] = set()
         self.refusal: PoCError | None = None
@@ -154,11 +157,12 @@ class FakeManager:
         if self.abort_failure is not None:
             raise self.abort_failure
 
-    def micro_batch_size(self, seq_len: int) -> int:
+    def micro_batch_size(self, spec: Spec) -> int:
         return self.micro_batch
 
     async def compute(self, spec: Spec, nonces: list[int], next_nonces: Any = ()) -> BatchResult | None:
         self.asked.append(list(nonces))
+        self.specs.append(spec)
         await asyncio.sleep(0)
         await self.ensure_awake()
         step = self.script.popleft() if self.script else "ok"
@@ -189,6 +193,7 @@ class FakeView:
         self.max_num_batched_tokens = 48
         self.max_num_seqs = 5
         self.hidden_size = 16
+        self.vocab_size = 97
         self.device = "cpu"
         self.chat_is_served = False
         self.replays: ReplayServer | None = None
@@ -243,7 +248,7 @@ class FakeView:
         if self.answers is not None:
             return self.answers
         answer = self._answer(method, *args)
-        return [answer if method == "poc_warm_up" else None, answer]
+        return [answer if method in ("poc_warm_up", "poc_prepare") else None, answer]
 
     def _answer(self, method: str, *args: Any) -> dict[str, Any] | None:
         if method == "poc_compute":
@@ -252,4 +257,6 @@ class FakeView:
             return {"nonces": nonces, "values": values, "finite": [True] * len(nonces)}
         if method == "poc_describe":
             return {"rank": 1, "device": self.device, "layers": [0], "is_output_rank": True}
+        if method == "poc_prepare":
+            return {"ready": True}
         return {"compiled": True} if method == "poc_warm_up" else None

@@ -19,14 +19,16 @@ RUNNER = "packages/api/src/api/inference/vllm/runner.py"
 def import_scripts() -> Iterator[ModuleType]:
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
-        for name in ("gpus", "options", "target", "journal", "steps", "install"):
+        for name in ("gpus", "options", "target", "journal", "others", "steps", "install"):
             yield importlib.import_module(f"host_{name}")
-        yield importlib.import_module("patch_runner")
+        for name in ("patch_runner", "runner_inserted", "runner_shape"):
+            yield importlib.import_module(name)
     finally:
         sys.path.remove(str(ROOT / "scripts"))
 
 
-host_gpus, host_options, host_target, host_journal, host_steps, host_install, patch_runner = import_scripts()
+host_gpus, host_options, host_target, host_journal, host_others, host_steps, host_install, *patches = import_scripts()
+patch_runner, runner_inserted, runner_shape = patches
 
 
 def tree(folder: Path) -> dict[str, tuple[int, str]]:

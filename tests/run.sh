@@ -50,6 +50,8 @@ main() {
     set_up_venv tests
     ensure_chromium
     export_engine_environment
+    # Where it is set, each of some hundred Pythons that the tests start would compile again what has no byte code yet.
+    unset PYTHONDONTWRITEBYTECODE
     cd -- "$ROOT"
     PATH="$VENV/bin:$PATH"
 
@@ -63,7 +65,8 @@ main() {
     check "ruff format" "$VENV/bin/ruff" format --check .
     check mypy "$VENV/bin/mypy"
     # A worker takes a group of tests after another, in the order of tests/conftest.py: those of one server, or of a file.
-    local workers=(-n 2 --dist loadgroup --no-loadscope-reorder)
+    # Three keep two cores busy, as some tests wait for most of their time.
+    local workers=(-n 3 --dist loadgroup --no-loadscope-reorder)
     local not_by_default=(--ignore tests/gpu --ignore tests/test_matrix.py)
     if [[ $* == --all ]]; then
         local timed=()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import time
@@ -20,7 +21,15 @@ from torch import nn
 
 from gonka_poc.bench_worker import matrix_rate, seconds_of
 from gonka_poc.cli import bench, bench_measure, plots
-from gonka_poc.cli.bench_measure import ONLY_OFFLINE, Bench, BenchSizes, bench_server, measure_engine
+from gonka_poc.cli.bench_measure import (
+    ONLY_OFFLINE,
+    Bench,
+    BenchSizes,
+    bench_server,
+    busy_share,
+    measure_engine,
+    median_run,
+)
 from gonka_poc.cli.client import PoCClient
 from gonka_poc.data import InitGenerateRequest
 from gonka_poc.errors import ComputeError, RequestError, ServerAnswerError
@@ -440,3 +449,40 @@ def test_the_bars_are_as_long_as_the_batch_and_the_prefill(offline_result, theme
     assert ends == {0: pytest.approx(1e3 * offline_result.batch_seconds), 1: pytest.approx(prefill)}
     plots.save_png(figure, Path(tmp_path / "p.png"))
     assert (tmp_path / "p.png").stat().st_size > 5_000
+
+
+# --- several runs, and a machine that is busy -------------------------------------------------------------------
+
+
+def runs_of(*rates: float) -> list[Bench]:
+    one = measure_engine(FakeEngine(), "m", BenchSizes(seq_len=16, batch_size=2, seconds=0))
+    return [dataclasses.replace(one, nonces_per_second=rate) for rate in rates]
+
+
+def test_the_median_of_several_runs_and_their_spread():
+    found = median_run(runs_of(90.0, 110.0, 100.0))
+    assert found.nonces_per_second == 100.0
+    assert found.all_rates == (90.0, 110.0, 100.0)
+    assert ("of 3 runs", "90 to 110 nonces/s, spread 20.0%") in bench.rows_of(found)
+    assert not any("runs" in name for name, _ in bench.rows_of(median_run(runs_of(90.0))))
+
+
+def test_a_busy_machine(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("os.getloadavg", lambda: (6.0, 0.0, 0.0))
+    assert busy_share() == 0.75
+    monkeypatch.setattr("os.getloadavg", lambda: (0.5, 8.0, 8.0))
+    assert busy_share() == 0.0
+
+
+def test_a_phase_has_the_same_colour_in_all_plots():
+    """Also where the other phases were not measured."""
+    pytest.importorskip("matplotlib")
+    (run,) = runs_of(100.0)
+
+    def colour(found: Bench) -> Any:
+        (axes,) = bench.plot_of(found, plots.LIGHT).axes
+        (bars,) = [bars for bars in axes.containers if bars.get_label() == "forward"]
+        return bars.patches[0].get_facecolor()
+
+    assert colour(run) == colour(dataclasses.replace(run, phases={"calls": 0.02, "idle": 0.01}))

@@ -101,3 +101,63 @@ async def test_a_callback_goes_past_a_proxy(monkeypatch):
 
     async with receiver(take) as url:
         assert (await post(url)).meaning is Meaning.ACCEPTED
+
+
+# --- answers that hold the parser ---
+
+
+async def longest_lag(work: Awaitable[object]) -> float:
+    """Seconds of the longest turn of the event loop until `work` is done."""
+    task, longest, last = asyncio.ensure_future(work), 0.0, time.monotonic()
+    while not task.done():
+        await asyncio.sleep(0.001)
+        longest, last = max(longest, time.monotonic() - last), time.monotonic()
+    task.result()
+    return longest
+
+
+def floods(piece: bytes) -> Reply:
+    async def flood(writer: asyncio.StreamWriter) -> None:
+        if piece == ONE_BYTE_CHUNK:
+            writer.write(b"HTTP/1.1 500 No\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(100):
+            writer.write(piece * 1000)
+            await writer.drain()
+
+    return flood
+
+
+CONTINUE, EARLY_HINTS, ONE_BYTE_CHUNK = b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 H\r\n\r\n", b"1\r\nx\r\n"
+
+
+@pytest.mark.parametrize("piece", [CONTINUE, EARLY_HINTS])
+async def test_informational_answers_are_bounded(piece):
+    async with receiver(floods(piece)) as url:
+        result = await asyncio.wait_for(post(url), 10)
+    assert (result.meaning, result.timed_out) == (Meaning.RETRY, False)
+    assert result.reason is not None
+    assert "no answer within its first 16384 bytes" in result.reason
+
+
+async def test_informational_answers_before_one_that_accepts():
+    async def reply(writer: asyncio.StreamWriter) -> None:
+        writer.write(CONTINUE * 3 + b"HTTP/1.1 204 No Content\r\n\r\n")
+        await writer.drain()
+
+    async with receiver(reply) as url:
+        assert (await post(url)).meaning is Meaning.ACCEPTED
+
+
+@pytest.mark.parametrize("piece", [CONTINUE, ONE_BYTE_CHUNK])
+async def test_many_receivers_that_hold_the_parser_leave_the_loop_to_others(piece):
+    client = CallbackClient(30.0, CallbackRules.parse(""))  # takes a while: it reads certificates
+
+    async def answers(url: str) -> None:
+        batch = Batch(1, url, "generated", "key", b"{}")
+        results = await asyncio.gather(*(client.post(batch) for _ in range(16)))
+        assert {result.meaning for result in results} == {Meaning.RETRY}
+
+    async with receiver(floods(piece)) as url:
+        lag = await longest_lag(answers(url))
+    await client.close()
+    assert lag < 0.25

@@ -196,6 +196,10 @@ def test_a_prover_does_not_choose_his_judge(server, tmp_path, capsys, thresholds
     shown = capsys.readouterr().out
     assert "thresholds (the file" in shown
     assert "names others" not in shown
+    assert ("laxer than the protocol's" in shown) is bool(laxer)
+    status, judged = run("reference", "check", file, "--url", server.url), capsys.readouterr().out
+    assert status == (0 if laxer else 2)
+    assert ("laxer than the protocol's: " + ", ".join(laxer) in judged) is bool(laxer)
 
 
 def test_an_option_wins_over_the_files_threshold(server, tmp_path, capsys):

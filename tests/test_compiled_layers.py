@@ -18,12 +18,12 @@ from gonka_poc.compiled_layers import (
     LayerCompiler,
     NormSearch,
     fusible_householder,
-    rounded,
     run_reflected,
 )
 from gonka_poc.errors import UnsupportedServerError
 from gonka_poc.gpu_random import householder_reference, layer_reflection
 from gonka_poc.layer_hooks import LayerReflections
+from gonka_poc.rounded_ops import rounded
 
 HIDDEN, SEQS, SEQ_LEN = 32, 3, 4
 VECTORS = {index: layer_reflection("block", index, HIDDEN) for index in range(3)}

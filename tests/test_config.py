@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from gonka_poc.config import FOREIGN_VARIABLES, Settings, SettingsError, load_settings, unused_variables
 
 TEXTS = ("api_token", "callback_allow", "compile", "outbox_path", "priority")
-NAMES = [name for name in Settings.model_fields if name not in TEXTS]
+SWITCHES = ("batch_invariant", "calibration", "trust_loopback")
+NAMES = [name for name in Settings.model_fields if name not in TEXTS + SWITCHES]
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +24,8 @@ def _plain_environment(monkeypatch):
 def test_defaults():
     assert load_settings().model_dump() == {
         "api_token": None,
+        "batch_invariant": False,
+        "calibration": False,
         "callback_allow": "",
         "callback_interval_sec": 5.0,
         "callback_timeout_sec": 30.0,
@@ -32,12 +35,14 @@ def test_defaults():
         "batch_timeout_sec": 600.0,
         "max_step_ms": 200.0,
         "max_body_bytes": 16 * 1024 * 1024,
+        "max_k_dim": 2048,
         "max_queued_nonces": 100_000,
         "outbox_grace_sec": 600.0,
         "outbox_max_bytes": 10 * 1024**3,
         "outbox_path": "$XDG_STATE_HOME/gonka_poc/outbox.sqlite3",
         "priority": "chat",
         "result_ttl_sec": 300.0,
+        "trust_loopback": False,
     }
 
 
@@ -47,6 +52,23 @@ def test_each_setting_is_read_from_its_variable(monkeypatch, name):
     monkeypatch.setenv(f"POC_{name.upper()}", "4321000")
     assert load_settings().model_dump() == {**Settings().model_dump(), name: value}
     assert getattr(load_settings(), name) == value
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_switches(monkeypatch, name):
+    monkeypatch.setenv(f"POC_{name.upper()}", "1")
+    assert getattr(load_settings(), name) is True
+    monkeypatch.setenv(f"POC_{name.upper()}", "perhaps")
+    with pytest.raises(SettingsError, match=f"POC_{name.upper()}='perhaps'"):
+        load_settings()
+
+
+def test_batch_invariant_kernels_and_compiled_layers_exclude_each_other(monkeypatch):
+    monkeypatch.setenv("POC_BATCH_INVARIANT", "1")
+    assert not load_settings().compiles(["cuda"])
+    monkeypatch.setenv("POC_COMPILE", "always")
+    with pytest.raises(SettingsError, match="POC_COMPILE='always': .*POC_BATCH_INVARIANT"):
+        load_settings()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,6 +10,7 @@ from gonka_poc.errors import ComputeError, PoCError, error_by_name
 STATUSES = {
     "RequestError": 400,
     "UnauthorizedError": 401,
+    "ForeignPageError": 403,
     "ConflictError": 409,
     "NotFoundError": 404,
     "BodyTooLargeError": 413,

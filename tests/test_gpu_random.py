@@ -103,7 +103,7 @@ def test_golden_pick(case):
 def test_golden_rotation(case):
     """Relative to the vector's norm: with the norm of 25 that one case has, float32 rounding alone is 3e-6."""
     x = torch.tensor(case["x"])
-    rotated = gr.rotate(x.unsqueeze(0), gr.rotation_vectors(keys_of(case), len(x)))[0]
+    rotated = gr.rotate(x.unsqueeze(0), gr.Rotations(keys_of(case), len(x)))[0]
     assert_close(rotated / x.norm(), [y / float(x.norm()) for y in case["y"]])
 
 
@@ -114,7 +114,7 @@ def test_golden_sign_flips(case):
 
 @cases("nonce_reflections")
 def test_golden_nonce_reflections(case):
-    reflections = gr.nonce_reflections(keys_of(case), case["dim"])[0]
+    reflections = torch.cat(list(gr.nonce_reflections(keys_of(case), case["dim"])))
     assert reflections.shape[0] == case["count"]
     assert_close(reflections, case["values"])
 
@@ -298,3 +298,43 @@ def test_a_triton_whose_parts_have_moved_leaves_plain_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
     assert importlib.util.find_spec("triton") is None or "PoC goes on with plain torch" in done.stderr
+
+
+# --- pieces -----------------------------------------------------------------------------------------------------
+
+
+def whole_vectors(keys, hidden, k_dim):
+    """Artifact vectors whose rotations are all made at once."""
+    indices, _ = gr.nonce_projection(keys, hidden.shape[-1], k_dim)
+    seeds = keys.seeds(*(f"haar_hh_{k_dim}_{j}" for j in range(k_dim - 1)))
+    rotations = gr.unit(gr._normal_rows(seeds, k_dim, None), 1e-30).view(len(keys), k_dim - 1, k_dim)
+    return gr.artifact_vectors(hidden, (indices, [rotations]))
+
+
+@pytest.mark.parametrize(("n", "hidden_size", "k_dim"), [(7, 96, 33), (16, 64, 64), (1, 512, 512), (40, 64, 2)])
+@pytest.mark.parametrize("piece", [64, 1000, 2**18])
+def test_vectors_are_the_same_whatever_the_size_of_the_pieces(n, hidden_size, k_dim, piece, monkeypatch):
+    hidden = torch.randn(n, hidden_size, generator=torch.Generator().manual_seed(1))
+    keys = gr.NonceKeys("b", "k", range(n))
+    expected = whole_vectors(keys, hidden, k_dim)
+    monkeypatch.setattr(gr, "PIECE", piece)
+    projection = gr.nonce_projection(keys, hidden_size, k_dim)
+    for _ in range(2):  # a projection can be used again
+        assert torch.equal(gr.artifact_vectors(hidden, projection), expected)
+
+
+@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 127, 128, 129, 1000])
+def test_a_long_draw_is_the_same_in_pieces(n, monkeypatch):
+    expected = gr._normal_rows([3, 4], n, None)
+    monkeypatch.setattr(gr, "PIECE", 64)
+    assert torch.equal(gr.normal([3, 4], n), expected)
+    assert torch.equal(
+        gr.nonce_inputs(gr.NonceKeys("b", "k", [1]), n, 1, torch.float32).flatten().isfinite().sum(), torch.tensor(n)
+    )
+
+
+def test_a_rotation_takes_no_more_memory_than_a_piece():
+    """The draws of 4 nonces with vectors of 1024 values would be 4 million values at once."""
+    sizes = [piece.numel() for piece in gr.Rotations(gr.NonceKeys("b", "k", range(4)), 1024)]
+    assert max(sizes) <= gr.PIECE
+    assert sum(sizes) == 4 * 1023 * 1024

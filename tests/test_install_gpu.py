@@ -67,7 +67,7 @@ class FakeHost:
         self.bin.mkdir()
         self.runner.parent.mkdir(parents=True)
         shutil.copy(RUNNERS / "direct_2025.py", self.runner)
-        for name in ("bash", "cat", "dirname"):
+        for name in ("bash", "cat", "dirname", "readlink", "stat"):
             (self.bin / name).symlink_to(shutil.which(name))
         (self.bin / "python3").symlink_to(sys.executable)
 
@@ -293,6 +293,22 @@ def test_an_nvidia_smi_that_hangs(smi: Callable[..., None], monkeypatch: pytest.
         host_gpus.find_gpus("install.sh", False)
 
 
+def test_lines_that_are_no_rows(smi: Callable[..., None]) -> None:
+    smi(f"Warning: persistence mode is off\n{H200}\n{H200}")
+    assert host_gpus.find_gpus("install.sh", False).text == "2 x NVIDIA H200, SM 9.0"
+    smi(f"{H200}\nUnable to determine the device handle for GPU0001", 15)
+    with pytest.raises(host_target.RefusalError, match=r"status 15\): Unable to determine"):
+        host_gpus.find_gpus("install.sh", False)
+
+
+def test_a_dry_run_says_where_it_may_not_write(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.nvidia_smi(H200)
+    monkeypatch.setattr(os, "access", lambda path, mode: "ml node" not in str(path))
+    done = host.run(*host.words("--dry-run"))
+    assert f"would be refused: cannot write to {host.runner.parent}" in done.stdout
+    assert (done.returncode, "nothing was changed" in done.stdout) == (0, True)
+
+
 def test_releases_of_one_generation_are_no_mixture(smi: Callable[..., None]) -> None:
     smi(f"{B200}\n{B300}")
     assert host_gpus.find_gpus("install.sh", False).generation is host_gpus.B300
@@ -302,7 +318,12 @@ def test_releases_of_one_generation_are_no_mixture(smi: Callable[..., None]) -> 
 
 def test_an_old_driver_is_told_what_fits(host: FakeHost) -> None:
     host.nvidia_smi(H100.replace("580.95.05", "550.54.15"))
-    done = host.run(*host.words("--dry-run"))
+    kept = host.run(*host.words("--dry-run"))
+    assert kept.returncode == 0, kept.stderr  # CUDA's forward compatibility may be there
+    assert "warning: 1 x NVIDIA H100" in kept.stdout
+    assert "cuda-compat" in kept.stdout
+    add_vllm(make_python(host.folder / "python"), "0.13.0", "12.9")
+    done = host.run("--dry-run", "--mlnode-dir", host.mlnode, "--python", host.folder / "python/bin/python")
     assert done.returncode == 2
     assert "driver 550.54.15 cannot run CUDA 13, which vLLM 0.25.1 is built for: it needs 580" in done.stderr
     assert "--vllm-version 0.19.1" in done.stderr
@@ -321,8 +342,9 @@ def test_an_old_driver_is_told_what_fits(host: FakeHost) -> None:
         (["--python", "--yes"], "--python needs a value"),
         (["--yes=1"], "--yes takes no value"),
         (["--status=1"], "--status takes no value"),
-        (["--profile", "soft"], "--profile soft: it is standard or hardened"),
+        (["--profile", "soft"], "--profile soft: it is standard, graphs or hardened"),
         (["--keep-vllm", "--vllm-version", "0.25.1"], "exclude each other"),
+        (["--gpus", "h100"], "--gpus h100: it is b300 or universal"),
         (["--vllm-version", "latest"], "is not a version"),
     ],
 )
@@ -393,6 +415,43 @@ def test_the_python_of_mlnode_is_taken(host: FakeHost, with_vllm: Path) -> None:
         assert f"{with_vllm}: is Python {'.'.join(map(str, sys.version_info[:3]))}; 3.12 or newer" in named.stderr
 
 
+def test_no_python_from_path_is_taken(host: FakeHost) -> None:
+    """runner.py names one that is not there: the python3 on PATH is not MLNode's."""
+    host.nvidia_smi(H200)
+    host.runner.write_text(host.runner.read_text().replace("/opt/venv/bin/python3", "/nowhere/python3"))
+    done = host.run("--mlnode-dir", host.mlnode, "--dry-run")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "/nowhere/python3: not found\nname the one that MLNode starts vLLM with: --python P" in done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_another_shell_hands_over_to_bash(host: FakeHost, script: str) -> None:
+    words = [shutil.which("dash") or "/bin/sh", str(ROOT / script), "--bogus"]
+    done = subprocess.run(words, env=host.environment(), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "unknown option: --bogus" in done.stderr) == (2, True)
+    assert os.access(ROOT / script, os.X_OK)
+
+
+def test_pip_settings_that_lead_elsewhere(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = host.folder / "pip.conf"
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(settings))
+    step = host_steps.PythonStep(make_host(host), None)
+    settings.write_text("[install]\nuser = true\n")
+    assert "pip" in step.check()
+    assert step.host.target.run("-m", "pip", "config", "get", ":env:.user").strip() == "0"
+    settings.write_text("[install]\ntarget = /somewhere\n")
+    with pytest.raises(host_target.RefusalError, match=r"install\.target='/somewhere'(.|\n)*config debug"):
+        step.check()
+
+
+def test_a_virtual_environment_of_uv_without_pip(tmp_path: Path, host: FakeHost) -> None:
+    made = make_host(host)
+    (tmp_path / "pyvenv.cfg").write_text("home = /usr/bin\nuv = 0.9.5\n")
+    made.target.__dict__.update(python="/bin/false", prefix=str(tmp_path))
+    with pytest.raises(host_target.RefusalError, match="has no pip\nuv .*: uv pip install --python /bin/false pip$"):
+        host_steps.PythonStep(made, None).check()
+
+
 def test_an_unknown_runner_is_refused_with_the_steps(host: FakeHost) -> None:
     host.nvidia_smi(H200)
     host.runner.write_text("class VLLMRunner: ...\n")
@@ -401,6 +460,128 @@ def test_an_unknown_runner_is_refused_with_the_steps(host: FakeHost) -> None:
     assert "its shape is not known" in done.stderr
     assert "Keep a copy of the file." in done.stderr
     assert host.runner.read_text() == "class VLLMRunner: ...\n"
+
+
+# --- images and hosts without an index
+
+
+@pytest.mark.parametrize("words", [["--gpus", "universal"], ["--gpus=universal", "--keep-vllm"], ["--gpus", "b300"]])
+def test_an_image_needs_no_driver(host: FakeHost, words: list[str]) -> None:
+    before = tree(host.folder)
+    done = host.bash("install.sh", *host.words("--dry-run", *words))
+    assert done.returncode == 0, done.stderr
+    assert "needs driver 580 or newer" in done.stdout
+    assert f"not looked at ({' '.join(words[:2]).replace('=', ' ').removesuffix(' --keep-vllm')})" in done.stdout
+    assert tree(host.folder) == before
+
+
+def test_a_script_for_other_gpus_than_named(host: FakeHost) -> None:
+    done = host.bash("install_b300.sh", *host.words("--dry-run", "--gpus", "universal"))
+    assert (done.returncode, "run: bash install_universal.sh" in done.stderr) == (2, True)
+
+
+@pytest.fixture
+def wheels(tmp_path: Path) -> Path:
+    """A folder as scripts/bundle.sh makes it, with the package of this checkout."""
+    folder = tmp_path / "wheel folder"
+    folder.mkdir()
+    package = ROOT / "gonka_poc"
+    files = {str(p.relative_to(ROOT)): p.read_text() for p in package.rglob("*") if p.is_file() and p.suffix != ".pyc"}
+    make_wheel(folder, "gonka_poc", "0.1.0", files)
+    make_wheel(folder, "other", "1.0", {"other.py": ""})
+    write_sums(folder)
+    return folder
+
+
+def write_sums(folder: Path) -> None:
+    sums = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in sorted(folder.glob("*.whl"))]
+    (folder / "SHA256SUMS").write_text("".join(sums))
+
+
+def test_a_wheel_folder_is_checked(host: FakeHost, wheels: Path) -> None:
+    host.nvidia_smi(H200)
+    done = host.run(*host.words("--dry-run", "--wheels", wheels))
+    assert done.returncode == 0, done.stderr
+    assert f"Packages come from {wheels} alone: 2 files, each with its SHA-256 sum" in done.stdout
+
+
+SPOILED = {
+    "no folder": (lambda folder: shutil.rmtree(folder), "there is no SHA256SUMS in it"),
+    "no sums": (lambda folder: (folder / "SHA256SUMS").unlink(), "there is no SHA256SUMS in it"),
+    "another kind of sums": (
+        lambda folder: (folder / "SHA256SUMS").write_text("md5  a\n"),
+        "a line that sha256sum did",
+    ),
+    "a file is missing": (lambda folder: (folder / "other-1.0-py3-none-any.whl").unlink(), "missing: other-1.0"),
+    "a file too many": (lambda folder: make_wheel(folder, "new", "1.0", {}), "not in SHA256SUMS: new-1.0"),
+    "a flipped byte": (lambda folder: flip(folder / "other-1.0-py3-none-any.whl"), "not as SHA256SUMS says: other-1.0"),
+    "another checkout": (lambda folder: make_another(folder), "was not made of this checkout"),
+    "no package": (lambda folder: remove_ours(folder), "one wheel of gonka_poc, and has none"),
+}
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[40] ^= 1
+    path.write_bytes(data)
+
+
+def make_another(folder: Path) -> None:
+    make_wheel(folder, "gonka_poc", "0.1.0", {"gonka_poc/__init__.py": ""})
+    write_sums(folder)
+
+
+def remove_ours(folder: Path) -> None:
+    (folder / "gonka_poc-0.1.0-py3-none-any.whl").unlink()
+    write_sums(folder)
+
+
+@pytest.mark.parametrize(("spoil", "told"), SPOILED.values(), ids=SPOILED)
+def test_a_spoiled_wheel_folder_is_refused(
+    host: FakeHost, wheels: Path, spoil: Callable[[Path], None], told: str
+) -> None:
+    host.nvidia_smi(H200)
+    spoil(wheels)
+    before = tree(host.folder)
+    done = host.run(*host.words("--yes", "--wheels", wheels))
+    assert done.returncode == 2, done.stdout
+    assert told in done.stderr
+    assert tree(host.folder) == before
+
+
+def test_the_folder_is_all_that_pip_asks(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(host_target.Target, "run", lambda self, *words, **_: asked.append(words) or "")
+    made = host_target.Host(host_options.Options(wheels="some/folder"), host_target.Target("/python"), Path(), None)
+    made.pip("install", "--dry-run", "x")
+    made.pip("uninstall", "x")
+    flags = ("--no-index", "--find-links", os.path.abspath("some/folder"))
+    assert asked == [("-m", "pip", "install", *flags, "--dry-run", "x"), ("-m", "pip", "uninstall", "x")]
+
+
+# --- profiles
+
+
+def test_the_plan_says_what_each_profile_costs(host: FakeHost) -> None:
+    host.nvidia_smi(H200)
+    plan = host.run(*host.words("--dry-run", "--profile", "graphs")).stdout
+    assert "* --profile graphs: chat keeps both, proofs are the same; recommended for this vLLM" in plan
+    assert "  --profile standard: chat loses its compiled model and CUDA graphs" in plan
+    assert "  --profile hardened: as graphs" in plan
+    assert "to do: patch it, profile graphs" in plan
+
+
+def test_graphs_need_a_vllm_that_can(host: FakeHost) -> None:
+    python = make_python(host.folder / "python")
+    add_vllm(python, "0.14.1", "12.9")
+    context = next((host.folder / "python/lib").glob("python3*/site-packages/vllm/forward_context.py"))
+    context.write_text("def set_forward_context(): ...")
+    host.nvidia_smi(H200)
+    words = ["--dry-run", "--mlnode-dir", host.mlnode, "--python", python]
+    done = host.run(*words, "--profile", "graphs")
+    assert (done.returncode, "take vLLM 0.15 or newer, or --profile standard" in done.stderr) == (2, True)
+    plan = host.run(*words).stdout
+    assert "  --profile graphs: chat keeps both; needs vLLM 0.15 or newer, not for this one" in plan
 
 
 # --- circumstances
@@ -538,7 +719,9 @@ def test_choices_that_are_refused(found: object, asked: dict[str, object], told:
 )
 def test_driver(cuda: int | None, driver: str, fits: bool) -> None:
     host = argparse.Namespace(gpus=dataclasses.replace(GPUS, driver=driver))
-    step = host_steps.DriverStep(host, host_steps.Choice("0.25.1", None, cuda, ""))
+    kept = host_steps.DriverStep(host, host_steps.Choice("0.25.1", None, cuda, "")).check()
+    assert kept.startswith("warning: ") == (not fits)
+    step = host_steps.DriverStep(host, host_steps.Choice("0.25.1", "0.25.1", cuda, ""))
     if fits:
         assert driver in step.check()
         return
@@ -635,6 +818,20 @@ def patched_copy(folder: Path) -> tuple[Path, bytes, bytes]:
     path.write_bytes(old)
     path.chmod(0o640)
     return path, old, patch_runner.make_patched(old, patch_runner.Variant())
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("written", [1, 700, 2500])
+def test_a_write_in_place_that_was_cut_short(tmp_path: Path, journal: object, back: bool, written: int) -> None:
+    """A mounted runner.py cannot be exchanged in one step; the journal knows both contents."""
+    path, old, new = patched_copy(tmp_path)
+    host_journal.change_file(journal, path, old, new)
+    (change,) = host_journal.Journal(journal.folder).changes
+    first, second = (new, old) if back else (old, new)
+    written = min(written, len(second))
+    path.write_bytes(second[:written] + first[written:])
+    host_journal.undo_file(change, force=False)
+    assert path.read_bytes() == old
 
 
 def test_a_file_goes_and_comes_back(tmp_path: Path, journal: object) -> None:
@@ -799,9 +996,9 @@ def test_packages_that_somebody_replaced_are_left(packages: FakeHost, journal: o
 
 
 def test_an_edited_file_of_ours_is_not_thrown_away(packages: FakeHost, journal: object) -> None:
-    make_wheel(packages.folder / "wheels", "gonka_poc", "0.1.0", {"gonka_poc/__init__.py": "x = 1\n"})
+    make_wheel(packages.folder / "wheels", "gonka_poc_vllm", "0.1.0", {"gonka_poc/__init__.py": "x = 1\n"})
     host = make_host(packages)
-    host_journal.install_packages(host, journal, ["gonka-poc"])
+    host_journal.install_packages(host, journal, ["gonka-poc-vllm"])
     edited = Path(host.target.purelib, "gonka_poc", "__init__.py")
     edited.write_text("x = 2\n")
     with pytest.raises(host_target.InstallError, match="edited since it was installed"):
@@ -809,6 +1006,155 @@ def test_an_edited_file_of_ours_is_not_thrown_away(packages: FakeHost, journal: 
     assert edited.read_text() == "x = 2\n"
     host_journal.undo_packages(host, journal.changes[0], force=True)
     assert not edited.parent.exists()
+
+
+# --- our package: by force, and in place of others
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Sets what a small checkout has: the text of its one module, and the version of its wheel."""
+    root = tmp_path / "checkout"
+    (root / "gonka_poc").mkdir(parents=True)
+    (root / "pyproject.toml").write_text('version = "0.2.0"\n')
+    monkeypatch.setattr(host_steps, "ROOT", root)
+
+    def set_content(text: str, version: str = "0.2.0") -> None:
+        (root / "gonka_poc" / "__init__.py").write_text(text)
+        make_wheel(root, "gonka_poc_vllm", version, {"gonka_poc/__init__.py": text}, "body>=1")
+        monkeypatch.setenv("GONKA_POC_WHEEL", str(root / f"gonka_poc_vllm-{version}-py3-none-any.whl"))
+
+    return set_content
+
+
+def install_package(host: object, journal: object) -> host_steps.PackageStep:
+    host.target.look()
+    step = host_steps.PackageStep(host, host_steps.Choice("0.25.1", None, 13, ""))
+    step.check()
+    if step.todo:
+        step.act(journal)
+        step.verify()
+    return step
+
+
+def take_back(host: object, journal: object) -> None:
+    for change in list(reversed(journal.changes)):
+        host_install.undo(host, journal, change, force=False)
+
+
+def test_an_update_of_the_same_version_and_back(packages: FakeHost, journal: object, checkout: object) -> None:
+    host = make_host(packages)
+    before = tree(packages.python.parent.parent)
+    checkout("x = 1\n")
+    install_package(host, journal)
+    assert "body" in host.target.distributions  # what it requires came first
+    installed = Path(host.target.purelib, "gonka_poc", "__init__.py")
+    for edit, text in ((None, "x = 2\n"), ("x = 3\n", "x = 2\n")):  # a newer checkout; an edited file
+        if edit:
+            installed.write_text(edit)
+        checkout(text)
+        host.target.look()
+        step = host_steps.PackageStep(host, None)
+        step.check()
+        assert step.todo.startswith("update 0.2.0 to 0.2.0")
+        assert (str(installed) in step.todo) == (edit is not None)
+        install_package(host, journal)
+        assert installed.read_text() == text
+    assert not install_package(host, journal).todo
+    take_back(host, journal)
+    assert tree(packages.python.parent.parent) == before
+
+
+def test_another_commit_is_an_update(packages: FakeHost, journal: object, checkout: object) -> None:
+    host = make_host(packages)
+    checkout("x = 1\n", "0.2.0+g111111111111")
+    install_package(host, journal)
+    checkout("x = 1\n", "0.2.0+g222222222222")
+    step = host_steps.PackageStep(host, None)
+    assert "of another commit" in step.check()
+    assert step.todo == "update 0.2.0+g111111111111 to 0.2.0+g222222222222"
+
+
+def add_plugin(python: Path, summary: str = "The network's plugin") -> None:
+    info = "gonka_poc-0.2.0.dist-info"
+    files = {"gonka_poc/__init__.py": "theirs = 1\n", "gonka_poc/plugin.py": ""}
+    files[f"{info}/entry_points.txt"] = "[vllm.general_plugins]\ngonka_poc = gonka_poc.plugin:register\n"
+    add_distribution(python, "gonka-poc", "0.2.0", files)
+    purelib = next((python.parent.parent / "lib").glob("python3*/site-packages"))
+    with (purelib / info / "METADATA").open("a") as metadata:
+        metadata.write(f"Summary: {summary}\nProject-URL: Source, https://plugin.example\n")
+    (purelib / "gonka_poc" / "__pycache__").mkdir()
+    (purelib / "gonka_poc" / "__pycache__" / f"plugin.{sys.implementation.cache_tag}.pyc").write_bytes(b"run once")
+
+
+def test_another_projects_package_is_named_and_comes_back(
+    packages: FakeHost, journal: object, checkout: object
+) -> None:
+    add_plugin(packages.python)
+    host = make_host(packages)
+    before = tree(packages.python.parent.parent)
+    checkout("x = 1\n")
+    with pytest.raises(host_target.RefusalError, match="--replace-other") as refusal:
+        install_package(host, journal)
+    for text in ("gonka-poc 0.2.0", "The network's plugin", "https://plugin.example", "decode proofs"):
+        assert text in str(refusal.value)
+    assert "vllm.general_plugins gonka_poc" in str(refusal.value)
+    assert (tree(packages.python.parent.parent), journal.changes) == (before, [])
+    host.options.replace_other = True
+    install_package(host, journal)
+    assert "gonka-poc" not in host.target.distributions
+    assert "gonka-poc put aside (was 0.2.0)" in host_install.describe(journal.changes[-1])
+    take_back(host, journal)
+    assert tree(packages.python.parent.parent) == before
+
+
+def test_our_earlier_name_makes_way(packages: FakeHost, journal: object, checkout: object) -> None:
+    add_plugin(packages.python, "Proof of compute for unmodified vLLM (V1 engine), beside normal chat")
+    host = make_host(packages)
+    checkout("x = 1\n")
+    install_package(host, journal)
+    assert "gonka-poc" not in host.target.distributions
+
+
+def test_files_that_no_package_lists_are_refused_by_name(packages: FakeHost, journal: object, checkout: object) -> None:
+    host = make_host(packages, replace_other=True)
+    stray = Path(host.target.purelib, "gonka_poc", "notes.py")
+    stray.parent.mkdir()
+    stray.write_text("mine")
+    checkout("x = 1\n")
+    with pytest.raises(host_target.RefusalError, match=r"no package lists .*gonka_poc/notes\.py"):
+        install_package(host, journal)
+    assert (stray.read_text(), journal.changes) == ("mine", [])
+
+
+def test_a_vllm_with_its_own_proof_is_refused(packages: FakeHost, checkout: object) -> None:
+    add_distribution(packages.python, "vllm", "0.25.1", {"vllm/__init__.py": "", "vllm/poc/__init__.py": ""})
+    host = make_host(packages)
+    checkout("x = 1\n")
+    with pytest.raises(host_target.RefusalError, match=r"vllm 0\.25\.1 has a proof of compute .*(\n|.)*decode proofs"):
+        host_steps.PackageStep(host, None).check()
+    host.options.replace_other = True
+    assert host_steps.PackageStep(host, None).check() == "not installed"
+
+
+@pytest.mark.parametrize("layout", ["loose", "packed", "detached", "worktree", "archive"])
+def test_the_commit_of_a_checkout(tmp_path: Path, layout: str) -> None:
+    commit, git = "0123456789abcdef" * 2 + "01234567", tmp_path / ".git"
+    if layout == "worktree":
+        git.write_text("gitdir: elsewhere/worktrees/a\n")
+        git = tmp_path / "elsewhere" / "worktrees" / "a"
+    if layout != "archive":
+        git.mkdir(parents=True)
+        (git / "HEAD").write_text(f"{commit}\n" if layout == "detached" else "ref: refs/heads/main\n")
+    if layout == "worktree":
+        (git / "commondir").write_text("../..\n")
+    if layout in ("loose", "worktree"):
+        shared = git if layout == "loose" else tmp_path / "elsewhere"
+        (shared / "refs" / "heads").mkdir(parents=True)
+        (shared / "refs" / "heads" / "main").write_text(f"{commit}\n")
+    if layout == "packed":
+        (git / "packed-refs").write_text(f"# pack-refs\n{commit} refs/heads/main\n")
+    assert host_steps.read_commit(tmp_path) == ("" if layout == "archive" else commit)
 
 
 def test_nothing_to_install_is_not_recorded(packages: FakeHost, journal: object) -> None:

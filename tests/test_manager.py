@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -71,7 +72,11 @@ def api_view(extension: str, may_send: bool, monkeypatch) -> ApiView:
         cache_config=SimpleNamespace(cache_dtype="auto"),
         lora_config=None,
         model_config=SimpleNamespace(
-            max_model_len=64, model=MODEL, get_hidden_size=lambda: 16, enable_sleep_mode=False
+            max_model_len=64,
+            model=MODEL,
+            get_hidden_size=lambda: 16,
+            get_vocab_size=lambda: 97,
+            enable_sleep_mode=False,
         ),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=48, max_num_seqs=5),
     )
@@ -81,8 +86,8 @@ def api_view(extension: str, may_send: bool, monkeypatch) -> ApiView:
 @pytest.mark.parametrize("may_send", [True, False])
 async def test_by_name_where_the_extension_is_loaded(monkeypatch, may_send):
     view = api_view(WORKER_EXTENSION, may_send, monkeypatch)
-    await PoCManagerV1(view).compute(SPEC, [5, 3], [7])
-    assert view.client.calls == [("poc_compute", (SPEC_FIELDS, [5, 3], [7]))]
+    await PoCManagerV1(view).compute(SPEC, [5, 3])
+    assert view.client.calls == [("poc_compute", (SPEC_FIELDS, [5, 3], []))]
 
 
 @pytest.mark.parametrize("extension", ["", "gonka_poc.config.Settings"])
@@ -148,7 +153,9 @@ async def test_chat_that_began_while_a_batch_waited_goes_first():
 
 @pytest.mark.parametrize("spec", [SPEC, DistanceSpec("block", "key", 4, "sign_flips")])
 async def test_values_by_nonce(spec):
-    result = await PoCManagerV1(FakeView()).compute(spec, [5, 3])
+    manager = PoCManagerV1(FakeView())
+    while (result := await manager.compute(spec, [5, 3])) is None:  # the random head of a round comes first
+        pass
     assert list(result.values) == [5, 3]
     for nonce, value in result.values.items():
         assert value.tolist() == made_up_value(spec, nonce).tolist()
@@ -276,11 +283,11 @@ async def test_an_answer_for_other_nonces_is_never_taken():
 async def test_a_batch_that_does_not_fit_into_memory_is_halved(caplog):
     view = FakeView()
     manager = PoCManagerV1(view)
-    assert manager.micro_batch_size(4) == 5
+    assert manager.micro_batch_size(SPEC) == 5
     view.answers = [None, refused("WorkerMemoryError")]
     assert await manager.compute(SPEC, [1, 2, 3, 4, 5]) is None
-    assert manager.micro_batch_size(4) == 2
-    assert manager.micro_batch_size(3) == 5
+    assert manager.micro_batch_size(SPEC) == 2
+    assert manager.micro_batch_size(replace(SPEC, seq_len=3)) == 5
     with pytest.raises(WorkerMemoryError):
         await manager.compute(SPEC, [1])
     assert "did not fit into memory, going on with 2" in caplog.text
@@ -310,6 +317,13 @@ async def test_check_names_the_limit(changes, error, says):
     with pytest.raises(error, match=says):
         await PoCManagerV1(view).check(params(**changes))
     assert view.calls == []
+
+
+async def test_a_vector_over_the_limit_of_the_settings_is_refused():
+    manager = PoCManagerV1(FakeView(), Settings(max_k_dim=9))
+    with pytest.raises(RequestError, match="k_dim 10 .* limit of 9 .POC_MAX_K_DIM"):
+        await manager.check(params(k_dim=10))
+    await manager.check(params(k_dim=9))
 
 
 @pytest.mark.parametrize("changes", [{}, {"model": "/models/tiny"}, {"k_dim": 16}, {"seq_len": 48}])
@@ -467,8 +481,72 @@ async def test_the_next_nonces_are_prefetched_while_chat_is_idle(chat, prefetche
         view.chat_is_served = True
         assert await manager.compute(SPEC, [5, 6], [7, 8]) is None
         view.chat_is_served = False
+    await manager.compute(SPEC, [1, 2], [5, 6])  # shows how long a batch takes
     await manager.compute(SPEC, [5, 6], [7, 8])
-    assert [args[2] for _, args in view.calls] == [prefetched]
+    assert [args[2] for _, args in view.calls] == [[], prefetched]
+
+
+async def test_no_batch_is_prefetched_that_makes_two_of_full_size_for_the_first_chat():
+    view = FakeView(call_sec=0.01)
+    manager = PoCManagerV1(view, Settings(max_step_ms=1))
+    for _ in range(2):
+        await manager.compute(SPEC, [1, 2, 3], [5, 6, 7])
+        await manager.compute(SPEC, [1, 2], [5, 6, 7])
+    assert [args[2] for _, args in view.calls] == [[], [5, 6, 7], [], [5, 6, 7]]
+
+
+async def test_a_random_head_is_made_in_steps_before_the_first_batch_of_a_round():
+    view, spec = FakeView(), DistanceSpec("block", "key", 4, "sign_flips")
+    manager = PoCManagerV1(view, Settings(max_step_ms=400))
+    await manager.prepare()
+    view.answers = [{"ready": False}, {"ready": True}]
+    assert await manager.compute(spec, [1]) is None
+    assert await manager.compute(spec, [1]) is None
+    view.answers = None
+    assert await manager.compute(spec, [1]) is None
+    view.chat_is_served = True
+    assert await manager.compute(spec, [1]) is None
+    view.chat_is_served = False
+    assert (await manager.compute(spec, [1])).values
+    assert (await manager.compute(SPEC, [1])).values
+    assert (await manager.compute(spec, [1])).values
+    await manager.release()  # which drops it
+    assert await manager.compute(spec, [1]) is None
+    assert await manager.compute(replace(spec, block_hash="other"), [1]) is None
+    assert (await manager.compute(replace(spec, randomization="permutation"), [1])).values  # has none
+    prepare, compute = "poc_prepare", "poc_compute"
+    expected = [*[prepare] * 3, *[compute] * 3, "poc_release", *[prepare] * 2, compute]
+    assert [method for method, _ in view.calls] == ["poc_describe", *expected]
+    assert view.calls[1][1][1] == 0.1  # seconds
+
+
+async def test_a_failure_drops_the_random_head():
+    view, spec = FakeView(), DistanceSpec("block", "key", 4, "sign_flips")
+    manager = PoCManagerV1(view)
+    assert await manager.compute(spec, [1]) is None
+    view.answers = [None, refused("ComputeError")]
+    with pytest.raises(ComputeError):
+        await manager.compute(spec, [1])
+    view.answers = None
+    assert await manager.compute(spec, [1]) is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "size"),
+    [
+        (VectorSpec("block", "key", 1, 12), 256),
+        (VectorSpec("block", "key", 1, 64), 256),
+        (VectorSpec("block", "key", 1, 65), 248),
+        (VectorSpec("block", "key", 1, 1024), 1),
+        (VectorSpec("block", "key", 1, 2048), 1),
+        (DistanceSpec("block", "key", 1, "sign_flips"), 42),
+        (DistanceSpec("block", "key", 1, "permutation"), 1),
+    ],
+)
+def test_a_micro_batch_of_unknown_speed_has_few_random_values(spec, size):
+    view = FakeView()
+    view.hidden_size, view.vocab_size, view.max_num_batched_tokens, view.max_num_seqs = 2048, 151_936, 2048, 256
+    assert PoCManagerV1(view).micro_batch_size(spec) == size
 
 
 async def test_a_worker_that_refuses_to_be_described():
@@ -506,7 +584,7 @@ async def test_a_check_of_the_server_waits_for_no_batch():
 @pytest.mark.parametrize(("seq_len", "size"), [(1, 5), (9, 5), (10, 4), (24, 2), (25, 1), (48, 1), (64, 1)])
 def test_micro_batch_size(seq_len, size):
     """48 tokens and 5 sequences at most."""
-    assert PoCManagerV1(FakeView()).micro_batch_size(seq_len) == size
+    assert PoCManagerV1(FakeView()).micro_batch_size(replace(SPEC, seq_len=seq_len)) == size
 
 
 # --- release ----------------------------------------------------------------------------------------------------

@@ -258,7 +258,7 @@ def with_engine(host: Starlette, num_api_processes: int) -> Starlette:
     host.state.engine_client = SimpleNamespace()
     host.state.vllm_config = SimpleNamespace(
         parallel_config=parallel_config,
-        model_config=SimpleNamespace(max_model_len=64, get_hidden_size=lambda: 16),
+        model_config=SimpleNamespace(max_model_len=64, get_hidden_size=lambda: 16, get_vocab_size=lambda: 97),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=48, max_num_seqs=5),
     )
     return host
@@ -326,6 +326,74 @@ def test_a_real_server_ends_where_the_start_is_refused(parts, num_api_processes,
     with contextlib.suppress(SystemExit):
         asyncio.run(asyncio.wait_for(end_when_started(), 10))
     assert server.lifespan.should_exit is refused
+
+
+# --- browsers ---------------------------------------------------------------------------------------------------
+
+PAGE, HERE = "https://evil.example", "http://10.0.0.5:8000"
+CHANGES = ["stop", "init", "init/generate", "init/validate", "phase/generate", "phase/validate", "generate", "validate"]
+
+
+def from_browser(origin: str | None = None, site: str | None = None, host: str = "10.0.0.5:8000") -> dict[str, str]:
+    headers = {"Host": host, "Origin": origin, "Sec-Fetch-Site": site, "Content-Type": "text/plain;charset=UTF-8"}
+    return {name: value for name, value in headers.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        from_browser(PAGE),  # an address without TLS gets no Sec-Fetch-Site
+        from_browser("null"),  # a sandboxed frame, or a file
+        from_browser(PAGE, "cross-site", "localhost:8000"),
+        from_browser("http://localhost:3000", "same-site", "localhost:8000"),
+        from_browser(None, "cross-site", "127.0.0.1:8000"),
+        from_browser("http://10.0.0.5:80"),
+        from_browser("http://evil.example:8000", None, "evil.example:8000"),  # the name leads to this server
+        from_browser("http://evil.example:8000", "same-origin", "evil.example:8000"),
+    ],
+    ids=str,
+)
+async def test_a_foreign_page_changes_nothing(client, view, headers):
+    await client.post(f"{PREFIX}/init/generate", json=round_body())
+    for path in CHANGES:
+        for body in (b"", json.dumps(round_body()).encode()):
+            for drop in ((), ("Content-Type",)):  # a page can also send a body without a type
+                sent = {name: value for name, value in headers.items() if name not in drop}
+                response = await client.post(f"{PREFIX}/{path}", content=body, headers=sent)
+                assert response.status_code == 403, path
+                assert "web page" in response.json()["detail"]
+    assert (await client.get(f"{PREFIX}/status")).json()["status"] == "GENERATING"
+    preflight = await client.options(f"{PREFIX}/stop", headers={**headers, "Access-Control-Request-Method": "POST"})
+    assert preflight.status_code == 405
+    assert not [name for name in preflight.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"User-Agent": "Go-http-client/1.1"},
+        {"User-Agent": "curl/8.5.0"},
+        {"User-Agent": "python-requests/2.32", "Host": "gpu-host:8000"},
+        from_browser(HERE),  # /docs, tried out
+        from_browser("http://localhost:8000", "same-origin", "localhost:8000"),
+        from_browser("http://[::1]:8000", "same-origin", "[::1]:8000"),
+    ],
+    ids=str,
+)
+async def test_programs_and_own_pages_pass(client, headers):
+    headers = {name: value for name, value in headers.items() if name != "Content-Type"}
+    assert (await client.post(f"{PREFIX}/init/generate", json=round_body(), headers=headers)).status_code == 200
+    assert (await client.post(f"{PREFIX}/stop", headers=headers)).status_code == 200
+
+
+async def test_a_page_under_a_name_passes_with_the_token(parts, monkeypatch):
+    monkeypatch.setenv("POC_API_TOKEN", TOKEN)
+    headers = {**from_browser("https://gpu.example", "same-origin", "gpu.example"), "Authorization": f"Bearer {TOKEN}"}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(parts.host()), base_url="http://test") as client:
+        assert (await client.post(f"{PREFIX}/stop", headers=headers)).status_code == 200
+        headers |= {"Origin": PAGE, "Sec-Fetch-Site": "cross-site"}
+        assert (await client.post(f"{PREFIX}/stop", headers=headers)).status_code == 403
 
 
 # --- the token --------------------------------------------------------------------------------------------------
@@ -401,6 +469,53 @@ async def test_the_status_page_needs_no_token(client):
     response = await client.get(f"{PREFIX}/dashboard")
     assert (response.status_code, TOKEN in response.text) == (200, False)
     assert (await client.post(f"{PREFIX}/dashboard")).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("client", "headers", "trusted"),
+    [
+        (("127.0.0.1", 5), [], True),
+        (("127.8.8.8", 5), [], True),
+        (("::1", 5), [], True),
+        (("::ffff:127.0.0.1", 5), [], True),
+        (("10.0.0.1", 5), [], False),
+        (("::ffff:10.0.0.1", 5), [], False),
+        (("2001:db8::1", 5), [], False),
+        (("localhost", 5), [], False),
+        (("", 0), [], False),
+        (None, [], False),
+        (("127.0.0.1", 5), [(b"x-forwarded-for", b"127.0.0.1")], False),
+        (("127.0.0.1", 5), [(b"forwarded", b"for=1.2.3.4")], False),
+        (("127.0.0.1", 5), [(b"via", b"1.1 proxy")], False),
+        (("127.0.0.1", 5), [(b"origin", b"http://web.example")], False),
+        (("127.0.0.1", 5), [(b"sec-fetch-site", b"cross-site")], False),
+        (("127.0.0.1", 5), [(b"authorization", b"Bearer wrong")], True),
+    ],
+    ids=str,
+)
+async def test_programs_of_this_machine_can_be_let_in(client, headers, trusted):
+    """POC_TRUST_LOOPBACK: not on behalf of others, and not unless it is switched on."""
+    passed, sent = [], []
+
+    async def app(scope, receive, send):
+        passed.append(scope)
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": f"{PREFIX}/status", "headers": headers, "client": client}
+    await TokenGate(app, TOKEN, "/open", trust_loopback=True)(scope, None, send)
+    assert (len(passed), [m["status"] for m in sent if "status" in m]) == ((1, []) if trusted else (0, [401]))
+    passed.clear()
+    await TokenGate(app, TOKEN, "/open")(scope, None, send)
+    assert passed == []
+
+
+@pytest.mark.usefixtures("_token")
+@pytest.mark.parametrize(("value", "status"), [("1", 200), ("0", 401), ("", 401)])
+async def test_trust_is_a_setting(client, monkeypatch, value, status):
+    monkeypatch.setenv("POC_TRUST_LOOPBACK", value)  # the test client's address is 127.0.0.1
+    assert (await client.get(f"{PREFIX}/status")).status_code == status
 
 
 @pytest.mark.usefixtures("_token")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import random
@@ -14,12 +16,11 @@ import sys
 import tempfile
 import types
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hosts import patch_runner
+from hosts import patch_runner, runner_inserted, runner_shape
 
 from gonka_poc import serve
 
@@ -33,7 +34,8 @@ MIDDLEWARE = ["--middleware", "gonka_poc.middleware.PoCMiddleware"]
 EXTENSION = ["--worker-extension-cls", "gonka_poc.worker.PoCWorkerExtension"]
 STANDARD_ENV = {"VLLM_USE_V1": "1", "VLLM_USE_CUDA_GRAPHS": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
 HARDENED = ["--profile", "hardened"]
-GRAPHS = [*HARDENED, "--no-enforce-eager"]
+GRAPHS = ["--profile", "graphs"]
+HARDENED_GRAPHS = [*HARDENED, "--no-enforce-eager"]
 
 
 def run(*words: object) -> int:
@@ -68,12 +70,30 @@ def unmarked(data: bytes) -> bytes:
 REAL_POPEN = subprocess.Popen
 
 
+class FakeLook(contextlib.nullcontext):
+    """The child that looks into the Python of vLLM."""
+
+    args = ()
+
+    def communicate(self, *_: Any, **__: Any) -> tuple[bytes, None]:
+        return self.enter_result.encode(), None
+
+    def __enter__(self) -> FakeLook:
+        return self
+
+    def poll(self) -> int:
+        return 0
+
+
 class FakePopen:
     """Keeps what would have been started."""
 
     started: list[tuple[list[str], dict[str, str]]]
+    has = "gonka_poc"  # what is found in the Python that vLLM is started with
 
     def __new__(cls, args: list[str], *others: Any, **options: Any) -> Any:
+        if args[1:2] == ["-c"] and args[0] != "sh":
+            return FakeLook(cls.has)
         return REAL_POPEN(args, *others, **options) if args[0] == "nvidia-smi" else super().__new__(cls)
 
     def __init__(self, args: list[str], env: dict[str, str], start_new_session: bool = False) -> None:
@@ -143,9 +163,14 @@ def split_ours(argv: list[str]) -> tuple[list[str], list[str]]:
     [
         ([], [*EAGER, *MIDDLEWARE, *EXTENSION], STANDARD_ENV),
         (HARDENED, [*EAGER, *MIDDLEWARE, *EXTENSION], {"VLLM_USE_V1": "1", "VLLM_USE_CUDA_GRAPHS": "0"}),
-        (GRAPHS, [*MIDDLEWARE, *EXTENSION], {"VLLM_USE_V1": "1"}),
+        (HARDENED_GRAPHS, [*MIDDLEWARE, *EXTENSION], {"VLLM_USE_V1": "1"}),
+        (
+            GRAPHS,
+            [*MIDDLEWARE, *EXTENSION],
+            {"VLLM_USE_V1": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"},
+        ),
     ],
-    ids=["standard", "hardened", "hardened, CUDA graphs"],
+    ids=["standard", "hardened", "hardened, CUDA graphs", "graphs"],
 )
 @pytest.mark.parametrize("name", [name for name in ALL if name != "shell_edited"])
 def test_launch(
@@ -221,6 +246,85 @@ def test_cuda_graphs_leave_the_operators_eager_alone(tmp_path: Path, launch: Lau
     path = put(tmp_path, "direct_2025")
     assert run("apply", path, *GRAPHS) == 0
     assert launch(path, "--enforce-eager", "--seed", "1")[0][-7:] == [*EAGER, "--seed", "1", *MIDDLEWARE, *EXTENSION]
+
+
+# --- what the Python of vLLM has
+
+
+@pytest.mark.parametrize("options", [[], GRAPHS, HARDENED])
+@pytest.mark.parametrize("name", ALL)
+def test_a_patch_that_outlived_the_package_changes_nothing(
+    name: str,
+    options: list[str],
+    tmp_path: Path,
+    launch: Launch,
+    nvidia_smi: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    nvidia_smi("81559\\n")
+    path = put(tmp_path, name)
+    before = launch(path, "--seed", "1")
+    assert run("apply", path, *options) == 0
+    monkeypatch.setattr(FakePopen, "has", "skip_compiled")
+    assert launch(path, "--seed", "1") == before
+    assert {record.name for record in caplog.records} == {"gonka_poc"}
+    assert "has no gonka_poc: vLLM starts without proof of compute" in caplog.text
+
+
+COMPILING = [
+    ["--compilation-config", '{"cudagraph_mode": "FULL"}'],
+    ["--compilation_config={}"],
+    ["--compilation-config.mode", "3"],
+    ["-cc.mode=3"],
+    ["-cc", "{}"],
+    ["-O3"],
+    ["-O", "2"],
+    ["--optimization-level=1"],
+]
+
+
+@pytest.mark.parametrize("operators", [*COMPILING, [*COMPILING[0], *EAGER]], ids=" ".join)
+@pytest.mark.parametrize("name", ["direct_2025", "shell_2025", "module_2026"])
+def test_what_the_operator_compiles_stays_compiled(
+    name: str,
+    operators: list[str],
+    tmp_path: Path,
+    launch: Launch,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = put(tmp_path, name)
+    plain, env_before = launch(path)
+    plain = split_ours(plain)[0]
+    assert run("apply", path) == 0
+    # before 0.15 proof could not run beside it
+    assert launch(path, *operators)[0][-5:] == [*EAGER, *MIDDLEWARE, *EXTENSION]
+    assert caplog.text == ""
+    monkeypatch.setattr(FakePopen, "has", "gonka_poc skip_compiled")
+    argv, env = launch(path, *operators)
+    assert argv == [*plain, *operators, *MIDDLEWARE, *EXTENSION]
+    without_graphs = {name: value for name, value in STANDARD_ENV.items() if name != "VLLM_USE_CUDA_GRAPHS"}
+    assert env == env_before | (STANDARD_ENV if EAGER[0] in operators else without_graphs)
+    assert f"{operators[0]} is given: vLLM starts without --enforce-eager" in caplog.text
+    assert launch(path)[0] == [*plain, *EAGER, *MIDDLEWARE, *EXTENSION]  # nothing asks for compilation
+
+
+@pytest.mark.parametrize("files", [[], ["gonka_poc/middleware.py"], ["gonka_poc/other.py", "vllm/forward_context.py"]])
+def test_a_real_python_is_looked_into(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither package is imported; another project's gonka_poc, without our middleware, does not count."""
+    for file in files:
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_text("class PoCMiddleware: skip_compiled\n")
+        (tmp_path / file).with_name("__init__.py").write_text("raise ValueError('imported')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONNOUSERSITE", "1")
+    monkeypatch.chdir(tmp_path.parent)  # `-c`, like `-m`, also looks there
+    python = getattr(sys, "_base_executable", sys.executable)
+    found = runner_inserted._gonka_poc_look(python)
+    assert ("gonka_poc" in found) == ("gonka_poc/middleware.py" in files)
+    assert ("skip_compiled" in found) == ("vllm/forward_context.py" in files)
+    assert runner_inserted._gonka_poc_look(str(tmp_path / "no python")) == ["gonka_poc"]
 
 
 BATCH = ["--max-num-batched-tokens", "32768"]
@@ -320,8 +424,9 @@ def test_each_option_is_there_once_and_the_rest_untouched(
 
 def test_the_size_of_a_batch_is_that_of_serve() -> None:
     assert [serve.BATCHED_TOKENS, str(serve.PROOF_BATCH_TOKENS)] == BATCH
-    assert f'["{BATCH[0]}", "{BATCH[1]}"]' in patch_runner.COMMAND_FUNCTION
-    assert f"{serve.LARGE_GPU_MIB // 1024} * 1024" in patch_runner.COMMAND_FUNCTION
+    inserted = (PATCHES / "runner_inserted.py").read_text()
+    assert f'["{BATCH[0]}", "{BATCH[1]}"]' in inserted
+    assert f"{serve.LARGE_GPU_MIB // 1024} * 1024" in inserted
 
 
 def test_a_real_shell_starts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,6 +434,7 @@ def test_a_real_shell_starts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     path, report, child = put(tmp_path, "shell_2025"), tmp_path / "report", tmp_path / "the python"
     child.write_text(
         f"#!{sys.executable}\nimport json, os, sys\n"
+        "if sys.argv[1] == '-c': sys.exit(print('gonka_poc'))\n"
         "json.dump([sys.argv[1:], dict(os.environ)], open(os.environ['REPORT'], 'w'))\n"
     )
     child.chmod(0o755)
@@ -512,7 +618,7 @@ def test_revert_of_a_file_that_an_update_replaced(tmp_path: Path) -> None:
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "a value changed": lambda data: data.replace(b'"VLLM_USE_V1": "1"', b'"VLLM_USE_V1": "0"'),
-    "a line added": lambda data: data.replace(b"env.update(_GONKA_POC_ENV)\n", b"env.update(_GONKA_POC_ENV)\n\n"),
+    "a line added": lambda data: data.replace(b"env.update(_gonka_poc_env)\n", b"env.update(_gonka_poc_env)\n\n"),
     "an end marker deleted": lambda data: data.replace(b"# <<< gonka-poc patch\n", b"", 1),
     "the last end marker deleted": lambda data: b"".join(data.rpartition(b"# <<< gonka-poc patch\n")[::2]),
     "a begin marker deleted": lambda data: re.sub(rb"# >>> gonka-poc.*\n", b"", data, count=1),
@@ -537,8 +643,8 @@ def test_a_damaged_patch_is_left_alone(
 # --- another version or profile
 
 
-@pytest.mark.parametrize("second", [[], HARDENED, GRAPHS])
-@pytest.mark.parametrize("first", [[], HARDENED, GRAPHS])
+@pytest.mark.parametrize("second", [[], HARDENED, GRAPHS, HARDENED_GRAPHS])
+@pytest.mark.parametrize("first", [[], HARDENED, GRAPHS, HARDENED_GRAPHS])
 @pytest.mark.parametrize("name", ALL)
 def test_another_profile_replaces_the_first(name: str, first: list[str], second: list[str], tmp_path: Path) -> None:
     path = put(tmp_path, name)
@@ -560,7 +666,8 @@ def test_another_version_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyP
     original = path.read_bytes()
     with monkeypatch.context() as other:
         other.setattr(patch_runner, "PATCH_VERSION", 7)
-        other.setattr(patch_runner, "COMMAND_FUNCTION", "def _gonka_poc_command(command):\n    return command\n")
+        other.setattr(patch_runner, "FOLDER", str(tmp_path))
+        (tmp_path / "runner_inserted.py").write_text("_GONKA_POC_OPTIONS = {}\n")
         assert run("apply", path) == 0
     assert run("check", path) == 5
     assert run("apply", path) == 0
@@ -595,7 +702,7 @@ def test_patched_but_the_code_around_it_changed(tmp_path: Path) -> None:
 
 def test_over_the_steps_by_hand(tmp_path: Path, launch: Launch) -> None:
     """A file patched by hand is an unpatched one to the tool, and nothing is there twice after it."""
-    by_hand = re.findall(r"(?m)^       (.*)$", patch_runner.MANUAL_STEPS)
+    by_hand = re.findall(r"(?m)^       (.*)$", runner_shape.MANUAL_STEPS)
     words, env = "\n".join(by_hand[:5]), [line for line in by_hand if line.startswith("env[")]
     assert len(env) == 3
 
@@ -729,7 +836,7 @@ def test_an_unknown_shape_is_left_alone(
         assert out == ""
         assert reason in err.splitlines()[0]
         assert "was not changed" in err
-        assert patch_runner.MANUAL_STEPS in err
+        assert runner_shape.MANUAL_STEPS in err
     assert footprint(path) == before
 
 
@@ -852,7 +959,7 @@ def test_links_to_nowhere(tmp_path: Path) -> None:
 def test_a_failure_in_the_middle_leaves_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = put(tmp_path, "direct_2025")
 
-    def no_space(_: str, target: str) -> None:
+    def no_space(_: str, target: str, **folders: int) -> None:
         raise OSError(28, "No space left on device", target)
 
     for command in ("apply", "revert"):
@@ -865,10 +972,55 @@ def test_a_failure_in_the_middle_leaves_the_file(tmp_path: Path, monkeypatch: py
         assert footprint(path)[0] != before[0]
 
 
+@pytest.fixture
+def busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file can be renamed over another: the target is a mount of its own."""
+
+    def refuse(_: str, target: str) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy", target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+
+
+@pytest.mark.usefixtures("busy")
+def test_a_mounted_file_is_written_in_place(tmp_path: Path) -> None:
+    path = put(tmp_path, "direct_2025")
+    original, inode = path.read_bytes(), path.stat().st_ino
+    assert run("apply", path) == 0
+    assert run("check", path) == 0
+    assert path.stat().st_ino == inode
+    assert run("revert", path) == 0
+    assert path.read_bytes() == original
+    assert os.listdir(path.parent) == ["runner.py"]
+
+
+def test_a_file_that_was_cut_short_is_known() -> None:
+    old = (RUNNERS / "direct_2025.py").read_bytes()
+    new = patch_runner.make_patched(old, patch_runner.Variant())
+    for first, second in ((old, new), (new, old)):
+        for written in range(0, len(second), 7):
+            torn = second[:written] + first[written:]
+            assert patch_runner.is_cut_short(torn, first, second) == (torn not in (first, second))
+        assert not patch_runner.is_cut_short(first + b"# edited", first, second)
+        assert not patch_runner.is_cut_short(b"# edited" + second, first, second)
+
+
+def test_a_mount_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = tmp_path / "mountinfo"
+    table.write_text("36 35 98:0 /a /the\\040host/runner.py rw - ext4 /dev/sda rw\n")
+    real = open
+    monkeypatch.setattr("builtins.open", lambda path, *a, **k: real(table if path == MOUNTS else path, *a, **k))
+    assert patch_runner.is_mount("/the host/runner.py")
+    assert not patch_runner.is_mount("/the host")
+
+
+MOUNTS = "/proc/self/mountinfo"
+
+
 def startable(python: str, options: dict[str, object]) -> str | None:
     """`python`, if it is new enough and the user may start it."""
     command = [python, "-I", "-S", "-c", "import sys; sys.exit(sys.version_info < (3, 10))"]
-    with suppress(OSError):
+    with contextlib.suppress(OSError):
         if subprocess.run(command, timeout=60, **options).returncode == 0:
             return python
     return None
@@ -884,7 +1036,8 @@ def as_nobody() -> Iterator[tuple[Path, Callable[..., subprocess.CompletedProces
         pytest.skip("no Python here that another user can start")
     root = Path(tempfile.mkdtemp())
     root.chmod(0o755)
-    shutil.copy(SCRIPT, root / "tool.py")
+    for path in PATCHES.glob("*.py"):
+        shutil.copy(path, root / path.name.replace("patch_runner", "tool"))
 
     def call(*words: object) -> subprocess.CompletedProcess[str]:
         command = [python, "-I", "-S", str(root / "tool.py"), *map(str, words)]
@@ -986,7 +1139,7 @@ def test_help_lists_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_document_says_what_the_tool_does(tmp_path: Path) -> None:
     """The steps by hand word for word, and every inserted line that the document shows."""
     document = (PATCHES / "runner_patch.md").read_text(encoding="utf-8")
-    assert patch_runner.MANUAL_STEPS in document
+    assert runner_shape.MANUAL_STEPS in document
     path = put(tmp_path, "shell_2025")
     assert run("apply", path) == 0
     patched = path.read_text()
@@ -994,7 +1147,7 @@ def test_the_document_says_what_the_tool_does(tmp_path: Path) -> None:
     assert len(excerpts) == 3
     for line in "".join(excerpts).replace("    ...\n", "").replace("(IVLLMRunner)", "").splitlines():
         assert line in patched.splitlines()
-    for option in ("apply", "check", "revert", "diff", "--profile hardened", "--no-enforce-eager"):
+    for option in ("apply", "check", "revert", "diff", "--profile graphs", "--profile hardened"):
         assert option in document
 
 

@@ -28,6 +28,15 @@ def test_settings_that_can_be_used_are_returned(monkeypatch, tmp_path):
         check_settings(print)
 
 
+def test_batch_invariance_that_vllm_does_not_know_of(monkeypatch):
+    monkeypatch.setenv("POC_BATCH_INVARIANT", "1")
+    monkeypatch.delenv("VLLM_BATCH_INVARIANT", raising=False)
+    with pytest.raises(SettingsError, match="POC_BATCH_INVARIANT=1 needs VLLM_BATCH_INVARIANT=1"):
+        check_settings()
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert check_settings().batch_invariant
+
+
 @pytest.mark.parametrize("path", ["/proc/nope/o.sqlite3", "/dev/null/o.sqlite3", "/proc"])
 def test_an_outbox_that_cannot_be_used_says_what_to_do(monkeypatch, path):
     monkeypatch.setenv("POC_OUTBOX_PATH", path)

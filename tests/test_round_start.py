@@ -81,9 +81,9 @@ async def test_proof_leaves_no_time_for_chats_that_were_ended():
     manager = PoCManagerV1(view, Settings(chat_backoff_sec=0.001, max_step_ms=0.001))
     view.chat_is_served = True
     assert await manager.compute(VectorSpec("block", "key", 4, 3), [1]) is None
-    assert manager.micro_batch_size(4) == 1
+    assert manager.micro_batch_size(VectorSpec("block", "key", 4, 3)) == 1
     await manager.abort_chats()
-    assert (view.num_aborts, manager.micro_batch_size(4)) == (1, 5)
+    assert (view.num_aborts, manager.micro_batch_size(VectorSpec("block", "key", 4, 3))) == (1, 5)
 
 
 async def test_a_sleeping_engine_keeps_the_chats_that_wait_for_it():

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fakes import BUSY, MODEL, FakeManager, generate_body, made_up_vector, make_poc, round_body, until
+from fakes import BUSY, MODEL, FakeManager, generate_body, made_up_vector, make_poc, round_body, served, until
 
 from gonka_poc import routes
 from gonka_poc.callbacks import sender as callbacks
@@ -655,3 +655,24 @@ async def test_what_a_round_computed_is_delivered_at_close(api, monkeypatch):
 @pytest.mark.parametrize("answer", [PendingAnswer, ArtifactsAnswer, FailedAnswer])
 def test_answers_name_their_request(answer):
     assert {"status", "request_id"} <= set(answer.model_fields)
+
+
+# --- calibration ------------------------------------------------------------------------------------------------
+
+
+async def test_moved_inputs_only_where_the_server_allows_it():
+    body = generate_body([1, 2], wait=True, calibration_step=3)
+    async with served(FakeManager(), Settings()) as api:
+        answer = await api.client.post("/generate", json=body)
+        assert answer.status_code == 400
+        assert "POC_CALIBRATION=1" in answer.json()["detail"]
+    manager = FakeManager()
+    async with served(manager, Settings(calibration=True)) as api:
+        assert (await api.client.post("/generate", json=body)).status_code == 200
+        assert [spec.moved for spec in manager.specs] == [3]
+        plain = generate_body([1, 2], wait=True)
+        assert (await api.client.post("/generate", json=plain)).status_code == 200
+        assert [spec.moved for spec in manager.specs] == [3, 0]
+        artifacts = [{"nonce": n, "vector_b64": "AAAAAAAA"} for n in (1, 2)]
+        answer = await api.client.post("/generate", json={**body, "validation": {"artifacts": artifacts}})
+        assert answer.status_code == 422

@@ -326,6 +326,15 @@ def test_main_tries_the_outbox(run, monkeypatch, capsys):
     run(*MODEL)  # a plain server has none
 
 
+def test_main_tells_vllm_of_batch_invariance(run, monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "0")
+    run("--enable-poc", *MODEL)
+    assert os.environ["VLLM_BATCH_INVARIANT"] == "0"
+    monkeypatch.setenv("POC_BATCH_INVARIANT", "1")
+    run("--enable-poc", *MODEL)
+    assert os.environ["VLLM_BATCH_INVARIANT"] == "1"
+
+
 def test_main_names_variables_that_nothing_reads(run, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("POC_OUTBOX_PATH", str(tmp_path / "outbox.sqlite3"))
     monkeypatch.setenv("POC_CALLBACK_INTERVAL", "1")

@@ -14,8 +14,9 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from fakes import BUSY, FakeManager, FakeView, generate_body, made_up_distance, make_poc, round_body, until
+from fakes import BUSY, FakeManager, FakeView, generate_body, made_up_distance, make_poc, round_body, served, until
 from pydantic import ValidationError
+from pydantic_core import to_json
 
 from gonka_poc import routes
 from gonka_poc.config import Settings
@@ -594,3 +595,24 @@ def test_honest_and_cheating_provers(noise, tampered, fraud):
 def test_when_a_nonce_is_invalid(received, computed, invalid):
     batch = validate_proof(ProofBatch.model_validate(proof_body([1], [received])), {1: computed}, R_TARGET, 0.01)
     assert batch.n_invalid == invalid
+
+
+# --- GET /status of a long round ---
+
+
+async def test_the_valid_nonces_are_made_into_json_once_per_batch(monkeypatch):
+    """However many ask: with 10,000 of them it takes milliseconds of the event loop."""
+    made = []
+    monkeypatch.setattr("gonka_poc.server.threshold.to_json", lambda value: made.append(value) or to_json(value))
+    async with served(FakeManager(batches=0), Settings(outbox_path=":memory:")) as api:
+        assert (await api.client.post("/init", json=threshold_body())).status_code == 200
+        progress = api.service.slot.round.progress
+        for number in range(3):
+            progress.add(BatchResult({number: np.float32(0.25)}, []), 1.4)
+            answers = [(await api.client.get("/status")).json() for _ in range(5)]
+            shown = list(range(number + 1))
+            assert [answer["valid_nonces"] for answer in answers] == [shown] * 5
+            assert answers[0]["valid_distances"] == [0.25] * len(shown)
+            expected = api.service.status().model_dump(mode="json")
+            assert answers[0].keys() == expected.keys()
+    assert len(made) == 3

@@ -118,6 +118,7 @@ async def _read_prefix(response: httpx.Response) -> str:
             prefix += chunk
             if len(prefix) >= MAX_MEANING_BYTES:
                 break
+            await asyncio.sleep(0)  # very many small ones may have come at once
     return prefix[:MAX_MEANING_BYTES].decode("utf-8", "replace")
 
 

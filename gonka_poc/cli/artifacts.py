@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from gonka_poc.cli import common
 from gonka_poc.cli.artifact_file import ArtifactFile, read_artifact_file, write_artifact_file
@@ -141,19 +138,17 @@ def status_command(connect: Connect, as_json: bool) -> int:
     if as_json:
         common.print_json(answer.model_dump())
         return common.PASS
-    table = Table.grid(padding=(0, 2))
-    table.add_row("status", answer.status)
+    rows: list[tuple[str, object]] = [("status", answer.status)]
     for part in (answer.config, answer.stats):
-        for name, value in part or ():
-            table.add_row(name, f"{value:.2f}" if isinstance(value, float) else Text(str(value)))
+        rows += [(name, f"{value:.2f}" if isinstance(value, float) else value) for name, value in part or ()]
     if answer.error:
         label = "the last round ended" if answer.status in ("IDLE", "STOPPED") else "waits for"
-        table.add_row(label, Text(answer.error))
+        rows.append((label, answer.error))
     for receiver in answer.callbacks or ():
         counts = receiver.model_dump(exclude={"receiver"})
         text = ", ".join(f"{name} {value}" for name, value in counts.items())
-        table.add_row("callbacks", Text(f"{receiver.receiver}: {text}"))
-    Console().print(table)
+        rows.append(("callbacks", f"{receiver.receiver}: {text}"))
+    common.print_grid(rows)
     return common.PASS
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from gonka_poc.cli import common, plots
-from gonka_poc.cli.bench_measure import Bench, BenchSizes, bench_offline, bench_server
+from gonka_poc.cli.bench_measure import Bench, BenchSizes, bench_offline, bench_server, busy_share, median_run
 
 MEANING: Mapping[str, str] = MappingProxyType(
     {
@@ -37,6 +37,10 @@ def rows_of(found: Bench) -> list[tuple[str, str]]:
         ("bare prefill", f"{found.prefill_per_second:.4g} sequences/s"),
         ("PoC tax", f"{found.poc_tax:.1%}"),
     ]
+    if len(found.all_rates) > 1:
+        low, high = min(found.all_rates), max(found.all_rates)
+        spread = (high - low) / found.nonces_per_second
+        rows.insert(3, (f"of {len(found.all_rates)} runs", f"{low:.4g} to {high:.4g} nonces/s, spread {spread:.1%}"))
     if found.generate_nonces_per_second is not None:
         rows.append(("POST /generate", f"{found.generate_nonces_per_second:.4g} nonces/s"))
     if found.model_flops and found.matrix_flops_per_second and found.matrix_rate_share is not None:
@@ -72,7 +76,7 @@ def plot_of(found: Bench, theme: plots.Theme) -> plots.Figure:
         "bare prefill": {"forward": 1e3 * found.batch_size / found.prefill_per_second},
     }
     title = f"{found.model}: {found.batch_size} nonces x {found.seq_len} tokens, {found.nonces_per_second:.4g} nonces/s"
-    return plots.stacked_bars(bars, title, "milliseconds", theme)
+    return plots.stacked_bars(bars, title, "milliseconds", theme, list(MEANING))
 
 
 @click.command("bench")
@@ -84,6 +88,7 @@ def plot_of(found: Bench, theme: plots.Theme) -> plots.Figure:
 @click.option("--callback-url", help="Where the server sends the round's callbacks [default: nowhere]")
 @common.size_options(1024)
 @common.seconds_option(default=10.0)
+@common.count_option("--repeat", 1, "Measure so often; the run of the median rate is shown, and the spread.")
 @click.option("--png", type=common.FilePath, help="Write the phases as a bar here (needs matplotlib).")
 @common.theme_option
 @common.server_options
@@ -94,6 +99,7 @@ def bench_command(
     server_args: str,
     model: str | None,
     callback_url: str | None,
+    repeat: int,
     png: Path | None,
     theme: str,
     connect: common.Connect,
@@ -111,19 +117,25 @@ def bench_command(
     """
     _refuse_unused_options(context, offline is not None)
     bench_sizes = BenchSizes(**sizes)
+    busy = busy_share()  # before the load that this makes itself
     if offline is not None:
-        found = bench_offline(offline, shlex.split(server_args), bench_sizes)
+        runs = bench_offline(offline, shlex.split(server_args), bench_sizes, repeat)
     else:
         with connect(timeout=600) as client:
-            common.say(f"measuring {client.url}: prefill, /generate, a round; about {3 * bench_sizes.seconds:g} s")
-            found = bench_server(client, model or client.model_name(), bench_sizes, callback_url)
+            each = f"prefill, /generate, a round; about {3 * repeat * bench_sizes.seconds:g} s"
+            common.say(f"measuring {client.url}: {each}")
+            name = model or client.model_name()
+            runs = [bench_server(client, name, bench_sizes, callback_url) for _ in range(repeat)]
+    if busy:
+        common.say(f"this machine was busy ({busy:.0%} of its cores): the rates are too low, and differ between runs")
+    found = median_run(runs)
     if as_json:
         common.print_json(dataclasses.asdict(found))
     else:
         common.print_table(("", found.where), rows_of(found))
         common.print_table(("phase", "ms per batch", "share", "meaning"), phase_rows(found))
         if found.not_measured:
-            click.echo(f"only --offline measures: {', '.join(found.not_measured)}; model flops, memory")
+            common.print_lines(f"only --offline measures: {', '.join(found.not_measured)}; model flops, memory")
     if png is not None:  # last, so that a missing matplotlib costs no measurement
         plots.save_png(plot_of(found, plots.theme_of(theme)), png)
     return common.PASS

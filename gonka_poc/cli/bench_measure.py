@@ -26,6 +26,7 @@ from gonka_poc.vllm_compat import OfflineEngine
 
 BLOCK_HASH, PUBLIC_KEY = "bench", "bench"
 WARM_UPS, MIN_BATCHES = 2, 5
+BUSY = 0.25
 # requests at a time, so that the server always has the next tokens
 PREFILLS_AT_A_TIME = 2
 FIRST_TOKEN, NUM_TOKENS = 3, 250  # token ids that every vocabulary has
@@ -54,6 +55,7 @@ class Bench:
     `poc_tax`: 1 - nonces_per_second / prefill_per_second. `model_flops`: per nonce, and `matrix_flops_per_second`:
     measured, both over all workers. `matrix_rate_share`: the share of the latter that proof uses. `scratch_bytes`: of
     the worker that has the most. `not_measured`: phases that are part of another one here.
+    `all_rates`: nonces/s of each of several runs.
     """
 
     where: str
@@ -77,10 +79,26 @@ class Bench:
     matrix_flops_per_second: float | None = None
     matrix_rate_share: float | None = None
     scratch_bytes: int | None = None
+    all_rates: tuple[float, ...] = ()
 
 
-def bench_offline(model: Path, server_args: Sequence[str], sizes: BenchSizes) -> Bench:
-    """Measure `model` on an engine of this process, whose vLLM batch is as large as `sizes` unless `server_args` say.
+def median_run(runs: Sequence[Bench]) -> Bench:
+    """The run with the median rate, the lower one of two; `all_rates` are the nonces/s of all, in their order."""
+    ranked = sorted(runs, key=lambda run: run.nonces_per_second)
+    rates = tuple(run.nonces_per_second for run in runs)
+    return dataclasses.replace(ranked[(len(ranked) - 1) // 2], all_rates=rates)
+
+
+def busy_share() -> float:
+    """The share of this machine's cores that were busy in the last minute; 0.0 where it is too small to matter."""
+    share = os.getloadavg()[0] / (os.cpu_count() or 1)
+    return share if share > BUSY else 0.0
+
+
+def bench_offline(model: Path, server_args: Sequence[str], sizes: BenchSizes, repeat: int = 1) -> list[Bench]:
+    """Measure `model`, `repeat` times, on an engine of this process.
+
+    vLLM's batch is as large as `sizes` unless `server_args` say.
 
     Raises the errors of OfflineEngine and its workers, and RequestError if `sizes` break a limit of the engine.
     """
@@ -88,7 +106,7 @@ def bench_offline(model: Path, server_args: Sequence[str], sizes: BenchSizes) ->
         os.environ.setdefault(name, value)
     tokens = ["--max-num-batched-tokens", str(sizes.batch_size * sizes.seq_len)]
     with _stdout_to_stderr(), OfflineEngine(model, [*tokens, *server_args]) as engine:
-        return measure_engine(engine, model.name, sizes)
+        return [measure_engine(engine, model.name, sizes) for _ in range(repeat)]
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""`gonka-poc calibrate`: the r_target for a rate of valid nonces on the served model, and its spread over blocks."""
+"""`gonka-poc calibrate`: the r_target for a rate of valid nonces, or the noise floor of the served model's vectors."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import click
 import numpy as np
 from scipy.stats import binom, binomtest, chi2
 
-from gonka_poc.cli import common
+from gonka_poc.cli import common, vector_floor
+from gonka_poc.cli.artifact_file import ArtifactFile
 from gonka_poc.cli.client import ANY_DISTANCE, PoCClient, Progress, ignore_progress, threshold_request
 from gonka_poc.cli.common import Connect
-from gonka_poc.cli.plots import save_png, terminal_histogram, theme_of, value_histogram
+from gonka_poc.cli.plots import distance_histogram, save_png, terminal_histogram, theme_of, value_histogram
 from gonka_poc.data import Randomization
 from gonka_poc.errors import ToolError
 
@@ -113,9 +114,9 @@ def _block_rate(block_hash: str, distances: np.ndarray, r_target: float) -> Bloc
 
 @click.command("calibrate")
 @click.option("--rate", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.10, show_default=True)
-@common.count_option("--nonces", 2000, "Over all block hashes.")
+@click.option("--nonces", type=click.IntRange(1), help="Over all block hashes [default: 2000; of vectors 256]")
 @common.count_option("--blocks", 8, "Block hashes to try.")
-@common.count_option("--seq-len", 256, "Tokens per nonce.")
+@click.option("--seq-len", type=click.IntRange(1), help="Tokens per nonce [default: 256; of vectors 1024]")
 @click.option(
     "--randomization",
     type=click.Choice([each.value for each in Randomization]),
@@ -123,17 +124,59 @@ def _block_rate(block_hash: str, distances: np.ndarray, r_target: float) -> Bloc
     show_default=True,
 )
 @common.batch_size_option
+@click.option("--vectors", is_flag=True, help="Measure the noise floor of vectors, and recommend thresholds for them.")
+@common.count_option("--k-dim", 12, "Length of a vector.")
+@common.count_option("--steps", 1, "Ways to move the inputs of a nonce; each gives as many distances as nonces.")
+@click.option("--honest", type=common.FilePath, multiple=True, help="A file of `generate` on another honest server.")
+@click.option("--cheat", type=common.FilePath, multiple=True, help="A file of `generate` on a server that cheats.")
+@common.served_model_options
 @click.option("--png", type=common.FilePath, help="Write a histogram here (needs matplotlib).")
 @common.theme_option
 @common.server_options
 def calibrate_command(
-    rate: float, nonces: int, blocks: int, png: Path | None, theme: str, connect: Connect, as_json: bool, **sizes: Any
+    rate: float,
+    nonces: int | None,
+    blocks: int,
+    vectors: bool,
+    k_dim: int,
+    steps: int,
+    honest: tuple[Path, ...],
+    cheat: tuple[Path, ...],
+    model: str | None,
+    png: Path | None,
+    theme: str,
+    connect: Connect,
+    as_json: bool,
+    **sizes: Any,
 ) -> int:
     """Find the r_target at which a share of --rate of nonces is valid on the served model, and its spread over blocks.
 
+    With --vectors: how far rounding alone moves the vectors of the served model (one input value a nonce moved by one
+    unit in the last place, and another batch size), how far cheats are from it, and thresholds that part them. The
+    server has to be started with POC_CALIBRATION=1. Exit status 1 if a cheat would not be caught.
+
     \b
     gonka-poc calibrate --rate 0.10 --nonces 2000 --png distances.png
+    gonka-poc calibrate --vectors --honest other-card.json --cheat int4.json --png floor.png
     """
+    if vectors:
+        sizes.pop("randomization")
+        sizes["seq_len"] = sizes["seq_len"] or 1024
+        per_block = max(1, (nonces or 256) // blocks)
+        with connect() as client:
+            file = ArtifactFile(
+                model=model or client.model_name(), k_dim=k_dim, seq_len=sizes["seq_len"], block_hash="", public_key=""
+            )
+            with common.progress_bar("measuring", per_block * blocks * (steps + 3)) as progress:
+                hashes = [f"{vector_floor.BLOCK}-{i}" for i in range(blocks)]
+                batch_size = sizes["batch_size"]
+                floor = vector_floor.measure_floor(client, file, hashes, per_block, batch_size, steps, progress)
+            vector_floor.add_files(floor, client, honest, cheat, file.model, batch_size)
+        return _show_floor(floor, png, theme, as_json)
+    if honest or cheat:
+        raise click.UsageError("--honest and --cheat belong to --vectors")
+    sizes["seq_len"] = sizes["seq_len"] or 256
+    nonces = nonces or 2000
     per_block = max(1, nonces // blocks)
     with connect() as client, common.progress_bar("measuring", per_block * blocks) as progress:
         hashes = [f"calibrate-{i}" for i in range(blocks)]
@@ -150,8 +193,34 @@ def calibrate_command(
     return common.PASS
 
 
+def _show_floor(floor: vector_floor.Floor, png: Path | None, theme: str, as_json: bool) -> int:
+    """Print and plot; the exit status."""
+    advice = vector_floor.advise(floor)
+    stat_test = advice.stat_test
+    if as_json:
+        common.print_json(vector_floor.figures_of(floor, advice))
+    else:
+        click.echo("\n".join(terminal_histogram(floor.widest, stat_test.dist_threshold)))
+        common.print_table(vector_floor.HEAD, vector_floor.rows_of(floor, advice))
+        click.echo(
+            f"for proofs of {vector_floor.PROOF} nonces: --dist-threshold {stat_test.dist_threshold:g} "
+            f"--p-mismatch {stat_test.p_mismatch:g} --fraud-threshold {stat_test.fraud_threshold:g}\n"
+            f"fraud from {advice.least_fraud} mismatches on; an honest host is called one with p < "
+            f"{max(advice.false_alarm, 1e-300):.1e}"
+        )
+        for name in advice.missed:
+            click.echo(f"NOT told from an honest host surely enough: {name} (caught {advice.caught[name]:.4f})")
+    if png is not None:
+        series = {f"honest: {name}": values for name, values in floor.honest.items()}
+        series |= {f"cheat: {name}": values for name, values in floor.cheats.items()}
+        marks = {"dist_threshold": stat_test.dist_threshold}
+        title = "Noise floor of the served model, and cheats"
+        save_png(distance_histogram(series, marks, title, theme_of(theme)), png)
+    return common.ERROR if advice.missed else common.PASS
+
+
 def _print_calibration(found: Calibration, distances: np.ndarray) -> None:
-    click.echo("\n".join(terminal_histogram(distances, found.r_target)))
+    common.print_lines(*terminal_histogram(distances, found.r_target))
     rows = [
         (
             block.block_hash,
@@ -163,11 +232,11 @@ def _print_calibration(found: Calibration, distances: np.ndarray) -> None:
         for block in found.blocks
     ]
     common.print_table(("block hash", "nonces", "mean distance", "valid", "95% interval"), rows)
-    click.echo(
+    common.print_lines(
         f"r_target {found.r_target:.5f} for {found.rate:.1%} valid; 95% interval {found.low:.5f} to {found.high:.5f}"
     )
-    click.echo(
+    common.print_lines(
         f"valid rate over block hashes: standard deviation {found.rate_sd:.2%}, by chance alone "
         f"{found.rate_sd_by_chance:.2%}; p = {found.p_same:.2g} that the block makes no difference"
     )
-    click.echo(f"mean {found.mean:.5f}: {found.standard_errors_from_sqrt2:.1f} standard errors from sqrt(2)")
+    common.print_lines(f"mean {found.mean:.5f}: {found.standard_errors_from_sqrt2:.1f} standard errors from sqrt(2)")

@@ -10,11 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import click
-
 from gonka_poc.cli.artifact_file import writing
-from gonka_poc.cli.common import ERROR, PASS, print_json, say
-from gonka_poc.errors import PoCError, ServerAnswerError, printable
+from gonka_poc.cli.common import ERROR, PASS, print_json, print_lines, say
+from gonka_poc.errors import PoCError, ServerAnswerError
 
 
 class Finding(NamedTuple):
@@ -56,13 +54,13 @@ def show_results(results: Iterable[CaseResult], as_json: bool, ended: list[CaseR
     """Print each result as it comes, add it to `ended`, then print the total; the exit status."""
     for result in results:
         ended.append(result)
-        click.echo(printable(result.line), err=as_json)
+        print_lines(result.line, err=as_json)
     num_passed = sum(result.ok for result in ended)
     ok = 0 < num_passed == len(ended)
     if as_json:
         print_json({"ok": ok, "checks": [asdict(result) for result in ended]})
     else:
-        click.echo(f"{num_passed} of {len(ended)} passed")
+        print_lines(f"{num_passed} of {len(ended)} passed")
     return PASS if ok else ERROR
 
 

@@ -75,6 +75,10 @@ class PoCClient:
         """The name of the model that is served."""
         return str(self._vllm("GET", "/v1/models", None, "data", 0, "id"))
 
+    def versions(self) -> data.VersionsAnswer:
+        """GET /versions."""
+        return self._ask(data.VersionsAnswer, "GET", "versions")
+
     def status(self) -> data.StatusAnswer:
         """GET /status."""
         return self._ask(data.StatusAnswer, "GET", "status")
@@ -191,11 +195,13 @@ class PoCClient:
         batch_size: int,
         on_artifacts: Callable[[list[data.Artifact]], object],
         progress: Progress = ignore_progress,
+        calibration_step: int = 0,
     ) -> list[int]:
         """Compute `nonces` as `file` says, batch by batch, each for `on_artifacts`; those that gave NaN or Inf."""
         not_computed: list[int] = []
+        more = {"calibration_step": calibration_step} if calibration_step else {}
         for batch in data.chunks(list(nonces), batch_size):
-            answer = self._generate(data.ArtifactsAnswer, file, batch, batch_size)
+            answer = self._generate(data.ArtifactsAnswer, file, batch, batch_size, **more)
             on_artifacts(answer.artifacts)
             not_computed += answer.not_computed_nonces or []
             progress(len(batch))

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from gonka_poc.cli.client import PoCClient
 from gonka_poc.data import MAX_NONCE
-from gonka_poc.errors import printable
+from gonka_poc.errors import for_terminal
 from gonka_poc.validation import Verdict
 
 PASS, ERROR, FRAUD = 0, 1, 2
@@ -167,9 +167,20 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda count: bar.advance(task, count)
 
 
+def print_lines(*lines: str, err: bool = False) -> None:
+    """Print lines on stdout, or on stderr, with control characters escaped: all that a command prints goes through
+    here or `print_json`, since much of it was written by others."""
+    for line in lines:
+        click.echo(for_terminal(line), err=err)
+
+
 def say(text: str) -> None:
     """Print a line on stderr."""
-    click.echo(text, err=True)
+    print_lines(text, err=True)
+
+
+def _cell(value: object) -> Text:
+    return Text(for_terminal(str(value)))
 
 
 def print_json(value: Any) -> None:
@@ -179,9 +190,17 @@ def print_json(value: Any) -> None:
 
 def print_table(head: Sequence[str | Column], rows: Iterable[Iterable[object]]) -> None:
     """Print texts as a table on stdout."""
-    table = Table(*head)
+    table = Table(*(Column(_cell(title)) if isinstance(title, str) else title for title in head))
     for row in rows:
-        table.add_row(*(Text(printable(str(cell))) for cell in row))
+        table.add_row(*map(_cell, row))
+    Console().print(table)
+
+
+def print_grid(rows: Iterable[Iterable[object]]) -> None:
+    """Print texts in columns, without a head, on stdout."""
+    table = Table.grid(padding=(0, 2))
+    for row in rows:
+        table.add_row(*map(_cell, row))
     Console().print(table)
 
 
@@ -190,7 +209,7 @@ def show(value: Any, as_json: bool, *lines: str) -> None:
     if as_json:
         print_json(value)
     else:
-        click.echo("\n".join(lines))
+        print_lines(*lines)
 
 
 def verdict_status(verdict: Verdict) -> int:

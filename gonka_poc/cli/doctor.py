@@ -6,12 +6,11 @@ from pathlib import Path
 
 import click
 
-from gonka_poc.cli.common import Connect, served_model_options, server_options
-from gonka_poc.cli.live import live_checks
+from gonka_poc.cli.client import PoCClient
+from gonka_poc.cli.common import json_option
+from gonka_poc.cli.live import LIVE_TIMEOUT_SEC, live_checks
 from gonka_poc.doctor import contract_checks, doctor_command, print_checks
 from gonka_poc.vllm_contract import known_release
-
-LIVE_TIMEOUT_SEC = 120.0
 
 
 @click.command("doctor")
@@ -26,17 +25,22 @@ LIVE_TIMEOUT_SEC = 120.0
 @click.option(
     "--release", metavar="X.Y.Z", default="", help="With --vllm: its release, for a checkout that does not say."
 )
-@click.option("--live", is_flag=True, help="Check the chats of a server that runs, and its replays of chats.")
-@served_model_options
-@server_options
+@click.option(
+    "--live",
+    metavar="URL",
+    help="Ask the running server at URL instead of this host: versions, status, and two nonces, computed twice.",
+)
+@click.option("--token", envvar="POC_API_TOKEN", help="With --live: the server's POC_API_TOKEN [env: POC_API_TOKEN]")
+@click.option("--api-key", help="With --live: vLLM's own --api-key.")
+@json_option
 def doctor(
     runner: Path | None,
     python: str | None,
     vllm: Path | None,
     release: str,
-    live: bool,
-    model: str | None,
-    connect: Connect,
+    live: str | None,
+    token: str | None,
+    api_key: str | None,
     as_json: bool,
 ) -> int:
     """Check whether this host is ready, and say how to fix what is not. Exit status 1 if something is not.
@@ -47,15 +51,15 @@ def doctor(
     gonka-poc doctor --runner /app/packages/api/src/api/inference/vllm/runner.py
     gonka-poc doctor --vllm vllm-0.33.0-cp38-abi3-manylinux_2_28_x86_64.whl
     gonka-poc doctor --vllm CHECKOUT --release 0.33.0
-    gonka-poc doctor --live --url http://127.0.0.1:8000
+    gonka-poc doctor --live http://127.0.0.1:5001
     """
-    if live:
-        if runner or python or vllm or release:
-            raise click.UsageError("--live asks a server: leave --runner, --python, --vllm and --release out")
-        with connect(LIVE_TIMEOUT_SEC) as client:
-            return print_checks(list(live_checks(client, model)), as_json)
     if release and known_release(release) is None:
         raise click.UsageError(f"--release takes a release of vLLM, such as 0.33.0, not {release}")
+    if live is not None:
+        if vllm or runner or python:
+            raise click.UsageError("--live asks a server, not this host: leave --vllm, --runner and --python out")
+        with PoCClient(live, LIVE_TIMEOUT_SEC, token, api_key) as client:
+            return print_checks(live_checks(client), as_json)
     if vllm is None:
         if release:
             raise click.UsageError("--release makes no sense without --vllm")

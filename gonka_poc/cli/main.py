@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 
@@ -11,7 +12,7 @@ from gonka_poc.cli.artifacts import generate_command, status_command, stop_comma
 from gonka_poc.cli.bench import bench_command
 from gonka_poc.cli.calibrate import calibrate_command
 from gonka_poc.cli.coexist import coexist_command
-from gonka_poc.cli.common import ERROR, say
+from gonka_poc.cli.common import ERROR, print_lines, say
 from gonka_poc.cli.demo import demo_command
 from gonka_poc.cli.doctor import doctor
 from gonka_poc.cli.e2e import e2e_command
@@ -50,7 +51,9 @@ def main(args: list[str] | None = None) -> None:
     try:
         status = app.main(args, prog_name="gonka-poc", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        text = io.StringIO()
+        error.show(text)
+        print_lines(*text.getvalue().splitlines(), err=True)
         status = ERROR
     except (click.Abort, KeyboardInterrupt):
         say("stopped")

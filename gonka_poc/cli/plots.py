@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,12 +75,17 @@ def value_histogram(values: np.ndarray, marks: Mapping[str, float], title: str, 
     return figure
 
 
-def stacked_bars(bars: Mapping[str, Mapping[str, float]], title: str, label: str, theme: Theme) -> Figure:
-    """Horizontal bars of named parts; a part has the same colour in all bars."""
+def stacked_bars(
+    bars: Mapping[str, Mapping[str, float]], title: str, label: str, theme: Theme, known: Sequence[str] = ()
+) -> Figure:
+    """Horizontal bars of named parts; a part has the same colour in all bars, and one of `known` in all plots."""
     figure, (axes,) = _empty(title, 1, theme)
-    names = list(dict.fromkeys(name for parts in bars.values() for name in parts))
+    drawn = {name for parts in bars.values() for name in parts}
+    names = list(dict.fromkeys([*known, *(name for parts in bars.values() for name in parts)]))
     ends = np.zeros(len(bars))
     for i, name in enumerate(names):
+        if name not in drawn:
+            continue
         values = np.array([parts.get(name, 0.0) for parts in bars.values()])
         colour = theme.series[i % len(theme.series)]
         # more parts than colours: the later ones are hatched

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import click
 
 from gonka_poc.cli.common import PASS, FilePath, Share, json_option, say, show
-from gonka_poc.errors import ArtifactFileError, ToolError, printable
+from gonka_poc.errors import ArtifactFileError, ToolError
 
 MAX_BODY_BYTES = 256 * 1024 * 1024
 SOCKET_TIMEOUT_SEC = 60.0
@@ -186,7 +186,7 @@ def receive_command(count: int | None, as_json: bool, **receiver_options: Any) -
     def print_callback(callback: ReceivedCallback) -> None:
         nonces = f"{len(callback.nonces)} nonces" if callback.nonces else "no nonces"
         again = ", again" if callback.duplicate else ""
-        say(printable(f"{callback.answered} {callback.path} {callback.idempotency_key or 'no key'}: {nonces}{again}"))
+        say(f"{callback.answered} {callback.path} {callback.idempotency_key or 'no key'}: {nonces}{again}")
         if count is not None and receiver.summary.posts >= count:
             ended.set()
 
@@ -195,5 +195,5 @@ def receive_command(count: int | None, as_json: bool, **receiver_options: Any) -
         with suppress(KeyboardInterrupt):
             ended.wait()
     summary = asdict(receiver.summary)
-    show(summary, as_json, *(printable(f"{name.replace('_', ' ')}: {value}") for name, value in summary.items()))
+    show(summary, as_json, *(f"{name.replace('_', ' ')}: {value}" for name, value in summary.items()))
     return PASS

@@ -126,6 +126,6 @@ def check_command(
     else:
         common.print_table(HEAD, [found.cells])
         if found.verdict.not_computed_nonces:
-            click.echo(f"not computed here, so not compared: {found.verdict.not_computed_nonces}")
-        click.echo("\n".join(thresholds.lines))
+            common.print_lines(f"not computed here, so not compared: {found.verdict.not_computed_nonces}")
+        common.print_lines(*thresholds.lines)
     return common.verdict_status(found.verdict)

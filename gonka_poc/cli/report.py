@@ -122,7 +122,7 @@ def report_command(
         common.print_json([{"file": str(path), **found.figures, **thresholds.figures} for path, found in shown])
     else:
         common.print_table(HEAD, (comparison.cells for comparison in comparisons))
-        click.echo("\n".join(thresholds.lines))
+        common.print_lines(*thresholds.lines)
     if png is not None:
         plots.save_png(plot_of(comparisons, stat_test, plots.theme_of(theme)), png)
     if doc is not None:

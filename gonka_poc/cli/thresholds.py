@@ -29,11 +29,20 @@ class Thresholds:
         return {name: value for name, value in self.named.items() if value != used[name]}
 
     @property
+    def laxer_than_protocol(self) -> list[str]:
+        """Those in use that forgive more than the defaults of the protocol, whoever chose them."""
+        used = self.stat_test.model_dump()
+        return [name for name, value in StatTest().model_dump().items() if _is_laxer(name, used[name], value)]
+
+    @property
     def lines(self) -> list[str]:
         """The thresholds as lines of text, with those of the file that are not used."""
         lines = [f"thresholds ({self.source}): {_listed(self.stat_test.model_dump())}"]
+        if self.laxer_than_protocol:
+            lines.append(f"laxer than the protocol's: {', '.join(self.laxer_than_protocol)}")
         if self.not_used:
-            laxer = [name for name in self.not_used if self._is_laxer(name)]
+            used = self.stat_test.model_dump()
+            laxer = [name for name in self.not_used if _is_laxer(name, self.named[name], used[name])]
             how = f"laxer: {', '.join(laxer)}" if laxer else "none of them is laxer"
             lines.append(f"the file names others, which were not used: {_listed(self.not_used)} ({how})")
         return lines
@@ -41,13 +50,14 @@ class Thresholds:
     @property
     def figures(self) -> dict[str, Any]:
         """The thresholds for JSON."""
-        others = {name: {"value": value, "laxer": self._is_laxer(name)} for name, value in self.not_used.items()}
-        return {"thresholds": self.stat_test.model_dump(), "thresholds_of": self.source, "file_names_others": others}
-
-    def _is_laxer(self, name: str) -> bool:
-        used = getattr(self.stat_test, name)
-        # a larger distance or rate forgives more; a smaller p-value calls less a fraud
-        return self.named[name] < used if name == "fraud_threshold" else self.named[name] > used
+        used = self.stat_test.model_dump()
+        others = {n: {"value": value, "laxer": _is_laxer(n, value, used[n])} for n, value in self.not_used.items()}
+        return {
+            "thresholds": self.stat_test.model_dump(),
+            "thresholds_of": self.source,
+            "laxer_than_protocol": self.laxer_than_protocol,
+            "file_names_others": others,
+        }
 
 
 def choose_thresholds(given: Mapping[str, float], file: StatTest, trust_file: bool) -> Thresholds:
@@ -90,6 +100,11 @@ def threshold_options(default: str) -> Callable[[Command], Command]:
         return more(with_thresholds)
 
     return decorate
+
+
+def _is_laxer(name: str, value: float, other: float) -> bool:
+    """True if `value` forgives more: a larger distance or rate, or a smaller p-value, which calls less a fraud."""
+    return value < other if name == "fraud_threshold" else value > other
 
 
 def _listed(values: Mapping[str, float]) -> str:

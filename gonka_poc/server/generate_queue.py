@@ -36,7 +36,7 @@ from gonka_poc.validation import validate_artifacts
 
 logger = logging.getLogger("vllm.gonka_poc.queue")
 
-K_DIM_PER_COUNT = 32  # a nonce counts once per this many values of its vector
+VALUES_PER_COUNT = 32**2  # a nonce counts once per this many random values of its rotation: the square of its k_dim
 CHARS_PER_COUNT = 160  # most characters that a nonce takes in an answer, per count
 BYTES_PER_RESULT = 1024  # overhead of a finished answer
 NO_VECTOR = ""  # a mismatch to every vector
@@ -51,7 +51,7 @@ class GenerateJob(Job):
     outcome: asyncio.Future[Completed]
 
     def __init__(self, request: GenerateRequest, delivery: Delivery) -> None:
-        weight = -(-request.params.k_dim // K_DIM_PER_COUNT)
+        weight = -(-(request.params.k_dim**2) // VALUES_PER_COUNT)
         super().__init__(request.spec, request.nonces, request.batch_size, delivery, weight)
         # without the objects of the received vectors, which take several times as much as their texts
         self.request = request.model_copy(update={"validation": None})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
+import time
 from collections.abc import Mapping
 
 from starlette.datastructures import Headers
@@ -11,16 +13,28 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gonka_poc.access import is_loopback
 from gonka_poc.errors import BodyTooLargeError, PoCError, RequestError, UnauthorizedError
 
+BODY_SEC = 60.0  # that a client has to send a body
+BODIES = 4  # of the largest size, which all that are being received or answered may have together
+RETRY_AFTER_SEC = 5
 DRAIN_FACTOR = 16  # how much of a body that is too large is read, and thrown away, so that its sender sees the answer
 
 
-class TokenGate:
-    """Answers 401 to requests that do not show `token`; None lets all through, and so does GET of `open_path`."""
+# what a proxy adds, and what browsers send with the requests of web pages
+SENT_FOR_OTHERS = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via", "origin", "sec-fetch-site")
 
-    def __init__(self, app: ASGIApp, token: str | None, open_path: str) -> None:
+
+class TokenGate:
+    """Answers 401 to requests that do not show `token`; None lets all through, and so does GET of `open_path`.
+
+    With `trust_loopback` programs of this machine need no token; what a proxy or a browser sends does.
+    """
+
+    def __init__(self, app: ASGIApp, token: str | None, open_path: str, trust_loopback: bool = False) -> None:
         self._app = app
+        self._trust_loopback = trust_loopback
         self._digest = None if token is None else _digest(token.encode())
         self._open_path = open_path
 
@@ -34,6 +48,8 @@ class TokenGate:
     def _may_pass(self, scope: Scope) -> bool:
         if self._digest is None or (scope["method"] == "GET" and path_of(scope) == self._open_path):
             return True
+        if self._trust_loopback and _is_program_here(scope):
+            return True
         headers = [value for name, value in scope["headers"] if name == b"authorization"]
         if len(headers) != 1:
             return False
@@ -42,41 +58,92 @@ class TokenGate:
         return hmac.compare_digest(_digest(shown.strip()), self._digest) and scheme.lower() == b"bearer"
 
 
+def _is_program_here(scope: Scope) -> bool:
+    headers = Headers(scope=scope)
+    client = scope.get("client") or ("",)
+    return is_loopback(client[0]) and not any(name in headers for name in SENT_FOR_OTHERS)
+
+
 def _digest(token: bytes) -> bytes:
     return hashlib.sha256(token).digest()
 
 
 class BodyLimit:
-    """Answers 413 where a body declares, or has, more than `max_bytes` bytes."""
+    """Answers 413 where a body declares, or has, more than `max_bytes` bytes, 408 where it does not come within
+    `body_sec`, and 503 where the bodies of all requests that are not answered yet would have more than BODIES times
+    `max_bytes`: a request keeps its body until its answer."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, body_sec: float = BODY_SEC) -> None:
         self._app = app
-        self._max_bytes = max_bytes
+        self._max_bytes, self._body_sec = max_bytes, body_sec
+        self.in_flight = 0  # bytes
         self._refusal = f"the body is over {max_bytes} bytes (POC_MAX_BODY_BYTES); send fewer nonces per request"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             if _declared_length(scope) > self._max_bytes:
-                await _drain(receive, DRAIN_FACTOR * self._max_bytes)
+                await self._drain(receive)
                 raise BodyTooLargeError(self._refusal)
         except PoCError as error:
             return await error_response(error)(scope, receive, send)
-        await self._app(scope, self._limited(receive), send)
+        body = _Body(self, receive)
+        try:
+            await self._app(scope, body.receive, send)
+        finally:
+            self.in_flight -= body.size
 
-    def _limited(self, receive: Receive) -> Receive:
-        """`receive` that stops a body without a declared length at the limit."""
-        size = 0
-
-        async def receive_limited() -> Message:
-            nonlocal size
-            message = await receive()
+    async def _drain(self, receive: Receive) -> None:
+        size, more, deadline = 0, True, time.monotonic() + self._body_sec
+        while more and size <= DRAIN_FACTOR * self._max_bytes:
+            try:
+                message = await asyncio.wait_for(receive(), deadline - time.monotonic())
+            except asyncio.TimeoutError:
+                return
             size += len(message.get("body", b""))
-            if size > self._max_bytes:
-                # FastAPI hands an HTTPException on; any other exception while it reads a body becomes a 400
-                raise HTTPException(BodyTooLargeError.http_status, self._refusal)
-            return message
+            more = message["type"] == "http.request" and message.get("more_body", False)
 
-        return receive_limited
+    def refuse(self, size: int) -> None:
+        """Raise HTTPException where a body of which `size` bytes have come takes too much."""
+        # FastAPI hands an HTTPException on; any other exception while it reads a body becomes a 400
+        if size > self._max_bytes:
+            raise HTTPException(BodyTooLargeError.http_status, self._refusal)
+        if self.in_flight > BODIES * self._max_bytes:
+            text = (
+                f"the requests that are not answered yet have {BODIES} times POC_MAX_BODY_BYTES "
+                f"({self._max_bytes} bytes) together; send this one later"
+            )
+            raise HTTPException(503, text, {"Retry-After": str(RETRY_AFTER_SEC)})
+
+    @property
+    def body_sec(self) -> float:
+        """Seconds that a client has to send a body."""
+        return self._body_sec
+
+
+class _Body:
+    """The body of one request on its way; `size` bytes have come."""
+
+    def __init__(self, limit: BodyLimit, receive: Receive) -> None:
+        self._limit, self._receive = limit, receive
+        self._deadline = time.monotonic() + limit.body_sec
+        self._complete = False
+        self.size = 0
+
+    async def receive(self) -> Message:
+        """`receive` of the request; stops a body that is too large or comes too slowly, by an HTTPException."""
+        if self._complete:  # what comes now is that the client hangs up, which takes as long as it takes
+            return await self._receive()
+        try:
+            message = await asyncio.wait_for(self._receive(), max(0.0, self._deadline - time.monotonic()))
+        except asyncio.TimeoutError as error:
+            text = f"the body did not come within {self._limit.body_sec:g} s; send the request again"
+            raise HTTPException(408, text, {"Connection": "close"}) from error
+        size = len(message.get("body", b""))
+        self.size += size
+        self._limit.in_flight += size
+        self._complete = not message.get("more_body", False)
+        self._limit.refuse(self.size)
+        return message
 
 
 def _declared_length(scope: Scope) -> int:
@@ -84,14 +151,6 @@ def _declared_length(scope: Scope) -> int:
     if not (text.isascii() and text.isdecimal()):
         raise RequestError(f"content-length {text[:20]!a} is no number of bytes")
     return int(text[:20])
-
-
-async def _drain(receive: Receive, limit: int) -> None:
-    size, more = 0, True
-    while more and size <= limit:
-        message = await receive()
-        size += len(message.get("body", b""))
-        more = message["type"] == "http.request" and message.get("more_body", False)
 
 
 def path_of(scope: Scope) -> str:

@@ -122,9 +122,7 @@ class JobQueue(ABC):
             await self._wait_for_turn()
             if job.outcome.done():
                 break
-            size = min(
-                job.batch_size or self._settings.batch_size_default, self._manager.micro_batch_size(job.spec.seq_len)
-            )
+            size = min(job.batch_size or self._settings.batch_size_default, self._manager.micro_batch_size(job.spec))
             nonces = job.nonces[done : done + size]
             job.state = "running"
             pause = self._settings.chat_backoff_sec

@@ -34,7 +34,7 @@ class Manager(Protocol):
     async def abort_chats(self) -> None:
         """End every chat in flight."""
 
-    def micro_batch_size(self, seq_len: int) -> int:
+    def micro_batch_size(self, spec: Spec) -> int:
         """Nonces of the next micro-batch."""
 
     async def compute(self, spec: Spec, nonces: list[int], next_nonces: Sequence[int] = ()) -> BatchResult | None:

@@ -125,7 +125,7 @@ class Round(ABC):
     async def _step(self) -> None:
         """The next nonces, computed and delivered; or a pause, after which they are the same."""
         request = self.request
-        size = min(self.batch_size, self._manager.micro_batch_size(request.spec.seq_len))
+        size = min(self.batch_size, self._manager.micro_batch_size(request.spec))
         nonces = request.nonces.slice(self.done, size)
         if not nonces:
             raise ComputeError(f"there are no nonces left: the next would be over {MAX_NONCE}")

@@ -187,12 +187,17 @@ class PoCService:
         return self.proofs.submit(current, proof, delivery)
 
     async def submit(self, request: GenerateRequest) -> GenerateJob:
-        """Queue a request for given nonces. Raises RequestError (callback URL refused, nonce sets differ),
-        EngineAsleepError, QueueFullError, OutboxFullError, and what PoCManagerV1.check raises."""
+        """Queue a request for given nonces. Raises RequestError (callback URL refused, nonce sets differ, calibration
+        not allowed), EngineAsleepError, QueueFullError, OutboxFullError, and what PoCManagerV1.check raises."""
         self._ignored_fields.record(request.ignored_fields)
         if request.url is not None:
             self.settings.callback_rules.check_url(request.url)
         _check_same_nonces(request)
+        if request.calibration_step and not self.settings.calibration:
+            raise RequestError(
+                "calibration_step asks for vectors that are no proofs, which this server makes only where it was "
+                "started with POC_CALIBRATION=1"
+            )
         await self._manager.ensure_awake()
         await self._manager.check(request.params)
         url = None if request.wait else request.url  # one that waits has its result as the answer
@@ -229,6 +234,11 @@ class PoCService:
         status = self.slot.status(self.callbacks.problem)
         error = status.error or self.callbacks.damage
         return status.model_copy(update={"error": error, "callbacks": self.callbacks.receivers or None})
+
+    def status_answer(self) -> StatusAnswer | bytes:
+        """`status`; of a threshold round as JSON, most of which is made only once per batch."""
+        current, status = self.slot.round, self.status()
+        return current.status_json(status) if isinstance(current, ThresholdRound) else status
 
     async def versions(self) -> VersionsAnswer:
         """The releases, and whether chat goes on while this server validates; waits for no batch.

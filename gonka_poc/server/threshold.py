@@ -9,7 +9,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from gonka_poc.data import BatchResult, State
+from pydantic_core import to_json
+
+from gonka_poc.data import BatchResult, State, StatusAnswer
 from gonka_poc.server.delivery import Delivery
 from gonka_poc.server.job_queue import Job, JobQueue
 from gonka_poc.server.rounds import Round
@@ -39,6 +41,7 @@ class PoCStats:
         self._clock = clock
         self._elapsed = 0.0
         self._since: float | None = None
+        self._shown_json: bytes | None = None
 
     def resume(self) -> None:
         """The round generates from now on."""
@@ -56,6 +59,15 @@ class PoCStats:
         self.total_valid += len(valid)
         self.valid_nonces.extend(valid)
         self.valid_distances.extend(valid.values())
+        self._shown_json = None
+
+    @property
+    def shown_json(self) -> bytes:
+        """The members of a JSON object that show the valid nonces. Made once per batch: they can be 235 KB."""
+        if self._shown_json is None:
+            lists = {"valid_nonces": [*self.valid_nonces], "valid_distances": [*self.valid_distances]}
+            self._shown_json = to_json(lists)[1:-1]
+        return self._shown_json
 
     @property
     def elapsed(self) -> float:
@@ -125,6 +137,11 @@ class ThresholdRound(Round):
             rate_per_second=progress.rate,
             r_target=self.request.r_target,
         )
+
+    def status_json(self, status: StatusAnswer) -> bytes:
+        """`status`, this round's, as JSON."""
+        rest = status.model_dump_json(exclude={"valid_nonces", "valid_distances"}).encode()
+        return rest[:-1] + b"," + self.progress.shown_json + b"}"
 
     def _count(self, result: BatchResult) -> None:
         super()._count(result)

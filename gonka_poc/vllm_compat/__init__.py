@@ -10,6 +10,7 @@ The API process and the tools import from here, without torch; the workers impor
 from gonka_poc.vllm_compat.api import ApiView, OfflineEngine
 from gonka_poc.vllm_compat.release import (
     API_SERVER_MODULE,
+    BATCH_INVARIANT,
     INSECURE_SERIALIZATION,
     MIDDLEWARE,
     SUPPORTED,
@@ -31,7 +32,14 @@ from gonka_poc.vllm_compat.replay import (
     has_trace_replay,
 )
 
-__all__ = ["API_SERVER_MODULE", "INSECURE_SERIALIZATION", "MIDDLEWARE", "SUPPORTED", "WORKER_EXTENSION"]
+__all__ = [
+    "API_SERVER_MODULE",
+    "BATCH_INVARIANT",
+    "INSECURE_SERIALIZATION",
+    "MIDDLEWARE",
+    "SUPPORTED",
+    "WORKER_EXTENSION",
+]
 __all__ += ["ApiView", "OfflineEngine", "can_skip_compiled", "found_version", "installed_version", "is_cpu_build"]
 __all__ += ["EXTRA_FIELD", "REPLAY_IDS", "REPLAY_KEY", "REPLAY_MODE", "TOKEN_IDS_FIELD", "V1_PROCESSOR", "V2_PROCESSOR"]
 __all__ += ["ReplayServer", "has_trace_replay"]

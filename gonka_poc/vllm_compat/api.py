@@ -48,6 +48,7 @@ class ApiView:
         self.max_num_batched_tokens: int = config.scheduler_config.max_num_batched_tokens
         self.max_num_seqs: int = config.scheduler_config.max_num_seqs
         self.hidden_size: int = config.model_config.get_hidden_size()
+        self.vocab_size: int = config.model_config.get_vocab_size()
 
     def model_names(self) -> list[str]:
         """The names that requests may use for the served model, its path included."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+
+from gonka_poc.rounded_ops import fused_add_rms_norm, rms_norm, rotary_embedding, silu_and_mul
 
 # the kernels that a server with --enforce-eager prefers on CUDA, of operations that vLLM has several of
 EAGER_KERNELS = ("vllm_c", "triton", "native")
@@ -25,14 +28,15 @@ class ModelOperations:
     def compilable(self) -> Iterator[None]:
         """While entered, torch can compile the decoder layers.
 
-        Norms, rotary embeddings and activations are plain torch operations, which it may fuse. Layers registered with
+        Norms, rotary embeddings and activations are plain torch operations, which it may fuse: on CUDA those of
+        `rounded_ops`, which round as vLLM's kernels do, where there is one. Layers registered with
         vLLM (attention, experts, states) are not traced: they name themselves, which would compile each layer anew.
         """
         with contextlib.ExitStack() as stack:
             for cls in {type(layer) for layer in self._layers.values()}:
                 stack.enter_context(_replaced(cls, "forward", torch.compiler.disable(cls.forward)))
             for op in self._custom_ops():
-                stack.enter_context(_replaced(op, "_forward_method", op.forward_native))
+                stack.enter_context(_replaced(op, "_forward_method", self._rounded_form(op) or op.forward_native))
             with contextlib.suppress(ImportError):
                 from vllm.ir.op import IrOp, enable_torch_wrap  # 0.20
 
@@ -40,6 +44,28 @@ class ModelOperations:
                 for ir_op in IrOp.registry.values():
                     stack.enter_context(ir_op.set_priority(["native"]))
             yield
+
+    def all_round(self) -> bool:
+        """True if each operation has a form that rounds as vLLM's kernel does."""
+        return all(self._rounded_form(op) is not None for op in self._custom_ops())
+
+    def _rounded_form(self, op: Any) -> Callable[..., Any] | None:
+        """The form of `op` that rounds as its CUDA kernel does; None if there is none."""
+        from vllm.model_executor.layers.activation import SiluAndMul
+        from vllm.model_executor.layers.layernorm import RMSNorm
+        from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+        if self.device.type != "cuda":
+            return None
+        if type(op) is RMSNorm and op.variance_size_override is None:
+            return MethodType(_rms_norm, op)
+        if type(op) is SiluAndMul:
+            return MethodType(_silu_and_mul, op)
+        # those that only fill their table of cosines and sines in another way
+        has_base_kernel = getattr(type(op), "forward_cuda", None) is RotaryEmbedding.forward_cuda
+        if isinstance(op, RotaryEmbedding) and has_base_kernel and not op.use_flashinfer:
+            return MethodType(_rotary_embedding, op)
+        return None
 
     @contextlib.contextmanager
     def eager_kernels(self) -> Iterator[None]:
@@ -73,6 +99,28 @@ class ModelOperations:
         for module in self.model.modules():
             if isinstance(module, CustomOp) and id(module) not in registered:
                 yield module
+
+
+def _rms_norm(op: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+    weight = op.weight if op.has_weight else None
+    if residual is None:
+        return rms_norm(x, weight, op.variance_epsilon)
+    return fused_add_rms_norm(x, residual, weight, op.variance_epsilon)
+
+
+def _silu_and_mul(op: Any, x: torch.Tensor) -> torch.Tensor:
+    return silu_and_mul(x)
+
+
+def _rotary_embedding(
+    op: Any, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    cos_sin = op.cos_sin_cache.to(query.device, query.dtype)
+    turned = [
+        None if x is None else rotary_embedding(positions, x, op.head_size, cos_sin, op.is_neox_style)
+        for x in (query, key)
+    ]
+    return turned[0], turned[1]
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ SUPPORTED = SpecifierSet(">=0.14.0,<0.34", prereleases=True)
 MIDDLEWARE = "gonka_poc.middleware.PoCMiddleware"
 WORKER_EXTENSION = "gonka_poc.worker.PoCWorkerExtension"
 API_SERVER_MODULE = "vllm.entrypoints.openai.api_server"
+BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"  # 0.25; read elsewhere in vLLM before
 INSECURE_SERIALIZATION = "VLLM_ALLOW_INSECURE_SERIALIZATION"
 
 

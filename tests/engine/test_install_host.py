@@ -178,7 +178,7 @@ def test_install_status_again_uninstall(fixture: str, request: pytest.FixtureReq
     assert "fail" not in host.answers("--yes")
     installed = tree(host.folder)
     assert host.run("--status").returncode == 0
-    pip = [str(host.python), "-I", "-B", "-m", "pip", "show", "gonka-poc"]
+    pip = [str(host.python), "-I", "-B", "-m", "pip", "show", "gonka-poc-vllm"]
     assert b"Version: " in subprocess.run(pip, capture_output=True, check=True).stdout
 
     again = host.answers("--yes")

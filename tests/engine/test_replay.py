@@ -126,13 +126,6 @@ def test_bad_tokens_are_refused_and_the_engine_lives(server: Client) -> None:
     assert len(server.chat(max_tokens=4)) == 4
 
 
-@pytest.mark.server(PLAIN)
-def test_the_doctor_tells_a_server_without_replays(server: Client) -> None:
-    with pytest.raises(SystemExit) as end:
-        cli.main(["doctor", "--live", "--url", str(server.base_url)])
-    assert end.value.code == 1
-
-
 @pytest.mark.server(REPLAY)
 def test_a_grammar_that_rejects_a_token_shortens_the_replay(server: Client) -> None:
     body = {**CHAT, **PARAMETERS["schema"]}
@@ -143,11 +136,12 @@ def test_a_grammar_that_rejects_a_token_shortens_the_replay(server: Client) -> N
 
 
 @pytest.mark.server(REPLAY)
-def test_metrics_and_the_doctor_see_replays(server: Client) -> None:
+def test_metrics_and_the_doctor_see_replays(server: Client, capsys: pytest.CaptureFixture[str]) -> None:
     replayed(server, CHAT, stored(server, CHAT))
     with pytest.raises(SystemExit) as end:
-        cli.main(["doctor", "--live", "--url", str(server.base_url)])
+        cli.main(["doctor", "--live", str(server.base_url)])
     assert end.value.code == 0
+    assert "chat and its replay" in capsys.readouterr().out
     text = server.get("/metrics").text
     until(lambda: "gonka_poc_replay_seconds_count" in text)
 

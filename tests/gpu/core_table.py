@@ -95,11 +95,12 @@ def greedy_chat(url: str) -> list[int]:
 
 def warm_up_answer(log: Path) -> dict[str, Any]:
     """What the first worker said of its compiled layers: {"compiled": bool, "distance": L2 to the plain forward}."""
-    pattern = r"PoC warmed up with .*?'compiled': (\w+), 'distance': ([\w.+-]+)"
+    pattern = r"PoC warmed up with .*?'compiled': (\w+)(.*)"
     found = re.findall(pattern, log.read_text(errors="replace"))
-    if not found or found[-1][1] == "None":
-        return {"compiled": None, "distance": None}
-    return {"compiled": found[-1][0] == "True", "distance": float(found[-1][1])}
+    if not found:
+        return {"compiled": None, "distance": None, "floor": None}
+    figures = {name: float(value) for name, value in re.findall(r"'(\w+)': ([\d.][\w.+-]*|inf)", found[-1][1])}
+    return {"compiled": found[-1][0] == "True", "distance": figures.get("distance"), "floor": figures.get("floor")}
 
 
 def largest_l2(a: np.ndarray, b: np.ndarray) -> float:

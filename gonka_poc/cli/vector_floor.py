@@ -1,0 +1,202 @@
+"""The noise floor of a served model's vectors, what cheats look like beside it, and thresholds that part them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import beta, binom
+
+from gonka_poc.cli.artifact_file import ArtifactFile, read_artifact_file
+from gonka_poc.cli.client import PoCClient, Progress, ignore_progress
+from gonka_poc.cli.compare import finite_vector
+from gonka_poc.data import MAX_CALIBRATION_STEP, Artifact, StatTest, decode_vector
+from gonka_poc.errors import ArtifactFileError, ToolError
+from gonka_poc.validation import binomial_p_value
+
+PROOF = 200
+MAX_FALSE_ALARM, MIN_CAUGHT = 1e-6, 0.999
+# an honest host may be this much further away than the floor of one server is: another card, kernel or release
+MARGIN = 1.25
+CONFIDENCE = 0.99
+MIN_DISTANCES = 100  # fewer know nothing of the tail
+BLOCK, KEY, OTHER_KEY = "calibrate", "calibrate", "calibrate-other"
+OTHER_KEY_NAME = "other public key"
+
+Vectors = Mapping[tuple[str, int], np.ndarray]
+"""float16 [k_dim] by block hash and nonce."""
+
+
+@dataclass
+class Floor:
+    """L2 distances, float64 [nonces]: of honest changes and of cheats, by name."""
+
+    honest: dict[str, np.ndarray] = field(default_factory=dict)
+    cheats: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def widest(self) -> np.ndarray:
+        """The honest distances that are not zero throughout, joined; all of them if all are."""
+        changed = [values for values in self.honest.values() if values.any()]
+        return np.concatenate(changed or list(self.honest.values()))
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Thresholds for proofs of PROOF nonces: fraud from `least_fraud` mismatches on.
+
+    `false_alarm`: probability that an honest host is called a fraud, at most. `caught`: of each cheat, at least.
+    Both are of the bounds of the rates at CONFIDENCE.
+    """
+
+    stat_test: StatTest
+    least_fraud: int
+    false_alarm: float
+    caught: dict[str, float]
+
+    @property
+    def missed(self) -> list[str]:
+        """The cheats that are not caught surely enough."""
+        return [name for name, probability in self.caught.items() if not probability > MIN_CAUGHT]
+
+
+def measure_floor(
+    client: PoCClient,
+    file: ArtifactFile,
+    blocks: Sequence[str],
+    nonces_per_block: int,
+    batch_size: int,
+    steps: int = 1,
+    progress: Progress = ignore_progress,
+) -> Floor:
+    """Compute the same nonces with moved inputs (`steps` times), in batches of another size, and for another key.
+
+    `file` has the model and the sizes; its block and key are replaced. Raises ServerAnswerError (also of a server that
+    was not started with POC_CALIBRATION=1) and ToolError.
+    """
+    if not 1 <= steps <= MAX_CALIBRATION_STEP:
+        raise ToolError(f"a sequence can be moved in 1 to {MAX_CALIBRATION_STEP} ways, not {steps}")
+    client.refuse_if_generating()
+
+    def compute(key: str = KEY, size: int = batch_size, step: int = 0) -> Vectors:
+        found: dict[tuple[str, int], np.ndarray] = {}
+        for block in blocks:
+            asked = file.model_copy(update={"block_hash": block, "public_key": key, "artifacts": []})
+            made: list[Artifact] = []
+            client.generate(asked, range(nonces_per_block), size, made.extend, progress, calibration_step=step)
+            found |= {(block, artifact.nonce): finite_vector(artifact, file.k_dim) for artifact in made}
+        return found
+
+    moved = {f"input step {step}": compute(step=step) for step in range(1, steps + 1)}
+    plain = compute()
+    other_split = max(1, batch_size // 4 - 1)
+    changes = {**moved, f"batches of {other_split}": compute(size=other_split)}
+    found = Floor({name: between(plain, vectors) for name, vectors in changes.items()})
+    found.cheats[OTHER_KEY_NAME] = between(plain, compute(OTHER_KEY))
+    return found
+
+
+def add_files(
+    floor: Floor,
+    client: PoCClient,
+    honest: Sequence[Path],
+    cheats: Sequence[Path],
+    model: str,
+    batch_size: int,
+) -> None:
+    """Add the distances of the vectors in files (of `gonka-poc generate`) from those that the server computes."""
+    for paths, distances in ((honest, floor.honest), (cheats, floor.cheats)):
+        for path in paths:
+            file = read_artifact_file(path, model)
+            if not file.artifacts:
+                raise ArtifactFileError(f"{path} holds no artifacts")
+            made: list[Artifact] = []
+            nonces = [artifact.nonce for artifact in file.artifacts]
+            client.generate(file.model_copy(update={"artifacts": []}), nonces, batch_size, made.extend)
+            own = {("", artifact.nonce): finite_vector(artifact, file.k_dim) for artifact in made}
+            theirs: dict[tuple[str, int], np.ndarray] = {}
+            for artifact in file.artifacts:
+                vector = decode_vector(artifact.vector_b64, file.k_dim)
+                if vector is not None:
+                    theirs["", artifact.nonce] = vector
+            distances[path.stem] = between(own, theirs)
+
+
+def between(a: Vectors, b: Vectors) -> np.ndarray:
+    """L2 distances of the nonces in both. Raises ToolError if there are none."""
+    both = [key for key in a if key in b]
+    if not both:
+        raise ToolError("no nonce was computed twice; there is nothing to compare")
+    return np.array([np.linalg.norm(a[key].astype(np.float64) - b[key].astype(np.float64)) for key in both])
+
+
+def advise(floor: Floor, fraud_threshold: float = StatTest().fraud_threshold) -> Advice:
+    """Thresholds by which honest hosts pass and the cheats do not.
+
+    dist_threshold is MARGIN times the 99th percentile of the floor. So many mismatches of PROOF are a fraud that an
+    honest host, whose distances may be MARGIN times those of the floor, has them with a probability below
+    MAX_FALSE_ALARM; p_mismatch is the rate at which the binomial test begins to call it one there. Raises ToolError.
+    """
+    honest = floor.widest
+    if len(honest) < MIN_DISTANCES:
+        raise ToolError(f"{len(honest)} distances are too few for thresholds; ask for {MIN_DISTANCES} nonces or more")
+    p99 = float(np.quantile(honest, 0.99))
+    # rounded up to two digits, and never below what float16 vectors can tell
+    threshold = max(_rounded_up(MARGIN * p99), 0.001)
+    exceeding = int((honest > threshold / MARGIN).sum())
+    rate = float(beta.ppf(CONFIDENCE, exceeding + 1, len(honest) - exceeding))
+    least = next(k for k in range(1, PROOF + 1) if binom.sf(k - 1, PROOF, rate) < MAX_FALSE_ALARM)
+    # just below the rate at which `least` mismatches have this probability, so that they are under it
+    p_mismatch = float(np.floor(1e4 * beta.ppf(fraud_threshold, least, PROOF - least + 1)) / 1e4)
+    stat_test = StatTest(dist_threshold=threshold, p_mismatch=p_mismatch, fraud_threshold=fraud_threshold)
+    least = next(k for k in range(1, PROOF + 1) if binomial_p_value(k, PROOF, p_mismatch) < fraud_threshold)
+    caught = {}
+    for name, values in floor.cheats.items():
+        over = int((values > threshold).sum())
+        low = float(beta.ppf(1 - CONFIDENCE, over, len(values) - over + 1)) if over else 0.0
+        caught[name] = float(binom.sf(least - 1, PROOF, low))
+    return Advice(stat_test, least, float(binom.sf(least - 1, PROOF, rate)), caught)
+
+
+def rows_of(floor: Floor, advice: Advice) -> list[tuple[str, ...]]:
+    """Rows of a table: name, nonces, p50, p95, p99, max, share over the threshold, probability of fraud."""
+    rows = []
+    for kind, series in (("honest", floor.honest), ("cheat", floor.cheats)):
+        for name, values in series.items():
+            quantiles = [f"{value:.2e}" for value in (*np.quantile(values, (0.5, 0.95, 0.99)), values.max())]
+            over = f"{(values > advice.stat_test.dist_threshold).mean():.1%}"
+            verdict = f"caught {advice.caught[name]:.4f}" if kind == "cheat" else "-"
+            rows.append((f"{kind}: {name}", str(len(values)), *quantiles, over, verdict))
+    return rows
+
+
+HEAD = ("vectors", "nonces", "p50", "p95", "p99", "max", "over", "as a fraud")
+
+
+def figures_of(floor: Floor, advice: Advice) -> dict[str, Any]:
+    """The result for JSON."""
+
+    def quantiles(values: np.ndarray) -> dict[str, float | int]:
+        p50, p95, p99 = (float(value) for value in np.quantile(values, (0.5, 0.95, 0.99)))
+        return {"nonces": len(values), "p50": p50, "p95": p95, "p99": p99, "max": float(values.max())}
+
+    return {
+        "honest": {name: quantiles(values) for name, values in floor.honest.items()},
+        "cheats": {name: quantiles(values) for name, values in floor.cheats.items()},
+        "stat_test": advice.stat_test.model_dump(),
+        "nonces_of_a_proof": PROOF,
+        "least_fraud": advice.least_fraud,
+        "false_alarm": advice.false_alarm,
+        "caught": advice.caught,
+        "missed": advice.missed,
+    }
+
+
+def _rounded_up(value: float, digits: int = 2) -> float:
+    if value <= 0:
+        return 0.0
+    step = 10.0 ** (np.floor(np.log10(value)) - digits + 1)
+    return float(f"{np.ceil(value / step) * step:.{digits}g}")

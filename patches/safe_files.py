@@ -1,0 +1,1 @@
+../gonka_poc/safe_files.py

@@ -1,0 +1,121 @@
+"""Thresholds from a noise floor: honest hosts pass, cheats are caught; `gonka-poc calibrate --vectors`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from engineless import engineless_server, run
+from fakes import FakeManager
+
+from gonka_poc.cli.vector_floor import MAX_FALSE_ALARM, PROOF, Floor, advise
+from gonka_poc.errors import ToolError
+from gonka_poc.validation import judge
+
+
+def heavy_tailed(scale: float, count: int, seed: int = 1) -> np.ndarray:
+    """Distances as trained models have them: a largest of 256 that is six times the mean."""
+    return scale * np.exp(0.6 * np.random.default_rng(seed).normal(size=count))
+
+
+def test_honest_hosts_pass_and_cheats_do_not() -> None:
+    """Judged as `validate` judges, over proofs that took no part in the calibration."""
+    floor = Floor({"step": heavy_tailed(0.04, 256)}, {"int4": heavy_tailed(0.6, 256, 2)})
+    advice = advise(floor)
+    stat_test = advice.stat_test
+    assert advice.false_alarm < MAX_FALSE_ALARM
+    assert advice.missed == []
+
+    def is_fraud(distances: np.ndarray) -> bool:
+        wrong = np.flatnonzero(distances > stat_test.dist_threshold)
+        return judge(len(distances), wrong.tolist(), [], stat_test).fraud_detected
+
+    assert not any(is_fraud(heavy_tailed(0.04, PROOF, 10 + i)) for i in range(300))
+    assert not any(is_fraud(1.25 * heavy_tailed(0.04, PROOF, 10 + i)) for i in range(300)), "another card"
+    assert all(is_fraud(heavy_tailed(0.6, PROOF, 10 + i)) for i in range(300))
+    assert judge(PROOF, list(range(advice.least_fraud)), [], stat_test).fraud_detected
+    assert not judge(PROOF, list(range(advice.least_fraud - 1)), [], stat_test).fraud_detected
+
+
+def test_a_cheat_at_the_floor_is_not_told_apart_and_that_is_said() -> None:
+    floor = Floor({"step": heavy_tailed(0.04, 256)}, {"same": heavy_tailed(0.04, 256, 2)})
+    assert advise(floor).missed == ["same"]
+
+
+def test_a_change_that_changes_nothing_does_not_narrow_the_floor() -> None:
+    """Another batch size gives equal bits on many GPUs."""
+    moved = heavy_tailed(0.04, 256)
+    both = Floor({"step": moved, "batches of 7": np.zeros(256)})
+    assert advise(both) == advise(Floor({"step": moved}))
+
+
+def test_a_floor_of_zero_leaves_what_float16_vectors_can_tell() -> None:
+    assert advise(Floor({"step": np.zeros(256)})).stat_test.dist_threshold == 0.001
+
+
+def test_few_nonces_bound_nothing() -> None:
+    with pytest.raises(ToolError, match="too few"):
+        advise(Floor({"step": heavy_tailed(0.04, 3)}))
+
+
+# --- on the command line ----------------------------------------------------------------------------------------
+
+SIZES = ("--nonces", "120", "--blocks", "3", "--seq-len", "4", "--k-dim", "8", "--batch-size", "16")
+
+
+@pytest.fixture
+def server() -> Iterator[SimpleNamespace]:
+    with engineless_server(FakeManager(), calibration=True) as server:
+        yield server
+
+
+def test_calibrate_vectors(server: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    png = tmp_path / "floor.png"
+    args = ("calibrate", "--vectors", "--url", server.url, *SIZES, "--steps", "2")
+    assert run(*args, "--png", png) == 0
+    shown = capsys.readouterr().out
+    for text in ("<-", "--dist-threshold", "--p-mismatch"):
+        assert text in shown
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert run(*args, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["honest"]) == {"input step 1", "input step 2", "batches of 3"}
+    assert found["honest"]["batches of 3"] == {"nonces": 120, "p50": 0, "p95": 0, "p99": 0, "max": 0}
+    floor = found["honest"]["input step 1"]
+    assert 0 < floor["p50"] < floor["p95"] < floor["p99"] <= floor["max"] < found["stat_test"]["dist_threshold"] * 1.3
+    assert found["cheats"]["other public key"]["p50"] == pytest.approx(math.sqrt(2), abs=0.15)
+    assert found["caught"]["other public key"] > 0.999
+    assert {spec.block_hash for spec in server.manager.specs} == {f"calibrate-{i}" for i in range(3)}
+
+
+def test_files_of_other_servers(server: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("--seq-len", "4", "--k-dim", "8", "--url", server.url)
+    same, other = tmp_path / "same.json", tmp_path / "other-key.json"
+    assert run("generate", "--nonces", "0-63", "--out", same, *common) == 0
+    assert run("generate", "--nonces", "0-63", "--out", other, *common, "--public-key", "x") == 0
+    other.write_text(other.read_text().replace('"public_key": "x"', '"public_key": "test-key"'))
+    capsys.readouterr()
+    args = ("calibrate", "--vectors", "--url", server.url, *SIZES, "--honest", same, "--cheat", other, "--json")
+    assert run(*args) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["honest"]["same"]["max"] == 0
+    assert found["caught"]["other-key"] > 0.999
+    run("calibrate", "--vectors", "--url", server.url, *SIZES, "--cheat", same)
+    assert "NOT told from an honest host surely enough: same" in capsys.readouterr().out
+
+
+def test_a_server_that_makes_no_calibration(capsys: pytest.CaptureFixture[str]) -> None:
+    with engineless_server(FakeManager()) as server:
+        assert run("calibrate", "--vectors", "--url", server.url, *SIZES) == 1
+    assert "POC_CALIBRATION=1" in capsys.readouterr().err
+
+
+def test_files_without_vectors_are_a_mistake(server: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("calibrate", "--url", server.url, "--cheat", "x.json") == 1
+    assert "--vectors" in capsys.readouterr().err
