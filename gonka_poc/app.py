@@ -74,7 +74,9 @@ def build_app(
     metrics.outbox_damaged = lambda: callbacks.damaged_batches
     metrics.receivers = lambda: callbacks.receivers
     metrics.state = lambda: slot.state
-    service = PoCService(manager, settings, metrics, callbacks, slot, queue, proofs, background)
+    replay = make_gate(view, metrics)
+    runner = None if replay is None else replay.runner
+    service = PoCService(manager, settings, metrics, callbacks, slot, queue, proofs, background, runner)
     recent_errors = RecentErrors()
     http = BodyLimit(make_app(service, recent_errors), settings.max_body_bytes)
-    return PoCApp(http, service, recent_errors, registry, make_gate(view, metrics))
+    return PoCApp(http, service, recent_errors, registry, replay)

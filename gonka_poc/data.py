@@ -382,6 +382,12 @@ class VersionsAnswer(BaseModel):
     vllm_version: str
     gonka_poc_version: str
     poc_validation_inference: bool = Field(description="chat is answered while this server validates")
+    dtype: str | None = Field(default=None, exclude_if=is_none, description="of the model; known once it was reached")
+    attention_backend: str | None = Field(default=None, exclude_if=is_none)
+    gpu: str | None = Field(default=None, exclude_if=is_none, description="its name; `cpu` without one")
+    replay: Literal["v1", "v2"] | None = Field(
+        default=None, exclude_if=is_none, description="the model runner by which this server replays chats"
+    )
 
 
 class PowStatus(BaseModel):

@@ -7,6 +7,7 @@ PoCError
 ├── ConflictError            409  the request does not fit what the server is or does
 ├── NotFoundError            404  no such request
 ├── BodyTooLargeError        413  the body is over POC_MAX_BODY_BYTES
+├── FieldError               422  a field of a chat has a value that it cannot have
 ├── QueueFullError           429  the queue is full
 ├── ComputeError             500  a worker failed on this computation
 ├── OtherRankError           500  another worker failed; its own error is the one to answer with
@@ -62,6 +63,10 @@ class NotFoundError(PoCError, http_status=404):
 
 class BodyTooLargeError(PoCError, http_status=413):
     """The request body is over the limit."""
+
+
+class FieldError(PoCError, http_status=422):
+    """A field of a chat or completion has a value that it cannot have."""
 
 
 class QueueFullError(PoCError, http_status=429):

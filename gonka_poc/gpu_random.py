@@ -204,12 +204,20 @@ def nonce_token_ids(keys: NonceKeys, seq_len: int, vocab_size: int, device: Devi
 def fill_normal_reference(out: torch.Tensor, seeds: Sequence[Sequence[int]], segment_size: int) -> None:
     """`kernels.fill_normal` in plain torch.
 
-    By pieces: the int64 intermediates of a whole batch would not fit beside a served model.
+    By pieces: the int64 intermediates of a whole batch would not fit beside a served model. Short rows together: each
+    operation has a price of its own.
     """
-    for row, row_seeds in zip(out, seeds, strict=True):
-        for j, seed in enumerate(row_seeds):
-            for _ in _fill_row(row[j * segment_size : (j + 1) * segment_size], seed):
-                pass
+    num_rows, n = out.shape
+    num_whole = n // max(segment_size, 1)  # segments of a row
+    whole = num_whole * segment_size
+    step = max(1, PIECE // max(n, 1))
+    for start in range(0, num_rows, step):
+        rows, row_seeds = out[start : start + step], seeds[start : start + step]
+        if num_whole:
+            flat = [seed for one in row_seeds for seed in one[:num_whole]]
+            rows[:, :whole] = normal(flat, segment_size, out.device).reshape(len(rows), whole)
+        if whole < n:  # the last one, which is shorter
+            rows[:, whole:] = normal([one[num_whole] for one in row_seeds], n - whole, out.device)
 
 
 # --- reflections and the artifact vector (section 3) ------------------------------------------------------------

@@ -39,6 +39,7 @@ DEAD_POLL_SEC = 0.5
 WARM_UP_SEQ_LEN, WARM_UP_NONCES, WARM_UP_SEC = 1024, 256, 15.0
 RELEASE_AFTER_SEC = 10.0  # the workers drop what they keep between batches after this time without one
 MAX_LOGGED = 100
+COMPUTED_ON = ("dtype", "attention_backend", "gpu")  # what GET /versions says of the workers
 CHAT_MEMORY_SEC = 5.0  # chat is taken to go on for this time after it was last seen
 # the slowest of the last batches takes half of the budget; the rest is for its call, and for batches that differ
 MEASUREMENTS, SHARE = 16, 0.5
@@ -166,6 +167,7 @@ class PoCManagerV1:
         self._prepared_for: str | None = None  # the block hash whose random head the workers have
         self._unsupported: UnsupportedServerError | None = None
         self._warming_up: asyncio.Task[None] | None = None
+        self.computed_on: dict[str, str] = {}
         # set from each call of the workers until their release; while there is none they keep nothing
         self._release_timer: asyncio.TimerHandle | None = None
         self._releasing: asyncio.Task[None] | None = None
@@ -229,6 +231,8 @@ class PoCManagerV1:
                 logger.info("PoC is ready on %d worker(s): %s", len(answers), answers)
                 devices = [answer["device"] for answer in answers if answer is not None]
                 self._must_warm_up = self._settings.compiles(devices)
+                first: dict[str, Any] = next((answer for answer in answers if answer is not None), {})
+                self.computed_on = {name: first[name] for name in COMPUTED_ON if name in first}
                 self._reached, self._unsupported = True, None
 
     async def _warm_up_behind_chat(self) -> None:

@@ -91,7 +91,7 @@ class PoCMiddleware:
         except PoCError as error:
             response = error_response(error)
             if isinstance(error, UnsupportedServerError) and (scope["method"], path_of(scope)) == VERSIONS:
-                response = JSONResponse(versions_answer(poc_validation_inference=False).model_dump())
+                response = JSONResponse(versions_answer(poc_validation_inference=False, computed_on={}).model_dump())
             await response(scope, receive, send)
         else:
             await poc.http(scope, receive, send)

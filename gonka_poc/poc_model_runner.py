@@ -83,7 +83,7 @@ class PoCModelRunner:
         EmbeddingInjectionHook(view.model, None)
 
     def describe(self) -> dict[str, Any]:
-        """Rank, kind of device and layers of this worker, for the log, for the warm-up and for tests.
+        """Rank, device, layers, dtype and attention of this worker, for the log, the warm-up and GET /versions.
 
         Runs the smallest prefill, so that a server that cannot give correct vectors is refused here.
         """
@@ -92,6 +92,9 @@ class PoCModelRunner:
         return {
             "rank": view.rank,
             "device": view.device.type,
+            "gpu": torch.cuda.get_device_name(view.device) if view.device.type == "cuda" else view.device.type,
+            "dtype": str(view.dtype).removeprefix("torch."),
+            "attention_backend": view.attention_backends(),
             "layers": sorted(self._layers),
             "is_output_rank": view.is_output_rank,
         }

@@ -136,7 +136,7 @@ async def status(service: Service) -> StatusAnswer | Response:
     return _raw_json(answer) if isinstance(answer, bytes) else answer
 
 
-@router.get("/versions", responses=_errors(500, 503))
+@router.get("/versions", responses=_errors(500, 503), response_model_exclude_none=True)
 async def versions(service: Service) -> VersionsAnswer:
     """The releases of vLLM and gonka_poc, and whether chat is answered while this server validates."""
     return await service.versions()

@@ -186,6 +186,7 @@ CONTRACT = (
         last="0.28",
     ),
     *_names("v1/worker/utils.py", "AttentionGroup: get_metadata_builder(ubatch_id) layer_names backend kv_cache_spec"),
+    *_names(BACKEND, "AttentionBackend.get_name()"),
     *_names("v1/kv_cache_interface.py", "KVCacheSpec: block_size page_size_bytes"),
     *_names("v1/kv_cache_interface.py", "AttentionSpec: num_kv_heads head_size real_page_size_bytes"),
     *_names("v1/kv_cache_interface.py", "KVCacheSpec.get_block_stride_alignment()", first="0.32"),

@@ -83,6 +83,7 @@ class Target:
     purelib: str = ""
     scripts: str = ""
     managed: bool = False
+    is_trusted: bool = False
     torch: str | None = None
     vllm: str | None = None
     distributions: Mapping[str, Distribution] = field(default_factory=dict)
@@ -90,7 +91,9 @@ class Target:
     def look(self) -> Target:
         """Ask the interpreter. Nothing is imported that it has installed, and nothing is written. RefusalError where we
         are root and others can write what it runs."""
-        refuse_foreign_python(self.python)
+        if not self.is_trusted:  # once: what only root can change stays so
+            refuse_foreign_python(self.python)
+            self.is_trusted = True
         answer = json.loads(self.run("-c", PROBE))
         distributions = {name: Distribution(*fields) for name, fields in answer.pop("distributions").items()}
         self.__dict__.update(answer, version=tuple(answer["version"]), distributions=distributions)

@@ -43,17 +43,14 @@ def tree_writer(top: str) -> str:
     while left:
         place = left.pop()
         found = other_writer(place)
-        if found or not os.path.exists(place):
-            if found:
-                return found
-            continue
-        place = os.path.realpath(place)
-        folders = [place]
+        if found:
+            return found
+        folders = [os.path.realpath(place)] if os.path.exists(place) else []
         while folders:
             folder = folders.pop()
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in seen or not stat.S_ISDIR(status.st_mode):
-                continue
+                continue  # checked already, or a file, which other_writer has looked at
             seen.add((status.st_dev, status.st_ino))
             with os.scandir(folder) as entries:
                 for entry in entries:

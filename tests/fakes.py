@@ -113,6 +113,7 @@ class FakeManager:
         self.specs: list[Spec] = []  # of each batch that was asked for
         self.script: deque[str | Exception] = deque()
         self.nan_nonces: set[int] = set()
+        self.computed_on: dict[str, str] = {}
         self.refusal: PoCError | None = None
         self.dead = False
         self.asleep = False
@@ -256,7 +257,7 @@ class FakeView:
             values = b"".join(made_up_value(spec, n).tobytes() for n in nonces)
             return {"nonces": nonces, "values": values, "finite": [True] * len(nonces)}
         if method == "poc_describe":
-            return {"rank": 1, "device": self.device, "layers": [0], "is_output_rank": True}
+            return {"rank": 1, "device": self.device, "layers": [0], "is_output_rank": True, "dtype": "float16"}
         if method == "poc_prepare":
             return {"ready": True}
         return {"compiled": True} if method == "poc_warm_up" else None

@@ -52,10 +52,11 @@ def test_generate_writes_the_form_of_the_network(server, tmp_path, capsys):
     content = json.loads(out.read_text())
     assert list(content) == [
         *("model", "seq_len", "k_dim", "block_hash", "block_height", "public_key", "node_id", "node_count"),
-        *("poc_stronger_rng", "stat_test", "artifacts"),
+        *("poc_stronger_rng", "stat_test", "computed_by", "artifacts"),
     ]
     assert content["model"] == MODEL
     assert content["block_height"] == 7
+    assert set(content["computed_by"]) == {"vllm_version", "gonka_poc_version"}  # this server says no more
     assert nonces_in(out) == [0, 1, 2, 3, 4, 9]
     assert json.loads(capsys.readouterr().out) == {"file": str(out), "artifacts": 6, "not_computed_nonces": []}
 

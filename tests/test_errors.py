@@ -14,6 +14,7 @@ STATUSES = {
     "ConflictError": 409,
     "NotFoundError": 404,
     "BodyTooLargeError": 413,
+    "FieldError": 422,
     "QueueFullError": 429,
     "ComputeError": 500,
     "OtherRankError": 500,

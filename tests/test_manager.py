@@ -27,7 +27,14 @@ from gonka_poc.vllm_compat import WORKER_EXTENSION, ApiView
 from gonka_poc.worker import PoCWorkerExtension
 
 SPEC = VectorSpec("block", "key", seq_len=4, k_dim=3, poc_stronger_rng=True)
-SPEC_FIELDS = {"block_hash": "block", "public_key": "key", "seq_len": 4, "k_dim": 3, "poc_stronger_rng": True}
+SPEC_FIELDS = {
+    "block_hash": "block",
+    "public_key": "key",
+    "seq_len": 4,
+    "k_dim": 3,
+    "poc_stronger_rng": True,
+    "moved": 0,
+}
 ROW = np.ones(3, dtype="<f2").tobytes()
 NAN_ROW = np.array([1, np.nan, 1], dtype="<f2").tobytes()
 
@@ -337,6 +344,7 @@ async def test_workers_are_described_once():
     for _ in range(3):
         await manager.check(params())
     assert view.calls == [("poc_describe", ())]
+    assert manager.computed_on == {"dtype": "float16"}
 
 
 @pytest.mark.parametrize("failure", [UnsupportedServerError("no layers"), RuntimeError("later")])

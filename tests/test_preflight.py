@@ -32,9 +32,9 @@ def test_batch_invariance_that_vllm_does_not_know_of(monkeypatch):
     monkeypatch.setenv("POC_BATCH_INVARIANT", "1")
     monkeypatch.delenv("VLLM_BATCH_INVARIANT", raising=False)
     with pytest.raises(SettingsError, match="POC_BATCH_INVARIANT=1 needs VLLM_BATCH_INVARIANT=1"):
-        check_settings()
+        check_settings(print)
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-    assert check_settings().batch_invariant
+    assert check_settings(print).batch_invariant
 
 
 @pytest.mark.parametrize("path", ["/proc/nope/o.sqlite3", "/dev/null/o.sqlite3", "/proc"])

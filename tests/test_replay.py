@@ -315,12 +315,18 @@ async def test_a_bad_replay_does_not_reach_vllm(client, vllm):
     assert vllm.bodies == []
 
 
+async def test_versions_name_the_runner_of_replays(client, view):
+    view.answers = None
+    assert (await client.get("/api/v1/pow/versions")).json()["replay"] == "v1"
+
+
 async def test_a_server_without_replays_is_left_alone(vllm):
     view = FakeView()
     middleware = PoCMiddleware(vllm, check_release=lambda: None, make_view=lambda app: view)
     middleware._poc = build_app(view, Settings(), registry=CollectorRegistry())
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=middleware), base_url="http://test") as client:
         await client.post("/v1/chat/completions", json={**CHAT, "enforced_tokens": "anything"})
+        assert "replay" not in (await client.get("/api/v1/pow/versions")).json()
     assert b"enforced_tokens" in vllm.bodies[0]
 
 

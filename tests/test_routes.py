@@ -231,6 +231,12 @@ async def test_versions_of_what_is_not_installed(api, monkeypatch):
     assert answer == {"vllm_version": "0.28.0.dev0", "gonka_poc_version": "0.1.7", "poc_validation_inference": True}
 
 
+async def test_versions_say_what_computes(api):
+    api.manager.computed_on = {"dtype": "bfloat16", "attention_backend": "FLASH_ATTN", "gpu": "chip"}
+    answer = (await api.client.get("/versions")).json()
+    assert api.manager.computed_on.items() <= answer.items()
+
+
 async def test_versions_do_not_wait_for_workers_that_say_nothing(api, monkeypatch):
     """And do not answer with a false that would be kept."""
     monkeypatch.setattr(service_module, "VERSIONS_SEC", 0.01)

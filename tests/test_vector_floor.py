@@ -119,3 +119,37 @@ def test_a_server_that_makes_no_calibration(capsys: pytest.CaptureFixture[str]) 
 def test_files_without_vectors_are_a_mistake(server: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("calibrate", "--url", server.url, "--cheat", "x.json") == 1
     assert "--vectors" in capsys.readouterr().err
+
+
+def test_thresholds_below_the_floor_are_warned_of(
+    server: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    floor, file = tmp_path / "floor.json", tmp_path / "a.json"
+    server.manager.computed_on = {"dtype": "bfloat16", "gpu": "chip", "attention_backend": "FLASH_ATTN"}
+    assert run("calibrate", "--vectors", "--url", server.url, *SIZES, "--out", floor) == 0
+    written = json.loads(floor.read_text())
+    assert server.manager.computed_on.items() <= written["computed_by"].items()
+    assert run("generate", "--nonces", "0-3", "--out", file, "--seq-len", "4", "--url", server.url) == 0
+    assert server.manager.computed_on.items() <= json.loads(file.read_text())["computed_by"].items()
+    capsys.readouterr()
+    tight = ("--dist-threshold", "0.001", "--floor", floor)
+    options = [(f"--{name.replace('_', '-')}", str(value)) for name, value in written["stat_test"].items()]
+    wide = ("--floor", floor, *(part for option in options for part in option))
+    for command in (("validate", file, "--url", server.url), ("report", file, file)):
+        assert run(*command, *tight) == 0
+        assert "below the noise floor of this model (p99" in capsys.readouterr().err
+        assert run(*command, *wide) == 0
+        assert "WARNING" not in capsys.readouterr().err
+    assert run("validate", file, "--url", server.url, "--floor", file) == 1
+    assert "was not written by `gonka-poc calibrate --vectors --out`" in capsys.readouterr().err
+
+
+def test_a_file_that_another_server_goes_on_with(
+    server: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a.json"
+    for nonces, dtype in (("0-3", "bfloat16"), ("0-5", "float16")):
+        server.manager.computed_on = {"dtype": dtype}
+        assert run("generate", "--nonces", nonces, "--out", file, "--seq-len", "4", "--url", server.url) == 0
+    assert "begun on another server" in capsys.readouterr().err
+    assert json.loads(file.read_text())["computed_by"]["dtype"] == "bfloat16"

@@ -57,6 +57,8 @@ OTHERS = """
 # options of the server that serve.py gives or looks for
 IMPLIED = {"middleware", "enable_chunked_prefill", "runner", "convert", "nnodes"}
 IMPLIED |= {"gauge_engine_sleep_state"}  # the metric, which is read by its name
+# what our logits processors have in the place of vLLM's own
+IMPLIED |= {"add_request", "apply", "is_argmax_invariant", "update_state", "validate_params"}
 OPTIONS = {"model_tag"}  # what vLLM's parser of options gives, asked for with a default
 
 

@@ -41,7 +41,7 @@ class ArtifactFile(BaseModel):
     """The JSON in a file; fields that others add are kept.
 
     `stat_test` has the thresholds that the file names, at its top level or in its `stat_test`; which of them were named
-    is in `stat_test.model_fields_set`.
+    is in `stat_test.model_fields_set`. `computed_by`: the server that made the artifacts (GET /versions).
     """
 
     model_config = ConfigDict(extra="allow")
@@ -56,6 +56,7 @@ class ArtifactFile(BaseModel):
     node_count: int = 1
     poc_stronger_rng: bool = False
     stat_test: StatTest = Field(default_factory=StatTest)
+    computed_by: dict[str, str] | None = Field(default=None, exclude_if=lambda value: value is None)
     artifacts: list[Artifact] = Field(default_factory=list)
 
     @model_validator(mode="before")

@@ -12,6 +12,7 @@ from gonka_poc.cli import common
 from gonka_poc.cli.artifact_file import ArtifactFile, read_artifact_file, write_artifact_file
 from gonka_poc.cli.client import PoCClient
 from gonka_poc.cli.common import Connect
+from gonka_poc.cli.floor_file import floor_option, floor_warnings
 from gonka_poc.cli.thresholds import choose_thresholds, threshold_options
 from gonka_poc.data import Artifact
 from gonka_poc.errors import ArtifactFileError
@@ -35,12 +36,16 @@ def generate_command(
     gonka-poc generate --nonces 0-99 --out artifacts.json --block-hash HASH --public-key KEY
     """
     with connect() as client:
-        file = ArtifactFile(model=model or client.model_name(), **fields)
+        computed_by = client.computed_by()
+        file = ArtifactFile(model=model or client.model_name(), computed_by=computed_by or None, **fields)
         is_new = not out.exists()
         if not is_new:
             existing = read_artifact_file(out)
             if different := file.differences(existing):
                 raise ArtifactFileError(f"{out} exists and has another {', '.join(different)}; name another --out")
+            if existing.computed_by and computed_by and existing.computed_by != computed_by:
+                now, then = (", ".join(by.values()) for by in (computed_by, existing.computed_by))
+                common.say(f"{out} was begun on another server ({then}) than this one ({now})")
             file = existing
         done = {artifact.nonce for artifact in file.artifacts}
         missing = [nonce for nonce in nonces if nonce not in done]
@@ -90,6 +95,7 @@ def _warn_if_generating(client: PoCClient) -> None:
 @click.option(
     "--file-thresholds", is_flag=True, help="Judge by the thresholds in FILE: only where you trust who made it."
 )
+@floor_option
 @common.batch_size_option
 @common.server_options
 def validate_command(
@@ -98,6 +104,7 @@ def validate_command(
     lacking: dict[str, Any],
     given: dict[str, float],
     file_thresholds: bool,
+    floor: Path | None,
     batch_size: int,
     connect: Connect,
     as_json: bool,
@@ -113,6 +120,8 @@ def validate_command(
     if not content.artifacts:
         raise ArtifactFileError(f"{file} holds no artifacts; there is nothing to validate")
     thresholds = choose_thresholds(given, content.stat_test, trust_file=file_thresholds)
+    for sentence in floor_warnings(floor, thresholds.stat_test):
+        common.say(sentence)
     with connect() as client:
         _warn_if_generating(client)
         with common.progress_bar("validating", len(content.artifacts)) as progress:

@@ -16,6 +16,7 @@ from gonka_poc.cli import common, vector_floor
 from gonka_poc.cli.artifact_file import ArtifactFile
 from gonka_poc.cli.client import ANY_DISTANCE, PoCClient, Progress, ignore_progress, threshold_request
 from gonka_poc.cli.common import Connect
+from gonka_poc.cli.floor_file import write_floor_file
 from gonka_poc.cli.plots import distance_histogram, save_png, terminal_histogram, theme_of, value_histogram
 from gonka_poc.data import Randomization
 from gonka_poc.errors import ToolError
@@ -129,6 +130,7 @@ def _block_rate(block_hash: str, distances: np.ndarray, r_target: float) -> Bloc
 @common.count_option("--steps", 1, "Ways to move the inputs of a nonce; each gives as many distances as nonces.")
 @click.option("--honest", type=common.FilePath, multiple=True, help="A file of `generate` on another honest server.")
 @click.option("--cheat", type=common.FilePath, multiple=True, help="A file of `generate` on a server that cheats.")
+@click.option("--out", type=common.FilePath, help="Write the floor here, for `validate --floor` and `report --floor`.")
 @common.served_model_options
 @click.option("--png", type=common.FilePath, help="Write a histogram here (needs matplotlib).")
 @common.theme_option
@@ -142,6 +144,7 @@ def calibrate_command(
     steps: int,
     honest: tuple[Path, ...],
     cheat: tuple[Path, ...],
+    out: Path | None,
     model: str | None,
     png: Path | None,
     theme: str,
@@ -172,9 +175,11 @@ def calibrate_command(
                 batch_size = sizes["batch_size"]
                 floor = vector_floor.measure_floor(client, file, hashes, per_block, batch_size, steps, progress)
             vector_floor.add_files(floor, client, honest, cheat, file.model, batch_size)
-        return _show_floor(floor, png, theme, as_json)
-    if honest or cheat:
-        raise click.UsageError("--honest and --cheat belong to --vectors")
+            computed_by = client.computed_by()
+        figures = {"model": file.model, "computed_by": computed_by, "seq_len": file.seq_len, "k_dim": file.k_dim}
+        return _show_floor(floor, figures, out, png, theme, as_json)
+    if honest or cheat or out is not None:
+        raise click.UsageError("--honest, --cheat and --out belong to --vectors")
     sizes["seq_len"] = sizes["seq_len"] or 256
     nonces = nonces or 2000
     per_block = max(1, nonces // blocks)
@@ -193,12 +198,17 @@ def calibrate_command(
     return common.PASS
 
 
-def _show_floor(floor: vector_floor.Floor, png: Path | None, theme: str, as_json: bool) -> int:
-    """Print and plot; the exit status."""
+def _show_floor(
+    floor: vector_floor.Floor, figures: dict[str, Any], out: Path | None, png: Path | None, theme: str, as_json: bool
+) -> int:
+    """Print, write and plot; the exit status. `figures`: what was measured, for JSON."""
     advice = vector_floor.advise(floor)
     stat_test = advice.stat_test
+    figures = {**figures, **vector_floor.figures_of(floor, advice)}
+    if out is not None:
+        write_floor_file(out, figures)
     if as_json:
-        common.print_json(vector_floor.figures_of(floor, advice))
+        common.print_json(figures)
     else:
         click.echo("\n".join(terminal_histogram(floor.widest, stat_test.dist_threshold)))
         common.print_table(vector_floor.HEAD, vector_floor.rows_of(floor, advice))

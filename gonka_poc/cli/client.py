@@ -79,6 +79,17 @@ class PoCClient:
         """GET /versions."""
         return self._ask(data.VersionsAnswer, "GET", "versions")
 
+    def computed_by(self) -> dict[str, str]:
+        """What computes there: releases, dtype, attention backend, GPU; empty of a server that does not say."""
+        try:
+            answer = self._ask(data.VersionsAnswer, "GET", "versions")
+        except ServerAnswerError:
+            return {}
+        return {
+            name: str(value)
+            for name, value in answer.model_dump(exclude={"poc_validation_inference", "replay"}).items()
+        }
+
     def status(self) -> data.StatusAnswer:
         """GET /status."""
         return self._ask(data.StatusAnswer, "GET", "status")
@@ -167,6 +178,10 @@ class PoCClient:
         """The whole answer to a chat request."""
         return self._vllm("POST", "/v1/chat/completions", body)
 
+    def chat_status(self, body: Any) -> int:
+        """The HTTP status of a chat request, refused or not."""
+        return self._sent("POST", "/v1/chat/completions", body).status_code
+
     def prefill(self, model: str, prompts: Sequence[Sequence[int]]) -> None:
         """Let the server prefill `prompts` (token ids): completions of one token each, in one request."""
         body = {"model": model, "prompt": prompts, "max_tokens": 1, "temperature": 0, "ignore_eos": True}
@@ -244,10 +259,19 @@ class PoCClient:
         return ServerAnswerError(f"{self.url}{path} answered something else than expected; {NO_POC_SERVER}")
 
     def _response(self, method: str, path: str, body: Any) -> httpx.Response:
-        secret = self._token if path.startswith(data.PREFIX) else self._api_key
+        response = self._sent(method, path, body)
+        if not response.is_success:
+            raise ServerAnswerError(refusal_text(response, self.url, path, bool(self._secret(path))))
+        return response
+
+    def _secret(self, path: str) -> str | None:
+        return self._token if path.startswith(data.PREFIX) else self._api_key
+
+    def _sent(self, method: str, path: str, body: Any) -> httpx.Response:
+        secret = self._secret(path)
         headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         try:
-            response = self._http.request(method, path, json=body, headers=headers)
+            return self._http.request(method, path, json=body, headers=headers)
         except httpx.HTTPError as error:
             if self._socket and not Path(self._socket).is_socket():
                 there = "is no socket" if Path(self._socket).exists() else "does not exist"
@@ -257,9 +281,6 @@ class PoCClient:
             raise ServerAnswerError(
                 f"{self.url} cannot be reached: {str(error) or type(error).__name__}; is the server running there?"
             ) from error
-        if not response.is_success:
-            raise ServerAnswerError(refusal_text(response, self.url, path, bool(secret)))
-        return response
 
 
 def socket_path(url: str) -> str | None:

@@ -9,6 +9,8 @@ import numpy as np
 from gonka_poc.cli.artifact_file import ArtifactFile
 from gonka_poc.cli.client import PoCClient
 from gonka_poc.cli.compare import finite_vector
+from gonka_poc.cli.live_chats import NAME as CHATS
+from gonka_poc.cli.live_chats import check_chats
 from gonka_poc.data import StatTest, StatusAnswer
 from gonka_poc.doctor import Check
 from gonka_poc.errors import PoCError, ServerAnswerError
@@ -24,9 +26,14 @@ MLNODE_PORT = 8080
 def live_checks(client: PoCClient) -> list[Check]:
     """Ask the server of `client`; what comes after a failure is not asked, as it would fail for the same reason."""
     checks: list[Check] = []
-    for name, ask in (("versions", _check_versions), ("status", _check_status), (PROOF, _check_proof)):
+    for name, ask in (
+        ("versions", _check_versions),
+        ("status", _check_status),
+        (PROOF, _check_proof),
+        (CHATS, _check_chats),
+    ):
         try:
-            checks.append(ask(client))
+            checks += filter(None, [ask(client)])
         except PoCError as error:
             fix = "do what the text says"
             if urlsplit(client.url).port == MLNODE_PORT:
@@ -35,6 +42,11 @@ def live_checks(client: PoCClient) -> list[Check]:
         if checks[-1].state == "fail":
             break
     return checks
+
+
+def _check_chats(client: PoCClient) -> Check | None:
+    """The duty of chat; None for a server that was not started for it."""
+    return check_chats(client) if client.versions().replay else None
 
 
 def _check_versions(client: PoCClient) -> Check:

@@ -14,6 +14,7 @@ from gonka_poc.cli import common, plots
 from gonka_poc.cli.artifact_file import ArtifactFile, read_artifact_file, writing
 from gonka_poc.cli.common import PASS, FilePath
 from gonka_poc.cli.compare import HEAD, Comparison, compare
+from gonka_poc.cli.floor_file import floor_option, floor_warnings
 from gonka_poc.cli.thresholds import choose_thresholds, threshold_options
 from gonka_poc.data import StatTest
 from gonka_poc.errors import ArtifactFileError
@@ -86,6 +87,7 @@ def as_html(reference: ArtifactFile, comparisons: Sequence[Comparison], stat_tes
 @common.renamed_model_option
 @common.file_options
 @threshold_options("[default: REFERENCE's, else the protocol's]")
+@floor_option
 @common.theme_option
 @common.json_option
 def report_command(
@@ -95,6 +97,7 @@ def report_command(
     model: str | None,
     lacking: dict[str, Any],
     given: dict[str, float],
+    floor: Path | None,
     theme: str,
     as_json: bool,
 ) -> int:
@@ -110,6 +113,8 @@ def report_command(
     first, *others = (read_artifact_file(file, model, lacking) for file in files)
     thresholds = choose_thresholds(given, first.stat_test, trust_file=True)
     stat_test = thresholds.stat_test
+    for sentence in floor_warnings(floor, stat_test):
+        common.say(sentence)
     comparisons = []
     for path, other in zip(files[1:], others, strict=True):
         different = [name for name in first.differences(other) if name != "model"]  # a name may differ between hosts

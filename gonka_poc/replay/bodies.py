@@ -7,7 +7,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
-from gonka_poc.errors import PoCError, UnsupportedServerError
+from gonka_poc.errors import FieldError, RequestError, UnsupportedServerError
 from gonka_poc.vllm_compat import EXTRA_FIELD, REPLAY_IDS, REPLAY_KEY, REPLAY_MODE, TOKEN_IDS_FIELD, ReplayServer
 
 Mode = Literal["raw_logprobs", "processed_logprobs"]
@@ -17,14 +17,6 @@ FILLER_IDS, FILLER_SHARE, MIN_POSITIONS = 4, 0.1, 10
 STRUCTURED = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
 # what vLLM's trace replay does not take beside structured outputs (0.32)
 NOT_IN_TRACE = ("bad_words", "prompt_logprobs", "repetition_detection", "thinking_token_budget", "echo")
-
-
-class BodyError(PoCError, http_status=400):
-    """The fields of a replay cannot be used. The network counts the answer as a pass of the executor."""
-
-
-class FieldError(PoCError, http_status=422):
-    """A field has a value that it cannot have."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +48,7 @@ def concerns_us(body: bytes) -> bool:
 def rewritten(body: bytes, is_chat: bool, server: ReplayServer, tokenize: Any = None) -> Rewritten:
     """What vLLM gets for `body`. `tokenize` makes ids of a text, for `enforced_str`.
 
-    Raises BodyError or FieldError for what the payload cannot have, and UnsupportedServerError for what this server
+    Raises RequestError or FieldError for what the payload cannot have, and UnsupportedServerError for what this server
     does not do.
     """
     if not concerns_us(body):
@@ -96,7 +88,7 @@ def _pop_replay(fields: dict[str, Any], mode: Mode | None, server: ReplayServer,
     tokens, text = fields.pop("enforced_tokens", None), fields.pop("enforced_str", None)
     if text is not None:
         if not isinstance(text, str) or not text:
-            raise BodyError("enforced_str is not a text, or empty; send enforced_tokens, or leave it out")
+            raise RequestError("enforced_str is not a text, or empty; send enforced_tokens, or leave it out")
         ids: list[int] = tokenize(text)
         top_ids: list[int] = []
     elif tokens is not None:
@@ -118,16 +110,16 @@ def _enforced_ids(value: Any) -> tuple[list[int], list[int]]:
     """The ids in `enforced_tokens`, and all ids in its `top_tokens`."""
     tokens = value.get("tokens") if isinstance(value, dict) else None
     if not isinstance(tokens, list) or not tokens:
-        raise BodyError('enforced_tokens must be {"tokens": [{"token": "ID", "top_tokens": ["ID"]}, ..]}, not empty')
+        raise RequestError('enforced_tokens must be {"tokens": [{"token": "ID", "top_tokens": ["ID"]}, ..]}, not empty')
     ids: list[int] = []
     top_ids: list[int] = []
     for i, token in enumerate(tokens):
         if not isinstance(token, dict):
-            raise BodyError(f"enforced_tokens.tokens[{i}] is no object with a token")
+            raise RequestError(f"enforced_tokens.tokens[{i}] is no object with a token")
         ids.append(_id(token.get("token"), f"enforced_tokens.tokens[{i}].token"))
         others = token.get("top_tokens")
         if others is not None and not isinstance(others, list):
-            raise BodyError(f"enforced_tokens.tokens[{i}].top_tokens is no list")
+            raise RequestError(f"enforced_tokens.tokens[{i}].top_tokens is no list")
         top_ids += [_id(other, f"enforced_tokens.tokens[{i}].top_tokens") for other in others or ()]
     return ids, top_ids
 
@@ -135,27 +127,27 @@ def _enforced_ids(value: Any) -> tuple[list[int], list[int]]:
 def _id(value: Any, where: str) -> int:
     text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
     if not (isinstance(text, str) and text.isascii() and text.isdecimal() and len(text) <= 10):
-        raise BodyError(f"{where} is {str(value)[:40]!a}, not a token id in decimal digits")
+        raise RequestError(f"{where} is {str(value)[:40]!a}, not a token id in decimal digits")
     return int(text)
 
 
 def _check_ids(ids: list[int], server: ReplayServer) -> None:
     if not ids:
-        raise BodyError("there are no tokens to force; send at least one")
+        raise RequestError("there are no tokens to force; send at least one")
     if len(ids) >= server.max_model_len:
-        raise BodyError(f"{len(ids)} tokens and a prompt are over the model's {server.max_model_len} tokens")
+        raise RequestError(f"{len(ids)} tokens and a prompt are over the model's {server.max_model_len} tokens")
     if max(ids) >= server.vocab_size:
-        raise BodyError(f"token id {max(ids)} is not in the vocabulary of {server.vocab_size}")
+        raise RequestError(f"token id {max(ids)} is not in the vocabulary of {server.vocab_size}")
 
 
 def _check_fields(fields: dict[str, Any]) -> None:
     if fields.get("n") not in (None, 1):
-        raise BodyError("a replay has one answer; leave n out, or send 1")
+        raise RequestError("a replay has one answer; leave n out, or send 1")
     if fields.get("use_beam_search"):
-        raise BodyError("a replay cannot be a beam search; leave use_beam_search out")
+        raise RequestError("a replay cannot be a beam search; leave use_beam_search out")
     top = fields.get("top_logprobs")
     if top is not None and (not isinstance(top, int) or isinstance(top, bool) or not 0 <= top <= MAX_TOP_LOGPROBS):
-        raise BodyError(f"a replay has top_logprobs from 0 to {MAX_TOP_LOGPROBS}")
+        raise RequestError(f"a replay has top_logprobs from 0 to {MAX_TOP_LOGPROBS}")
 
 
 def _guessed_mode(top_ids: list[int], positions: int) -> Mode | None:

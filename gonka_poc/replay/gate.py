@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -39,6 +39,7 @@ class ReplayGate:
         self._engine = engine
         self._server = server
         self._metrics = metrics
+        self.runner: Literal["v1", "v2"] = "v1" if server.records else "v2"
 
     def concerns(self, scope: Scope) -> bool:
         """True if `scope` is a request that this may have to rewrite."""

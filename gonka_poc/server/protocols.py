@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from gonka_poc.data import BatchResult, Params, Spec
@@ -12,6 +12,10 @@ ASLEEP_POLL_SEC = 0.5  # between two questions to an engine that sleeps
 
 class Manager(Protocol):
     """Drives the workers; PoCManagerV1 is one."""
+
+    @property
+    def computed_on(self) -> Mapping[str, str]:
+        """dtype, attention_backend and gpu of the first worker; empty before it was reached."""
 
     async def prepare(self) -> None:
         """Reach every worker once, and warm it up."""

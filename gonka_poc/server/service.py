@@ -38,7 +38,7 @@ from gonka_poc.server.protocols import Manager
 from gonka_poc.server.round_slot import Phase, RoundSlot
 from gonka_poc.server.rounds import GenerateRound
 from gonka_poc.server.threshold import ProofJob, ProofQueue, ThresholdRound
-from gonka_poc.server.versions import versions_answer
+from gonka_poc.server.versions import ReplayRunner, versions_answer
 from gonka_poc.threshold_data import ProofBatch, ThresholdRequest
 
 logger = logging.getLogger("vllm.gonka_poc.service")
@@ -60,6 +60,7 @@ class PoCService:
     queue: GenerateQueue
     proofs: ProofQueue
     _background: BackgroundTasks
+    replay: ReplayRunner | None = None
 
     def __post_init__(self) -> None:
         self._starting = asyncio.Lock()
@@ -252,7 +253,7 @@ class PoCService:
             text = f"the workers did not answer within {VERSIONS_SEC:g} s; ask again"
             raise EngineUnavailableError(text) from error
         # under `abort` chats end for a round that generates, as the network expects; validation waits for them
-        return versions_answer(supported and self.settings.priority != "poc")
+        return versions_answer(supported and self.settings.priority != "poc", self._manager.computed_on, self.replay)
 
     def stop(self) -> StoppedWork:
         """End the round and drop queued requests, also a round that is about to start; what was computed is still

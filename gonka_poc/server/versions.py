@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Literal
+
 from gonka_poc.data import VersionsAnswer
 from gonka_poc.version import UNINSTALLED, __version__
 from gonka_poc.vllm_compat import found_version
 
 UNKNOWN = "unknown"
+ReplayRunner = Literal["v1", "v2"]
 
 
-def versions_answer(poc_validation_inference: bool) -> VersionsAnswer:
-    """The releases that are installed; `poc_validation_inference`: chat is answered while this server validates."""
+def versions_answer(
+    poc_validation_inference: bool, computed_on: Mapping[str, str], replay: ReplayRunner | None = None
+) -> VersionsAnswer:
+    """The releases that are installed; `poc_validation_inference`: chat is answered while this server validates.
+    `computed_on`: Manager.computed_on."""
     return VersionsAnswer(
         vllm_version=found_version() or UNKNOWN,
         gonka_poc_version=UNKNOWN if __version__ == UNINSTALLED else __version__,
         poc_validation_inference=poc_validation_inference,
+        replay=replay,
+        **computed_on,
     )

@@ -87,6 +87,11 @@ class WorkerView:
         (stack,) = different.values()
         return {i: layer for i, layer in enumerate(stack) if not isinstance(layer, PPMissingLayer)}
 
+    def attention_backends(self) -> str:
+        """The names of the attention backends, as vLLM's option takes them, with commas."""
+        groups = [group for groups in self._runner.attn_groups for group in groups]
+        return ",".join(sorted({group.backend.get_name() for group in groups}))
+
     # -- other ranks --
 
     def tensor_parallel_range(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

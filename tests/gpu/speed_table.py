@@ -1,8 +1,10 @@
 """Nonces/s of rounds over HTTP, callbacks on, against the server's own prefill of the same tokens, in one run.
 
-    python -m tests.gpu.speed_table --out DIR [--shapes qwen3-0.6b qwen3-8b qwen3-30b-a3b]
+    python -m tests.gpu.speed_table --out DIR [--shapes qwen3-0.6b qwen3-8b qwen3-30b-a3b] [--quantization fp8]
+    python -m tests.gpu.speed_table --out DIR --smollm2 FOLDER --shapes
 
-Dummy weights, bfloat16, batches of 32 x 1024. Writes DIR/speed.md and DIR/speed.json.
+Weights of normal size (tests.gpu.normal_weights), made up in place; bfloat16, batches of 32 x 1024. Writes DIR/speed.md
+and DIR/speed.json after each row.
 """
 
 from __future__ import annotations
@@ -27,17 +29,23 @@ from gonka_poc.cli.receive import Receiver
 from gonka_poc.cli.server_process import ServerProcess
 from gonka_poc.data import VectorSpec
 from gonka_poc.gpu_random import fill_normal_reference, householder_reference
-from tests.gpu.core_table import DATA, request_body, table, wait_for_nonces
+from tests.engine.support import DirectServer
+from tests.gpu.core_table import DATA, request_body, table, wait_for_nonces, warm_up_answer
 
 T = TypeVar("T")
 
 BATCH, SEQ_LEN = 32, 1024
 CHAT_SHAPE = "qwen3-8b"
 CHATS, CHAT_TOKENS, BURSTS, PAUSE_SEC = 64, 128, 3, 1.5
+MADE_UP = (
+    *("--load-format", "normal"),
+    *("--worker-extension-cls", "tests.gpu.normal_weights.NormalWeightsExtension"),
+)
+STEADY_SEC = 15.0
 # nonces/s of the network's reference on one H200 with the same shapes and batches
 REFERENCE = {"qwen3-0.6b": 205.0, "qwen3-8b": 36.3, "qwen3-30b-a3b": 59.1}
 SERVER_ARGS = (
-    *("--served-model-name", "m", "--load-format", "dummy", "--max-model-len", "4096"),
+    *("--served-model-name", "m", "--max-model-len", "4096", "--dtype", "bfloat16"),
     *("--no-enable-prefix-caching", "--gpu-memory-utilization", "0.8"),
     *("--max-num-batched-tokens", str(BATCH * SEQ_LEN), "--max-num-seqs", "256"),
 )
@@ -220,54 +228,122 @@ def chat_row(shape: str, url: str, callback_url: str) -> dict[str, Any]:
     }
 
 
-def server_rows(shape: str, work: Path, mode: str, callback_url: str, report: dict[str, Any]) -> None:
-    """A shape on an eager or a compiled server; one of them beside chat."""
+def steady_chats(url: str) -> tuple[float, float]:
+    """CHATS clients that never pause, for STEADY_SEC: tokens/s, and p95 of the seconds to a first token."""
+    body = {"model": "m", "max_tokens": CHAT_TOKENS, "temperature": 0, "ignore_eos": True, "stream": True}
+    end = time.perf_counter() + STEADY_SEC
+
+    def client(number: int) -> tuple[int, list[float]]:
+        tokens, firsts = 0, []
+        while time.perf_counter() < end:
+            asked = time.perf_counter()
+            messages = [{"role": "user", "content": f"{number} {asked} count " * 20}]
+            asked_for = {**body, "messages": messages}
+            with httpx.stream("POST", f"{url}/v1/chat/completions", json=asked_for, timeout=300) as answer:
+                is_first = True
+                for line in answer.iter_lines():
+                    if not line.startswith("data: {"):
+                        continue
+                    if '"content":""' not in line or not is_first:
+                        firsts += [time.perf_counter() - asked] if is_first else []
+                        is_first = False
+                        tokens += time.perf_counter() < end
+        return tokens, firsts
+
+    with ThreadPoolExecutor(max_workers=CHATS) as pool:
+        found = list(pool.map(client, range(CHATS)))
+    firsts = sorted(first for _, each in found for first in each)
+    return sum(tokens for tokens, _ in found) / STEADY_SEC, firsts[int(0.95 * (len(firsts) - 1))]
+
+
+def steady_row(shape: str, url: str, callback_url: str) -> dict[str, Any]:
+    """Chats without pauses, without and with a round."""
+    steady_chats(url)
+    without, first_without = steady_chats(url)
+    (beside, first_beside), nonces = beside_round(url, callback_url, lambda: steady_chats(url))
+    again, first_again = steady_chats(url)
+    return {
+        "shape": f"{shape}, chats without pauses",
+        "chat tokens/s, proof off": without,
+        "proof on": beside,
+        "proof off again": again,
+        "chat loses": 1 - beside / ((without + again) / 2),
+        "nonces/s in the gaps": nonces,
+        "p95 to first token off, on, off, ms": ", ".join(
+            f"{1e3 * seconds:.0f}" for seconds in (first_without, first_beside, first_again)
+        ),
+    }
+
+
+def server_rows(
+    shape: str, work: Path, mode: str, callback_url: str, report: dict[str, Any], folder: Path | None, quantization: str
+) -> None:
+    """A shape (or the model in `folder`) on an eager or a compiled server; one of them beside chat."""
     args = [*SERVER_ARGS, *(["--enforce-eager"] if mode == "eager" else [])]
+    args += ["--quantization", quantization] if quantization else []
+    args += [] if folder else MADE_UP
     env = {"POC_OUTBOX_PATH": str(work / f"outbox-{shape}-{mode}"), "VLLM_SERVER_DEV_MODE": "1"}
     log = work / f"{shape}-{mode}.log"
-    model = make_shape(shape, work / shape)
-    with ServerProcess(model, log_file=log, args=args, env=env, startup_timeout=400) as server:
+    model = folder or make_shape(shape, work / shape)
+    log.unlink(missing_ok=True)
+    # vLLM's own module: gonka_poc.serve takes no other worker extension
+    kind = ServerProcess if folder else DirectServer
+    with kind(model, log_file=log, args=args, env=env, startup_timeout=400) as server:
         rate = round_rate(server.url, callback_url, 6.0)
         own = own_prefill_rate(server.url)
         again = round_rate(server.url, callback_url, 4.0)
         row = {
-            "shape": shape,
+            "shape": f"{shape} {quantization}".strip(),
             "server": mode,
+            "compiled layers": warm_up_answer(log)["compiled"],
             "nonces/s": rate,
             "again": again,
             "own prefill, seq/s": own,
             "tax": 1 - min(rate, again) / own,
-            "reference nonces/s": REFERENCE[shape],
-            "to the reference": min(rate, again) / REFERENCE[shape],
+            "reference nonces/s": REFERENCE.get(shape),
+            "to the reference": min(rate, again) / REFERENCE[shape] if shape in REFERENCE else None,
         }
         report["servers"].append(row)
         print(row, flush=True)
         if mode == "compiled" and shape == CHAT_SHAPE:
             report["chat"].append(chat_row(shape, server.url, callback_url))
             print(report["chat"][-1], flush=True)
+            report["steady"].append(steady_row(shape, server.url, callback_url))
+            print(report["steady"][-1], flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("/tmp/gonka-poc-speed"))
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--smollm2", type=Path, help="a folder that tests.smollm2 made; measured first")
+    parser.add_argument("--quantization", default="", help="vLLM's option, fp8 for example")
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--modes", nargs="+", default=["compiled", "eager"], choices=["eager", "compiled"])
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     options.work.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {"kernels": kernel_rows(), "servers": [], "chat": []}
+    report: dict[str, Any] = {"kernels": kernel_rows(), "servers": [], "chat": [], "steady": []}
+
+    def write() -> str:
+        text = "\n".join(map(table, report.values()))
+        (options.out / "speed.md").write_text(text)
+        (options.out / "speed.json").write_text(json.dumps(report, indent=1))
+        return text
+
     print(table(report["kernels"]), flush=True)
     with Receiver() as receiver:
-        for mode, shape in itertools.product(options.modes, options.shapes):
+        models = [
+            *([("smollm2", options.smollm2)] if options.smollm2 else []),
+            *((name, None) for name in options.shapes),
+        ]
+        for mode, (shape, folder) in itertools.product(options.modes, models):
             try:
-                server_rows(shape, options.work, mode, receiver.url, report)
+                server_rows(shape, options.work, mode, receiver.url, report, folder, options.quantization)
             except Exception as error:
                 print(f"{shape}: {type(error).__name__}: {error}", flush=True)
-    text = "\n".join(map(table, report.values()))
-    (options.out / "speed.md").write_text(text)
-    (options.out / "speed.json").write_text(json.dumps(report, indent=1))
-    print(text)
+            write()
+    print(write())
 
 
 if __name__ == "__main__":
