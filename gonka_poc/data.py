@@ -325,12 +325,6 @@ class GenerateRequest(_RoundFields):
         "input value moved by one unit in the last place",
     )
 
-    @model_validator(mode="after")
-    def _no_moved_validation(self) -> GenerateRequest:
-        if self.calibration_step and self.validation is not None:
-            raise ValueError("calibration_step makes other vectors than those that are validated; leave it out")
-        return self
-
     @property
     def spec(self) -> VectorSpec:
         """The spec of this request's vectors."""

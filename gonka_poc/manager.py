@@ -231,8 +231,7 @@ class PoCManagerV1:
                 logger.info("PoC is ready on %d worker(s): %s", len(answers), answers)
                 devices = [answer["device"] for answer in answers if answer is not None]
                 self._must_warm_up = self._settings.compiles(devices)
-                first: dict[str, Any] = next((answer for answer in answers if answer is not None), {})
-                self.computed_on = {name: first[name] for name in COMPUTED_ON if name in first}
+                self.computed_on = _computed_on(answers)
                 self._reached, self._unsupported = True, None
 
     async def _warm_up_behind_chat(self) -> None:
@@ -433,6 +432,12 @@ class PoCManagerV1:
         """Raise EngineUnavailableError where the engine is gone for good."""
         if self._view.is_dead():
             raise EngineUnavailableError("the engine is dead; restart the server (its log says why it died)")
+
+
+def _computed_on(answers: list[Any]) -> dict[str, str]:
+    """What the first worker that answered said of itself."""
+    first: dict[str, Any] = next((answer for answer in answers if answer is not None), {})
+    return {name: first[name] for name in COMPUTED_ON if name in first}
 
 
 def _batch_result(spec: Spec, nonces: list[int], answers: list[Any]) -> BatchResult:

@@ -193,11 +193,7 @@ class PoCService:
         if request.url is not None:
             self.settings.callback_rules.check_url(request.url)
         _check_same_nonces(request)
-        if request.calibration_step and not self.settings.calibration:
-            raise RequestError(
-                "calibration_step asks for vectors that are no proofs, which this server makes only where it was "
-                "started with POC_CALIBRATION=1"
-            )
+        self._check_calibration(request)
         await self._manager.ensure_awake()
         await self._manager.check(request.params)
         url = None if request.wait else request.url  # one that waits has its result as the answer
@@ -206,6 +202,16 @@ class PoCService:
             await self.callbacks.check_room(url)
         delivery = Delivery(self.callbacks, url, identity(request), self.ensure_engine_alive)
         return self.queue.submit(request, delivery)
+
+    def _check_calibration(self, request: GenerateRequest) -> None:
+        """Refuse vectors of moved inputs where they are not allowed, and as a validation. Raises RequestError."""
+        if request.calibration_step and not self.settings.calibration:
+            raise RequestError(
+                "calibration_step asks for vectors that are no proofs, which this server makes only where it was "
+                "started with POC_CALIBRATION=1"
+            )
+        if request.calibration_step and request.validation is not None:
+            raise RequestError("calibration_step makes other vectors than those that are validated; leave it out")
 
     def _check_size(self, request: GenerateRequest) -> None:
         """Refuse a request whose callback would wait for ever for room. Raises RequestError."""
