@@ -57,7 +57,10 @@ end_server() {
         pid=$(<"$WORK/server.pid")
         if kill -TERM "$pid" 2>/dev/null; then
             group=$(ps -o pgid= -p "$pid" | tr -d ' ') || group=""
-            for _ in $(seq 60); do kill -0 "$pid" 2>/dev/null && sleep 0.5 || break; done
+            for _ in $(seq 60); do
+                kill -0 "$pid" 2>/dev/null || break
+                sleep 0.5
+            done
             [[ -z $group || $group == "$(ps -o pgid= -p $$ | tr -d ' ')" ]] || kill -KILL -- "-$group" 2>/dev/null || true
         fi
         rm -f "$WORK/server.pid"
@@ -140,7 +143,8 @@ install --dry-run --wheels "$WHEELS" --keep-vllm --profile "$PROFILE" || fail "d
 install --yes --wheels "$WHEELS" --keep-vllm --profile "$PROFILE" || fail "installation"
 install --status || fail "status"
 start_server
-show curl --silent --show-error --fail "$URL/api/v1/pow/versions" && echo || fail "versions"
+show curl --silent --show-error --fail "$URL/api/v1/pow/versions" || fail "versions"
+echo
 WHO='"block_hash": "abc", "block_height": 1, "public_key": "key", "node_id": 0, "node_count": 1'
 post /api/v1/pow/generate "{$WHO, \"params\": {\"model\": \"$MODEL\", \"seq_len\": 256, \"k_dim\": 12}, \"nonces\": [0, 1, 2], \"wait\": true}" ||
     fail "generate"
