@@ -115,7 +115,7 @@ class FakeWorker(WorkerView):
         )
         self._config: Any = VllmConfig()
         object.__setattr__(self._config, "model_config", model_config)
-        self._runner: Any = SimpleNamespace(prepare_inputs_event=None)
+        self._runner: Any = SimpleNamespace(attn_groups=[], prepare_inputs_event=None)
         self.max_prefill_tokens = PREFILL_TOKENS
         self.model, self.device, self.dtype = model, torch.device("cpu"), torch.float32
         self.hidden_size, self.vocab_size, self.rank, self.stage = HIDDEN, VOCAB, 0, 0

@@ -127,10 +127,10 @@ def test_the_first_that_is_set_counts_and_empty_is_unset(certificate):
 
 def test_they_are_tried_before_the_engine_loads(monkeypatch, tmp_path):
     monkeypatch.setenv("POC_OUTBOX_PATH", str(tmp_path / "outbox"))
-    check_settings()
+    check_settings(print)
     monkeypatch.setenv("CURL_CA_BUNDLE", "/nowhere")
     with pytest.raises(SettingsError, match="CURL_CA_BUNDLE='/nowhere' holds no certificates"):
-        check_settings()
+        check_settings(print)
 
 
 @pytest.mark.parametrize("name", VARIABLES)

@@ -17,6 +17,7 @@ from fakes import made_up_vector
 
 from gonka_poc.data import VECTOR_DTYPE, VectorSpec
 from gonka_poc.errors import ComputeError, OtherRankError
+from gonka_poc.noise_floor import CompiledCheck
 from gonka_poc.poc_model_runner import PoCModelRunner
 from gonka_poc.prefetch import InFlightBatch, Prefetched
 
@@ -284,7 +285,8 @@ class RankRunner(Runner):
         super().__init__()
         self.view = view  # type: ignore[assignment]
         self._layers: dict[int, Any] = {0: torch.nn.Linear(1, 1)}
-        self._compiler = self._last_positions = self._compiled_distance = None
+        self._compiler = self._last_positions = None
+        self._compiled_check = CompiledCheck()
         self._partial_layers = []
 
     def _launch(self, spec: Any, nonces: Sequence[int]) -> InFlightBatch:

@@ -210,16 +210,16 @@ def _show_floor(
     if as_json:
         common.print_json(figures)
     else:
-        click.echo("\n".join(terminal_histogram(floor.widest, stat_test.dist_threshold)))
+        common.print_lines(*terminal_histogram(floor.widest, stat_test.dist_threshold))
         common.print_table(vector_floor.HEAD, vector_floor.rows_of(floor, advice))
-        click.echo(
+        common.print_lines(
             f"for proofs of {vector_floor.PROOF} nonces: --dist-threshold {stat_test.dist_threshold:g} "
-            f"--p-mismatch {stat_test.p_mismatch:g} --fraud-threshold {stat_test.fraud_threshold:g}\n"
+            f"--p-mismatch {stat_test.p_mismatch:g} --fraud-threshold {stat_test.fraud_threshold:g}",
             f"fraud from {advice.least_fraud} mismatches on; an honest host is called one with p < "
-            f"{max(advice.false_alarm, 1e-300):.1e}"
+            f"{max(advice.false_alarm, 1e-300):.1e}",
         )
         for name in advice.missed:
-            click.echo(f"NOT told from an honest host surely enough: {name} (caught {advice.caught[name]:.4f})")
+            common.print_lines(f"NOT told from an honest host surely enough: {name} (caught {advice.caught[name]:.4f})")
     if png is not None:
         series = {f"honest: {name}": values for name, values in floor.honest.items()}
         series |= {f"cheat: {name}": values for name, values in floor.cheats.items()}
