@@ -8,6 +8,7 @@ import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -263,6 +264,7 @@ class RankView(View):
         super().__init__()
         self.rank, self._vote = rank, vote
         self.is_last_rank = rank == 1
+        self.operations = SimpleNamespace(all_round=lambda: True)
 
     def is_attention(self, module: Any) -> bool:
         return False
