@@ -51,7 +51,7 @@ class BoundedStream(httpcore.AsyncNetworkStream):
         return BoundedStream(await self._stream.start_tls(ssl_context, server_hostname, timeout))
 
     def get_extra_info(self, info: str) -> Any:
-        """What the stream below says."""
+        """A fact of the stream below, such as its socket."""
         return self._stream.get_extra_info(info)
 
 

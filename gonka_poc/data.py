@@ -43,6 +43,7 @@ from gonka_poc.request_fields import (
 
 PREFIX = "/api/v1/pow"
 State = Literal["IDLE", "GENERATING", "VALIDATING", "STOPPED"]
+ReplayRunner = Literal["v1", "v2"]
 VECTOR_DTYPE = np.dtype("<f2")
 MAX_CALIBRATION_STEP = 16
 
@@ -379,7 +380,7 @@ class VersionsAnswer(BaseModel):
     dtype: str | None = Field(default=None, exclude_if=is_none, description="of the model; known once it was reached")
     attention_backend: str | None = Field(default=None, exclude_if=is_none)
     gpu: str | None = Field(default=None, exclude_if=is_none, description="its name; `cpu` without one")
-    replay: Literal["v1", "v2"] | None = Field(
+    replay: ReplayRunner | None = Field(
         default=None, exclude_if=is_none, description="the model runner by which this server replays chats"
     )
 

@@ -133,7 +133,7 @@ class EngineView(Protocol):
         """The names that requests may use for the served model."""
 
     def replay_server(self) -> ReplayServer | None:
-        """How this server replays chats; None where it does not."""
+        """The way in which this server replays chats; None where it does not."""
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens."""
@@ -435,7 +435,7 @@ class PoCManagerV1:
 
 
 def _computed_on(answers: list[Any]) -> dict[str, str]:
-    """What the first worker that answered said of itself."""
+    """Names in COMPUTED_ON, from the first worker that answered."""
     first: dict[str, Any] = next((answer for answer in answers if answer is not None), {})
     return {name: first[name] for name in COMPUTED_ON if name in first}
 

@@ -134,7 +134,7 @@ def _lesser_rights(path: str, status: os.stat_result) -> contextlib.AbstractCont
 
 
 def _look(name: str, folder: int, path: str) -> os.stat_result | None:
-    """What is there under that name; None if nothing is. Raises UnsafePathError if it is no plain file."""
+    """The status of the plain file of that name; None if there is nothing. Raises UnsafePathError for anything else."""
     try:
         status = os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:

@@ -398,6 +398,7 @@ async def test_a_round_that_lost_its_server_goes_on_where_it_was(server, body, e
 async def test_a_round_that_is_stopped_begins_anew_and_shares_no_callback(server, body):
     """Within one interval; also where only what the envelope does not say is another."""
     api = server.start(FakeManager(batches=4), callback_interval_sec=3600.0)
+    api.service.callbacks.hold(URL)  # else the end of a round begins a pass, which may take some of the next one's
     other = {**body, "params": {**body["params"], "seq_len": 8}} if "params" in body else {**body, "seq_len": 8}
     for again in (body, body, other):
         asked = len(api.manager.asked)

@@ -16,7 +16,7 @@ NO_TEXT = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no UTF-8 are read a
 
 
 class DamagedBatchError(Exception):
-    """What is stored of a batch is not what went in; the text says what differs."""
+    """A stored batch differs from what went in; the text says in what."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,12 @@ def damaged_heads(db: sqlite3.Connection) -> Iterator[tuple[int, str]]:
             stored.check()
         except DamagedBatchError as damage:
             yield stored.id, str(damage)
+
+
+def read_text(stored: bytes) -> str:
+    """Text of the file. Bytes that a flipped bit made no UTF-8 must not fail a whole query: the digest of their batch
+    shows which one has them."""
+    return stored.decode("utf-8", "replace")
 
 
 def is_whole_round(fingerprint: Any, done: Any, digest: bytes | None) -> bool:

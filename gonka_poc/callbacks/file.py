@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
+from gonka_poc.callbacks.contents import read_text
 from gonka_poc.callbacks.locks import IN_MEMORY, make_folders, open_private, opening
 from gonka_poc.callbacks.schema import (
     APPLICATION_ID,
@@ -21,6 +22,7 @@ from gonka_poc.callbacks.schema import (
     FORMAT_VERSION,
     NEWER_VERSIONS,
     READABLE_VERSIONS,
+    all_or_nothing,
     bring_up_to_date,
     find_damage,
     find_damaged_pages,
@@ -132,8 +134,7 @@ def _refuse_foreign(path: str, was_used: bool) -> None:
 def _prepared(path: str, create: bool) -> sqlite3.Connection:
     # one thread at a time uses the connection, but not always the one that made it
     db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_SEC, isolation_level=None, check_same_thread=False)
-    # bytes that a flipped bit made no UTF-8 are no error of a whole query: the digest shows which batch has them
-    db.text_factory = lambda text: text.decode("utf-8", "replace")
+    db.text_factory = read_text
     try:
         if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             make_tables(db)
@@ -190,13 +191,5 @@ def _can_pass(error: sqlite3.DatabaseError) -> bool:
 @contextmanager
 def transaction(db: sqlite3.Connection, path: str) -> Iterator[None]:
     """All that is written inside, or nothing of it. Raises what `translate_errors` does."""
-    with translate_errors(path):
-        # the write lock first, so that what is read inside is still so when it is changed
-        db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            db.execute("COMMIT")
-        except BaseException:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            raise
+    with translate_errors(path), all_or_nothing(db):
+        yield

@@ -31,7 +31,7 @@ class FileHold:
         self.damaged_batches = 0
         """Batches that were set aside since the start, because they were damaged."""
         self.damage: str | None = None
-        """What was set aside last."""
+        """The damage that was met last; None if there was none."""
         self._clock = clock
         self._next_recovery = 0.0
         self._refusal: str | None = None

@@ -9,7 +9,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from gonka_poc.callbacks.contents import COLUMNS, DamagedBatchError, StoredBatch, is_whole_round
+from gonka_poc.callbacks.contents import COLUMNS, DamagedBatchError, StoredBatch, is_whole_round, read_text
 from gonka_poc.callbacks.schema import MAX_ID, bring_up_to_date, make_tables
 from gonka_poc.errors import OutboxDamagedError
 
@@ -66,7 +66,7 @@ def _copy(path: str, target: sqlite3.Connection) -> tuple[int, int]:
     """Copy from the file at `path`; the numbers of batches that are whole, and that are not."""
     whole, ids, expected = 0, set[int](), 0
     with closing(sqlite3.connect(path, isolation_level=None)) as source:
-        source.text_factory = lambda text: text.decode("utf-8", "replace")
+        source.text_factory = read_text
         with suppress(sqlite3.DatabaseError):
             bring_up_to_date(source)
         target.execute("BEGIN")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 APPLICATION_ID = 0x506F4378  # "PoCx": no other program's file
 FORMAT_VERSION = 3
@@ -90,16 +92,23 @@ def make_tables(db: sqlite3.Connection) -> None:
 def bring_up_to_date(db: sqlite3.Connection) -> None:
     """Add what the last release's files lack; their batches stay as they are, without digests."""
     if db.execute("PRAGMA user_version").fetchone()[0] == 2:
-        db.execute("BEGIN IMMEDIATE")
-        try:
+        with all_or_nothing(db):
             if db.execute("PRAGMA user_version").fetchone()[0] == 2:  # no other server did meanwhile
                 for statement in FROM_2:
                     db.execute(statement)
-            db.execute("COMMIT")
-        except BaseException:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            raise
+
+
+@contextmanager
+def all_or_nothing(db: sqlite3.Connection) -> Iterator[None]:
+    """All that is written inside, or nothing of it. Raises what SQLite does."""
+    db.execute("BEGIN IMMEDIATE")  # the write lock first, so that what is read inside is still so when it is changed
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
 
 
 def find_damaged_pages(db: sqlite3.Connection, table: str) -> str | None:

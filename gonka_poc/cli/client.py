@@ -80,9 +80,9 @@ class PoCClient:
         return self._ask(data.VersionsAnswer, "GET", "versions")
 
     def computed_by(self) -> dict[str, str]:
-        """What computes there: releases, dtype, attention backend, GPU; empty of a server that does not say."""
+        """Releases, dtype, attention backend and GPU of the server; empty where it does not say."""
         try:
-            answer = self._ask(data.VersionsAnswer, "GET", "versions")
+            answer = self.versions()
         except ServerAnswerError:
             return {}
         return {

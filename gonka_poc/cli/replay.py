@@ -13,8 +13,7 @@ from gonka_poc.cli import common
 from gonka_poc.cli.common import Connect
 from gonka_poc.errors import ToolError
 from gonka_poc.replay.judgement import DEFAULT_THRESHOLD, answer_of, judge, replay_body
-
-MODES = ("processed_logprobs", "raw_logprobs")
+from gonka_poc.vllm_compat import LOGPROBS_MODES
 
 
 def read_stored(file: Path) -> tuple[dict[str, Any], Any]:
@@ -34,7 +33,12 @@ def read_stored(file: Path) -> tuple[dict[str, Any], Any]:
 @click.command("replay")
 @click.argument("file", type=common.FilePath)
 @click.option("--threshold", type=common.Share, default=DEFAULT_THRESHOLD, show_default=True, help="Of the similarity.")
-@click.option("--logprobs-mode", type=click.Choice(MODES), default=MODES[0], help="Where the request names none.")
+@click.option(
+    "--logprobs-mode",
+    type=click.Choice(LOGPROBS_MODES),
+    default="processed_logprobs",
+    help="Where the request names none.",
+)
 @common.served_model_options
 @common.server_options
 def replay_command(

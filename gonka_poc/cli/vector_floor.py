@@ -166,7 +166,7 @@ def rows_of(floor: Floor, advice: Advice) -> list[tuple[str, ...]]:
     rows = []
     for kind, series in (("honest", floor.honest), ("cheat", floor.cheats)):
         for name, values in series.items():
-            quantiles = [f"{value:.2e}" for value in (*np.quantile(values, (0.5, 0.95, 0.99)), values.max())]
+            quantiles = [f"{value:.2e}" for value in _quantiles(values).values()]
             over = f"{(values > advice.stat_test.dist_threshold).mean():.1%}"
             verdict = f"caught {advice.caught[name]:.4f}" if kind == "cheat" else "-"
             rows.append((f"{kind}: {name}", str(len(values)), *quantiles, over, verdict))
@@ -178,14 +178,13 @@ HEAD = ("vectors", "nonces", "p50", "p95", "p99", "max", "over", "as a fraud")
 
 def figures_of(floor: Floor, advice: Advice) -> dict[str, Any]:
     """The result for JSON."""
-
-    def quantiles(values: np.ndarray) -> dict[str, float | int]:
-        p50, p95, p99 = (float(value) for value in np.quantile(values, (0.5, 0.95, 0.99)))
-        return {"nonces": len(values), "p50": p50, "p95": p95, "p99": p99, "max": float(values.max())}
-
+    honest, cheats = (
+        {name: {"nonces": len(values), **_quantiles(values)} for name, values in series.items()}
+        for series in (floor.honest, floor.cheats)
+    )
     return {
-        "honest": {name: quantiles(values) for name, values in floor.honest.items()},
-        "cheats": {name: quantiles(values) for name, values in floor.cheats.items()},
+        "honest": honest,
+        "cheats": cheats,
         "stat_test": advice.stat_test.model_dump(),
         "nonces_of_a_proof": PROOF,
         "least_fraud": advice.least_fraud,
@@ -193,6 +192,11 @@ def figures_of(floor: Floor, advice: Advice) -> dict[str, Any]:
         "caught": advice.caught,
         "missed": advice.missed,
     }
+
+
+def _quantiles(values: np.ndarray) -> dict[str, float]:
+    p50, p95, p99 = (float(value) for value in np.quantile(values, (0.5, 0.95, 0.99)))
+    return {"p50": p50, "p95": p95, "p99": p99, "max": float(values.max())}
 
 
 def _rounded_up(value: float, digits: int = 2) -> float:

@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import uuid
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 from gonka_poc.errors import FieldError, RequestError, UnsupportedServerError
-from gonka_poc.vllm_compat import EXTRA_FIELD, REPLAY_IDS, REPLAY_KEY, REPLAY_MODE, TOKEN_IDS_FIELD, ReplayServer
+from gonka_poc.vllm_compat import (
+    EXTRA_FIELD,
+    LOGPROBS_MODES,
+    REPLAY_IDS,
+    REPLAY_KEY,
+    REPLAY_MODE,
+    TOKEN_IDS_FIELD,
+    LogprobsMode,
+    ReplayServer,
+)
 
-Mode = Literal["raw_logprobs", "processed_logprobs"]
 MAX_TOP_LOGPROBS = 20
 # of the ids of `top_tokens`: under a top-k or top-p the places without a token are filled with the smallest ids
 FILLER_IDS, FILLER_SHARE, MIN_POSITIONS = 4, 0.1, 10
@@ -24,7 +32,7 @@ class Replay:
     """A replay: the ids to force, and the key under which a worker records their logprobs ("" for none)."""
 
     ids: list[int] = field(repr=False)
-    mode: Mode
+    mode: LogprobsMode
     top_logprobs: int
     key: str = ""
     is_structured: bool = False
@@ -46,7 +54,7 @@ def concerns_us(body: bytes) -> bool:
 
 
 def rewritten(body: bytes, is_chat: bool, server: ReplayServer, tokenize: Any = None) -> Rewritten:
-    """What vLLM gets for `body`. `tokenize` makes ids of a text, for `enforced_str`.
+    """The request that vLLM gets for `body`. `tokenize` makes ids of a text, for `enforced_str`.
 
     Raises RequestError or FieldError for what the payload cannot have, and UnsupportedServerError for what this server
     does not do.
@@ -71,11 +79,11 @@ def rewritten(body: bytes, is_chat: bool, server: ReplayServer, tokenize: Any = 
     return Rewritten(json.dumps(fields).encode(), numeric, replay)
 
 
-def _pop_mode(fields: dict[str, Any]) -> Mode | None:
+def _pop_mode(fields: dict[str, Any]) -> LogprobsMode | None:
     mode = fields.pop("logprobs_mode", None)
-    if mode is not None and mode not in get_args(Mode):
-        raise FieldError(f"logprobs_mode {str(mode)[:40]!a} is not one of {', '.join(get_args(Mode))}")
-    return cast("Mode | None", mode)
+    if mode is not None and mode not in LOGPROBS_MODES:
+        raise FieldError(f"logprobs_mode {str(mode)[:40]!a} is not one of {', '.join(LOGPROBS_MODES)}")
+    return cast("LogprobsMode | None", mode)
 
 
 def _drop_private_fields(fields: dict[str, Any]) -> None:
@@ -84,7 +92,9 @@ def _drop_private_fields(fields: dict[str, Any]) -> None:
         fields[EXTRA_FIELD] = {name: value for name, value in extra.items() if not name.startswith("gonka_replay")}
 
 
-def _pop_replay(fields: dict[str, Any], mode: Mode | None, server: ReplayServer, tokenize: Any) -> Replay | None:
+def _pop_replay(
+    fields: dict[str, Any], mode: LogprobsMode | None, server: ReplayServer, tokenize: Any
+) -> Replay | None:
     tokens, text = fields.pop("enforced_tokens", None), fields.pop("enforced_str", None)
     if text is not None:
         if not isinstance(text, str) or not text:
@@ -150,7 +160,7 @@ def _check_fields(fields: dict[str, Any]) -> None:
         raise RequestError(f"a replay has top_logprobs from 0 to {MAX_TOP_LOGPROBS}")
 
 
-def _guessed_mode(top_ids: list[int], positions: int) -> Mode | None:
+def _guessed_mode(top_ids: list[int], positions: int) -> LogprobsMode | None:
     """The mode of an answer whose request names none, as the network's servers guess it; None for too few positions."""
     if positions < MIN_POSITIONS or not top_ids:
         return None
@@ -166,7 +176,7 @@ def _is_structured(fields: dict[str, Any]) -> bool:
     return choice == "required" or isinstance(choice, dict) or any(fields.get(name) for name in STRUCTURED)
 
 
-def _refuse_for_trace(fields: dict[str, Any], mode: Mode, server: ReplayServer, is_structured: bool) -> None:
+def _refuse_for_trace(fields: dict[str, Any], mode: LogprobsMode, server: ReplayServer, is_structured: bool) -> None:
     if mode != server.mode:
         raise UnsupportedServerError(
             f"this server replays {server.mode} only (vLLM's trace replay); {mode} needs VLLM_USE_V2_MODEL_RUNNER=0"

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import time
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gonka_poc.data import ReplayRunner
 from gonka_poc.errors import ComputeError, EngineUnavailableError, PoCError, raise_worker_error
 from gonka_poc.metrics import Metrics
 from gonka_poc.replay.bodies import Replay, rewritten
 from gonka_poc.replay.token_ids import EventStream, json_bytes, make_numeric, numeric
+from gonka_poc.server.guards import path_of
 from gonka_poc.vllm_compat import ReplayServer
 
 logger = logging.getLogger("vllm.gonka_poc.replay")
@@ -39,11 +41,11 @@ class ReplayGate:
         self._engine = engine
         self._server = server
         self._metrics = metrics
-        self.runner: Literal["v1", "v2"] = "v1" if server.records else "v2"
+        self.runner: ReplayRunner = "v1" if server.records else "v2"
 
     def concerns(self, scope: Scope) -> bool:
         """True if `scope` is a request that this may have to rewrite."""
-        return scope["type"] == "http" and scope["method"] == "POST" and _path(scope) in (CHAT, COMPLETIONS)
+        return scope["type"] == "http" and scope["method"] == "POST" and path_of(scope) in (CHAT, COMPLETIONS)
 
     async def serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a chat or completion by `app`."""
@@ -51,7 +53,7 @@ class ReplayGate:
         if body is None:
             return
         try:
-            request = rewritten(body, _path(scope) == CHAT, self._server, self._engine.tokenize)
+            request = rewritten(body, path_of(scope) == CHAT, self._server, self._engine.tokenize)
         except PoCError as error:
             self._metrics.replay_refused(error.http_status)
             return await _error(error.http_status, str(error))(scope, receive, send)
@@ -250,10 +252,6 @@ def _with_body(scope: Scope, receive: Receive, body: bytes) -> tuple[Scope, Rece
 def _with_length(headers: Any, length: int) -> list[tuple[bytes, bytes]]:
     kept = [(name, value) for name, value in headers if name.lower() not in (b"content-length", b"transfer-encoding")]
     return [*kept, (b"content-length", str(length).encode())]
-
-
-def _path(scope: Scope) -> str:
-    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
 
 
 def _error(status: int, text: str) -> JSONResponse:

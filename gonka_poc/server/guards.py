@@ -20,8 +20,6 @@ BODY_SEC = 60.0  # that a client has to send a body
 BODIES = 4  # of the largest size, which all that are being received or answered may have together
 RETRY_AFTER_SEC = 5
 DRAIN_FACTOR = 16  # how much of a body that is too large is read, and thrown away, so that its sender sees the answer
-
-
 # what a proxy adds, and what browsers send with the requests of web pages
 SENT_FOR_OTHERS = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via", "origin", "sec-fetch-site")
 
@@ -80,7 +78,8 @@ class BodyLimit:
 
     def __init__(self, app: ASGIApp, max_bytes: int, body_sec: float = BODY_SEC) -> None:
         self._app = app
-        self._max_bytes, self._body_sec = max_bytes, body_sec
+        self._max_bytes = max_bytes
+        self.body_sec = body_sec
         self.in_flight = 0  # bytes
         self._refusal = f"the body is over {max_bytes} bytes (POC_MAX_BODY_BYTES); send fewer nonces per request"
 
@@ -98,7 +97,7 @@ class BodyLimit:
             self.in_flight -= body.size
 
     async def _drain(self, receive: Receive) -> None:
-        size, more, deadline = 0, True, time.monotonic() + self._body_sec
+        size, more, deadline = 0, True, time.monotonic() + self.body_sec
         while more and size <= DRAIN_FACTOR * self._max_bytes:
             try:
                 message = await asyncio.wait_for(receive(), deadline - time.monotonic())
@@ -118,11 +117,6 @@ class BodyLimit:
                 f"({self._max_bytes} bytes) together; send this one later"
             )
             raise HTTPException(503, text, {"Retry-After": str(RETRY_AFTER_SEC)})
-
-    @property
-    def body_sec(self) -> float:
-        """Seconds that a client has to send a body."""
-        return self._body_sec
 
 
 class _Body:

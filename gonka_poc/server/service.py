@@ -16,6 +16,7 @@ from gonka_poc.config import Settings
 from gonka_poc.data import (
     GenerateRequest,
     InitGenerateRequest,
+    ReplayRunner,
     StatusAnswer,
     StoppedWork,
     VersionsAnswer,
@@ -38,7 +39,7 @@ from gonka_poc.server.protocols import Manager
 from gonka_poc.server.round_slot import Phase, RoundSlot
 from gonka_poc.server.rounds import GenerateRound
 from gonka_poc.server.threshold import ProofJob, ProofQueue, ThresholdRound
-from gonka_poc.server.versions import ReplayRunner, versions_answer
+from gonka_poc.server.versions import versions_answer
 from gonka_poc.threshold_data import ProofBatch, ThresholdRequest
 
 logger = logging.getLogger("vllm.gonka_poc.service")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
-from gonka_poc.data import VersionsAnswer
+from gonka_poc.data import ReplayRunner, VersionsAnswer
 from gonka_poc.version import UNINSTALLED, __version__
 from gonka_poc.vllm_compat import found_version
 
 UNKNOWN = "unknown"
-ReplayRunner = Literal["v1", "v2"]
 
 
 def versions_answer(

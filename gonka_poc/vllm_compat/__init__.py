@@ -22,12 +22,14 @@ from gonka_poc.vllm_compat.release import (
 )
 from gonka_poc.vllm_compat.replay import (
     EXTRA_FIELD,
+    LOGPROBS_MODES,
     REPLAY_IDS,
     REPLAY_KEY,
     REPLAY_MODE,
     TOKEN_IDS_FIELD,
     V1_PROCESSOR,
     V2_PROCESSOR,
+    LogprobsMode,
     ReplayServer,
     has_trace_replay,
 )
@@ -42,4 +44,4 @@ __all__ = [
 ]
 __all__ += ["ApiView", "OfflineEngine", "can_skip_compiled", "found_version", "installed_version", "is_cpu_build"]
 __all__ += ["EXTRA_FIELD", "REPLAY_IDS", "REPLAY_KEY", "REPLAY_MODE", "TOKEN_IDS_FIELD", "V1_PROCESSOR", "V2_PROCESSOR"]
-__all__ += ["ReplayServer", "has_trace_replay"]
+__all__ += ["LOGPROBS_MODES", "LogprobsMode", "ReplayServer", "has_trace_replay"]

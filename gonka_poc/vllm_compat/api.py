@@ -56,7 +56,7 @@ class ApiView:
         return list(dict.fromkeys([*names, self._config.model_config.model]))
 
     def replay_server(self) -> ReplayServer | None:
-        """How this server replays chats; None where it was not started for it.
+        """The way in which this server replays chats; None where it was not started for it.
 
         Raises UnsupportedServerError for options that replays do not work with.
         """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from gonka_poc.errors import UnsupportedServerError
 
@@ -15,7 +15,8 @@ V2_PROCESSOR = "gonka_poc.vllm_compat.logits_processors:TraceProcessor"
 REPLAY_IDS, REPLAY_KEY, REPLAY_MODE = "gonka_replay_ids", "gonka_replay_key", "gonka_replay_mode"
 # fields of a request: token ids in place of texts, and what a request carries to a logits processor
 TOKEN_IDS_FIELD, EXTRA_FIELD = "return_tokens_as_token_ids", "vllm_xargs"
-MODES = ("raw_logprobs", "processed_logprobs")
+LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
+LOGPROBS_MODES: tuple[str, ...] = get_args(LogprobsMode)
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class ReplayServer:
     """A server that replays. `records`: by our logits processor on the V1 runner, else by vLLM's trace replay."""
 
     records: bool
-    mode: Literal["raw_logprobs", "processed_logprobs"]
+    mode: LogprobsMode
     vocab_size: int
     max_model_len: int
 
@@ -40,8 +41,10 @@ def replay_server(config: Any) -> ReplayServer | None:
     if config.speculative_config is not None:
         raise UnsupportedServerError("replays do not work with speculative decoding; leave --speculative-config out")
     mode = getattr(model.logprobs_mode, "value", model.logprobs_mode)
-    if mode not in MODES:
-        raise UnsupportedServerError(f"replays do not work with --logprobs-mode {mode}; give one of {', '.join(MODES)}")
+    if mode not in LOGPROBS_MODES:
+        raise UnsupportedServerError(
+            f"replays do not work with --logprobs-mode {mode}; give one of {', '.join(LOGPROBS_MODES)}"
+        )
     if V2_PROCESSOR in ours and not getattr(model, "enable_trace_replay", False):  # 0.29: --enable-trace-replay
         raise UnsupportedServerError("replays on the V2 runner need vLLM's --enable-trace-replay")
     return ReplayServer(V1_PROCESSOR in ours, cast("Any", mode), model.get_vocab_size(), model.max_model_len)
