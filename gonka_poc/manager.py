@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -15,11 +15,11 @@ from cachetools import LRUCache
 
 from gonka_poc.config import Settings
 from gonka_poc.data import BatchResult, DistanceSpec, Params, Randomization, Spec
+from gonka_poc.engine_watch import EngineWatch
 from gonka_poc.errors import (
     ComputeError,
     ConflictError,
     EngineAsleepError,
-    EngineUnavailableError,
     PoCError,
     RequestError,
     UnsupportedServerError,
@@ -35,7 +35,6 @@ logger = logging.getLogger("vllm.gonka_poc.manager")
 
 Answer = TypeVar("Answer")
 
-DEAD_POLL_SEC = 0.5
 WARM_UP_SEQ_LEN, WARM_UP_NONCES, WARM_UP_SEC = 1024, 256, 15.0
 RELEASE_AFTER_SEC = 10.0  # the workers drop what they keep between batches after this time without one
 MAX_LOGGED = 100
@@ -162,6 +161,7 @@ class PoCManagerV1:
         self._view = view
         self._metrics = metrics or Metrics()
         self._sizer = BatchSizer(self._settings.max_step_ms / 1000)
+        self._watch = EngineWatch(view, self._settings.batch_timeout_sec)
         self._lock = asyncio.Lock()
         self._reached = self._must_warm_up = False
         self._prepared_for: str | None = None  # the block hash whose random head the workers have
@@ -334,9 +334,8 @@ class PoCManagerV1:
 
     async def _prepare(self, spec: Spec) -> bool:
         """True if the workers have what a batch of `spec` needs; else they have made a part of it, in a short step."""
-        if not isinstance(spec, DistanceSpec) or spec.randomization == Randomization.PERMUTATION:
-            return True
-        if self._prepared_for == spec.block_hash:
+        has_head = isinstance(spec, DistanceSpec) and spec.randomization != Randomization.PERMUTATION
+        if not has_head or self._prepared_for == spec.block_hash:
             return True
         answers = await self._call("poc_prepare", dataclasses.asdict(spec), self._sizer.preparation_sec)
         if all(answer["ready"] for answer in answers):
@@ -355,11 +354,11 @@ class PoCManagerV1:
         self.ensure_engine_alive()
         self._sizer.forget_chat()
         if self._view.has_unfinished_requests() and not await self._is_asleep():
-            num_aborted = await self._answered(self._view.abort_requests(), "the engine did not abort its chats")
+            num_aborted = await self._watch.answered(self._view.abort_requests(), "the engine did not abort its chats")
             logger.info("PoC goes first: %d chats were aborted", num_aborted)
 
     async def _is_asleep(self) -> bool:
-        return await self._answered(self._view.is_asleep(), "the engine did not say if it sleeps")
+        return await self._watch.answered(self._view.is_asleep(), "the engine did not say if it sleeps")
 
     async def release(self) -> None:
         """Let the workers drop what they keep between batches, at the end of a round; a failure is only logged."""
@@ -391,7 +390,7 @@ class PoCManagerV1:
             self._release_timer = None
         prepared, self._prepared_for = self._prepared_for, None  # a release and a failure leave nothing
         try:
-            answers = await self._answered(self._view.call_workers(method, *args), "a worker failed")
+            answers = await self._watch.answered(self._view.call_workers(method, *args), "a worker failed")
         finally:
             if method != "poc_release":
                 loop = asyncio.get_running_loop()
@@ -401,37 +400,9 @@ class PoCManagerV1:
             self._prepared_for = prepared
         return answers
 
-    async def _answered(self, call: Coroutine[Any, Any, Answer], failed: str) -> Answer:
-        """The engine's answer; whatever vLLM raises becomes a ComputeError that begins with `failed`."""
-        try:
-            return await self._watched(call)
-        except PoCError:
-            raise
-        except Exception as error:
-            self.ensure_engine_alive()
-            raise ComputeError(f"{failed}: {error}; the server's log has its traceback") from error
-
-    async def _watched(self, call: Coroutine[Any, Any, Answer]) -> Answer:
-        """An engine that dies leaves its calls without an answer, so it is watched while one is awaited."""
-        rpc = asyncio.ensure_future(call)
-        deadline = time.monotonic() + self._settings.batch_timeout_sec
-        try:
-            while not (await asyncio.wait([rpc], timeout=DEAD_POLL_SEC))[0]:
-                self.ensure_engine_alive()
-                if time.monotonic() > deadline:
-                    limit = f"{self._settings.batch_timeout_sec:g} s (POC_BATCH_TIMEOUT_SEC)"
-                    raise ComputeError(f"the workers gave no answer within {limit}")
-            if rpc.cancelled():  # not by us; as a CancelledError it would silently end the task that waits
-                self.ensure_engine_alive()
-                raise ComputeError("the call to the workers was cancelled; the server's log may say why")
-            return rpc.result()
-        finally:
-            rpc.cancel()
-
     def ensure_engine_alive(self) -> None:
         """Raise EngineUnavailableError where the engine is gone for good."""
-        if self._view.is_dead():
-            raise EngineUnavailableError("the engine is dead; restart the server (its log says why it died)")
+        self._watch.ensure_alive()
 
 
 def _computed_on(answers: list[Any]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from gonka_poc.data import ReceiverStatus, State
+from gonka_poc.answers import ReceiverStatus, State
 
 STATES: tuple[State, ...] = get_args(State)
 CHAT = "chat"

@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from gonka_poc.errors import UnsupportedServerError
+
 # compiled layers are used where their distances to the plain forward are at most these times those of the floor
 MEDIAN_FACTOR, MAX_FACTOR = 1.25, 2.0
 FULL_CHECK = 256
@@ -65,8 +67,8 @@ class CompiledCheck:
             "floor_median": float(np.median(self.floor)),
         }
 
-    def fault(self) -> str:
-        """Why the compiled layers must not be used; empty if they may.
+    def refuse_far_layers(self) -> None:
+        """Raise UnsupportedServerError where the compiled layers are further away than rounding goes.
 
         Few nonces tell little of a tail, so the bounds are wider until FULL_CHECK of them were compared.
         """
@@ -77,11 +79,10 @@ class CompiledCheck:
             bound = max(slack * factor * found[f"floor{name}"], ENCODING_STEP)
             if not distance <= bound or not np.isfinite(distance):
                 what = "median" if name else "largest"
-                return (
-                    f"the {what} distance of their vectors is {distance:.2g} over {found['nonces']} nonces, that of "
-                    f"the noise floor {found[f'floor{name}']:.2g}"
+                raise UnsupportedServerError(
+                    f"the compiled layers are further away than rounding goes: the {what} distance of their vectors is "
+                    f"{distance:.2g} over {found['nonces']} nonces, that of the noise floor {found[f'floor{name}']:.2g}"
                 )
-        return ""
 
 
 def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -118,9 +118,7 @@ class PoCModelRunner:
     @torch.inference_mode()
     def prepare(self, spec: Spec, budget_sec: float) -> dict[str, Any]:
         """Make a part of what batches of `spec` need, in about `budget_sec`; a batch makes at once what is missing.
-
-        Returns {"ready": whether there is all of it}.
-        """
+        Returns {"ready": whether there is all of it}."""
         try:
             head = self._head_of(spec)
             return {"ready": head is None or head.make(budget_sec)}
@@ -168,10 +166,7 @@ class PoCModelRunner:
                 if plain is not None and moved is not None and compiled is not None and one is not None:
                     self._compiled_check.add(plain, moved, compiled)
                     self._compiled_check.add(plain[:1], moved[:1], one)
-                    if fault := self._compiled_check.fault():
-                        raise UnsupportedServerError(
-                            f"the compiled layers are further away than rounding goes: {fault}"
-                        )
+                    self._compiled_check.refuse_far_layers()
         except Exception as error:
             if isinstance(error, PoCError):
                 logger.warning("PoC goes on with the plain forward: %s", error)
@@ -280,14 +275,12 @@ class PoCModelRunner:
         stack.enter_context(EmbeddingInjectionHook(view.model, embeddings))
         return run, finish
 
-    def _embeddings(
-        self, keys: NonceKeys, seq_len: int, stronger_rng: bool = False, moved: int = 0
-    ) -> torch.Tensor | None:
+    def _embeddings(self, keys: NonceKeys, seq_len: int, strong: bool = False, moved: int = 0) -> torch.Tensor | None:
         """The input of the model, [len(keys) * seq_len, hidden_size], on the first pipeline rank."""
         view = self.view
         if not view.is_first_rank:
             return None
-        made = nonce_inputs(keys, seq_len, view.hidden_size, view.dtype, view.device, stronger_rng).flatten(0, 1)
+        made = nonce_inputs(keys, seq_len, view.hidden_size, view.dtype, view.device, strong).flatten(0, 1)
         return moved_by_one_step(made, seq_len, moved - 1) if moved else made
 
     def _token_ids(self, keys: NonceKeys, seq_len: int) -> torch.Tensor | None:
@@ -306,10 +299,7 @@ class PoCModelRunner:
             )
 
     def _compiler_for(self, spec: Spec) -> LayerCompiler | None:
-        """The compiler that runs the decoder layers of a batch; None for the plain forward.
-
-        Distances are compared far more closely than vectors are: all hosts compute them with the same operations.
-        """
+        # distances are compared far more closely than vectors: all hosts compute them with the same operations
         return self._compiler if isinstance(spec, VectorSpec) else None
 
     def _last_hidden_states(

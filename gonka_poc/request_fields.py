@@ -1,4 +1,4 @@
-"""The parts that request models are made of: limits, types of fields, and the rule for unknown fields.
+"""The parts that models are made of: limits, types of fields, artifacts, and the rule for unknown fields.
 
 Values of another type are refused. Unknown fields are ignored (RequestModel) or refused (StrictModel)."""
 
@@ -120,3 +120,10 @@ def refuse_duplicates(field: str, nonces: list[int]) -> None:
         if nonce in seen:
             raise ValueError(f"{field}: nonce {nonce} appears more than once")
         seen.add(nonce)
+
+
+class Artifact(RequestModel):
+    """A nonce and its vector: base64 of k_dim little-endian float16."""
+
+    nonce: Nonce
+    vector_b64: VectorText

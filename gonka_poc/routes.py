@@ -12,14 +12,11 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
-from gonka_poc.data import (
-    PREFIX,
+from gonka_poc.answers import (
     Completed,
     ErrorAnswer,
     FailedAnswer,
     GenerateAnswer,
-    GenerateRequest,
-    InitGenerateRequest,
     OkAnswer,
     PendingAnswer,
     PowStatus,
@@ -29,6 +26,7 @@ from gonka_poc.data import (
     StopAnswer,
     VersionsAnswer,
 )
+from gonka_poc.data import PREFIX, GenerateRequest, InitGenerateRequest
 from gonka_poc.errors import PoCError, printable
 from gonka_poc.server.bodies import BodyRoute
 from gonka_poc.server.dashboard import DashboardData, RecentErrors, dashboard_data, dashboard_page

@@ -7,18 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Discriminator, Field, SkipValidation, Tag, model_validator
 
-from gonka_poc.data import (
-    BatchResult,
-    DistanceSpec,
-    InitGenerateRequest,
-    NonceSequence,
-    Randomization,
-    RoundConfig,
-    RoundStats,
-    State,
-    StatusAnswer,
-    is_none,
-)
+from gonka_poc.answers import RoundConfig, RoundStats, State, StatusAnswer, is_none
+from gonka_poc.data import BatchResult, DistanceSpec, InitGenerateRequest, NonceSequence, Randomization
 from gonka_poc.request_fields import (
     MAX_NONCE,
     MAX_STEP,

@@ -14,6 +14,7 @@ import pytest
 from go_receiver import GoReceiver
 from test_callbacks import SimulatedTime, artifacts
 
+from gonka_poc.answers import ReceiverStatus
 from gonka_poc.callbacks import client as callback_client
 from gonka_poc.callbacks.admin import summary
 from gonka_poc.callbacks.answers import Meaning, meaning_of
@@ -22,7 +23,6 @@ from gonka_poc.callbacks.queries import MAX_COUNTED, OTHERS, ReceiverCounts
 from gonka_poc.callbacks.sender import CallbackSender
 from gonka_poc.callbacks.tally import MAX_RECEIVERS, Tally
 from gonka_poc.config import Settings
-from gonka_poc.data import ReceiverStatus
 
 URL = "http://receiver/v2/poc-batches/model"
 

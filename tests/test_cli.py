@@ -14,6 +14,7 @@ import pytest
 from engineless import engineless_server, run
 from fakes import MODEL, FakeManager, generate_body, round_body
 
+from gonka_poc.answers import ReceiverStatus, StatusAnswer
 from gonka_poc.callbacks.outbox import Outbox
 from gonka_poc.cli import artifacts, demo
 from gonka_poc.cli import common as cli_common
@@ -22,8 +23,9 @@ from gonka_poc.cli.demo import Step
 from gonka_poc.cli.receive import Receiver
 from gonka_poc.cli.refusals import refusal_text
 from gonka_poc.cli.server_process import free_port
-from gonka_poc.data import PREFIX, VECTOR_DTYPE, Artifact, ReceiverStatus, StatTest, StatusAnswer, encode_vector
+from gonka_poc.data import PREFIX, VECTOR_DTYPE, StatTest, encode_vector
 from gonka_poc.errors import ComputeError, RequestError, ServerAnswerError
+from gonka_poc.request_fields import Artifact
 
 
 @pytest.fixture

@@ -16,10 +16,9 @@ import pytest
 from fakes import MODEL, generate_body, round_body
 from pydantic import ValidationError
 
+from gonka_poc.answers import ArtifactsAnswer, Encoding
 from gonka_poc.data import (
-    ArtifactsAnswer,
     DistanceSpec,
-    Encoding,
     GenerateRequest,
     InitGenerateRequest,
     NonceSequence,

@@ -12,8 +12,9 @@ import pytest
 from cachetools import TTLCache
 from fakes import BUSY, FakeManager, generate_body, made_up_vector, until
 
+from gonka_poc.answers import ArtifactsAnswer, Completed, PendingAnswer
 from gonka_poc.config import Settings
-from gonka_poc.data import ArtifactsAnswer, Completed, GenerateRequest, PendingAnswer, encode_vector
+from gonka_poc.data import GenerateRequest, encode_vector
 from gonka_poc.errors import ComputeError, ConflictError, NotFoundError, PoCError, QueueFullError
 from gonka_poc.server import generate_queue, job_queue
 from gonka_poc.server.generate_queue import GenerateJob, GenerateQueue, Results

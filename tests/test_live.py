@@ -10,11 +10,13 @@ import pytest
 from engineless import engineless_server, run
 from fakes import FakeManager, round_body
 
+from gonka_poc.answers import VersionsAnswer
 from gonka_poc.cli import live
 from gonka_poc.cli.client import PoCClient
 from gonka_poc.cli.server_process import free_port
-from gonka_poc.data import Artifact, VersionsAnswer, encode_vector
+from gonka_poc.data import encode_vector
 from gonka_poc.errors import ComputeError
+from gonka_poc.request_fields import Artifact
 
 
 def checks(url: str) -> list[tuple[str, str]]:

@@ -236,7 +236,7 @@ async def test_a_dead_engine_is_said_to_be_dead():
 
 async def test_an_engine_that_dies_under_a_call_does_not_answer_it(monkeypatch):
     """vLLM leaves such a call without an answer for ever."""
-    monkeypatch.setattr("gonka_poc.manager.DEAD_POLL_SEC", 0.001)
+    monkeypatch.setattr("gonka_poc.engine_watch.DEAD_POLL_SEC", 0.001)
     view = FakeView()
     view.hangs = True
     manager = PoCManagerV1(view)
@@ -269,7 +269,7 @@ async def test_a_dead_engine_is_no_busy_chat():
 
 
 async def test_workers_that_do_not_answer_in_time(monkeypatch):
-    monkeypatch.setattr("gonka_poc.manager.DEAD_POLL_SEC", 0.001)
+    monkeypatch.setattr("gonka_poc.engine_watch.DEAD_POLL_SEC", 0.001)
     view = FakeView()
     view.hangs = True
     manager = PoCManagerV1(view, Settings(batch_timeout_sec=0.01))

@@ -16,7 +16,8 @@ import pytest
 
 from gonka_poc.cli.artifact_file import ArtifactFile
 from gonka_poc.cli.server_process import wait_until
-from gonka_poc.data import VECTOR_DTYPE, Artifact, encode_vector
+from gonka_poc.data import VECTOR_DTYPE, encode_vector
+from gonka_poc.request_fields import Artifact
 from tests.matrix.measure import cause, commit, read_junit, run_tests
 from tests.matrix.result import RESULTS, Failure, Result, read_results
 from tests.matrix.table import PAGE, fault_of, largest_distance, page

@@ -11,9 +11,10 @@ from fakes import Clock, FakeView, generate_body, round_body, until
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from gonka_poc.answers import ReceiverStatus
 from gonka_poc.app import build_app
 from gonka_poc.config import Settings
-from gonka_poc.data import GenerateRequest, InitGenerateRequest, ReceiverStatus, VectorSpec
+from gonka_poc.data import GenerateRequest, InitGenerateRequest, VectorSpec
 from gonka_poc.manager import PoCManagerV1
 from gonka_poc.metrics import BUCKET_SEC, MAX_YIELD_SEC, NUM_BUCKETS, STATES, Bucket, History, Metrics
 from gonka_poc.server.dashboard import MAX_ERROR_CHARS, MAX_ERRORS, RecentErrors

@@ -35,8 +35,9 @@ from gonka_poc.cli.receive import ReceivedCallback, Receiver
 from gonka_poc.cli.report import plot_of
 from gonka_poc.cli.server_process import wait_until
 from gonka_poc.cli.smoke import smoke
-from gonka_poc.data import VECTOR_DTYPE, Artifact, DistanceSpec, StatTest, VectorSpec, encode_vector
+from gonka_poc.data import VECTOR_DTYPE, DistanceSpec, StatTest, VectorSpec, encode_vector
 from gonka_poc.errors import ArtifactFileError, ComputeError, ServerAnswerError, ToolError
+from gonka_poc.request_fields import Artifact
 
 
 @pytest.fixture

@@ -19,13 +19,13 @@ from functools import partial
 from typing import Any
 
 from gonka_poc.access import shown_url
+from gonka_poc.answers import ReceiverStatus
 from gonka_poc.callbacks.client import CallbackClient
 from gonka_poc.callbacks.courier import Courier, PassResult
 from gonka_poc.callbacks.outbox import Counts, Outbox, RoundCheckpoint
 from gonka_poc.callbacks.outbox_thread import OutboxThread
 from gonka_poc.callbacks.tally import Tally
 from gonka_poc.config import Settings
-from gonka_poc.data import ReceiverStatus
 from gonka_poc.errors import OutboxError, OutboxFullError
 from gonka_poc.metrics import Metrics
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from gonka_poc.access import shown_url
+from gonka_poc.answers import ReceiverStatus
 from gonka_poc.callbacks.queries import OTHERS, ReceiverCounts
-from gonka_poc.data import ReceiverStatus
 from gonka_poc.errors import printable
 
 MAX_RECEIVERS = 20  # shown by name; the URLs come with requests, so there can be any number

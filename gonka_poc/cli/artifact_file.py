@@ -13,8 +13,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
-from gonka_poc.data import Artifact, StatTest
+from gonka_poc.data import StatTest
 from gonka_poc.errors import ArtifactFileError
+from gonka_poc.request_fields import Artifact
 
 # what a command takes as an option where a file lacks it, and the option
 OPTION_OF: Mapping[str, str] = MappingProxyType(

@@ -14,8 +14,8 @@ from gonka_poc.cli.client import PoCClient
 from gonka_poc.cli.common import Connect
 from gonka_poc.cli.floor_file import floor_option, floor_warnings
 from gonka_poc.cli.thresholds import choose_thresholds, threshold_options
-from gonka_poc.data import Artifact
 from gonka_poc.errors import ArtifactFileError
+from gonka_poc.request_fields import Artifact
 
 # the file is written again after at least this many more artifacts, so that a killed command loses little
 SAVE_EVERY = 2_000

@@ -13,13 +13,13 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel, RootModel, ValidationError
 
-from gonka_poc import data
+from gonka_poc import answers, data
 from gonka_poc.certificates import ssl_context
 from gonka_poc.cli.artifact_file import ArtifactFile
 from gonka_poc.cli.refusals import NO_POC_SERVER, refusal_text
 from gonka_poc.cli.server_process import wait_until
 from gonka_poc.errors import ServerAnswerError, printable
-from gonka_poc.request_fields import MAX_LISTED
+from gonka_poc.request_fields import MAX_LISTED, Artifact
 from gonka_poc.threshold_data import ProofBatch, ProofVerdict, ThresholdRequest, ThresholdStatusAnswer
 from gonka_poc.validation import Verdict, judge
 
@@ -37,7 +37,7 @@ def ignore_progress(nonces: int) -> None:
 
 
 Answer = TypeVar("Answer", bound=BaseModel)
-Polled = data.PendingAnswer | data.ArtifactsAnswer | data.ValidationAnswer | data.FailedAnswer
+Polled = answers.PendingAnswer | answers.ArtifactsAnswer | answers.ValidationAnswer | answers.FailedAnswer
 
 
 class PoCClient:
@@ -75,9 +75,9 @@ class PoCClient:
         """The name of the model that is served."""
         return str(self._vllm("GET", "/v1/models", None, "data", 0, "id"))
 
-    def versions(self) -> data.VersionsAnswer:
+    def versions(self) -> answers.VersionsAnswer:
         """GET /versions."""
-        return self._ask(data.VersionsAnswer, "GET", "versions")
+        return self._ask(answers.VersionsAnswer, "GET", "versions")
 
     def computed_by(self) -> dict[str, str]:
         """Releases, dtype, attention backend and GPU of the server; empty where it does not say."""
@@ -90,9 +90,9 @@ class PoCClient:
             for name, value in answer.model_dump(exclude={"poc_validation_inference", "replay"}).items()
         }
 
-    def status(self) -> data.StatusAnswer:
+    def status(self) -> answers.StatusAnswer:
         """GET /status."""
-        return self._ask(data.StatusAnswer, "GET", "status")
+        return self._ask(answers.StatusAnswer, "GET", "status")
 
     def total_processed(self) -> int:
         """The number of nonces that the round has processed. Raises ServerAnswerError if no round generates."""
@@ -115,9 +115,9 @@ class PoCClient:
         if self.status().status == "GENERATING":
             raise ServerAnswerError(f"{self.url} generates; `gonka-poc stop` ends that, then start this tool again")
 
-    def stop(self) -> data.StopAnswer:
+    def stop(self) -> answers.StopAnswer:
         """POST /stop."""
-        return self._ask(data.StopAnswer, "POST", "stop")
+        return self._ask(answers.StopAnswer, "POST", "stop")
 
     @contextmanager
     def round(self, file: ArtifactFile, batch_size: int, url: str | None = None) -> Iterator[None]:
@@ -128,13 +128,13 @@ class PoCClient:
         finally:
             self.stop()
 
-    def init_generate(self, request: data.InitGenerateRequest) -> data.OkAnswer:
+    def init_generate(self, request: data.InitGenerateRequest) -> answers.OkAnswer:
         """POST /init/generate."""
-        return self._ask(data.OkAnswer, "POST", "init/generate", request.model_dump())
+        return self._ask(answers.OkAnswer, "POST", "init/generate", request.model_dump())
 
-    def init_threshold(self, request: ThresholdRequest, phase: Literal["generate", "validate"]) -> data.OkAnswer:
+    def init_threshold(self, request: ThresholdRequest, phase: Literal["generate", "validate"]) -> answers.OkAnswer:
         """POST /init/generate or /init/validate of a threshold round."""
-        return self._ask(data.OkAnswer, "POST", f"init/{phase}", request.model_dump(mode="json", exclude_none=True))
+        return self._ask(answers.OkAnswer, "POST", f"init/{phase}", request.model_dump(mode="json", exclude_none=True))
 
     def validate_distances(self, proof: ProofBatch) -> ProofVerdict:
         """POST /validate: the server recomputes the distances of `proof` in the threshold round that is set."""
@@ -160,9 +160,9 @@ class PoCClient:
         """GET /status while a threshold round is set."""
         return self._ask(ThresholdStatusAnswer, "GET", "status")
 
-    def queue(self, file: ArtifactFile, nonces: Sequence[int], batch_size: int) -> data.QueuedAnswer:
+    def queue(self, file: ArtifactFile, nonces: Sequence[int], batch_size: int) -> answers.QueuedAnswer:
         """POST /generate without waiting."""
-        return self._generate(data.QueuedAnswer, file, nonces, batch_size, wait=False)
+        return self._generate(answers.QueuedAnswer, file, nonces, batch_size, wait=False)
 
     def poll(self, request_id: str) -> Polled:
         """GET /generate/{request_id}."""
@@ -204,7 +204,7 @@ class PoCClient:
         file: ArtifactFile,
         nonces: Sequence[int],
         batch_size: int,
-        on_artifacts: Callable[[list[data.Artifact]], object],
+        on_artifacts: Callable[[list[Artifact]], object],
         progress: Progress = ignore_progress,
         calibration_step: int = 0,
     ) -> list[int]:
@@ -212,7 +212,7 @@ class PoCClient:
         not_computed: list[int] = []
         more = {"calibration_step": calibration_step} if calibration_step else {}
         for batch in data.chunks(list(nonces), batch_size):
-            answer = self._generate(data.ArtifactsAnswer, file, batch, batch_size, **more)
+            answer = self._generate(answers.ArtifactsAnswer, file, batch, batch_size, **more)
             on_artifacts(answer.artifacts)
             not_computed += answer.not_computed_nonces or []
             progress(len(batch))
@@ -229,7 +229,7 @@ class PoCClient:
             nonces = [artifact.nonce for artifact in batch]
             claim = {"artifacts": [artifact.model_dump() for artifact in batch]}
             more = {"validation": claim, "stat_test": stat_test.model_dump()}
-            answer = self._generate(data.ValidationAnswer, file, nonces, batch_size, **more)
+            answer = self._generate(answers.ValidationAnswer, file, nonces, batch_size, **more)
             compared += answer.n_total
             mismatches += answer.mismatch_nonces
             not_computed += answer.not_computed_nonces or []

@@ -12,12 +12,12 @@ from typing import Any
 
 import click
 
+from gonka_poc.answers import ArtifactsAnswer, FailedAnswer
 from gonka_poc.cli import common
 from gonka_poc.cli.artifact_file import ArtifactFile
 from gonka_poc.cli.checks import Case, CaseResult, Finding, run_cases, show_results
 from gonka_poc.cli.client import PoCClient, Polled
 from gonka_poc.cli.server_process import wait_until
-from gonka_poc.data import ArtifactsAnswer, FailedAnswer
 from gonka_poc.errors import ServerAnswerError
 
 FULL_SPEED = 0.5  # of the speed of POST /generate: its batches are alike, but a machine's speed varies

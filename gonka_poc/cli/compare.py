@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from gonka_poc.cli.artifact_file import ArtifactFile
-from gonka_poc.data import VECTOR_DTYPE, Artifact, StatTest, decode_vector, encode_vector
+from gonka_poc.data import VECTOR_DTYPE, StatTest, decode_vector, encode_vector
 from gonka_poc.errors import ToolError
+from gonka_poc.request_fields import Artifact
 from gonka_poc.validation import Verdict, validate_artifacts
 
 HEAD = ("file", "compared", "differ", "median L2", "largest L2", "p-value", "verdict")

@@ -6,12 +6,13 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from gonka_poc.answers import StatusAnswer
 from gonka_poc.cli.artifact_file import ArtifactFile
 from gonka_poc.cli.client import PoCClient
 from gonka_poc.cli.compare import finite_vector
 from gonka_poc.cli.live_chats import NAME as CHATS
 from gonka_poc.cli.live_chats import check_chats
-from gonka_poc.data import StatTest, StatusAnswer
+from gonka_poc.data import StatTest
 from gonka_poc.doctor import Check
 from gonka_poc.errors import PoCError, ServerAnswerError
 from gonka_poc.version import UNINSTALLED, __version__

@@ -17,8 +17,9 @@ from gonka_poc.cli.common import count_option, json_option, options, server_args
 from gonka_poc.cli.receive import ReceivedCallback, Receiver
 from gonka_poc.cli.server_process import ServerProcess, wait_until
 from gonka_poc.config import load_settings
-from gonka_poc.data import Artifact, NonceSequence
+from gonka_poc.data import NonceSequence
 from gonka_poc.errors import ServerAnswerError
+from gonka_poc.request_fields import Artifact
 from gonka_poc.threshold_data import ProofBatch, ProofVerdict, ThresholdRequest, ThresholdStatusAnswer
 
 MODEL = "tool"

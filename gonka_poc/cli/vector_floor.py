@@ -13,8 +13,9 @@ from scipy.stats import beta, binom
 from gonka_poc.cli.artifact_file import ArtifactFile, read_artifact_file
 from gonka_poc.cli.client import PoCClient, Progress, ignore_progress
 from gonka_poc.cli.compare import finite_vector
-from gonka_poc.data import MAX_CALIBRATION_STEP, Artifact, StatTest, decode_vector
+from gonka_poc.data import MAX_CALIBRATION_STEP, StatTest, decode_vector
 from gonka_poc.errors import ArtifactFileError, ToolError
+from gonka_poc.request_fields import Artifact
 from gonka_poc.validation import binomial_p_value
 
 PROOF = 200

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gonka_poc.data import ReplayRunner
+from gonka_poc.answers import ReplayRunner
 from gonka_poc.errors import ComputeError, EngineUnavailableError, PoCError, raise_worker_error
 from gonka_poc.metrics import Metrics
 from gonka_poc.replay.bodies import Replay, rewritten

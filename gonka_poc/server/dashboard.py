@@ -14,8 +14,8 @@ from typing import Literal
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, Field
 
+from gonka_poc.answers import StatusAnswer
 from gonka_poc.config import Settings
-from gonka_poc.data import StatusAnswer
 from gonka_poc.errors import printable
 from gonka_poc.metrics import BUCKET_SEC, Metrics
 from gonka_poc.version import __version__

@@ -13,16 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gonka_poc.access import shown_url
+from gonka_poc.answers import ArtifactsAnswer, Completed, Encoding
 from gonka_poc.callbacks.outbox import RoundCheckpoint
-from gonka_poc.data import (
-    ArtifactsAnswer,
-    BatchResult,
-    Completed,
-    Encoding,
-    GenerateRequest,
-    InitGenerateRequest,
-    encode_vector,
-)
+from gonka_poc.data import BatchResult, GenerateRequest, InitGenerateRequest, encode_vector
 from gonka_poc.threshold_data import ThresholdRequest, ValidatedBatch, valid_distances
 
 if TYPE_CHECKING:

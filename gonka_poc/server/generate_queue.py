@@ -13,22 +13,18 @@ from typing import Any
 from cachetools import TTLCache
 from pydantic import TypeAdapter
 
-from gonka_poc.config import Settings
-from gonka_poc.data import (
-    Artifact,
+from gonka_poc.answers import (
     ArtifactsAnswer,
-    BatchResult,
     Completed,
     Encoding,
     FailedAnswer,
-    GenerateRequest,
     PendingAnswer,
-    Validation,
     ValidationAnswer,
-    encode_vector,
-    vector_chars,
 )
+from gonka_poc.config import Settings
+from gonka_poc.data import BatchResult, GenerateRequest, Validation, encode_vector, vector_chars
 from gonka_poc.errors import NotFoundError, PoCError
+from gonka_poc.request_fields import Artifact
 from gonka_poc.server.delivery import Delivery
 from gonka_poc.server.job_queue import MAX_JOBS, Job, JobQueue
 from gonka_poc.server.protocols import Manager

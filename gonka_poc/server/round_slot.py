@@ -6,7 +6,7 @@ import asyncio
 from functools import partial
 from typing import Any, Literal
 
-from gonka_poc.data import State, StatusAnswer
+from gonka_poc.answers import State, StatusAnswer
 from gonka_poc.server.background import BackgroundTasks
 from gonka_poc.server.delivery import Delivery
 from gonka_poc.server.protocols import Manager

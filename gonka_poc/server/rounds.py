@@ -9,8 +9,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from typing import ClassVar
 
+from gonka_poc.answers import RoundConfig, RoundStats, State, StatusAnswer
 from gonka_poc.config import Settings
-from gonka_poc.data import MAX_NONCE, BatchResult, InitGenerateRequest, RoundConfig, RoundStats, State, StatusAnswer
+from gonka_poc.data import MAX_NONCE, BatchResult, InitGenerateRequest
 from gonka_poc.errors import ComputeError, EngineAsleepError, PoCError, WorkerMemoryError, printable
 from gonka_poc.server.protocols import ASLEEP_POLL_SEC, Manager
 from gonka_poc.threshold_data import ThresholdRequest

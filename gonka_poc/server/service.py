@@ -10,18 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from gonka_poc.answers import ReplayRunner, StatusAnswer, StoppedWork, VersionsAnswer
 from gonka_poc.callbacks.outbox import most_bytes
 from gonka_poc.callbacks.sender import CallbackSender
 from gonka_poc.config import Settings
-from gonka_poc.data import (
-    GenerateRequest,
-    InitGenerateRequest,
-    ReplayRunner,
-    StatusAnswer,
-    StoppedWork,
-    VersionsAnswer,
-    vector_chars,
-)
+from gonka_poc.data import GenerateRequest, InitGenerateRequest, vector_chars
 from gonka_poc.errors import (
     ConflictError,
     EngineUnavailableError,

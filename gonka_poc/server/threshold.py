@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic_core import to_json
 
-from gonka_poc.data import BatchResult, State, StatusAnswer
+from gonka_poc.answers import State, StatusAnswer
+from gonka_poc.data import BatchResult
 from gonka_poc.server.delivery import Delivery
 from gonka_poc.server.job_queue import Job, JobQueue
 from gonka_poc.server.rounds import Round

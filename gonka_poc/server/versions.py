@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from gonka_poc.data import ReplayRunner, VersionsAnswer
+from gonka_poc.answers import ReplayRunner, VersionsAnswer
 from gonka_poc.version import UNINSTALLED, __version__
 from gonka_poc.vllm_compat import found_version
 

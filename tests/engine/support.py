@@ -20,7 +20,8 @@ import numpy as np
 from gonka_poc.cli.artifact_file import ArtifactFile
 from gonka_poc.cli.receive import ReceivedCallback, Receiver
 from gonka_poc.cli.server_process import ServerProcess, wait_until
-from gonka_poc.data import Artifact, decode_vector, encode_vector
+from gonka_poc.data import decode_vector, encode_vector
+from gonka_poc.request_fields import Artifact
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "tests" / "data"

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from gonka_poc.cli import main as cli
 from gonka_poc.cli.artifact_file import ArtifactFile, write_artifact_file
-from gonka_poc.data import VECTOR_DTYPE, Artifact, encode_vector
+from gonka_poc.data import VECTOR_DTYPE, encode_vector
+from gonka_poc.request_fields import Artifact
 from tests.engine.support import MODEL, ServerConfig, Servers, offline
 
 FOLDER = os.environ.get("POC_TEST_SMOLLM2", "")
