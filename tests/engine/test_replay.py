@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +147,6 @@ def test_metrics_and_the_doctor_see_replays(server: Client, capsys: pytest.Captu
 
 # --- a trained model, two servers -----------------------------------------------------------------------------------
 
-TRAINED = os.environ.get("POC_TEST_TRAINED_MODEL", "")
 # float16 sums differ with the batch; what the network allows is 0.05 to 0.1
 LIMITS = {"float32": 1e-6, "float16": 0.005}
 QUESTIONS = (
@@ -173,14 +171,13 @@ def many_chats(count: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.nightly
-@pytest.mark.skipif(not TRAINED, reason="POC_TEST_TRAINED_MODEL names no folder of a trained model")
 @pytest.mark.parametrize("dtype", LIMITS)
-def test_200_chats_of_a_trained_model_on_another_server(servers: Servers, dtype: str) -> None:
+def test_200_chats_of_a_trained_model_on_another_server(servers: Servers, smollm2: Path, dtype: str) -> None:
     """Executor and validator are two processes; in float16 16 at a time, and the validator with another batch."""
     bodies = many_chats(200 if dtype == "float16" else 40)
     at_a_time = 16 if dtype == "float16" else 1
     executor, validator = (
-        dataclasses.replace(REPLAY, model=TRAINED, dtype=dtype, args=(*REPLAY.args, *more))
+        dataclasses.replace(REPLAY, model=str(smollm2), dtype=dtype, args=(*REPLAY.args, *more))
         for more in ((), ("--max-num-seqs", "24" if dtype == "float16" else "256"))
     )
     with concurrent.futures.ThreadPoolExecutor(at_a_time) as pool:

@@ -1,12 +1,11 @@
 """The thresholds that `gonka-poc calibrate --vectors` recommends on a trained model pass honest hosts and catch cheats.
 
-Needs SmolLM2, which `python -m tests.smollm2 FOLDER` makes: its folder is named in POC_TEST_SMOLLM2.
+POC_TEST_SMOLLM2 names the folder of a model that `python -m tests.smollm2 FOLDER` made before, which saves a minute.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -24,11 +23,7 @@ from gonka_poc.data import VECTOR_DTYPE, encode_vector
 from gonka_poc.request_fields import Artifact
 from tests.engine.support import MODEL, ServerConfig, Servers, offline
 
-FOLDER = os.environ.get("POC_TEST_SMOLLM2", "")
-pytestmark = [
-    pytest.mark.nightly,
-    pytest.mark.skipif(not FOLDER, reason="POC_TEST_SMOLLM2 names no folder that `python -m tests.smollm2` made"),
-]
+pytestmark = pytest.mark.nightly
 
 SEQ_LEN, K_DIM, PROOF = 32, 12, 200
 MINUTES = 3
@@ -78,9 +73,9 @@ def without_a_layer(model: Path, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def proofs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def proofs(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Files of PROOF nonces: another honest host's (float32), and those of three cheats."""
-    folder, model = tmp_path_factory.mktemp("proofs"), Path(FOLDER)
+    folder, model = tmp_path_factory.mktemp("proofs"), smollm2
     hosts: dict[str, tuple[Path, str]] = {
         "float32": (model, "float32"),
         "attention scale": (changed(model, folder / "scale", attention_scale), "float16"),
@@ -101,10 +96,10 @@ def proofs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_recommended_thresholds(
-    servers: Servers, proofs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    servers: Servers, smollm2: Path, proofs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Calibrated on one host in float16; `validate` there judges the others."""
-    config = ServerConfig(model=FOLDER, dtype="float16", env=(("POC_CALIBRATION", "1"),))
+    config = ServerConfig(model=str(smollm2), dtype="float16", env=(("POC_CALIBRATION", "1"),))
     url = str(servers.get(config).base_url)
     floor = tmp_path / "floor.json"
     sizes = ("--seq-len", str(SEQ_LEN), "--nonces", "128", "--blocks", "2")
