@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from host_common import InstallError, InterruptionError, RefusalError, complain, say
+from host_common import InstallError, InterruptionError, RefusalError, complain, say, sha256
 from host_gpus import find_gpus
-from host_journal import Journal, sha256, undo_file, undo_packages
+from host_journal import Journal, undo_file, undo_packages
+from host_look import differences, look_at
 from host_options import HELP, parse_options
 from host_runners import stray_patches, take_out
 from host_steps import STEPS, DoctorStep, PackageStep, RunnerStep, Step, VllmStep, choose_vllm, live_command
@@ -52,7 +53,9 @@ def install(host: Host) -> int:
     if busy:
         refuse_unwritable(host, steps)
         confirm(host, "Go on?")
-    begun = len(journal.changes)
+    begun, before = len(journal.changes), look_at(host)
+    if not journal.changes:
+        journal.before = before
     try:
         for number, step in enumerate(steps, 1):
             if step.todo or isinstance(step, DoctorStep):
@@ -61,7 +64,7 @@ def install(host: Host) -> int:
                 step.act(journal)
             step.verify()
     except BaseException as error:
-        roll_back(host, journal, begun, error)
+        roll_back(host, journal, begun, before, error)
         raise
     if not busy:
         say("Everything was in place; there was nothing to do.")
@@ -99,7 +102,8 @@ def confirm(host: Host, question: str) -> None:
 
 
 def finish_earlier_run(host: Host, journal: Journal) -> None:
-    """Take back the one step that a killed run left half done."""
+    """Take back the one step that a killed run left half done, and what else it left."""
+    journal.sweep()
     unfinished = [change for change in reversed(journal.changes) if change["state"] != "done"]
     if unfinished:
         say("An earlier run was cut short; its unfinished step is taken back first:")
@@ -114,14 +118,14 @@ def undo(host: Host, journal: Journal, change: dict[str, Any], force: bool) -> N
         undo_file(change, force)
         say(f"    as before: {change['path']}")
     else:
-        stay = undo_packages(host, change, force)
+        stay = undo_packages(host, journal, change, force)
         say(f"    as before: {', '.join(sorted(set(change['planned']) - set(stay)))}")
         if stay:
             say(f"    other packages need these now, they stay: {', '.join(stay)}")
     journal.forget(change)
 
 
-def roll_back(host: Host, journal: Journal, begun: int, error: BaseException) -> None:
+def roll_back(host: Host, journal: Journal, begun: int, before: Mapping[str, Any], error: BaseException) -> None:
     """Take back what this run did, the changes from index `begun` on, and say how to go on."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -133,15 +137,21 @@ def roll_back(host: Host, journal: Journal, begun: int, error: BaseException) ->
     try:
         for change in reversed(journal.changes[begun:]):
             undo(host, journal, change, force=True)
+        left = differences(before, host)
     except (InstallError, OSError) as problem:
         complain(f"error: not everything could be taken back: {problem}")
         complain(f"what is left is in {journal.path}; put that right, then: bash install.sh --uninstall")
         return
-    complain("The host is as it was before this run. Put right what the error says, then run the same command again.")
+    as_before = "The host is as it was before this run."
+    if left:
+        as_before = "\n    ".join(["What this run did is taken back. Not as before it:", *left])
+    complain(f"{as_before}\nPut right what the error says, then run the same command again.")
 
 
 def uninstall(host: Host) -> int:
     journal = Journal(host.state)
+    if not host.options.dry_run:
+        journal.sweep()
     strays = stray_patches(host, journal)
     if not journal.changes and not strays:
         say(f"Nothing is recorded in {host.state}: there is nothing to take back.")
@@ -156,14 +166,26 @@ def uninstall(host: Host) -> int:
         say("Dry run: nothing was changed.")
         return DONE
     confirm(host, "Take it back?")
+    before = state_before(journal)
     for change in list(reversed(journal.changes)):
         try:
             undo(host, journal, change, force=host.options.force)
         except InstallError as error:
             raise InstallError(f"{error}\nwhat is not taken back yet stays recorded in {journal.path}") from error
     take_out(host, journal)
-    say("Everything is as it was before the installation. Restart MLNode.")
+    left = differences(before, host) if before else ["not known: it was not looked at before the installation"]
+    if left:
+        say("\n    ".join(["All that was recorded is taken back. Not as before the installation:", *left]))
+    else:
+        say("Everything is as it was before the installation.")
+    say("Restart MLNode.")
     return DONE
+
+
+def state_before(journal: Journal) -> dict[str, Any]:
+    """What the host was like before the first change; empty where nobody looked, as earlier releases did not."""
+    files = {change["path"]: change["old_sha256"] for change in reversed(journal.changes) if change["kind"] == "file"}
+    return {**journal.before, "files": {**journal.before["files"], **files}} if journal.before else {}
 
 
 def describe(change: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
 import tempfile
@@ -19,27 +20,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from host_common import PACKAGE, InstallError, say
+from host_common import PACKAGE, InstallError, say, sha256
 from host_target import Distribution, Host
 from host_trust import refuse_foreign_journal
 from patch_runner import PatchError, is_cut_short, remove_patch
-from safe_files import read_file, write_file
+from safe_files import clear_temporary, read_file, write_file
 
 JOURNAL_FORMAT = 1
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+GONE = ".gonka-poc-"  # what folders are called before they are there, and after
 
 
 class Journal:
-    """The changes to this host, oldest first, in `folder`/journal.json; the folder goes with the last change."""
+    """The changes to this host, oldest first, in `folder`/journal.json; the folder goes with the last change.
+
+    A run can be killed at any moment, so the order is: what is to be deleted is first named nowhere, then deleted, and
+    folders come and go under a name of their own (`GONE`). What a kill leaves is swept away by the next run.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = folder / "journal.json"
         self.changes: list[dict[str, Any]] = []
         self.made_folders: list[str] = []
+        self.before: dict[str, Any] = {}  # host_look.look_at, before the first change
         refuse_foreign_journal(str(self.path))
         if self._is_there():
             try:
@@ -47,6 +50,7 @@ class Journal:
                 if content["format"] != JOURNAL_FORMAT:
                     raise ValueError(f"format {content['format']}")
                 self.changes, self.made_folders = content["changes"], content["made_folders"]
+                self.before = content.get("before", {})
                 self._check_places()
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InstallError(f"{self.path} cannot be read: {error!r}; move it away, or restore it") from error
@@ -73,14 +77,12 @@ class Journal:
 
     def begin(self, change: dict[str, Any], state: str = "begun") -> dict[str, Any]:
         """Record a change before it is made."""
-        if not self.folder.is_dir():
-            missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
-            self.made_folders = [str(path) for path in reversed(missing)]
-            for path in reversed(missing):
-                path.mkdir(mode=0o700 if path == self.folder else 0o755)
-            refuse_foreign_journal(str(self.path))
-        self.changes.append(change)
-        self.set_state(change, state)
+        self.changes.append({**change, "state": state})
+        change = self.changes[-1]
+        if self.folder.is_dir():
+            self.save()
+        else:
+            self._make_folder()
         return change
 
     def set_state(self, change: dict[str, Any], state: str) -> None:
@@ -88,23 +90,56 @@ class Journal:
         self.save()
 
     def forget(self, change: dict[str, Any]) -> None:
-        """The change is taken back, or never came to be."""
-        if change.get("kept"):
-            shutil.rmtree(change["kept"], ignore_errors=True)
+        """The change is taken back, or never came to be. What was kept for it goes after the record of it."""
         self.changes.remove(change)
-        if self.changes:
-            self.save()
-            return
-        self.path.unlink(missing_ok=True)
-        for left in self.folder.glob(f".{self.path.name}.*.tmp"):  # by a run that was killed while it wrote
-            left.unlink(missing_ok=True)
-        for name in reversed(self.made_folders):
-            with contextlib.suppress(OSError):
-                os.rmdir(name)
+        self.save()
+        self.sweep()
 
-    def save(self) -> None:
-        content = {"format": JOURNAL_FORMAT, "made_folders": self.made_folders, "changes": self.changes}
-        write_file(str(self.path), (json.dumps(content, indent=1) + "\n").encode("ascii"))
+    def save(self, folder: Path | None = None) -> None:
+        content = {"format": JOURNAL_FORMAT, "made_folders": self.made_folders, "before": self.before}
+        text = json.dumps({**content, "changes": self.changes}, indent=1)
+        write_file(str((folder or self.folder) / self.path.name), f"{text}\n".encode("ascii"))
+
+    def sweep(self) -> None:
+        """Remove what no change names any more, also what runs left that were killed; without a change all of it."""
+        named = {change.get("kept") for change in self.changes}
+        for place in self.folder.parents[:2]:  # where folders of ours are made and removed
+            for left in place.glob(f"{GONE}*"):
+                shutil.rmtree(left)
+        if not self.folder.is_dir():
+            return
+        for left in [*self.folder.glob("kept-*"), *self.folder.glob(f".{self.path.name}.*.tmp")]:
+            if str(left) not in named:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if not self.changes:
+            self._remove_folder()
+
+    def _make_folder(self) -> None:
+        """The folder with the journal in it, and those missing above, all at once."""
+        missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        self.made_folders = [str(path) for path in reversed(missing)]
+        top = missing[-1]
+        new = top.with_name(f"{GONE}{secrets.token_hex(6)}")
+        for path in reversed(missing):
+            (new / path.relative_to(top)).mkdir(mode=0o700 if path == self.folder else 0o755)
+        self.save(new / self.folder.relative_to(top))
+        os.rename(new, top)
+        refuse_foreign_journal(str(self.path))
+
+    def _remove_folder(self) -> None:
+        """The folder, and those above it that were made for it and hold nothing else, all at once."""
+        going = inner = None
+        for made in map(Path, reversed(self.made_folders)):
+            others = {entry.name for entry in made.iterdir()} - {inner.name if inner else self.path.name}
+            if others:
+                break
+            going = inner = made
+        if going is None:  # somebody else keeps something there
+            self.path.unlink(missing_ok=True)
+            return
+        gone = going.with_name(f"{GONE}{secrets.token_hex(6)}")
+        os.rename(going, gone)
+        shutil.rmtree(gone)
 
 
 def install_packages(host: Host, journal: Journal, spec: Sequence[str], others: Sequence[str] = ()) -> None:
@@ -127,17 +162,18 @@ def install_packages(host: Host, journal: Journal, spec: Sequence[str], others: 
     if PACKAGE in replaced:
         record_edits(journal, before[PACKAGE])
     kept = str(journal.folder / f"kept-{os.getpid()}-{len(journal.changes)}") if replaced else None
-    change: dict[str, Any] = {
+    change = {
         "kind": "packages",
         "planned": planned,
         "before": sorted(before),
         "replaced": {name: before[name].version for name in replaced},
         "kept": kept,
         "prefix": host.target.prefix,
+        "edits_before": {name: hash_edits(before[name]) for name in replaced},
     }
-    journal.begin(change, "keeping")  # until what is replaced is kept in full, there is nothing to undo
+    change = journal.begin(change, "keeping")  # until what is replaced is kept in full, there is nothing to undo
     for name in replaced:
-        keep_files(before[name], Path(host.target.prefix), Path(change["kept"]))
+        keep_files(before[name], Path(host.target.prefix), Path(str(kept)))
     journal.set_state(change, "begun")
     if others:
         host.pip("uninstall", "--yes", *others)
@@ -182,7 +218,7 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copy2(source, target, follow_symlinks=False)
 
 
-def undo_packages(host: Host, change: Mapping[str, Any], force: bool) -> list[str]:
+def undo_packages(host: Host, journal: Journal, change: dict[str, Any], force: bool) -> list[str]:
     """Remove what came, put back what was replaced; the names of packages that stay because others need them now."""
     if change["state"] == "keeping":
         return []
@@ -193,7 +229,9 @@ def undo_packages(host: Host, change: Mapping[str, Any], force: bool) -> list[st
         refuse_later_edits(now, change, present)
     stay = needed_by_others(now, change, present)
     going = [name for name in present if name not in stay]
-    folders = {str(Path(f).parent) for name in going for f in now[name].files or []}
+    folders = {str(Path(f).parent) for name in going for f in now[name].files or []} | set(change.get("folders", []))
+    change["folders"] = sorted(folders)  # nothing else names them once pip is done
+    journal.set_state(change, "undoing")
     if going:
         host.pip("uninstall", "--yes", *going)
     if change["kept"]:
@@ -205,8 +243,10 @@ def undo_packages(host: Host, change: Mapping[str, Any], force: bool) -> list[st
     left = host.target.look().own()
     wrong = [name for name in going if name in left and name not in change["replaced"]]
     wrong += [name for name, version in change["replaced"].items() if name not in left or left[name].version != version]
+    edits = change.get("edits_before", {})
+    wrong += [name for name in edits if name in left and hash_edits(left[name]) != edits[name]]
     if wrong:
-        raise InstallError(f"still not as before: {', '.join(wrong)}")
+        raise InstallError(f"still not as before: {', '.join(dict.fromkeys(wrong))}")
     return stay
 
 
@@ -227,11 +267,16 @@ def refuse_later_edits(now: Mapping[str, Distribution], change: Mapping[str, Any
 def record_edits(journal: Journal, found: Distribution) -> None:
     """Note, with the change that installed it, what was edited of a package that an update replaces: the plan named
     it, so that taking back both does not stop there."""
-    edits = {path: sha256(Path(path).read_bytes()) for path in edited_files(found)}
+    edits = hash_edits(found)
     for change in reversed(journal.changes):
         if edits and PACKAGE in change.get("planned", {}):
             change["edits"] = edits
             return
+
+
+def hash_edits(found: Distribution) -> dict[str, str]:
+    """The files that were edited, each with its hash."""
+    return {path: sha256(Path(path).read_bytes()) for path in edited_files(found)}
 
 
 def edited_files(found: Distribution) -> list[str]:
@@ -280,7 +325,7 @@ def change_file(journal: Journal, path: Path, old: bytes, new: bytes) -> None:
     change = {"kind": "file", "path": str(path), "old_sha256": sha256(old), "new_sha256": sha256(new)}
     change["original_base64"] = base64.b64encode(old).decode("ascii")
     change["patched_base64"] = base64.b64encode(new).decode("ascii")  # to know a write in place that was cut short
-    journal.begin(change)
+    change = journal.begin(change)
     write_file(str(path), new)
     journal.set_state(change, "done")
 
@@ -293,6 +338,7 @@ def was_cut_short(current: bytes, original: bytes, patched: bytes) -> bool:
 def undo_file(change: Mapping[str, Any], force: bool) -> None:
     """Write the original back where the file still is ours, or was left unpatched by somebody else."""
     path = Path(change["path"])
+    clear_temporary(str(path))
     original = base64.b64decode(change["original_base64"])
     if sha256(original) != change["old_sha256"]:
         raise InstallError(f"the journal's copy of {path} does not have its own hash; it is not written back")

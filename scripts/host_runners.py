@@ -10,7 +10,7 @@ from host_common import PACKAGE, InstallError, RefusalError, say
 from host_journal import Journal
 from host_target import MLNODE_FOLDERS, RUNNER_PATHS, Host, Target, runners_python
 from patch_runner import PatchError, remove_patch
-from safe_files import read_file, write_file
+from safe_files import clear_temporary, read_file, write_file
 
 
 def stray_patches(host: Host, journal: Journal) -> dict[Path, str]:
@@ -54,6 +54,8 @@ def _is_served(path: Path, target: Target) -> bool:
 def take_out(host: Host, journal: Journal) -> None:
     """Take every stray patch out; every other byte of the files stays."""
     host.target.look()
+    for path in known_runners(host):
+        clear_temporary(str(path))
     for path in stray_patches(host, journal):
         try:
             original, _ = remove_patch(read_file(str(path)))

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from host_common import PACKAGE, ROOT, InstallError, RefusalError, say, version_of
+from host_common import PACKAGE, ROOT, InstallError, RefusalError, say, sha256, version_of
 from host_gpus import Generation
-from host_journal import Journal, change_file, edited_files, install_packages, sha256
+from host_journal import Journal, change_file, edited_files, install_packages
 from host_options import Options
 from host_others import others_of, refuse_others
 from host_target import SUPPORTED_TEXT, Host, Target, existing, is_supported

@@ -42,14 +42,15 @@ import importlib.metadata, importlib.util, json, os, sys, sysconfig
 
 paths = sysconfig.get_paths()
 places = {name: getattr(importlib.util.find_spec(name), "origin", None) for name in ("torch", "vllm")}
+places_own = [os.path.realpath(place) + os.sep for place in (sys.prefix, paths["purelib"], paths["platlib"])]
 found = {}
 for d in importlib.metadata.distributions():
     name = (d.metadata["Name"] or "").lower().replace("_", "-").replace(".", "-")
     if not name or name in found:
         continue
     folder = str(getattr(d, "_path", ""))
-    # system packages that a virtual environment only looks at are not its own to change
-    own = os.path.realpath(folder).startswith(os.path.realpath(sys.prefix) + os.sep)
+    # system packages that a virtual environment only looks at are not its own to change; site-packages may be a link
+    own = os.path.realpath(folder).startswith(tuple(places_own))
     record = d.read_text("RECORD") if own else None
     files = [str(d.locate_file(f)) for f in d.files or []] if record is not None else None
     found[name] = [d.version, folder, record or "", d.requires or [], files, own]

@@ -984,7 +984,7 @@ def test_packages_go_and_the_old_ones_come_back(packages: FakeHost, journal: obj
     }
     (change,) = journal.changes
     assert (change["state"], change["replaced"]) == ("done", {"tail": "1.0"})
-    assert host_journal.undo_packages(host, change, force=False) == []
+    assert host_journal.undo_packages(host, journal, change, force=False) == []
     journal.forget(change)
     assert tree(packages.folder) == before
 
@@ -1006,7 +1006,7 @@ def test_a_pip_that_ends_half_way(packages: FakeHost, journal: object, monkeypat
         host_journal.install_packages(host, journal, ["head"])
     (change,) = host_journal.Journal(journal.folder).changes
     assert change["state"] == "begun"
-    host_journal.undo_packages(host, change, force=False)
+    host_journal.undo_packages(host, journal, change, force=False)
     journal.forget(journal.changes[0])
     assert tree(packages.folder) == before
 
@@ -1028,7 +1028,7 @@ def test_packages_that_others_need_now_stay(packages: FakeHost, journal: object)
     host = make_host(packages)
     host_journal.install_packages(host, journal, ["head"])
     host.pip("install", "later")
-    assert host_journal.undo_packages(host, journal.changes[0], force=False) == ["body"]
+    assert host_journal.undo_packages(host, journal, journal.changes[0], force=False) == ["body"]
     assert set(host.target.look().own()) >= {"later", "body", "tail"}
     assert host.target.distributions["tail"].version == "1.0"
     assert "head" not in host.target.distributions
@@ -1042,7 +1042,7 @@ def test_packages_that_somebody_replaced_are_left(packages: FakeHost, journal: o
     host.pip("install", "body")
     before = tree(packages.folder)
     with pytest.raises(host_target.InstallError, match=r"body 3\.0 was installed again since"):
-        host_journal.undo_packages(host, journal.changes[0], force=False)
+        host_journal.undo_packages(host, journal, journal.changes[0], force=False)
     assert tree(packages.folder) == before
 
 
@@ -1053,9 +1053,9 @@ def test_an_edited_file_of_ours_is_not_thrown_away(packages: FakeHost, journal: 
     edited = Path(host.target.purelib, "gonka_poc", "__init__.py")
     edited.write_text("x = 2\n")
     with pytest.raises(host_target.InstallError, match="edited since it was installed"):
-        host_journal.undo_packages(host, journal.changes[0], force=False)
+        host_journal.undo_packages(host, journal, journal.changes[0], force=False)
     assert edited.read_text() == "x = 2\n"
-    host_journal.undo_packages(host, journal.changes[0], force=True)
+    host_journal.undo_packages(host, journal, journal.changes[0], force=True)
     assert not edited.parent.exists()
 
 
