@@ -228,12 +228,13 @@ def undo_packages(host: Host, journal: Journal, change: dict[str, Any], force: b
     if change["state"] == "done" and not force:
         refuse_later_edits(now, change, present)
     stay = needed_by_others(now, change, present)
-    going = [name for name in present if name not in stay]
+    going = [] if change["state"] == "restoring" else [name for name in present if name not in stay]
     folders = {str(Path(f).parent) for name in going for f in now[name].files or []} | set(change.get("folders", []))
     change["folders"] = sorted(folders)  # nothing else names them once pip is done
-    journal.set_state(change, "undoing")
     if going:
+        journal.set_state(change, "undoing")
         host.pip("uninstall", "--yes", *going)
+    journal.set_state(change, "restoring")  # pip does not understand what is half there
     if change["kept"]:
         kept = Path(change["kept"])
         for path in sorted(kept.rglob("*")):
@@ -282,7 +283,8 @@ def hash_edits(found: Distribution) -> dict[str, str]:
 def edited_files(found: Distribution) -> list[str]:
     """Files of a package that no longer have the hash that its RECORD names."""
     edited = []
-    for name, recorded, *_ in csv.reader(found.record.splitlines()):
+    for row in csv.reader(found.record.splitlines()):
+        name, recorded = (*row, "", "")[:2]
         path = Path(found.folder).parent / name
         if recorded.startswith("sha256=") and path.is_file():
             digest = base64.urlsafe_b64encode(hashlib.sha256(path.read_bytes()).digest()).rstrip(b"=").decode()

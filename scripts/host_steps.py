@@ -145,6 +145,10 @@ class PythonStep(Step):
         if elsewhere:
             problem = f"pip is configured to install somewhere else than into {target.python}: {', '.join(elsewhere)}"
             raise RefusalError(f"{problem}\n{target.python} -m pip config debug names the file; take that line out")
+        real, prefix = os.path.realpath(target.purelib), os.path.realpath(target.prefix)
+        if not Path(real).is_relative_to(prefix):
+            problem = f"{target.purelib} leads to {real}, outside {prefix}, where pip replaces and removes nothing"
+            raise RefusalError(f"{problem}\nmake it a folder of that Python, or name another one: --python P")
         if target.managed and not self.host.options.force:
             problem = f"{target.python} belongs to the operating system, which does not want pip to install into it"
             advice = "name a virtual environment (--python VENV/bin/python), or overrule it with --force"

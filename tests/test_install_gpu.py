@@ -30,6 +30,7 @@ from hosts import (
     host_gpus,
     host_install,
     host_journal,
+    host_look,
     host_options,
     host_steps,
     host_target,
@@ -1022,6 +1023,71 @@ def test_a_run_that_is_killed_before_pip(packages: FakeHost, journal: object, mo
     assert change["state"] == "keeping"
     host_install.undo(host, journal, journal.changes[0], force=False)
     assert tree(packages.folder) == before
+
+
+def test_site_packages_may_be_a_link(packages: FakeHost, journal: object) -> None:
+    host = make_host(packages)
+    purelib, elsewhere = Path(host.target.purelib), Path(host.target.prefix, "packages")
+    purelib.rename(elsewhere)
+    purelib.symlink_to(elsewhere)
+    host.target.look()
+    before, found = tree(packages.folder), host_look.look_at(host)
+    assert "tail" in found["packages"]
+    host_journal.install_packages(host, journal, ["head"])
+    assert host.target.distributions["tail"].version == "2.0"
+    host_install.undo(host, journal, journal.changes[0], force=False)
+    assert host_look.differences(found, host) == []
+    assert tree(packages.folder) == before
+
+
+def test_site_packages_that_lead_out_are_refused(packages: FakeHost) -> None:
+    """pip would install there, and then remove nothing of it."""
+    host = make_host(packages)
+    purelib = Path(host.target.purelib)
+    purelib.rename(packages.folder / "elsewhere")
+    purelib.symlink_to(packages.folder / "elsewhere")
+    with pytest.raises(host_target.RefusalError, match=rf"leads to {packages.folder}/elsewhere, outside"):
+        host_steps.PythonStep(host, None).check()
+
+
+def test_what_differs_is_named(packages: FakeHost) -> None:
+    host = make_host(packages)
+    found = json.loads(json.dumps(host_look.look_at(host)))
+    assert host_look.differences(found, host) == []
+    purelib = Path(host.target.purelib)
+    host.pip("install", "body")
+    host.pip("uninstall", "--yes", "tail")
+    (purelib / "~ail").mkdir()
+    (Path(host.target.scripts) / "python").rename(Path(host.target.scripts) / "gone")
+    (Path(host.target.scripts) / "python").symlink_to("gone")
+    packages.runner.write_text("other")
+    assert host_look.differences(found, host) == [
+        "tail 1.0 is gone",
+        "body 1.0 came since",
+        f"{purelib / 'tail'} is gone",
+        f"{purelib / 'tail-1.0.dist-info'} is gone",
+        f"{purelib / '~ail'} came since",
+        f"{Path(host.target.scripts, 'gone')} came since",
+        f"{packages.runner} is another than it was",
+    ]
+
+
+def test_as_it_was_is_said_after_a_look(
+    packages: FakeHost, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_install, "confirm", lambda *_: None)
+    for stray in (None, "left.py"):
+        host = make_host(packages)
+        journal = host_journal.Journal(host.state)
+        journal.before = host_look.look_at(host)
+        host_journal.install_packages(host, journal, ["body"])
+        if stray:
+            Path(host.target.purelib, stray).write_text("")
+        assert host_install.uninstall(host) == 0
+        told = capsys.readouterr().out
+        assert ("Everything is as it was before the installation." in told) == (stray is None)
+        assert ("Not as before the installation:\n" in told) == (stray is not None)
+        assert (f"{Path(host.target.purelib, 'left.py')} came since" in told) == (stray is not None)
 
 
 def test_packages_that_others_need_now_stay(packages: FakeHost, journal: object) -> None:
