@@ -13,8 +13,8 @@ On a GPU host (each option also works with install_b300.sh and install_universal
 
   --yes              do not ask; needed where there is no terminal
   --dry-run          print every step, change nothing; needs no root
-  --python P         the Python that MLNode starts vLLM with (default: $VLLM_PYTHON_PATH, then the one that runner.py
-                     names; 3.10 and 3.11 only if named)
+  --python P         the Python that MLNode starts vLLM with (default: $VLLM_PYTHON_PATH here, of MLNode's processes or
+                     of its systemd unit, then the default in runner.py; 3.10 and 3.11 only if named)
   --mlnode-dir DIR   MLNode's folder (default: /app, ./mlnode, ../mlnode, /opt/mlnode, /opt/gonka/mlnode)
   --profile NAME     standard (default): chat in eager mode; graphs: the same with a compiled model and CUDA graphs for
                      chat, for vLLM 0.15 and newer; hardened: no VLLM_ALLOW_INSECURE_SERIALIZATION, and as graphs where

@@ -18,8 +18,9 @@ from host_gpus import Generation
 from host_journal import Journal, change_file, edited_files, install_packages
 from host_options import Options
 from host_others import others_of, refuse_others
-from host_target import SUPPORTED_TEXT, Host, Target, existing, is_supported
+from host_target import SUPPORTED_TEXT, Host, Target, existing, is_supported, pythons_of
 from host_wheels import bundled_wheel
+from mlnode_python import same_python
 from patch_runner import PatchError, UnknownShapeError, Variant, is_mount, make_patched, remove_patch
 from safe_files import UnsafePathError, read_file
 
@@ -153,7 +154,12 @@ class PythonStep(Step):
             problem = f"{target.python} belongs to the operating system, which does not want pip to install into it"
             advice = "name a virtual environment (--python VENV/bin/python), or overrule it with --force"
             raise RefusalError(f"{problem}\n{advice}")
-        return f"{'.'.join(map(str, target.version))}, {target.python}, pip {pip}"
+        found = f"{'.'.join(map(str, target.version))}, {target.python} ({target.source}), pip {pip}"
+        others = [one for one in pythons_of(self.host.runner) if not same_python(one.python, target.python)]
+        for one in others:
+            found += f"\n    warning: MLNode here starts {one.python} ({one.source})"
+            found += f"; start it with VLLM_PYTHON_PATH={target.python}"
+        return found
 
 
 class DriverStep(Step):

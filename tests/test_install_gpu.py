@@ -416,13 +416,40 @@ def test_the_python_of_mlnode_is_taken(host: FakeHost, with_vllm: Path) -> None:
         assert f"{with_vllm}: is Python {'.'.join(map(str, sys.version_info[:3]))}; 3.12 or newer" in named.stderr
 
 
+def test_the_python_of_the_running_mlnode_is_taken(host: FakeHost, with_vllm: Path) -> None:
+    """sudo drops the variable; MLNode, which runs, has it."""
+    host.nvidia_smi(H200)
+    where = ["--mlnode-dir", host.mlnode, "--dry-run"]
+    with subprocess.Popen(
+        ["sleep", "60"], cwd=host.mlnode, env={**os.environ, "VLLM_PYTHON_PATH": str(with_vllm)}
+    ) as one:
+        done = host.run(*where)
+        told = done.stdout if sys.version_info >= (3, 12) else done.stderr
+        source = f"VLLM_PYTHON_PATH of process {one.pid} (sleep)"
+        if sys.version_info >= (3, 12):
+            assert f"Plan for {with_vllm}" in told and source in told
+        else:
+            assert f"{with_vllm}: is Python 3.11" in told
+        warned = host.run(*where, "--python", sys.executable).stdout
+        assert f"warning: MLNode here starts {with_vllm} ({source})" in warned
+        with subprocess.Popen(
+            ["sleep", "60"], cwd=host.mlnode, env={"PATH": "", "VLLM_PYTHON_PATH": "/b/python"}
+        ) as two:
+            refused = host.run(*where)
+            two.kill()
+        one.kill()
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert f"more than one Python: {with_vllm} ({source}); /b/python (" in refused.stderr
+    assert "--python P" in refused.stderr
+
+
 def test_no_python_from_path_is_taken(host: FakeHost) -> None:
     """runner.py names one that is not there: the python3 on PATH is not MLNode's."""
     host.nvidia_smi(H200)
     host.runner.write_text(host.runner.read_text().replace("/opt/venv/bin/python3", "/nowhere/python3"))
     done = host.run("--mlnode-dir", host.mlnode, "--dry-run")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "/nowhere/python3: not found\nname the one that MLNode starts vLLM with: --python P" in done.stderr
+    assert "/nowhere/python3: not found (the default in that MLNode starts vLLM with: --python P" in done.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
