@@ -67,12 +67,13 @@ class Variant(NamedTuple):
         return graphs + (["VLLM_ALLOW_INSECURE_SERIALIZATION"] if self.profile == "hardened" else [])
 
 
-BEGIN = re.compile(rb"[ \t]*# >>> gonka-poc patch v(\d+) (\S+) ([0-9a-f]{12}) ")
+NOTE = "take it back: patch_runner.py revert"  # the installer names its journal instead
+BEGIN = re.compile(rb"[ \t]*# >>> gonka-poc patch v(\d+) (\S+) ([0-9a-f]{12}) (?:\(([^)\r\n]*)\))?")
 END = re.compile(rb"[ \t]*# <<< gonka-poc patch\s*")
 LINE = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 
 
-def make_patched(original: bytes, variant: Variant) -> bytes:
+def make_patched(original: bytes, variant: Variant, note: str = NOTE) -> bytes:
     """The file with the patch in it; UnknownShapeError if it cannot be put there."""
     lines = LINE.findall(original)
     try:
@@ -80,7 +81,7 @@ def make_patched(original: bytes, variant: Variant) -> bytes:
     except RecursionError as error:
         raise UnknownShapeError("it is nested too deeply") from error
     for number in sorted(blocks, reverse=True):
-        lines[number:number] = _marked(blocks[number], variant, lines, number)
+        lines[number:number] = _marked(blocks[number], variant, note, lines, number)
     patched = b"".join(lines)
     _parse(patched)
     if remove_patch(patched)[0] != original:
@@ -97,7 +98,7 @@ def remove_patch(data: bytes) -> tuple[bytes, set[str]]:
     for number, line in enumerate(LINE.findall(data), 1):
         begin = BEGIN.match(line)
         if begin and block is None:
-            version, variant, digest = (group.decode("ascii", "replace") for group in begin.groups())
+            version, variant, digest = (group.decode("ascii", "replace") for group in begin.groups()[:3])
             marks.add(f"v{version} {variant}")
             block, begun = [], number
         elif begin or (END.fullmatch(line) and block is None):
@@ -113,6 +114,12 @@ def remove_patch(data: bytes) -> tuple[bytes, set[str]]:
     if block is not None:
         raise DamagedPatchError(f"the marker in line {begun} has no partner")
     return b"".join(kept), marks
+
+
+def note_in(data: bytes) -> str:
+    """The note in the first marker of the file, which a new patch keeps; else the usual one."""
+    begin = next(filter(None, map(BEGIN.match, LINE.findall(data))), None)
+    return begin[4].decode("ascii", "replace") if begin and begin[4] else NOTE
 
 
 def _parse(data: bytes) -> ast.Module:
@@ -140,10 +147,10 @@ def _digest(block: Sequence[bytes]) -> str:
     return hashlib.sha256(b"\n".join(line.strip() for line in block)).hexdigest()[:12]
 
 
-def _marked(block: Sequence[str], variant: Variant, lines: Sequence[bytes], number: int) -> list[bytes]:
+def _marked(block: Sequence[str], variant: Variant, note: str, lines: Sequence[bytes], number: int) -> list[bytes]:
     """The block between markers, indented as the line it goes before, with the line end of the one above."""
     digest = _digest([line.encode() for line in block])
-    begin = f"# >>> gonka-poc patch v{PATCH_VERSION} {variant.name} {digest} (take it back: patch_runner.py revert)"
+    begin = f"# >>> gonka-poc patch v{PATCH_VERSION} {variant.name} {digest} ({note})"
     indent = leading_space(lines[number])
     above = lines[number - 1] if number else b"\n"
     end = above[len(above.rstrip(b"\r\n")) :]
@@ -170,7 +177,7 @@ def is_cut_short(current: bytes, old: bytes, new: bytes) -> bool:
 def run_apply(args: argparse.Namespace) -> int:
     data = read_file(args.target)
     original, marks = remove_patch(data)
-    patched = make_patched(original, args.variant)
+    patched = make_patched(original, args.variant, note_in(data))
     if patched == data:
         print(f"already patched ({args.variant.name}), nothing to do: {args.target}")
         return OK
@@ -188,7 +195,7 @@ def run_check(args: argparse.Namespace) -> int:
     if marks:
         text, code = f"patched by another version or profile ({found})", OTHER_PATCH
     try:
-        if make_patched(original, args.variant) == data:
+        if make_patched(original, args.variant, note_in(data)) == data:
             text, code = f"patched ({args.variant.name})", OK
     except UnknownShapeError as error:
         if not marks:
@@ -200,7 +207,7 @@ def run_check(args: argparse.Namespace) -> int:
 
 def run_diff(args: argparse.Namespace) -> int:
     data = read_file(args.target)
-    patched = make_patched(remove_patch(data)[0], args.variant)
+    patched = make_patched(remove_patch(data)[0], args.variant, note_in(data))
     name = os.fsencode(args.target)
     before, after = (re.findall(rb"[^\n]*\n|[^\n]+", text) for text in (data, patched))
     for line in difflib.diff_bytes(difflib.unified_diff, before, after, name, name):

@@ -17,11 +17,13 @@ from typing import Any
 from host_common import InstallError, InterruptionError, RefusalError, complain, say, sha256
 from host_gpus import find_gpus
 from host_journal import Journal, undo_file, undo_packages
+from host_kept import keep_installer
 from host_look import differences, look_at
-from host_options import HELP, parse_options
+from host_options import HELP, Options, parse_options
+from host_places import find_recorded, find_runner_of, introduce, tell_others
 from host_runners import stray_patches, take_out
 from host_steps import STEPS, DoctorStep, PackageStep, RunnerStep, Step, VllmStep, choose_vllm, live_command
-from host_target import Host, existing, find_host, locked
+from host_target import Host, existing, find_python, find_runner, locked, state_folder
 from host_wheels import check_wheels
 from safe_files import read_file
 
@@ -57,6 +59,11 @@ def install(host: Host) -> int:
     if not journal.changes:
         journal.before = before
     try:
+        if busy:
+            journal.settings = journal.settings or settings_of(host)
+            journal.open()
+        if busy or journal.changes:
+            keep_installer(journal)
         for number, step in enumerate(steps, 1):
             if step.todo or isinstance(step, DoctorStep):
                 say(f"[{number}/{len(steps)}] {step.title}: {step.todo}".rstrip())
@@ -66,13 +73,57 @@ def install(host: Host) -> int:
     except BaseException as error:
         roll_back(host, journal, begun, before, error)
         raise
+    if busy:
+        journal.settings = settings_of(host)
+        journal.save()
+    introduce(host, journal)
     if not busy:
         say("Everything was in place; there was nothing to do.")
         return DONE
     say(f"Done. Restart MLNode for it to take effect. The journal is in {host.state}.")
-    say("To take everything back: bash install.sh --uninstall, with the same --python")
+    say(f"To take everything back, also without this checkout: {Path(host.target.scripts, 'gonka-poc')} uninstall")
     say(f"Then ask the running server (its own port, MLNode's first is 5001): {live_command(host.target)}")
     return DONE
+
+
+# Of the options, those that an update takes from the last installation.
+KEPT_OPTIONS = ("profile", "gpus")
+
+
+def settings_of(host: Host) -> dict[str, Any]:
+    """What an update is to find: the Python, the runner.py and the options of this installation."""
+    settings = {name: getattr(host.options, name) for name in KEPT_OPTIONS}
+    return {"python": host.target.python, "runner": str(host.runner), **settings}
+
+
+def take_settings(host: Host, journal: Journal) -> None:
+    """For --update: the settings of the last installation, where the command line does not say otherwise."""
+    if not journal.changes:
+        problem = f"nothing is recorded in {journal.folder}: there is no installation to update"
+        raise RefusalError(f"{problem}\ninstall it: bash install.sh, from a checkout")
+    for name in KEPT_OPTIONS:
+        if name not in host.options.given and name in journal.settings:
+            setattr(host.options, name, journal.settings[name])
+
+
+def find_host(options: Options, script: str) -> Host:
+    """The Python, the state folder and MLNode's file; only an installation insists on the last, and looks for GPUs."""
+    if options.action == "install":
+        gpus = find_gpus(script, options.force, options.gpus)
+        runner = find_runner(options.mlnode_dir)
+        target = find_python(options.python, runner)
+        return Host(options, target, state_folder(target), runner, gpus)
+    runner = None
+    with contextlib.suppress(RefusalError):
+        runner = find_runner(options.mlnode_dir)
+    target = find_recorded(options, runner)
+    host = Host(options, target, state_folder(target), runner)
+    if options.action == "update":
+        journal = Journal(host.state)
+        take_settings(host, journal)
+        host.runner = find_runner_of(options, journal)
+        host.gpus = find_gpus(script, options.force, options.gpus)
+    return host
 
 
 def refuse_unwritable(host: Host, steps: Sequence[Step]) -> None:
@@ -137,6 +188,7 @@ def roll_back(host: Host, journal: Journal, begun: int, before: Mapping[str, Any
     try:
         for change in reversed(journal.changes[begun:]):
             undo(host, journal, change, force=True)
+        journal.sweep()
         left = differences(before, host)
     except (InstallError, OSError) as problem:
         complain(f"error: not everything could be taken back: {problem}")
@@ -200,6 +252,7 @@ def status(host: Host) -> int:
     """0: installed and as we left it; 3: not installed; 1: something was changed since."""
     journal = Journal(host.state)
     strays = stray_patches(host, journal)
+    tell_others(host)
     for path, marks in strays.items():
         say(f"Patched ({marks}), and no Python that it starts has the package: {path} [take it out: --uninstall]")
     if not journal.changes:
@@ -239,11 +292,10 @@ def main(script: str, *words: str) -> int:
         if options.action == "help":
             print(HELP, end="")
             return DONE
-        gpus = find_gpus(script, options.force, options.gpus) if options.action == "install" else None
-        host = find_host(options, gpus)
+        host = find_host(options, script)
         if options.action == "status":
             return status(host)
-        act = install if options.action == "install" else uninstall
+        act = uninstall if options.action == "uninstall" else install
         if options.dry_run:
             return act(host)
         with locked(host):

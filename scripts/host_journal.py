@@ -43,6 +43,8 @@ class Journal:
         self.changes: list[dict[str, Any]] = []
         self.made_folders: list[str] = []
         self.before: dict[str, Any] = {}  # host_look.look_at, before the first change
+        self.settings: dict[str, Any] = {}  # of the last installation, for --update
+        self.peers: list[str] = []  # folders of other journals of this host
         refuse_foreign_journal(str(self.path))
         if self._is_there():
             try:
@@ -50,7 +52,8 @@ class Journal:
                 if content["format"] != JOURNAL_FORMAT:
                     raise ValueError(f"format {content['format']}")
                 self.changes, self.made_folders = content["changes"], content["made_folders"]
-                self.before = content.get("before", {})
+                self.before, self.settings = content.get("before", {}), content.get("settings", {})
+                self.peers = content.get("peers", [])
                 self._check_places()
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InstallError(f"{self.path} cannot be read: {error!r}; move it away, or restore it") from error
@@ -75,15 +78,18 @@ class Journal:
         if any(not self.folder.is_relative_to(made) for made in self.made_folders):
             raise ValueError("it names folders that are not above its own")
 
-    def begin(self, change: dict[str, Any], state: str = "begun") -> dict[str, Any]:
-        """Record a change before it is made."""
-        self.changes.append({**change, "state": state})
-        change = self.changes[-1]
+    def open(self) -> None:
+        """Write it, with its folder where there is none."""
         if self.folder.is_dir():
             self.save()
         else:
             self._make_folder()
-        return change
+
+    def begin(self, change: dict[str, Any], state: str = "begun") -> dict[str, Any]:
+        """Record a change before it is made."""
+        self.changes.append({**change, "state": state})
+        self.open()
+        return self.changes[-1]
 
     def set_state(self, change: dict[str, Any], state: str) -> None:
         change["state"] = state
@@ -97,7 +103,8 @@ class Journal:
 
     def save(self, folder: Path | None = None) -> None:
         content = {"format": JOURNAL_FORMAT, "made_folders": self.made_folders, "before": self.before}
-        text = json.dumps({**content, "changes": self.changes}, indent=1)
+        content |= {"settings": self.settings, "peers": self.peers, "changes": self.changes}
+        text = json.dumps(content, indent=1)
         write_file(str((folder or self.folder) / self.path.name), f"{text}\n".encode("ascii"))
 
     def sweep(self) -> None:
@@ -108,7 +115,8 @@ class Journal:
                 shutil.rmtree(left)
         if not self.folder.is_dir():
             return
-        for left in [*self.folder.glob("kept-*"), *self.folder.glob(f".{self.path.name}.*.tmp")]:
+        patterns = ("kept-*", f".{self.path.name}.*.tmp", ".installer.*", *([] if self.changes else ["installer"]))
+        for left in (path for pattern in patterns for path in self.folder.glob(pattern)):
             if str(left) not in named:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         if not self.changes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from host_common import RefusalError
 
@@ -27,7 +27,9 @@ On a GPU host (each option also works with install_b300.sh and install_universal
                      its own inside; --uninstall brings it back
   --force            go on with GPUs that are not supported, or with a Python that the operating system manages; with
                      --uninstall: also take back what was edited since
-  --uninstall        take everything back, as the journal recorded it
+  --update           install this checkout over the last installation, with its profile, runner.py and GPUs where no
+                     option says otherwise. Without a checkout: gonka-poc update
+  --uninstall        take everything back, as the journal recorded it. Without a checkout: gonka-poc uninstall
   --status           what is installed; exit status 0 in order, 3 not installed, 1 changed since
   --help             print this text
 
@@ -38,14 +40,15 @@ to write there.
 Exit status: 0 done or nothing to do, 1 failed and taken back, 2 refused before anything was changed, 3 see --status.
 """
 
-ACTIONS = ("--uninstall", "--status")
+ACTIONS = ("--update", "--uninstall", "--status")
 FLAGS = ("--yes", "--dry-run", "--force", "--keep-vllm", "--replace-other")
 VALUES = ("--python", "--mlnode-dir", "--profile", "--vllm-version", "--gpus", "--wheels")
 
 
 @dataclass
 class Options:
-    action: str = "install"  # or uninstall, status, help
+    action: str = "install"  # or update, uninstall, status, help
+    given: set[str] = field(default_factory=set)  # the fields that the command line sets
     yes: bool = False
     dry_run: bool = False
     force: bool = False
@@ -67,21 +70,22 @@ def parse_options(words: Sequence[str]) -> Options:
     while left:
         word = left.pop(0)
         name, equals, value = word.partition("=")
-        field = name.removeprefix("--").replace("-", "_")
+        attribute = name.removeprefix("--").replace("-", "_")
+        options.given.add(attribute)
         if name in VALUES:
             if not equals and left:
                 value = left.pop(0)
             if not value or value.startswith("--"):
                 raise RefusalError(f"{name} needs a value")
-            setattr(options, field, value)
+            setattr(options, attribute, value)
         elif name not in (*ACTIONS, *FLAGS):
             raise RefusalError(f"unknown option: {word}\n    --help tells what there is")
         elif equals:
             raise RefusalError(f"{name} takes no value")
         elif name in ACTIONS:
-            options.action = field
+            options.action = attribute
         else:
-            setattr(options, field, True)
+            setattr(options, attribute, True)
     if options.profile not in ("standard", "graphs", "hardened"):
         raise RefusalError(f"--profile {options.profile}: it is standard, graphs or hardened")
     if options.gpus not in (None, "b300", "universal"):

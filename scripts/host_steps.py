@@ -16,12 +16,14 @@ from typing import ClassVar
 from host_common import PACKAGE, ROOT, InstallError, RefusalError, say, sha256, version_of
 from host_gpus import Generation
 from host_journal import Journal, change_file, edited_files, install_packages
+from host_kept import is_kept, keep_wheel, kept_wheel
 from host_options import Options
 from host_others import others_of, refuse_others
+from host_places import note_of
 from host_target import SUPPORTED_TEXT, Host, Target, existing, is_supported, pythons_of
 from host_wheels import bundled_wheel
 from mlnode_python import same_python
-from patch_runner import PatchError, UnknownShapeError, Variant, is_mount, make_patched, remove_patch
+from patch_runner import PatchError, UnknownShapeError, Variant, is_mount, make_patched, note_in, remove_patch
 from safe_files import UnsafePathError, read_file
 
 FIRST_VLLM_WITH_SKIP_COMPILED = (0, 15)
@@ -230,6 +232,9 @@ class PackageStep(Step):
 
     def check(self) -> str:
         target = self.host.target
+        if is_kept() and given_wheel(self.host.options) is None:
+            problem = f"{ROOT} has no wheel of gonka_poc: it was installed before it was kept"
+            raise RefusalError(f"{problem}\ntake a checkout: bash install.sh --update, or gonka-poc update CHECKOUT")
         refuse_others(target, self.host.options.replace_other)
         found, wanted = target.own().get(PACKAGE), wanted_version(self.host.options)
         if found is None:
@@ -238,7 +243,7 @@ class PackageStep(Step):
                 f", in place of {others}" if others else ""
             )
             return "not installed"
-        same = package_files(Path(target.purelib)) == package_files(ROOT)
+        same = package_files(Path(target.purelib)) == wanted_files(self.host.options)
         if same and found.version == wanted:
             return f"{found.version} is installed, the same as in this checkout"
         edited = ", ".join(edited_files(found))
@@ -255,6 +260,7 @@ class PackageStep(Step):
                 install_packages(self.host, journal, dependencies)
             others = sorted(others_of(self.host.target.look()))
             install_packages(self.host, journal, ["--no-deps", "--force-reinstall", str(wheel)], others)
+            keep_wheel(journal, wheel)
 
 
 def wheel_requirements(wheel: Path) -> list[str]:
@@ -266,11 +272,11 @@ def wheel_requirements(wheel: Path) -> list[str]:
 
 
 def given_wheel(options: Options) -> Path | None:
-    """The wheel of this package in the folder of --wheels, else the one that the environment names."""
+    """The wheel of this package: of the folder of --wheels, else named by the environment, else the kept one."""
     if options.wheels:
         return Path(bundled_wheel(options.wheels))
     given = os.environ.get("GONKA_POC_WHEEL")
-    return Path(given) if given else None
+    return Path(given) if given else kept_wheel()
 
 
 def wanted_version(options: Options) -> str:
@@ -329,6 +335,16 @@ def build_wheel(host: Host, folder: Path) -> Path:
     return wheel
 
 
+def wanted_files(options: Options) -> dict[str, str]:
+    """As `package_files`, of what is to be installed: of the checkout, or of the wheel beside the kept scripts."""
+    wheel = given_wheel(options)
+    if not is_kept() or wheel is None:
+        return package_files(ROOT)
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.startswith("gonka_poc/")]
+        return {name.removeprefix("gonka_poc/"): sha256(archive.read(name)) for name in names}
+
+
 def package_files(folder: Path) -> dict[str, str]:
     """Hashes of the files of the package gonka_poc in `folder`, byte code left out."""
     package = folder / "gonka_poc"
@@ -345,7 +361,8 @@ class RunnerStep(Step):
         variant = Variant(profile, profile == "standard" or not can_skip_compiled(self))
         try:
             current = read_file(path)
-            return current, make_patched(remove_patch(current)[0], variant)
+            original, marks = remove_patch(current)
+            return current, make_patched(original, variant, note_in(current) if marks else note_of(self.host.state))
         except UnknownShapeError as error:
             raise RefusalError(f"{path}: its shape is not known: {error}\n{error.advice}") from error
         except PatchError as error:

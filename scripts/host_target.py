@@ -242,16 +242,6 @@ class Host:
         return self.target.run("-m", "pip", words[0], *flags, *words[1:], keep_open=self.locks, merged=True)
 
 
-def find_host(options: Options, gpus: Gpus | None) -> Host:
-    """The Python, the state folder and MLNode's file; only an installation insists on the last."""
-    runner = None
-    suppressed = () if options.action == "install" else (RefusalError,)
-    with contextlib.suppress(*suppressed):
-        runner = find_runner(options.mlnode_dir)
-    target = find_python(options.python, runner)
-    return Host(options, target, state_folder(target), runner, gpus)
-
-
 def existing(path: str | Path) -> str:
     """The folder, or the nearest one above it that is there."""
     return str(next(folder for folder in (Path(path), *Path(path).parents) if folder.exists()))
