@@ -27,7 +27,7 @@ sys.path.append(FOLDER)  # `python -I` leaves out the folder of the script that 
 from runner_shape import PatchError, UnknownShapeError, find_blocks, leading_space  # noqa: E402
 from safe_files import read_file, write_file  # noqa: E402
 
-PATCH_VERSION = 3
+PATCH_VERSION = 4
 PROFILES = ("standard", "graphs", "hardened")
 OK, IO_ERROR, USAGE_ERROR, NOT_PATCHED, UNKNOWN_SHAPE, OTHER_PATCH = range(6)
 
@@ -51,19 +51,22 @@ class DamagedPatchError(PatchError):
 
 
 class Variant(NamedTuple):
-    """A profile, and whether vLLM must run without compilation."""
+    """A profile, whether vLLM must run without compilation, and whether it replays chats."""
 
     profile: str = "standard"
     enforce_eager: bool = True
+    replay: bool = False
 
     @property
     def name(self) -> str:
-        return "hardened-cuda-graphs" if self.profile == "hardened" and not self.enforce_eager else self.profile
+        name = "hardened-cuda-graphs" if self.profile == "hardened" and not self.enforce_eager else self.profile
+        return f"{name}-replay" if self.replay else name
 
     @property
     def left_out(self) -> list[str]:
-        """The options and variables of the profile `standard` that this one does without."""
+        """The options and variables of the profile `standard` with replays that this one does without."""
         graphs = [] if self.enforce_eager else ["--enforce-eager", "VLLM_USE_CUDA_GRAPHS"]
+        graphs += [] if self.replay else ["--logprobs-mode", "--logits-processors", "VLLM_USE_V2_MODEL_RUNNER"]
         return graphs + (["VLLM_ALLOW_INSECURE_SERIALIZATION"] if self.profile == "hardened" else [])
 
 
@@ -240,10 +243,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile", choices=PROFILES, default="standard", help=profiles)
     without = "with hardened, where vLLM can skip the compiled forward: no --enforce-eager, as graphs"
     parser.add_argument("--no-enforce-eager", dest="enforce_eager", action="store_false", help=without)
+    replays = "chats as the network accepts them, and its replays: --logits-processors, --logprobs-mode, the V1 runner"
+    parser.add_argument("--replay", action="store_true", help=replays)
     args = parser.parse_args(argv)
     if not args.enforce_eager and args.profile == "standard":
         parser.error("standard without --enforce-eager is --profile graphs")
-    args.variant = Variant(args.profile, args.enforce_eager and args.profile != "graphs")
+    args.variant = Variant(args.profile, args.enforce_eager and args.profile != "graphs", args.replay)
     args.target = os.path.realpath(args.file)
     return args
 

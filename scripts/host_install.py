@@ -87,7 +87,7 @@ def install(host: Host) -> int:
 
 
 # Of the options, those that an update takes from the last installation.
-KEPT_OPTIONS = ("profile", "gpus")
+KEPT_OPTIONS = ("profile", "replay", "gpus")
 
 
 def settings_of(host: Host) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def take_settings(host: Host, journal: Journal) -> None:
         problem = f"nothing is recorded in {journal.folder}: there is no installation to update"
         raise RefusalError(f"{problem}\ninstall it: bash install.sh, from a checkout")
     for name in KEPT_OPTIONS:
-        if name not in host.options.given and name in journal.settings:
+        if not {name, f"no_{name}"} & host.options.given and name in journal.settings:
             setattr(host.options, name, journal.settings[name])
 
 

@@ -19,6 +19,8 @@ On a GPU host (each option also works with install_b300.sh and install_universal
   --profile NAME     standard (default): chat in eager mode; graphs: the same with a compiled model and CUDA graphs for
                      chat, for vLLM 0.15 and newer; hardened: no VLLM_ALLOW_INSECURE_SERIALIZATION, and as graphs where
                      the vLLM is new enough. The plan says what each costs
+  --replay           vLLM answers chats as the network accepts them, and replays those of other hosts; off if not given,
+                     and --update keeps what was chosen (--no-replay turns it off). The plan says what it costs
   --vllm-version V   install this vLLM (default: an installed one that is supported is kept, else the pinned one)
   --gpus NAME        b300 or universal: install for these GPUs without looking for any, nor for a driver; for images
   --wheels DIR       take every package from this folder of scripts/bundle.sh, none from an index
@@ -41,7 +43,7 @@ Exit status: 0 done or nothing to do, 1 failed and taken back, 2 refused before 
 """
 
 ACTIONS = ("--update", "--uninstall", "--status")
-FLAGS = ("--yes", "--dry-run", "--force", "--keep-vllm", "--replace-other")
+FLAGS = ("--yes", "--dry-run", "--force", "--keep-vllm", "--replace-other", "--replay", "--no-replay")
 VALUES = ("--python", "--mlnode-dir", "--profile", "--vllm-version", "--gpus", "--wheels")
 
 
@@ -54,6 +56,8 @@ class Options:
     force: bool = False
     keep_vllm: bool = False
     replace_other: bool = False
+    replay: bool = False
+    no_replay: bool = False
     python: str | None = None
     mlnode_dir: str | None = None
     profile: str = "standard"
@@ -88,6 +92,8 @@ def parse_options(words: Sequence[str]) -> Options:
             setattr(options, attribute, True)
     if options.profile not in ("standard", "graphs", "hardened"):
         raise RefusalError(f"--profile {options.profile}: it is standard, graphs or hardened")
+    if options.replay and options.no_replay:
+        raise RefusalError("--replay and --no-replay exclude each other")
     if options.gpus not in (None, "b300", "universal"):
         raise RefusalError(f"--gpus {options.gpus}: it is b300 or universal")
     if options.keep_vllm and options.vllm_version:

@@ -358,7 +358,8 @@ class RunnerStep(Step):
     def _patched(self) -> tuple[bytes, bytes]:
         """The file as it is and as it should be."""
         path, profile = str(self.host.runner), self.host.options.profile
-        variant = Variant(profile, profile == "standard" or not can_skip_compiled(self))
+        eager = profile == "standard" or not can_skip_compiled(self)
+        variant = Variant(profile, eager, self.host.options.replay)
         try:
             current = read_file(path)
             original, marks = remove_patch(current)
@@ -375,8 +376,9 @@ class RunnerStep(Step):
             problem = f"--profile graphs: vLLM {self.choice.version} cannot run proof beside a compiled model"
             raise RefusalError(f"{problem}\ntake vLLM 0.15 or newer, or --profile standard")
         current, wanted = self._patched()
-        self.todo = f"patch it, profile {self.host.options.profile}" if current != wanted else ""
-        found = f"{self.host.runner} {'is to be' if self.todo else 'is'} patched ({self.host.options.profile})"
+        chosen = self.host.options.profile + (", with replays" if self.host.options.replay else "")
+        self.todo = f"patch it, profile {chosen}" if current != wanted else ""
+        found = f"{self.host.runner} {'is to be' if self.todo else 'is'} patched ({chosen})"
         if is_mount(str(self.host.runner)):
             found += "\n    it is a mount of its own and is written in place; what it mounts is patched"
         return found + "".join(f"\n    {line}" for line in profile_costs(self))
@@ -385,8 +387,14 @@ class RunnerStep(Step):
         change_file(journal, self.host.runner, *self._patched())
 
 
+REPLAY_COST = (
+    "chats that the network accepts, and its replays; logprobs have token ids and are processed_logprobs, a replay "
+    "sorts the vocabulary at each token, the V2 model runner is off; left out where MLNode speculates"
+)
+
+
 def profile_costs(step: Step) -> list[str]:
-    """A line for each profile: what chat gains or loses by it."""
+    """A line for each profile and one for replays: what chat gains or loses by it."""
     able = can_skip_compiled(step)
     costs = {
         "standard": "chat loses its compiled model and CUDA graphs (--enforce-eager), unless MLNode's options compile",
@@ -396,7 +404,8 @@ def profile_costs(step: Step) -> list[str]:
         "hardened": f"as {'graphs' if able else 'standard'}, and no functions are sent to the workers",
     }
     chosen = step.host.options.profile
-    return [f"{'*' if name == chosen else ' '} --profile {name}: {text}" for name, text in costs.items()]
+    lines = [f"{'*' if name == chosen else ' '} --profile {name}: {text}" for name, text in costs.items()]
+    return [*lines, f"{'*' if step.host.options.replay else ' '} --replay: {REPLAY_COST}"]
 
 
 def can_skip_compiled(step: Step) -> bool:

@@ -44,7 +44,8 @@ def uninstall_command(yes: bool, dry_run: bool, force: bool) -> None:
 @click.argument("source", required=False, type=click.Path(path_type=Path))
 @run_options
 @click.option("--profile", type=click.Choice(["standard", "graphs", "hardened"]), help="Instead of the one it has")
-def update_command(source: Path | None, yes: bool, dry_run: bool, profile: str | None) -> None:
+@click.option("--replay/--no-replay", default=None, help="With or without replays of chats, instead of as it is")
+def update_command(source: Path | None, yes: bool, dry_run: bool, profile: str | None, replay: bool | None) -> None:
     """Install again over what install.sh did for this Python, with its profile, runner.py and GPUs.
 
     SOURCE is a newer checkout, a folder of its scripts/bundle.sh, or a wheel of gonka-poc-vllm. Without it the
@@ -55,6 +56,7 @@ def update_command(source: Path | None, yes: bool, dry_run: bool, profile: str |
     sudo /opt/venv/bin/gonka-poc update /srv/gonka_poc
     """
     script, words = kept_script(), [] if profile is None else ["--profile", profile]
+    words += [] if replay is None else ["--replay" if replay else "--no-replay"]
     if source is None:
         pass
     elif (source / "install.sh").is_file():
