@@ -195,11 +195,34 @@ def install_packages(host: Host, journal: Journal, spec: Sequence[str], others: 
 
 
 def plan_packages(host: Host, spec: Sequence[str]) -> dict[str, str]:
-    """Name and version of what pip would install now."""
+    """Name and version of what pip would install now. InstallError names a constraint that stands in the way."""
     with tempfile.NamedTemporaryFile(suffix=".json") as report:
-        host.pip("install", "--quiet", "--dry-run", "--report", report.name, *spec)
+        try:
+            host.pip("install", "--dry-run", "--report", report.name, *spec)
+        except InstallError as error:
+            constraints = constraints_in(host, str(error))
+            if not constraints:
+                raise
+            advice = "take the line out of that file, or widen it; pip says what it contradicts"
+            raise InstallError(
+                f"pip's constraints stand in the way: {'; '.join(constraints)}\n{advice}\n{error}"
+            ) from error
         items = json.loads(Path(report.name).read_bytes())["install"]
     return {normal_name(item["metadata"]["name"]): item["metadata"]["version"] for item in items}
+
+
+def constraints_in(host: Host, answer: str) -> list[str]:
+    """The constraints that a failing pip names, each with the line and the file that it comes from."""
+    settings = re.findall(r"^\w+\.constraint='(.*)'$", host.pip("config", "list"), flags=re.MULTILINE)
+    found = []
+    for name in dict.fromkeys(re.findall(r"\(constraint\) ([A-Za-z0-9][\w.-]*)", answer)):
+        for path in (path for setting in settings for path in setting.replace("\\n", " ").split()):
+            with contextlib.suppress(OSError):
+                for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):
+                    word = re.match(r"[A-Za-z0-9][\w.-]*", line.strip())
+                    if word and normal_name(word[0]) == normal_name(name):
+                        found.append(f"{line.strip()} ({path}, line {number})")
+    return found
 
 
 def normal_name(name: str) -> str:

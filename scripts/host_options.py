@@ -19,8 +19,9 @@ On a GPU host (each option also works with install_b300.sh and install_universal
   --profile NAME     standard (default): chat in eager mode; graphs: the same with a compiled model and CUDA graphs for
                      chat, for vLLM 0.15 and newer; hardened: no VLLM_ALLOW_INSECURE_SERIALIZATION, and as graphs where
                      the vLLM is new enough. The plan says what each costs
-  --replay           vLLM answers chats as the network accepts them, and replays those of other hosts; off if not given,
-                     and --update keeps what was chosen (--no-replay turns it off). The plan says what it costs
+  --replay           vLLM answers chats as the network accepts them, and replays those of other hosts; off if not given.
+                     The plan says what it costs
+  --no-replay        with --update, which keeps what was chosen: turn it off
   --vllm-version V   install this vLLM (default: an installed one that is supported is kept, else the pinned one)
   --gpus NAME        b300 or universal: install for these GPUs without looking for any, nor for a driver; for images
   --wheels DIR       take every package from this folder of scripts/bundle.sh, none from an index

@@ -433,7 +433,7 @@ def test_the_python_of_the_running_mlnode_is_taken(host: FakeHost, with_vllm: Pa
             assert f"{with_vllm}: is Python 3.11" in told
         warned = host.run(*where, "--python", sys.executable).stdout
         assert f"warning: MLNode here starts {with_vllm} ({source})" in warned
-        with subprocess.Popen([sleep, "60"], cwd=host.mlnode, env={"PATH": "", "VLLM_PYTHON_PATH": "/b/python"}) as two:
+        with subprocess.Popen([sleep, "600"], cwd=host.mlnode, env={"PATH": "", "VLLM_PYTHON_PATH": "/b/python"}) as two:
             refused = host.run(*where)
             two.kill()
         one.kill()
@@ -1114,6 +1114,21 @@ def test_as_it_was_is_said_after_a_look(
         assert ("Everything is as it was before the installation." in told) == (stray is None)
         assert ("Not as before the installation:\n" in told) == (stray is not None)
         assert (f"{Path(host.target.purelib, 'left.py')} came since" in told) == (stray is not None)
+
+
+def test_a_constraint_in_the_way_is_named(packages: FakeHost, monkeypatch: pytest.MonkeyPatch, journal: object) -> None:
+    constraints = packages.folder / "constraints.txt"
+    constraints.write_text("other<1\nTail<2  # somebody's\n")
+    settings = packages.folder / ".config" / "pip" / "pip.conf"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(f"[install]\nconstraint = {constraints}\n")
+    monkeypatch.setenv("HOME", str(packages.folder))
+    before = tree(packages.folder)
+    with pytest.raises(
+        host_target.InstallError, match=r"in the way: Tail<2  # somebody's \(.*constraints\.txt, line 2\)"
+    ):
+        host_journal.install_packages(make_host(packages), journal, ["head"])
+    assert tree(packages.folder) == before
 
 
 def test_packages_that_others_need_now_stay(packages: FakeHost, journal: object) -> None:
