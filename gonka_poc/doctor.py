@@ -46,8 +46,7 @@ from gonka_poc.errors import (
     for_terminal,
 )
 from gonka_poc.gpus import nvidia_smi
-from gonka_poc.mlnode_python import VARIABLE as PYTHON_VARIABLE
-from gonka_poc.mlnode_python import NamedPython, named_pythons, same_python
+from gonka_poc.mlnode_python import PYTHON_VARIABLE, NamedPython, named_pythons, same_python
 from gonka_poc.safe_files import other_writer
 from gonka_poc.vllm_compat import INSECURE_SERIALIZATION, MIDDLEWARE, SUPPORTED, WORKER_EXTENSION
 from gonka_poc.vllm_contract import Finding, judge, known_release, read_package
@@ -330,10 +329,10 @@ def check_interpreter(here: Surroundings) -> Check:
     text = "; ".join(f"{named.python} ({named.source})" for named in found)
     if len(found) > 1:
         return Check(name, "fail", f"several are named: {text}", "say which by --python, and run the doctor in it")
-    if not same_python(found[0].python, sys.executable):
-        fix = f"{found[0].python} -m gonka_poc.doctor, with the same options"
-        return Check(name, "fail", f"{text}; this is {sys.executable}, and vLLM was looked at in it", fix)
-    return Check(name, "ok", text)
+    if same_python(found[0].python, sys.executable):
+        return Check(name, "ok", text)
+    fix = f"{found[0].python} -m gonka_poc.doctor, with the same options"
+    return Check(name, "fail", f"{text}; this is {sys.executable}, and vLLM was looked at in it", fix)
 
 
 def check_package(here: Surroundings) -> Check:
@@ -421,7 +420,9 @@ def check_serialization(here: Surroundings) -> Check:
 def check_eager(here: Surroundings) -> Check:
     """A forward of the model without compilation, which proofs need."""
     name = "eager forward"
-    if "--enforce-eager" in here.runner_text():
+    text = here.runner_text()
+    # the patch's table has it or not, its code has it always
+    if ('"--enforce-eager": ""' if "gonka-poc patch" in text else "--enforce-eager") in text:
         return Check(name, "ok", "runner.py starts vLLM with --enforce-eager")
     if vllm_compat.can_skip_compiled():
         return Check(name, "ok", "this vLLM can run proofs beside a compiled model")

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-VARIABLE = "VLLM_PYTHON_PATH"
+PYTHON_VARIABLE = "VLLM_PYTHON_PATH"
 SERVER_MODULES = ("vllm.entrypoints.openai.api_server", "gonka_poc.entrypoint.api_router")
 UNIT_FOLDERS = (
     "/etc/systemd/system",
@@ -48,8 +48,8 @@ def named_pythons(
     The first of these that says something: `environment`, the processes of the MLNode that `runner` belongs to, systemd
     units that set the variable, and `text`, the content of `runner`. What cannot be read says nothing.
     """
-    if environment.get(VARIABLE):
-        return [NamedPython(environment[VARIABLE], f"{VARIABLE} of this environment")]
+    if environment.get(PYTHON_VARIABLE):
+        return [NamedPython(environment[PYTHON_VARIABLE], f"{PYTHON_VARIABLE} of this environment")]
     for found in (_of_processes(runner, proc) if runner else [], _of_units(runner, unit_folders)):
         distinct: list[NamedPython] = []
         for named in found:
@@ -57,7 +57,7 @@ def named_pythons(
                 distinct.append(named)
         if distinct:
             return distinct
-    default = re.search(rf"^\s+{VARIABLE}\s*=\s*[\"']([^\"'\r\n]+)[\"']", text, flags=re.MULTILINE)
+    default = re.search(rf"^\s+{PYTHON_VARIABLE}\s*=\s*[\"']([^\"'\r\n]+)[\"']", text, flags=re.MULTILINE)
     return [NamedPython(default[1], f"the default in {runner or 'runner.py'}")] if default else []
 
 
@@ -88,8 +88,8 @@ def _of_processes(runner: Path, proc: str) -> list[NamedPython]:
             if not words or not _is_of(runner, folder, environment):
                 continue
             source = f"process {os.path.basename(folder)} ({os.path.basename(words[0])})"
-            if environment.get(VARIABLE):
-                by_environment.append(NamedPython(environment[VARIABLE], f"{VARIABLE} of {source}"))
+            if environment.get(PYTHON_VARIABLE):
+                by_environment.append(NamedPython(environment[PYTHON_VARIABLE], f"{PYTHON_VARIABLE} of {source}"))
             elif any(module in words for module in SERVER_MODULES):
                 python = os.path.join(os.readlink(f"{folder}/cwd"), words[0])
                 if "/" not in words[0]:
@@ -155,7 +155,7 @@ def _set_by(unit: str, read_files: bool) -> str:
             place.clear()
     for path in (path for pattern in files if read_files for path in sorted(glob.glob(pattern))):
         lines += _text_of(path).splitlines()
-    return dict(_pairs([word for line in lines for word in _words(line)])).get(VARIABLE, "")
+    return dict(_pairs([word for line in lines for word in _words(line)])).get(PYTHON_VARIABLE, "")
 
 
 def _words(line: str) -> list[str]:

@@ -22,7 +22,17 @@ from host_look import differences, look_at
 from host_options import HELP, Options, parse_options
 from host_places import find_recorded, find_runner_of, introduce, tell_others
 from host_runners import stray_patches, take_out
-from host_steps import STEPS, DoctorStep, PackageStep, RunnerStep, Step, VllmStep, choose_vllm, live_command
+from host_steps import (
+    STEPS,
+    DoctorStep,
+    PackageStep,
+    RunnerStep,
+    Step,
+    VllmStep,
+    choose_vllm,
+    live_command,
+    own_command,
+)
 from host_target import Host, existing, find_python, find_runner, locked, state_folder
 from host_wheels import check_wheels
 from safe_files import read_file
@@ -81,7 +91,7 @@ def install(host: Host) -> int:
         say("Everything was in place; there was nothing to do.")
         return DONE
     say(f"Done. Restart MLNode for it to take effect. The journal is in {host.state}.")
-    say(f"To take everything back, also without this checkout: {Path(host.target.scripts, 'gonka-poc')} uninstall")
+    say(f"To take everything back, also without this checkout: {own_command(host.target)} uninstall")
     say(f"Then ask the running server (its own port, MLNode's first is 5001): {live_command(host.target)}")
     return DONE
 

@@ -98,7 +98,12 @@ def cuda_of_torch(target: Target) -> int | None:
 
 def live_command(target: Target) -> str:
     """What asks a running server for a proof."""
-    return f"{shlex.quote(str(Path(target.scripts, 'gonka-poc')))} doctor --live http://127.0.0.1:5001"
+    return f"{own_command(target)} doctor --live http://127.0.0.1:5001"
+
+
+def own_command(target: Target) -> str:
+    """The command gonka-poc of that Python, as a shell takes it."""
+    return shlex.quote(str(Path(target.scripts, "gonka-poc")))
 
 
 @dataclass

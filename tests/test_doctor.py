@@ -380,6 +380,8 @@ def test_eager(runner: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.check_eager(here(None)).state == "warn"
     patch(runner)
     assert doctor.check_eager(here(runner)).state == "ok"
+    patch(runner, "--profile", "graphs")
+    assert doctor.check_eager(here(runner)).state == "fail"
 
 
 @pytest.mark.parametrize(

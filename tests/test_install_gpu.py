@@ -433,7 +433,9 @@ def test_the_python_of_the_running_mlnode_is_taken(host: FakeHost, with_vllm: Pa
             assert f"{with_vllm}: is Python 3.11" in told
         warned = host.run(*where, "--python", sys.executable).stdout
         assert f"warning: MLNode here starts {with_vllm} ({source})" in warned
-        with subprocess.Popen([sleep, "600"], cwd=host.mlnode, env={"PATH": "", "VLLM_PYTHON_PATH": "/b/python"}) as two:
+        with subprocess.Popen(
+            [sleep, "600"], cwd=host.mlnode, env={"PATH": "", "VLLM_PYTHON_PATH": "/b/python"}
+        ) as two:
             refused = host.run(*where)
             two.kill()
         one.kill()
