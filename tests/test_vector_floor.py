@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from engineless import engineless_server, run
 from fakes import FakeManager
 
 from gonka_poc.cli.vector_floor import MAX_FALSE_ALARM, PROOF, Floor, advise
-from gonka_poc.errors import ToolError
+from gonka_poc.data import BatchResult, VectorSpec
+from gonka_poc.errors import ComputeError, ToolError, UnsupportedServerError
 from gonka_poc.validation import judge
 
 
@@ -86,12 +89,84 @@ def test_calibrate_vectors(server: SimpleNamespace, tmp_path: Path, capsys: pyte
     assert run(*args, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found["honest"]) == {"input step 1", "input step 2", "batches of 3"}
-    assert found["honest"]["batches of 3"] == {"nonces": 120, "p50": 0, "p95": 0, "p99": 0, "max": 0}
+    assert found["honest"]["batches of 3"] == {"nonces": 16, "p50": 0, "p95": 0, "p99": 0, "max": 0}
     floor = found["honest"]["input step 1"]
     assert 0 < floor["p50"] < floor["p95"] < floor["p99"] <= floor["max"] < found["stat_test"]["dist_threshold"] * 1.3
     assert found["cheats"]["other public key"]["p50"] == pytest.approx(math.sqrt(2), abs=0.15)
     assert found["caught"]["other public key"] > 0.999
+    assert found["caught"].keys() == {"other public key", "fp8 weights", "int4 weights", "a layer less"}
+    assert (found["missed"], found["not_made"]) == ([], {})
     assert {spec.block_hash for spec in server.manager.specs} == {f"calibrate-{i}" for i in range(3)}
+
+
+class ChangedManager(FakeManager):
+    """Computes what `change` makes of a spec, by the number of nonces in the batch."""
+
+    def __init__(self, change: Callable[[VectorSpec, int], VectorSpec]) -> None:
+        super().__init__()
+        self.micro_batch, self._change = 100, change
+
+    async def compute(self, spec: Any, nonces: list[int], next_nonces: Any = ()) -> BatchResult | None:
+        return await super().compute(self._change(spec, len(nonces)), nonces, next_nonces)
+
+    @property
+    def num_computed(self) -> int:
+        return sum(map(len, self.asked))
+
+
+def calibrated(manager: FakeManager, capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, dict[str, Any]]:
+    """Exit status and figures of a calibration with 120 nonces on a server over `manager`."""
+    with engineless_server(manager, calibration=True) as server:
+        status = run("calibrate", "--vectors", "--url", server.url, *SIZES, "--json", *args)
+    out = capsys.readouterr().out
+    return status, json.loads(out) if out else {}
+
+
+def test_no_more_is_computed_than_has_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each nonce twice for the floor; 16 nonces for the batch size and for each of four cheats."""
+    manager = ChangedManager(lambda spec, size: spec)
+    assert calibrated(manager, capsys)[0] == 0
+    assert manager.num_computed == 2 * 120 + 5 * 16
+
+
+def test_batches_that_change_vectors_are_a_part_of_the_floor(capsys: pytest.CaptureFixture[str]) -> None:
+    manager = ChangedManager(lambda spec, size: replace(spec, moved=7) if size == 3 else spec)
+    status, found = calibrated(manager, capsys)
+    assert (status, found["honest"]["batches of 3"]["nonces"]) == (0, 120)
+    assert found["honest"]["batches of 3"]["p50"] > 0
+
+
+def test_a_cheat_near_the_floor_is_looked_at_with_all_nonces(capsys: pytest.CaptureFixture[str]) -> None:
+    def weak(spec: VectorSpec, size: int) -> VectorSpec:
+        return replace(spec, cheat=None, moved=9) if spec.cheat == "fp8" else spec
+
+    status, found = calibrated(ChangedManager(weak), capsys)
+    assert (status, found["missed"]) == (1, ["fp8 weights"])
+    assert [values["nonces"] for values in found["cheats"].values()] == [16, 120, 16, 16]
+
+
+def test_cheats_that_a_server_cannot_compute(capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(spec: VectorSpec, size: int) -> VectorSpec:
+        if spec.cheat in ("fp8", "int4"):
+            raise UnsupportedServerError("the weights of this model are quantised")
+        return spec
+
+    status, found = calibrated(ChangedManager(refuse), capsys)
+    reason = "the weights of this model are quantised"
+    assert (status, found["not_made"]) == (0, {"fp8 weights": reason, "int4 weights": reason})
+    assert found["cheats"].keys() == {"other public key", "a layer less"}
+    with engineless_server(ChangedManager(refuse), calibration=True) as server:
+        assert run("calibrate", "--vectors", "--url", server.url, *SIZES) == 0
+    assert f"this server cannot compute the cheat int4 weights: {reason}" in capsys.readouterr().out
+
+
+def test_a_cheat_that_fails_fails_the_calibration(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(spec: VectorSpec, size: int) -> VectorSpec:
+        if spec.cheat:
+            raise ComputeError("a worker failed")
+        return spec
+
+    assert calibrated(ChangedManager(fail), capsys) == (1, {})
 
 
 def test_files_of_other_servers(server: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
