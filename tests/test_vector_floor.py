@@ -15,6 +15,7 @@ import pytest
 from engineless import engineless_server, run
 from fakes import FakeManager
 
+from gonka_poc.cli import calibrate
 from gonka_poc.cli.vector_floor import MAX_FALSE_ALARM, PROOF, Floor, advise
 from gonka_poc.data import BatchResult, VectorSpec
 from gonka_poc.errors import ComputeError, ToolError, UnsupportedServerError
@@ -97,6 +98,23 @@ def test_calibrate_vectors(server: SimpleNamespace, tmp_path: Path, capsys: pyte
     assert found["caught"].keys() == {"other public key", "fp8 weights", "int4 weights", "a layer less"}
     assert (found["missed"], found["not_made"]) == ([], {})
     assert {spec.block_hash for spec in server.manager.specs} == {f"calibrate-{i}" for i in range(3)}
+
+
+def test_the_plot_has_one_colour_for_honest_hosts_and_one_for_cheats(
+    server: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever cheats there are beside them."""
+    pytest.importorskip("matplotlib")
+    drawn: list[Any] = []
+    monkeypatch.setattr(calibrate, "save_png", lambda figure, path: drawn.append(figure))
+    args = ("calibrate", "--vectors", "--url", server.url, *SIZES, "--png", tmp_path / "floor.png")
+    for steps in ("1", "2"):
+        assert run(*args, "--steps", steps) == 0
+        colours: dict[str, set[Any]] = {"honest": set(), "cheat": set()}
+        for axes in drawn[-1].axes:
+            colours[axes.get_title(loc="left").partition(":")[0]].add(axes.patches[0].get_facecolor())
+        assert [len(each) for each in colours.values()] == [1, 1]
+        assert colours["honest"] != colours["cheat"]
 
 
 class ChangedManager(FakeManager):

@@ -229,7 +229,8 @@ def _show_floor(
         series |= {f"cheat: {name}": values for name, values in floor.cheats.items()}
         marks = {"dist_threshold": stat_test.dist_threshold}
         title = "Noise floor of the served model, and cheats"
-        save_png(distance_histogram(series, marks, title, theme_of(theme)), png)
+        kinds = [0] * len(floor.honest) + [1] * len(floor.cheats)
+        save_png(distance_histogram(series, marks, title, theme_of(theme), kinds), png)
     return common.ERROR if advice.missed else common.PASS
 
 
