@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from engineless import engineless_server, run
 from fakes import FakeManager
+from scipy.optimize import brentq
+from scipy.stats import binom
 
 from gonka_poc.cli import calibrate
-from gonka_poc.cli.vector_floor import MAX_FALSE_ALARM, PROOF, Floor, advise
+from gonka_poc.cli.vector_floor import CONFIDENCE, FEW, MAX_FALSE_ALARM, MIN_CAUGHT, PROOF, Floor, advise
 from gonka_poc.data import BatchResult, VectorSpec
 from gonka_poc.errors import ComputeError, ToolError, UnsupportedServerError
 from gonka_poc.validation import judge
@@ -49,6 +51,27 @@ def test_honest_hosts_pass_and_cheats_do_not() -> None:
 def test_a_cheat_at_the_floor_is_not_told_apart_and_that_is_said() -> None:
     floor = Floor({"step": heavy_tailed(0.04, 256)}, {"same": heavy_tailed(0.04, 256, 2)})
     assert advise(floor).missed == ["same"]
+
+
+def test_two_looks_at_a_cheat_are_wrong_as_seldom_as_is_said() -> None:
+    """A cheat that is caught with just MIN_CAUGHT is called caught in at most 1 - CONFIDENCE of calibrations."""
+    moved, count = heavy_tailed(0.04, 128), 128
+    least = advise(Floor({"step": moved})).least_fraud
+    rate = brentq(lambda rate: binom.sf(least - 1, PROOF, rate) - MIN_CAUGHT, 0.01, 0.99)
+
+    def fewest_over(nonces: int) -> int:
+        """Distances over the threshold from which on a cheat is called caught."""
+        for over in range(nonces + 1):
+            values = np.where(np.arange(nonces) < over, 1.0, 0.0)
+            if not advise(Floor({"step": moved}, {"cheat": values})).missed:
+                return over
+        raise AssertionError(f"{nonces} nonces never suffice")
+
+    first, second = fewest_over(FEW), fewest_over(count)
+    assert first <= FEW * 0.75  # a cheat that is over the threshold in most nonces needs no second look
+    over = np.random.default_rng(3).random((20_000, count)) < rate
+    called = (over[:, :FEW].sum(1) >= first) | (over.sum(1) >= second)
+    assert 0 < called.mean() < 1 - CONFIDENCE
 
 
 def test_a_change_that_changes_nothing_does_not_narrow_the_floor() -> None:
