@@ -260,6 +260,24 @@ def test_thresholds_below_the_floor_are_warned_of(
     assert "was not written by `gonka-poc calibrate --vectors --out`" in capsys.readouterr().err
 
 
+def test_a_floor_of_other_vectors_is_warned_of(
+    server: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    floor, file = tmp_path / "floor.json", tmp_path / "a.json"
+    assert run("calibrate", "--vectors", "--url", server.url, *SIZES, "--out", floor) == 0
+    assert run("generate", "--nonces", "0-3", "--out", file, "--seq-len", "5", "--url", server.url) == 0
+    floor.write_text(floor.read_text().replace('"model": "tiny"', '"model": "other"'))
+    advised = json.loads(floor.read_text())["stat_test"]
+    options = [part for name, value in advised.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    for command in (("validate", file, "--url", server.url), ("report", file, file)):
+        capsys.readouterr()
+        assert run(*command, "--floor", floor, *options) == 0
+        warned = capsys.readouterr().err
+        assert warned.count("WARNING") == 2
+        for text in ("with model other, these vectors were made with tiny", "with seq_len 4, these vectors"):
+            assert text in warned
+
+
 def test_a_file_that_another_server_goes_on_with(
     server: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
