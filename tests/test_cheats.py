@@ -143,6 +143,16 @@ def test_quantised_weights_are_refused(weights: list[torch.Tensor]) -> None:
         linear_layers(model.model.layers)
 
 
+def test_a_convolution_is_no_linear_layer(weights: list[torch.Tensor]) -> None:
+    """As recurrent layers hold them: their kernel takes the weight, and nothing calls the layer."""
+    model = model_of(weights)
+    convolution = vllm_linear(torch.ones(HIDDEN, 4), None)
+    convolution.weight = nn.Parameter(torch.ones(HIDDEN, 1, 4), requires_grad=False)
+    model.model.layers[1].conv1d = convolution
+    assert len(linear_layers(model.model.layers)) == LAYERS
+    vectors_of(PoCModelRunner(FakeWorker(model)), replace(SPEC, cheat="fp8"))
+
+
 def test_weights_of_experts_are_refused(weights: list[torch.Tensor]) -> None:
     model = model_of(weights)
     model.model.layers[1].experts = nn.Module()

@@ -81,7 +81,9 @@ def linear_layers(layers: Iterable[nn.Module]) -> list[LinearLayer]:
     for layer in layers:
         for name, module in layer.named_modules():
             if isinstance(module, LinearBase):
-                found.append(LinearLayer(module))
+                # the convolution of a recurrent layer is held by a linear one, which is never called
+                if getattr(getattr(module, "weight", None), "ndim", 2) != 3:
+                    found.append(LinearLayer(module))
             elif any(parameter.ndim == 3 for parameter in module.parameters(recurse=False)):
                 raise UnsupportedServerError(f"{name} keeps weights of experts outside of linear layers")
     return found
