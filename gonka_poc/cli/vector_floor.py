@@ -227,7 +227,7 @@ def rows_of(floor: Floor, advice: Advice) -> list[tuple[str, ...]]:
     rows = []
     for kind, series in (("honest", floor.honest), ("cheat", floor.cheats)):
         for name, values in series.items():
-            quantiles = [f"{value:.2e}" for value in _quantiles(values).values()]
+            quantiles = [f"{value:.2g}" for value in _quantiles(values).values()]
             over = f"{(values > advice.stat_test.dist_threshold).mean():.1%}"
             verdict = f"caught {advice.caught[name]:.4f}" if kind == "cheat" else "-"
             rows.append((f"{kind}: {name}", str(len(values)), *quantiles, over, verdict))
