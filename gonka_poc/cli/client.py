@@ -16,7 +16,7 @@ from pydantic import BaseModel, RootModel, ValidationError
 from gonka_poc import answers, data
 from gonka_poc.certificates import ssl_context
 from gonka_poc.cli.artifact_file import ArtifactFile
-from gonka_poc.cli.refusals import NO_POC_SERVER, refusal_text
+from gonka_poc.cli.refusals import NO_POC_SERVER, reason_of, refusal_text
 from gonka_poc.cli.server_process import wait_until
 from gonka_poc.errors import ServerAnswerError, printable
 from gonka_poc.request_fields import MAX_LISTED, Artifact
@@ -206,13 +206,15 @@ class PoCClient:
         batch_size: int,
         on_artifacts: Callable[[list[Artifact]], object],
         progress: Progress = ignore_progress,
-        calibration_step: int = 0,
+        **calibration: Any,
     ) -> list[int]:
-        """Compute `nonces` as `file` says, batch by batch, each for `on_artifacts`; those that gave NaN or Inf."""
+        """Compute `nonces` as `file` says, batch by batch, each for `on_artifacts`; those that gave NaN or Inf.
+
+        `calibration`: the fields of a GenerateRequest that ask for vectors which are no proofs.
+        """
         not_computed: list[int] = []
-        more = {"calibration_step": calibration_step} if calibration_step else {}
         for batch in data.chunks(list(nonces), batch_size):
-            answer = self._generate(answers.ArtifactsAnswer, file, batch, batch_size, **more)
+            answer = self._generate(answers.ArtifactsAnswer, file, batch, batch_size, **calibration)
             on_artifacts(answer.artifacts)
             not_computed += answer.not_computed_nonces or []
             progress(len(batch))
@@ -261,7 +263,8 @@ class PoCClient:
     def _response(self, method: str, path: str, body: Any) -> httpx.Response:
         response = self._sent(method, path, body)
         if not response.is_success:
-            raise ServerAnswerError(refusal_text(response, self.url, path, bool(self._secret(path))))
+            text = refusal_text(response, self.url, path, bool(self._secret(path)))
+            raise ServerAnswerError(text, response.status_code, reason_of(response))
         return response
 
     def _secret(self, path: str) -> str | None:

@@ -120,7 +120,13 @@ class Servers:
 
 
 # most tests share this one; it is hardened
-PLAIN = ServerConfig(env=(("VLLM_ALLOW_INSECURE_SERIALIZATION", "0"), ("POC_CALLBACK_INTERVAL_SEC", "0.2")))
+PLAIN = ServerConfig(
+    env=(
+        ("VLLM_ALLOW_INSECURE_SERIALIZATION", "0"),
+        ("POC_CALLBACK_INTERVAL_SEC", "0.2"),
+        ("POC_CALIBRATION", "1"),
+    )
+)
 # vLLM's own module started directly, with a worker extension for tests that vLLM's development routes can call
 PROBED = ServerConfig(
     args=(
@@ -220,7 +226,7 @@ def assert_any_composition(values: Sequence[Any]) -> None:
 
 def spec_of(case: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of the spec of a golden case."""
-    names = ("block_hash", "public_key", "seq_len", "k_dim", "poc_stronger_rng", "randomization")
+    names = ("block_hash", "public_key", "seq_len", "k_dim", "poc_stronger_rng", "randomization", "cheat")
     return {name: case[name] for name in names if name in case}
 
 
