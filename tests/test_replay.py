@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -19,17 +20,17 @@ from gonka_poc.config import Settings
 from gonka_poc.errors import PoCError, ToolError, UnsupportedServerError
 from gonka_poc.middleware import PoCMiddleware
 from gonka_poc.replay import processor
-from gonka_poc.replay.bodies import rewritten
+from gonka_poc.replay.bodies import asks_for_replay, rewritten
 from gonka_poc.replay.judgement import answer_of, judge, replay_body
 from gonka_poc.replay.processor import ReplayProcessor
-from gonka_poc.replay.token_ids import EventStream, make_numeric, split_chunk
+from gonka_poc.replay.token_ids import EventStream, json_bytes, make_numeric, split_chunk
 from gonka_poc.vllm_compat import REPLAY_IDS, REPLAY_KEY, REPLAY_MODE, V1_PROCESSOR, V2_PROCESSOR, ReplayServer
 from gonka_poc.vllm_compat.logits_processors import SamplingRules, TraceProcessor
 from gonka_poc.vllm_compat.replay import replay_server
 
-VOCAB = 100
-SERVER = ReplayServer(records=True, mode="processed_logprobs", vocab_size=VOCAB, max_model_len=64)
-TRACE = ReplayServer(records=False, mode="processed_logprobs", vocab_size=VOCAB, max_model_len=64)
+VOCAB, EOS, END_OF_TURN = 100, 2, 4
+SERVER = ReplayServer(True, "processed_logprobs", VOCAB, 64, EOS, frozenset([EOS, END_OF_TURN]))
+TRACE = dataclasses.replace(SERVER, records=False)
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 2}
 
 
@@ -54,7 +55,11 @@ def completion(*entries: dict[str, Any], prompt: int = 3, tokens: int | None = N
 # --- bodies -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("body", [b'{"model": "m",  "temperature":1e0}', b"no json", b'{"a": "logprobs"}', b""])
+OTHERS = [b'{"model": "m",  "temperature":1e0}', b"no json", b'{"a": "logprobs"}', b"", b'["logprobs"]']
+OTHERS += [b'{"logprobs":  false}', b'{"logprobs":null, "b": 1e0, "stream": true}', b'{"a":  "\\u00e9 \\"logprobs\\""}']
+
+
+@pytest.mark.parametrize("body", OTHERS)
 def test_other_bodies_stay_as_they_are(body):
     assert rewritten(body, True, SERVER) == rewritten(body, False, SERVER)
     assert rewritten(body, True, SERVER).body == body
@@ -67,8 +72,28 @@ def test_logprobs_come_with_token_ids():
         assert json.loads(done.body) == {"logprobs": value, "return_tokens_as_token_ids": True}
 
 
+def test_a_name_written_with_escapes_is_the_same_name():
+    body = b'{"log\\u0070robs": true, "enforced_tokens": {"tokens": [{"token": "7"}]}, "top_logprobs": 2}'
+    done = rewritten(body, True, SERVER)
+    assert done.numeric
+    assert done.replay is not None
+    assert asks_for_replay(body, True)
+    assert not asks_for_replay(body, False)
+
+
+def test_a_stream_asks_for_ids_so_that_no_token_is_left_out():
+    stream = {**CHAT, "stream": True}
+    done = rewritten(json.dumps(stream).encode(), True, SERVER)
+    assert done.hides_token_ids
+    assert json.loads(done.body)["return_token_ids"] is True
+    for body, is_chat in (({**stream, "return_token_ids": True}, True), (stream, False), (CHAT, True)):
+        done = rewritten(json.dumps(body).encode(), is_chat, SERVER)
+        assert not done.hides_token_ids
+        assert json.loads(done.body).get("return_token_ids") == body.get("return_token_ids")
+
+
 def test_a_replay_is_carried_in_vllm_xargs():
-    body = {**CHAT, "stream": True, "stream_options": {}, "max_tokens": 9, "min_tokens": 5}
+    body = {**CHAT, "stream": True, "stream_options": {}, "max_tokens": 3, "min_tokens": 5}
     body |= {"enforced_tokens": enforced("7", 8, "9"), "vllm_xargs": {"own": 1, "gonka_replay_ids": [1]}}
     done = rewritten(json.dumps(body).encode(), True, SERVER)
     sent = json.loads(done.body)
@@ -82,6 +107,76 @@ def test_a_replay_is_carried_in_vllm_xargs():
     assert len(key) == 32
 
 
+def replay_of(server: ReplayServer, *ids: int, **fields: Any) -> tuple[list[int], dict[str, Any]]:
+    """The ids that a replay forces, and the body that vLLM gets."""
+    done = rewritten(json.dumps({**CHAT, "enforced_tokens": enforced(*ids), **fields}).encode(), True, server)
+    assert done.replay is not None
+    return done.replay.ids, json.loads(done.body)
+
+
+@pytest.mark.parametrize(
+    ("fields", "end", "limit"),
+    [
+        ({"max_tokens": 9}, [EOS], 4),
+        ({"max_tokens": 9, "max_completion_tokens": 9}, [EOS], 4),
+        ({"max_tokens": "9"}, [EOS], 4),
+        ({"max_tokens": 9.0}, [EOS], 4),
+        ({"max_tokens": 3}, [], 3),
+        ({"max_tokens": 9, "max_completion_tokens": 3}, [], 3),
+        ({"max_tokens": 2}, [], 2),
+        ({"max_tokens": None}, [], 3),
+        ({}, [], 3),
+    ],
+)
+def test_the_end_is_forced_where_the_request_has_room_for_it(fields, end, limit):
+    ids, sent = replay_of(SERVER, 7, 8, 9, **fields)
+    assert ids == [7, 8, 9, *end]
+    assert min(sent[name] for name in ("max_tokens", "max_completion_tokens") if name in sent) == limit
+    assert replay_of(SERVER, 7, EOS, **fields)[0] == [7, EOS]
+    assert replay_of(dataclasses.replace(SERVER, eos_token_id=None), 7, 8, 9, **fields)[0] == [7, 8, 9]
+
+
+def test_a_limit_that_is_no_number_is_left_to_vllm():
+    assert replay_of(SERVER, 7, max_tokens="many")[1]["max_tokens"] == "many"
+
+
+def test_min_tokens_is_never_over_max_tokens():
+    for limit in (2, 9):
+        sent = replay_of(SERVER, 7, 8, 9, max_tokens=limit, min_tokens="5")[1]
+        assert sent["min_tokens"] <= sent["max_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "forced"),
+    [
+        ({}, 3),
+        ({"min_tokens": 3}, 3),
+        ({"min_tokens": 4}, 5),
+        ({"ignore_eos": True}, 6),
+        ({"ignore_eos": True, "stop_token_ids": [8, "x"]}, 2),
+    ],
+)
+def test_a_replay_without_stops_ends_where_the_answer_did(fields, forced):
+    """As a trace has no stops, and raw logprobs none beside min_tokens: a stop would come before min_tokens."""
+    ids = (7, 8, END_OF_TURN, 9, EOS, 7)
+    assert replay_of(TRACE, *ids, **fields)[0] == list(ids[:forced])
+    if "min_tokens" in fields:
+        raw, sent = replay_of(SERVER, *ids, **fields, logprobs_mode="raw_logprobs", stop=["a"], stop_token_ids=[1])
+        assert raw == list(ids[:forced])
+        assert sent["ignore_eos"] is True
+        assert not {"stop", "stop_token_ids", "min_tokens"} & set(sent)
+        assert sent["max_tokens"] == forced
+    sent = replay_of(SERVER, *ids, **fields, stop=["a"])[1]
+    assert sent["stop"] == ["a"]  # elsewhere vLLM stops it
+    assert sent.get("ignore_eos") == fields.get("ignore_eos")
+
+
+@pytest.mark.parametrize("token", ["+7", "007", "+0007", 7, "0" * 50 + "7"])
+def test_a_number_in_another_form_is_no_refusal_which_would_pass_the_executor(token):
+    assert replay_of(SERVER, token)[0] == [7]
+    assert replay_of(SERVER, "-0")[0] == [0]
+
+
 def test_raw_logprobs_are_replayed_without_what_acts_on_logits():
     body = {**CHAT, "logprobs_mode": "raw_logprobs", "logit_bias": {"1": 2}, "bad_words": ["x"], "min_tokens": 2}
     sent = json.loads(rewritten(json.dumps({**body, "enforced_tokens": enforced("7")}).encode(), True, SERVER).body)
@@ -93,7 +188,7 @@ def test_raw_logprobs_are_replayed_without_what_acts_on_logits():
 BAD_TOKENS = ["5", 5, [], {}, {"tokens": []}, {"tokens": {}}, {"tokens": ["5"]}, {"tokens": [{"top_tokens": []}]}]
 BAD_TOKENS += [enforced(bad) for bad in ("x", "", "-1", -1, 1.0, "1.5", None, True, [1], "٣", str(VOCAB), "9" * 5000)]
 BAD_TOKENS += [enforced(*["1"] * 64), {"tokens": [{"token": "1", "top_tokens": 5}]}]
-BAD_TOKENS += [{"tokens": [{"token": "1", "top_tokens": ["x"]}]}]
+BAD_TOKENS += [enforced(bad) for bad in ("+", "--1", "1_0", " 1", "9" * 19, "9" * 20)]
 
 
 @pytest.mark.parametrize("tokens", BAD_TOKENS, ids=lambda tokens: str(tokens)[:40])
@@ -140,9 +235,13 @@ def test_what_trace_replay_lacks_is_no_fault_of_the_payload(fields):
 @pytest.mark.parametrize(
     ("top_ids", "positions", "mode"),
     [
-        (["50", "60"], 9, "processed_logprobs"),
-        (["50", "60"], 10, "raw_logprobs"),
-        (["0", "1"], 10, "processed_logprobs"),
+        ([], 50, "processed_logprobs"),
+        (["50", "60", "70"], 3, "processed_logprobs"),  # of the server
+        (["50", "60"], 5, "raw_logprobs"),
+        (["50", "x"], 10, "raw_logprobs"),
+        (["50", "60", "x"], 4, "processed_logprobs"),
+        (["1"] + ["50"] * 9, 1, "raw_logprobs"),  # no more than a tenth
+        (["3"] + ["50"] * 8, 2, "processed_logprobs"),
     ],
 )
 def test_the_mode_of_an_answer_is_guessed_where_none_is_given(top_ids, positions, mode):
@@ -153,9 +252,12 @@ def test_the_mode_of_an_answer_is_guessed_where_none_is_given(top_ids, positions
 
 
 def test_a_text_is_made_into_tokens():
-    replay = rewritten(json.dumps({**CHAT, "enforced_str": "AB"}).encode(), True, SERVER, lambda text: [65, 66]).replay
-    assert replay is not None
-    assert replay.ids == [65, 66]
+    for ids in ([65, 66], [65, 66, EOS]):
+        body = json.dumps({**CHAT, "enforced_str": "AB", "enforced_tokens": "not looked at"}).encode()
+        done = rewritten(body, True, SERVER, lambda text, ids=ids: ids)
+        assert done.replay is not None
+        assert done.replay.ids == [65, 66, EOS]  # the text does not show the end
+        assert json.loads(done.body)["max_tokens"] == 3
 
 
 # --- answers ----------------------------------------------------------------------------------------------------
@@ -202,6 +304,25 @@ def test_a_stream_in_pieces_of_any_size(size):
     assert events[2:] == [b": comment", b"data: [DONE]", b""]
     tokens = [json.loads(event[6:])["choices"][0]["logprobs"]["content"][0]["token"] for event in events[:2]]
     assert tokens == ["1", "2"]
+
+
+def test_ids_that_the_client_has_not_asked_for_are_taken_out():
+    first = {"choices": [{"delta": {"role": "assistant"}, "token_ids": None}], "prompt_token_ids": [9]}
+    logprobs = {"content": [entry("token_id:1"), entry("token_id:2")]}
+    second = {"choices": [{"delta": {"content": "x"}, "logprobs": logprobs, "token_ids": [1, 2]}]}
+    data = b"".join(b"data: " + json_bytes(chunk) + b"\n\n" for chunk in (first, second))
+    chunks = [json.loads(event[6:]) for event in EventStream(hides_token_ids=True).feed(data, True).split(b"\n\n")[:-1]]
+    assert len(chunks) == 3
+    assert {choice["token_ids"] for chunk in chunks for choice in chunk["choices"]} == {None}
+    assert chunks[0]["prompt_token_ids"] is None
+    assert b'"prompt_token_ids":[9]' in EventStream().feed(data, True)
+
+
+def test_a_chunk_without_a_token_has_no_logprobs():
+    """dapi takes an empty list for a broken answer."""
+    chunk = {"choices": [{"delta": {"content": "x"}, "logprobs": {"content": []}}]}
+    written = EventStream().feed(b"data: " + json_bytes(chunk) + b"\n\n", True)
+    assert json.loads(written[6:])["choices"] == [{"delta": {"content": "x"}, "logprobs": None}]
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------
@@ -315,6 +436,27 @@ async def test_a_bad_replay_does_not_reach_vllm(client, vllm):
     assert vllm.bodies == []
 
 
+async def test_a_bad_field_of_a_chat_is_no_refused_replay(client, vllm):
+    def refused() -> Any:
+        return client.metrics._registry.get_sample_value("gonka_poc_replays_refused_total", {"status": "422"})
+
+    body = {**CHAT, "logprobs_mode": "raw_logits"}
+    assert (await client.post("/v1/chat/completions", json=body)).status_code == 422
+    assert (await client.post("/v1/completions", json={**body, "enforced_tokens": enforced("7")})).status_code == 422
+    assert refused() is None
+    body["enforced_tokens"] = enforced("7")
+    assert (await client.post("/v1/chat/completions", json=body)).status_code == 422
+    assert refused() == 1
+    assert vllm.bodies == []
+
+
+async def test_a_chat_in_another_mode_is_answered_and_logged_once(client, caplog):
+    for mode in ("raw_logprobs", "processed_logprobs", "raw_logprobs"):
+        answer = await client.post("/v1/chat/completions", json={**CHAT, "logprobs_mode": mode})
+        assert answer.status_code == 200
+    assert [record.getMessage().count("asks for raw_logprobs") for record in caplog.records].count(1) == 1
+
+
 async def test_versions_name_the_runner_of_replays(client, view):
     view.answers = None
     assert (await client.get("/api/v1/pow/versions")).json()["replay"] == "v1"
@@ -333,18 +475,24 @@ async def test_a_server_without_replays_is_left_alone(vllm):
 # --- the server -------------------------------------------------------------------------------------------------
 
 
+def tokenizer() -> SimpleNamespace:
+    return SimpleNamespace(eos_token_id=EOS)
+
+
 def config(**changes: Any) -> SimpleNamespace:
     model = {"logits_processors": [V1_PROCESSOR], "logprobs_mode": "processed_logprobs", "max_model_len": 64}
-    model |= {"get_vocab_size": lambda: VOCAB}
+    model |= {"get_vocab_size": lambda: VOCAB, "try_get_generation_config": lambda: {"eos_token_id": [END_OF_TURN]}}
     spec = changes.pop("speculative_config", None)
     return SimpleNamespace(model_config=SimpleNamespace(**{**model, **changes}), speculative_config=spec)
 
 
 def test_the_server_is_known_by_its_logits_processor():
-    assert replay_server(config()) == SERVER
-    assert replay_server(config(logits_processors=None)) is None
-    assert replay_server(config(logits_processors=["a:B"])) is None
-    assert replay_server(config(logits_processors=[V2_PROCESSOR], enable_trace_replay=True)) == TRACE
+    assert replay_server(config(), tokenizer) == SERVER
+    assert replay_server(config(logits_processors=None), tokenizer) is None
+    without = replay_server(config(try_get_generation_config=lambda: {"eos_token_id": 5}), lambda: None)
+    assert without == dataclasses.replace(SERVER, eos_token_id=None, stop_token_ids=frozenset([5]))
+    assert replay_server(config(logits_processors=["a:B"]), tokenizer) is None
+    assert replay_server(config(logits_processors=[V2_PROCESSOR], enable_trace_replay=True), tokenizer) == TRACE
 
 
 @pytest.mark.parametrize(
@@ -353,7 +501,7 @@ def test_the_server_is_known_by_its_logits_processor():
 )
 def test_what_replays_do_not_work_with_is_refused_at_start(changes):
     with pytest.raises(UnsupportedServerError):
-        replay_server(config(**changes))
+        replay_server(config(**changes), tokenizer)
 
 
 # --- the logits processors --------------------------------------------------------------------------------------
@@ -445,6 +593,20 @@ def test_records_have_a_bound(forcing, monkeypatch):
     assert [forcing.take(str(i)) is None for i in range(3)] == [True, False, False]
 
 
+def test_records_that_nobody_fetches_are_forgotten(forcing, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(processor.time, "monotonic", lambda: now)
+    forcing.update_state(
+        update(added=[(0, params([5, 6], key="lost"), [1], []), (1, params([5, 6], key="runs"), [1], [])])
+    )
+    now = processor.MAX_AGE_SEC
+    forcing.update_state(update(removed=[0]))
+    sampled(forcing)  # writes what runs
+    now += 1.0
+    forcing.update_state(update(added=[(0, params([5], key="new"), [1], [])]))
+    assert [forcing.take(key) is None for key in ("lost", "runs", "new")] == [True, False, False]
+
+
 def test_raw_logprobs_know_no_temperature(forcing):
     forcing.update_state(update(added=[(0, params([5], mode="raw_logprobs", temperature=3.0), [1], [])]))
     _, logits = sampled(forcing)
@@ -503,12 +665,17 @@ def test_what_is_invalid_at_any_distance(original, replayed, reason):
 
 
 def test_stored_streams_are_read_as_dapi_reads_them():
+    """A replay is asked for the first token of a chunk, and judged by all: a chunk of two tokens makes it too short."""
     chunks: list[Any] = [{"choices": [{"logprobs": {"content": [entry(1, (1, -1.0)), entry(9, (9, -1.0))]}}]}]
-    chunks += [{"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 1}}]
+    chunks += [{"choices": [{"logprobs": None}]}, {"object": "error"}]
+    chunks += [{"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2}}]
     events = [f"data: {json.dumps(chunk)}" for chunk in chunks]
     for stored in (chunks, {"events": [*events, "data: [DONE]", ""]}):
-        assert answer_of(stored).tokens == ["1"]
-        assert answer_of(stored).completion_tokens == 1
+        original = answer_of(stored)
+        assert original.tokens == ["1", "9"]
+        assert original.completion_tokens == 2
+        assert [token["token"] for token in replay_body({}, original)["enforced_tokens"]["tokens"]] == ["1"]
+        assert "replay has 1 positions" in judge(original, answer_of(completion(entry(1, (1, -1.0))))).reason
 
 
 @pytest.mark.parametrize("stored", [{}, [], "x", {"choices": []}, {"choices": [{}]}, {"events": ["data: x"]}, None, 5])
