@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,9 @@ import pytest
 
 from gonka_poc.cli import main as cli
 from gonka_poc.replay.judgement import Answer, ReplayVerdict, answer_of, judge, replay_body
-from tests.engine.support import MODEL, PLAIN, POW, Client, ServerConfig, Servers, golden_cases, round_of, until
+from tests.engine.support import MODEL, PLAIN, POW, Client, ServerConfig, golden_cases, round_of, until
+
+pytestmark = pytest.mark.matrix
 
 REPLAY = ServerConfig(args=("--enforce-eager", "--enable-replay", "--no-enable-prefix-caching"), env=PLAIN.env)
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -59,7 +60,6 @@ def replayed(client: httpx.Client, body: dict[str, Any], original: Answer) -> Re
 
 
 @pytest.mark.server(REPLAY)
-@pytest.mark.matrix
 def test_replays_of_chats_are_equal(server: Client) -> None:
     """Also many at a time, among other chats, and beside a round."""
     chats = {name: {**CHAT, **changes} for name, changes in PARAMETERS.items()}
@@ -84,7 +84,6 @@ def test_replays_of_chats_are_equal(server: Client) -> None:
 
 
 @pytest.mark.server(REPLAY)
-@pytest.mark.matrix
 def test_what_is_not_honest_is_caught(server: Client, tmp_path: Path) -> None:
     body = {**CHAT, "max_tokens": 100, "ignore_eos": True}
     response = server.post("/v1/chat/completions", json=body).json()
@@ -143,65 +142,3 @@ def test_metrics_and_the_doctor_see_replays(server: Client, capsys: pytest.Captu
     assert "chat and its replay" in capsys.readouterr().out
     text = server.get("/metrics").text
     until(lambda: "gonka_poc_replay_seconds_count" in text)
-
-
-# --- a trained model, two servers -----------------------------------------------------------------------------------
-
-# float16 sums differ with the batch; what the network allows is 0.05 to 0.1
-LIMITS = {"float32": 1e-6, "float16": 0.005}
-QUESTIONS = (
-    "What is the capital of France?",
-    "Write a short poem about the sea.",
-    "Explain how a bicycle stays upright.",
-    "List five fruits and their colours.",
-    "Why is the sky blue?",
-    "Count from one to twenty in words. " * 12,
-)
-
-
-def many_chats(count: int) -> list[dict[str, Any]]:
-    """Bodies of `count` chats over the parameters and the questions, a third of them streamed."""
-    bodies = []
-    names = [name for name in PARAMETERS if name != "long"]
-    for i in range(count):
-        messages = [{"role": "user", "content": QUESTIONS[i % len(QUESTIONS)]}]
-        body = {**CHAT, "messages": messages, "max_tokens": 48, **PARAMETERS[names[i % len(names)]], "seed": i}
-        bodies.append({**body, **(PARAMETERS["stream"] if i % 3 == 0 else {})})
-    return bodies
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("dtype", LIMITS)
-def test_200_chats_of_a_trained_model_on_another_server(servers: Servers, smollm2: Path, dtype: str) -> None:
-    """Executor and validator are two processes; in float16 16 at a time, and the validator with another batch."""
-    bodies = many_chats(200 if dtype == "float16" else 40)
-    at_a_time = 16 if dtype == "float16" else 1
-    executor, validator = (
-        dataclasses.replace(REPLAY, model=str(smollm2), dtype=dtype, args=(*REPLAY.args, *more))
-        for more in ((), ("--max-num-seqs", "24" if dtype == "float16" else "256"))
-    )
-    with concurrent.futures.ThreadPoolExecutor(at_a_time) as pool:
-        client = servers.get(executor)
-        originals = list(pool.map(lambda body: stored(client, body), bodies))
-        client = servers.get(validator)
-        verdicts = list(pool.map(lambda body, answer: replayed(client, body, answer), bodies, originals))
-        other = [answer_of(_of_another_model(answer)) for answer in originals[:8]]
-        unlike = list(pool.map(lambda body, answer: replayed(client, body, answer), bodies, other))
-    distances = [verdict.distance for verdict in verdicts]
-    assert all(verdict.equal_tokens == verdict.positions and not verdict.reason for verdict in verdicts)
-    known = [distance for distance in distances if distance is not None]
-    print(f"{dtype}: {len(known)} chats, {sum(verdict.positions for verdict in verdicts)} tokens")
-    print(f"distance: mean {sum(known) / len(known):.3g}, largest {max(known):.3g}")
-    print(f"another model: smallest {min(verdict.distance or 1.0 for verdict in unlike):.3g}")
-    assert sum(known) / len(known) < LIMITS[dtype]
-    assert all(verdict.reason or verdict.distance > 0.05 for verdict in unlike if verdict.positions > 20)
-
-
-def _of_another_model(answer: Answer) -> dict[str, Any]:
-    """The answer with logprobs of another distribution: the places of the best tokens are turned around."""
-    content = json.loads(json.dumps(answer.content))
-    for entry in content:
-        values = [top["logprob"] for top in entry["top_logprobs"]]
-        for top, value in zip(entry["top_logprobs"], reversed(values), strict=True):
-            top["logprob"] = value * 3 - 1
-    return {"choices": [{"logprobs": {"content": content}}]}
