@@ -221,6 +221,9 @@ def test_fields_that_a_replay_cannot_have(fields, status):
         {"logprobs_mode": "raw_logprobs"},
         {"bad_words": ["x"]},
         {"prompt_logprobs": 1},
+        {"prompt_logprobs": 0},
+        {"thinking_token_budget": 0},
+        {"echo": True},
         {"response_format": {"type": "json_object"}},
         {"tool_choice": "required"},
     ],
@@ -230,6 +233,13 @@ def test_what_trace_replay_lacks_is_no_fault_of_the_payload(fields):
     with pytest.raises(UnsupportedServerError):
         rewritten(body, True, TRACE)
     assert rewritten(body, True, SERVER).replay
+
+
+def test_what_asks_for_nothing_is_no_hindrance_for_trace_replay():
+    fields = {"bad_words": [], "prompt_logprobs": None, "echo": False, "response_format": {"type": "text"}}
+    ids, sent = replay_of(TRACE, 7, 8, **fields)
+    assert ids == [7, 8]
+    assert sent["vllm_xargs"][REPLAY_KEY] == ""  # vLLM answers the logprobs itself
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,9 @@ NUMBER = re.compile(r"[+-]?[0-9]+")
 MAX_DIGITS = 19
 MAX_TOKENS_FIELDS = ("max_tokens", "max_completion_tokens")
 STRUCTURED = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
-# what vLLM's trace replay does not take beside structured outputs (0.32)
-NOT_IN_TRACE = ("bad_words", "prompt_logprobs", "repetition_detection", "thinking_token_budget", "echo")
+# what vLLM's trace replay does not take beside structured outputs (0.31 to 0.33); `echo` asks for prompt_logprobs
+NOT_IN_TRACE = ["bad_words", "prompt_logprobs", "prompt_logprob_token_ids", "repetition_detection"]
+NOT_IN_TRACE += ["thinking_token_budget", "echo"]
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,9 @@ def _refuse_for_trace(fields: dict[str, Any], mode: LogprobsMode, server: Replay
         raise UnsupportedServerError(
             f"this server replays {server.mode} only (vLLM's trace replay); {mode} needs VLLM_USE_V2_MODEL_RUNNER=0"
         )
-    named = [name for name in NOT_IN_TRACE if fields.get(name)] + (["structured outputs"] if is_structured else [])
+    # 0 asks for something: the logprobs of the prompt's own tokens, or no thinking at all
+    named = [n for n in NOT_IN_TRACE if (value := fields.get(n)) is not None and value is not False and value != []]
+    named += ["structured outputs"] if is_structured else []
     if named:
         raise UnsupportedServerError(
             f"vLLM's trace replay does not work with {', '.join(named)}; start with VLLM_USE_V2_MODEL_RUNNER=0"

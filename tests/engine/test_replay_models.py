@@ -147,8 +147,10 @@ def test_another_model_than_the_trained_one_is_caught(
 
 def test_a_tiny_model_of_another_seed_is_caught(servers: Servers, tmp_path: Path) -> None:
     bodies = long_chats(6)
-    other = dataclasses.replace(REPLAY, model=str(make_tiny_model(tmp_path / "other", seed=1)))
-    verdicts = verdicts_of(servers, REPLAY, bodies, originals_of(servers, other, bodies))
+    one, other = (
+        dataclasses.replace(REPLAY, model=str(make_tiny_model(tmp_path / str(seed), seed=seed))) for seed in (0, 1)
+    )
+    verdicts = verdicts_of(servers, one, bodies, originals_of(servers, other, bodies))
     figures("tiny model of another seed", verdicts)
     assert not [verdict for verdict in verdicts if verdict.passed]
 
