@@ -83,6 +83,67 @@ def test_replays_of_chats_are_equal(server: Client) -> None:
     server.post(f"{POW}/stop").raise_for_status()
 
 
+def events_of(text: str) -> list[dict[str, Any]]:
+    """The chunks of a stream."""
+    events = [event.removeprefix("data: ") for event in text.split("\n\n") if event]
+    assert events.pop() == "[DONE]"
+    return [json.loads(event) for event in events]
+
+
+@pytest.mark.server(REPLAY)
+def test_tokens_are_numbers_wherever_logprobs_are(server: Client) -> None:
+    """Also the keys of completions; a chunk has one token, and no field that was not asked for."""
+    whole = server.post("/v1/chat/completions", json=CHAT).json()["choices"][0]
+    chunks = events_of(server.post("/v1/chat/completions", json={**CHAT, **PARAMETERS["stream"]}).text)
+    streamed = [choice for chunk in chunks for choice in chunk["choices"] if choice.get("logprobs")]
+    assert {len(choice["logprobs"]["content"]) for choice in streamed} == {1}
+    assert len(streamed) == chunks[-1]["usage"]["completion_tokens"]
+    for entry in [*whole["logprobs"]["content"], *(choice["logprobs"]["content"][0] for choice in streamed)]:
+        assert entry["token"].isdecimal()
+        assert [top["token"].isdecimal() for top in entry["top_logprobs"]] == [True] * 5
+    assert {choice.get("token_ids") for choice in streamed} == {chunks[0].get("prompt_token_ids")} == {None}
+    asked = {**CHAT, **PARAMETERS["stream"], "return_token_ids": True}
+    chunks = events_of(server.post("/v1/chat/completions", json=asked).text)
+    assert chunks[0]["prompt_token_ids"]
+    of_text = {"model": MODEL, "prompt": "hello", "max_tokens": 6, "logprobs": 3}
+    answer = server.post("/v1/completions", json=of_text).json()["choices"][0]["logprobs"]
+    chunks = events_of(server.post("/v1/completions", json={**of_text, "stream": True}).text)
+    for logprobs in (answer, *(choice["logprobs"] for chunk in chunks for choice in chunk["choices"])):
+        assert all(token.isdecimal() for token in logprobs["tokens"])
+        assert all(key.isdecimal() for top in logprobs["top_logprobs"] for key in top)
+    assert len(answer["tokens"]) == 6
+
+
+@pytest.mark.server(REPLAY)
+def test_raw_logprobs_are_of_the_model_alone(server: Client) -> None:
+    """Whatever the request samples with, and though a stop comes before min_tokens, as it may in a chat."""
+    plain = {**CHAT, "temperature": 0, "ignore_eos": True, "logprobs_mode": "raw_logprobs"}
+    original = stored(server, plain)  # greedy, so processed logprobs are the raw ones
+    text = server.post("/v1/chat/completions", json=plain).json()["choices"][0]["message"]["content"]
+    rules = {"temperature": 0.4, "top_k": 3, "logit_bias": {"5": 9.0}, "repetition_penalty": 1.4}
+    for more in ({}, {"min_tokens": 20, "stop": [text[:2]], "stop_token_ids": [int(original.tokens[3])]}):
+        verdict = replayed(server, {**plain, **rules, **more}, original)
+        assert verdict.passed, (more, verdict)
+        assert verdict.distance is not None
+        assert verdict.distance < 1e-5, (more, verdict)
+    cut = replayed(server, {**plain, **rules, "stop_token_ids": [int(original.tokens[3])]}, original)
+    assert "positions" in cut.reason or "completion_tokens" in cut.reason
+
+
+@pytest.mark.server(REPLAY)
+def test_a_text_is_forced_up_to_its_end(server: Client) -> None:
+    body = {**CHAT, "enforced_str": "hello there", "enforced_tokens": "not looked at", "max_tokens": 50}
+    choice = server.post("/v1/chat/completions", json=body).json()["choices"][0]
+    assert choice["message"]["content"].startswith("hello there")
+    assert choice["finish_reason"] == "stop"
+    tokens = [entry["token"] for entry in choice["logprobs"]["content"]]
+    again = replay_body(body, answer_of({"choices": [choice]}))
+    del again["enforced_str"]
+    again = server.post("/v1/chat/completions", json=again).json()["choices"][0]
+    assert [entry["token"] for entry in again["logprobs"]["content"]] == tokens
+    assert choice["logprobs"] == again["logprobs"]
+
+
 @pytest.mark.server(REPLAY)
 def test_what_is_not_honest_is_caught(server: Client, tmp_path: Path) -> None:
     body = {**CHAT, "max_tokens": 100, "ignore_eos": True}
