@@ -167,7 +167,7 @@ class PoCManagerV1:
         self._prepared_for: str | None = None  # the block hash whose random head the workers have
         self._unsupported: UnsupportedServerError | None = None
         self._warming_up: asyncio.Task[None] | None = None
-        self.computed_on: dict[str, str] = {}
+        self.computed_on: dict[str, Any] = {}
         # set from each call of the workers until their release; while there is none they keep nothing
         self._release_timer: asyncio.TimerHandle | None = None
         self._releasing: asyncio.Task[None] | None = None
@@ -232,6 +232,8 @@ class PoCManagerV1:
                 devices = [answer["device"] for answer in answers if answer is not None]
                 self._must_warm_up = self._settings.compiles(devices)
                 self.computed_on = _computed_on(answers)
+                if not self._must_warm_up:
+                    self.computed_on["compiled"] = False
                 self._reached, self._unsupported = True, None
 
     async def _warm_up_behind_chat(self) -> None:
@@ -272,6 +274,8 @@ class PoCManagerV1:
                 checked += num_nonces
                 compiled = all(answer["compiled"] for answer in answers)
             logger.info("PoC warmed up with %d nonces of %d tokens: %s", checked, seq_len, answers)
+            floors = [answer["floor"] for answer in answers if "floor" in answer]  # of the output rank
+            self.computed_on |= {"compiled": compiled, **({"noise_floor": floors[0]} if floors else {})}
         except WorkerMemoryError as error:
             logger.warning("PoC could not warm up with %d nonces of %d tokens: %a", num_nonces, seq_len, str(error))
         self._must_warm_up = False
@@ -405,10 +409,10 @@ class PoCManagerV1:
         self._watch.ensure_alive()
 
 
-def _computed_on(answers: list[Any]) -> dict[str, str]:
-    """Names in COMPUTED_ON, from the first worker that answered."""
+def _computed_on(answers: list[Any]) -> dict[str, Any]:
+    """Names in COMPUTED_ON, from the first worker that answered, and the number of workers."""
     first: dict[str, Any] = next((answer for answer in answers if answer is not None), {})
-    return {name: first[name] for name in COMPUTED_ON if name in first}
+    return {"workers": len(answers), **{name: first[name] for name in COMPUTED_ON if name in first}}
 
 
 def _batch_result(spec: Spec, nonces: list[int], answers: list[Any]) -> BatchResult:

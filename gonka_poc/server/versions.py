@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from gonka_poc.answers import ReplayRunner, VersionsAnswer
 from gonka_poc.version import UNINSTALLED, __version__
@@ -12,7 +13,7 @@ UNKNOWN = "unknown"
 
 
 def versions_answer(
-    poc_validation_inference: bool, computed_on: Mapping[str, str], replay: ReplayRunner | None = None
+    poc_validation_inference: bool, computed_on: Mapping[str, Any], replay: ReplayRunner | None = None
 ) -> VersionsAnswer:
     """The releases that are installed; `poc_validation_inference`: chat is answered while this server validates.
     `computed_on`: Manager.computed_on."""
