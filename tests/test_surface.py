@@ -79,7 +79,7 @@ def test_every_setting_is_documented_with_its_default():
     assert set(told) == {f"POC_{name.upper()}" for name in Settings.model_fields}
     values = {name: default for name, default in told.items() if default != "none"}
     read_back = Settings.model_validate({name[4:].lower(): value for name, value in values.items()})
-    assert read_back.model_dump() == Settings().model_dump()
+    assert read_back.model_dump() == Settings.model_construct().model_dump()  # whatever this environment says
 
 
 def test_every_command_is_documented(make_docs):
