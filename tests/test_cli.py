@@ -313,6 +313,26 @@ def test_a_file_without_artifacts_is_no_pass(server, tmp_path, capsys):
     assert "more than once" in capsys.readouterr().err
 
 
+EXAMPLE = Path(__file__).parent.parent / "examples" / "verify.py"
+
+
+def test_the_example_verifies_a_file(server, tmp_path):
+    """The public names of the package are enough for it, in nine lines."""
+    lines = [line for line in EXAMPLE.read_text().splitlines() if line and not line.startswith('"""')]
+    assert len(lines) <= 9
+    out = tmp_path / "a.json"
+    generate(server, out, "0-2")
+    verify = [sys.executable, str(EXAMPLE), str(out), server.url]
+    done = subprocess.run(verify, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "0 of 3 differ, p = 1\n")
+    content = json.loads(out.read_text())
+    for artifact in content["artifacts"]:
+        artifact["vector_b64"] = encode_vector(np.array([0.1, 0.2, 0.3]))
+    out.write_text(json.dumps(content))
+    done = subprocess.run(verify, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "3 of 3 differ, p = 1e-09\n", "fraud\n")
+
+
 # --- status and stop --------------------------------------------------------------------------------------------
 
 
