@@ -800,7 +800,7 @@ def test_help_shows_a_real_command(command, capsys):
 @pytest.mark.parametrize(("ok", "status"), [(True, 0), (False, 1)])
 def test_the_demo_ends_with_its_verdict(monkeypatch, capsys, ok, status):
     steps = [Step("one", True, "done", rate="1/s"), Step("two", ok, "done", rate="1/s")]
-    monkeypatch.setattr(demo, "demo", lambda work: iter(steps))
+    monkeypatch.setattr(demo, "demo", lambda work, model: iter(steps))
     assert run("demo") == status
     assert ("FAILED" in capsys.readouterr().out) == (not ok)
     assert run("demo", "--json") == status
