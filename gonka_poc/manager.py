@@ -13,8 +13,10 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from cachetools import LRUCache
 
+from gonka_poc.answers import EngineStatus
 from gonka_poc.config import Settings
 from gonka_poc.data import BatchResult, DistanceSpec, Params, Randomization, Spec
+from gonka_poc.engine_report import described, warmed_up
 from gonka_poc.engine_watch import EngineWatch
 from gonka_poc.errors import (
     ComputeError,
@@ -168,6 +170,7 @@ class PoCManagerV1:
         self._unsupported: UnsupportedServerError | None = None
         self._warming_up: asyncio.Task[None] | None = None
         self.computed_on: dict[str, str] = {}
+        self.engine = EngineStatus()
         # set from each call of the workers until their release; while there is none they keep nothing
         self._release_timer: asyncio.TimerHandle | None = None
         self._releasing: asyncio.Task[None] | None = None
@@ -229,9 +232,9 @@ class PoCManagerV1:
                     self._unsupported = error
                     raise
                 logger.info("PoC is ready on %d worker(s): %s", len(answers), answers)
-                devices = [answer["device"] for answer in answers if answer is not None]
-                self._must_warm_up = self._settings.compiles(devices)
+                self._must_warm_up = self._settings.compiles([a["device"] for a in answers if a is not None])
                 self.computed_on = _computed_on(answers)
+                self.engine = described(self._view.model_names()[0], answers, self._must_warm_up)
                 self._reached, self._unsupported = True, None
 
     async def _warm_up_behind_chat(self) -> None:
@@ -259,7 +262,7 @@ class PoCManagerV1:
         view = self._view
         seq_len = min(WARM_UP_SEQ_LEN, view.max_model_len, view.max_num_batched_tokens)
         num_nonces = min(view.max_num_batched_tokens // seq_len, view.max_num_seqs)
-        deadline, checked, compiled = float("inf"), 0, True
+        deadline, checked, compiled, answers = float("inf"), 0, True, list[Any]()
         try:
             while checked == 0 or (compiled and checked < WARM_UP_NONCES and time.monotonic() < deadline):
                 if checked and view.has_unfinished_requests():
@@ -274,7 +277,7 @@ class PoCManagerV1:
             logger.info("PoC warmed up with %d nonces of %d tokens: %s", checked, seq_len, answers)
         except WorkerMemoryError as error:
             logger.warning("PoC could not warm up with %d nonces of %d tokens: %a", num_nonces, seq_len, str(error))
-        self._must_warm_up = False
+        self._must_warm_up, self.engine = False, warmed_up(self.engine, answers)
 
     def micro_batch_size(self, spec: Spec) -> int:
         """Nonces of the next micro-batch: what fits, and less where chat was seen lately or memory was short."""
@@ -326,8 +329,7 @@ class PoCManagerV1:
             if result.not_computed_nonces:
                 # a NaN left in a scratch cache could reach other nonces through masked attention (0 * NaN)
                 await self._call("poc_release")
-        bad = result.not_computed_nonces
-        if bad:
+        if bad := result.not_computed_nonces:
             logger.warning("PoC dropped %d nonces with NaN or Inf: %s", len(bad), bad[:MAX_LOGGED])
         self._metrics.computed(len(result.values), len(bad), seconds)
         return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from gonka_poc.answers import EngineStatus
 from gonka_poc.data import BatchResult, Params, Spec
 
 ASLEEP_POLL_SEC = 0.5  # between two questions to an engine that sleeps
@@ -16,6 +17,10 @@ class Manager(Protocol):
     @property
     def computed_on(self) -> Mapping[str, str]:
         """dtype, attention_backend and gpu of the first worker; empty before it was reached."""
+
+    @property
+    def engine(self) -> EngineStatus:
+        """The served model, its workers, and whether they run compiled layers."""
 
     async def prepare(self) -> None:
         """Reach every worker once, and warm it up."""
