@@ -34,6 +34,13 @@ class VersionsAnswer(BaseModel):
     dtype: str | None = Field(default=None, exclude_if=is_none, description="of the model; known once it was reached")
     attention_backend: str | None = Field(default=None, exclude_if=is_none)
     gpu: str | None = Field(default=None, exclude_if=is_none, description="its name; `cpu` without one")
+    workers: int | None = Field(default=None, exclude_if=is_none, description="GPUs, or processes of a CPU")
+    compiled: bool | None = Field(
+        default=None, exclude_if=is_none, description="proof runs compiled decoder layers, or the plain forward"
+    )
+    noise_floor: float | None = Field(
+        default=None, exclude_if=is_none, description="largest L2 distance that rounding alone made in the warm-up"
+    )
     replay: ReplayRunner | None = Field(
         default=None, exclude_if=is_none, description="the model runner by which this server replays chats"
     )

@@ -24,14 +24,30 @@ def warmed_up(engine: EngineStatus, answers: Sequence[Mapping[str, Any]]) -> Eng
     return engine.model_copy(update=update)
 
 
+def computed_on(engine: EngineStatus) -> dict[str, Any]:
+    """What GET /versions says of an engine, by the names of VersionsAnswer; empty before its workers were reached."""
+    if not engine.workers:
+        return {}
+    first = engine.workers[0]
+    facts = {
+        "workers": len(engine.workers),
+        "dtype": first.dtype,
+        "attention_backend": first.attention_backend,
+        "gpu": first.gpu,
+        "compiled": engine.compiled,
+        "noise_floor": engine.floor,
+    }
+    return {name: value for name, value in facts.items() if value not in ("", None)}
+
+
 def _worker_status(answer: Mapping[str, Any]) -> WorkerStatus:
-    layers = answer["layers"]
+    layers = answer.get("layers", ())
     return WorkerStatus(
-        rank=answer["rank"],
-        gpu=answer.get("gpu", answer["device"]),
+        rank=answer.get("rank", 0),
+        gpu=answer.get("gpu", ""),
         dtype=answer.get("dtype", ""),
         attention_backend=answer.get("attention_backend", ""),
         first_layer=min(layers, default=None),
         last_layer=max(layers, default=None),
-        is_output_rank=answer["is_output_rank"],
+        is_output_rank=answer.get("is_output_rank", False),
     )

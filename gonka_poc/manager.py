@@ -16,7 +16,7 @@ from cachetools import LRUCache
 from gonka_poc.answers import EngineStatus
 from gonka_poc.config import Settings
 from gonka_poc.data import BatchResult, DistanceSpec, Params, Randomization, Spec
-from gonka_poc.engine_report import described, warmed_up
+from gonka_poc.engine_report import computed_on, described, warmed_up
 from gonka_poc.engine_watch import EngineWatch
 from gonka_poc.errors import (
     ComputeError,
@@ -40,7 +40,6 @@ Answer = TypeVar("Answer")
 WARM_UP_SEQ_LEN, WARM_UP_NONCES, WARM_UP_SEC = 1024, 256, 15.0
 RELEASE_AFTER_SEC = 10.0  # the workers drop what they keep between batches after this time without one
 MAX_LOGGED = 100
-COMPUTED_ON = ("dtype", "attention_backend", "gpu")  # what GET /versions says of the workers
 CHAT_MEMORY_SEC = 5.0  # chat is taken to go on for this time after it was last seen
 # the slowest of the last batches takes half of the budget; the rest is for its call, and for batches that differ
 MEASUREMENTS, SHARE = 16, 0.5
@@ -169,8 +168,7 @@ class PoCManagerV1:
         self._prepared_for: str | None = None  # the block hash whose random head the workers have
         self._unsupported: UnsupportedServerError | None = None
         self._warming_up: asyncio.Task[None] | None = None
-        self.computed_on: dict[str, str] = {}
-        self.engine = EngineStatus()
+        self.engine, self.computed_on = EngineStatus(), dict[str, Any]()
         # set from each call of the workers until their release; while there is none they keep nothing
         self._release_timer: asyncio.TimerHandle | None = None
         self._releasing: asyncio.Task[None] | None = None
@@ -189,12 +187,11 @@ class PoCManagerV1:
 
     async def check_seq_len(self, seq_len: int) -> None:
         """Refuse sequences that this server cannot compute, like `check`."""
-        view = self._view
-        if seq_len > view.max_model_len:
-            raise RequestError(f"seq_len {seq_len} is over the model's maximum length of {view.max_model_len}")
-        if seq_len > view.max_num_batched_tokens:
+        if seq_len > self._view.max_model_len:
+            raise RequestError(f"seq_len {seq_len} is over the model's maximum length of {self._view.max_model_len}")
+        if seq_len > self._view.max_num_batched_tokens:
             raise RequestError(
-                f"seq_len {seq_len} is over the server's batch of {view.max_num_batched_tokens} tokens; "
+                f"seq_len {seq_len} is over the server's batch of {self._view.max_num_batched_tokens} tokens; "
                 "start it with a larger --max-num-batched-tokens"
             )
         await self._reach_workers()
@@ -233,8 +230,8 @@ class PoCManagerV1:
                     raise
                 logger.info("PoC is ready on %d worker(s): %s", len(answers), answers)
                 self._must_warm_up = self._settings.compiles([a["device"] for a in answers if a is not None])
-                self.computed_on = _computed_on(answers)
                 self.engine = described(self._view.model_names()[0], answers, self._must_warm_up)
+                self.computed_on = computed_on(self.engine)
                 self._reached, self._unsupported = True, None
 
     async def _warm_up_behind_chat(self) -> None:
@@ -278,6 +275,7 @@ class PoCManagerV1:
         except WorkerMemoryError as error:
             logger.warning("PoC could not warm up with %d nonces of %d tokens: %a", num_nonces, seq_len, str(error))
         self._must_warm_up, self.engine = False, warmed_up(self.engine, answers)
+        self.computed_on = computed_on(self.engine)
 
     def micro_batch_size(self, spec: Spec) -> int:
         """Nonces of the next micro-batch: what fits, and less where chat was seen lately or memory was short."""
@@ -309,9 +307,8 @@ class PoCManagerV1:
                 raise EngineAsleepError()
             if not await self._prepare(spec):
                 return None
-            together = len(nonces) + len(next_nonces)
-            may_prefetch = self._sizer.may_prefetch(spec.cost_key, together, self._full_sizes(spec)[1])
-            prefetched = list(next_nonces) if may_prefetch else []
+            num, safe = len(nonces) + len(next_nonces), self._full_sizes(spec)[1]
+            prefetched = list(next_nonces) if self._sizer.may_prefetch(spec.cost_key, num, safe) else []
             started = time.monotonic()
             try:
                 answers = await self._call("poc_compute", dataclasses.asdict(spec), nonces, prefetched)
@@ -405,12 +402,6 @@ class PoCManagerV1:
     def ensure_engine_alive(self) -> None:
         """Raise EngineUnavailableError where the engine is gone for good."""
         self._watch.ensure_alive()
-
-
-def _computed_on(answers: list[Any]) -> dict[str, str]:
-    """Names in COMPUTED_ON, from the first worker that answered."""
-    first: dict[str, Any] = next((answer for answer in answers if answer is not None), {})
-    return {name: first[name] for name in COMPUTED_ON if name in first}
 
 
 def _batch_result(spec: Spec, nonces: list[int], answers: list[Any]) -> BatchResult:

@@ -114,7 +114,7 @@ class FakeManager:
         self.specs: list[Spec] = []  # of each batch that was asked for
         self.script: deque[str | Exception] = deque()
         self.nan_nonces: set[int] = set()
-        self.computed_on: dict[str, str] = {}
+        self.computed_on: dict[str, Any] = {}
         self.engine = EngineStatus(model=MODEL)
         self.refusal: PoCError | None = None
         self.dead = False

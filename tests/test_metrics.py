@@ -230,7 +230,7 @@ async def test_what_computes_proof_is_named(registry):
     assert labels == {
         **installed_releases(),
         "model": MODEL,
-        "gpu": "cuda",
+        "gpu": "",
         "dtype": "float16",
         "attention_backend": "",
     }

@@ -68,13 +68,19 @@ class DashboardData(BaseModel):
     nonces_total: int = Field(description="vectors computed since the server started")
     nan_total: int = Field(description="nonces dropped because of a NaN or Inf, since the server started")
     rate: float = Field(description="nonces per second in the last whole bucket of 10 seconds")
-    expected_rate: float | None = Field(
+    bucket_seconds: int
+    nonces_per_second: list[float] = Field(description="the last 30 minutes, oldest first, one value per bucket")
+    chat_share: float | None = Field(
+        description="of the time in which there was proof to compute, what was left to chat, in the last 30 minutes"
+    )
+    expected_nonces_per_second: float | None = Field(
         description="nonces per second of the workers' own time in the last 6 hours: the rate while there is no chat"
     )
-    histories: list[HistoryFigures] = Field(description="the last 30 minutes, and the last 6 hours")
+    histories: list[HistoryFigures] = Field(description="for the chart: the last 30 minutes, and the last 6 hours")
     queue_nonces: int
     queue_limit: int
     outbox: OutboxStatus
+    outbox_path: str = Field(description="its file; `:memory:`: it ends with the server")
     oldest_sec: float | None = Field(description="how long the oldest artifact or verdict waits; null: none does")
     errors: list[LoggedError] = Field(description="newest first")
 
@@ -84,7 +90,7 @@ def dashboard_data(service: PoCService, recent_errors: RecentErrors) -> Dashboar
     metrics, status, current = service.metrics, service.status(), service.slot.round
     is_set = status.config is not None and current is not None
     url = current.request.url if current is not None and is_set else None
-    spent = metrics.long_history.total()
+    spent, short = metrics.long_history.total(), _figures(metrics.history)
     return DashboardData(
         version=__version__,
         vllm_version=installed_releases()["vllm_version"],
@@ -98,12 +104,16 @@ def dashboard_data(service: PoCService, recent_errors: RecentErrors) -> Dashboar
         priority=service.settings.priority,
         nonces_total=metrics.nonces_total,
         nan_total=metrics.nan_total,
-        rate=metrics.history.whole()[-1].nonces / metrics.history.bucket_sec,
-        expected_rate=spent.nonces / spent.computing_sec if spent.computing_sec > 0 else None,
-        histories=[_figures(history) for history in (metrics.history, metrics.long_history)],
+        rate=short.nonces_per_second[-1],
+        bucket_seconds=short.bucket_seconds,
+        nonces_per_second=short.nonces_per_second,
+        chat_share=short.chat_share,
+        expected_nonces_per_second=spent.nonces / spent.computing_sec if spent.computing_sec > 0 else None,
+        histories=[short, _figures(metrics.long_history)],
         queue_nonces=metrics.queue_nonces(),
         queue_limit=service.settings.max_queued_nonces,
         outbox=metrics.outbox(),
+        outbox_path=printable(service.callbacks.outbox_path),
         oldest_sec=max((r.oldest_sec for r in status.callbacks or [] if r.oldest_sec is not None), default=None),
         errors=list(reversed(recent_errors.errors)),
     )

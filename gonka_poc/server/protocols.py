@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from gonka_poc.answers import EngineStatus
 from gonka_poc.data import BatchResult, Params, Spec
@@ -15,8 +15,9 @@ class Manager(Protocol):
     """Drives the workers; PoCManagerV1 is one."""
 
     @property
-    def computed_on(self) -> Mapping[str, str]:
-        """dtype, attention_backend and gpu of the first worker; empty before it was reached."""
+    def computed_on(self) -> Mapping[str, Any]:
+        """dtype, attention_backend and gpu of the first worker, the number of workers, and once they are warmed up
+        whether proof runs compiled layers, with the noise floor; empty before they were reached."""
 
     @property
     def engine(self) -> EngineStatus:

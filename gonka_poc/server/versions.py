@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from gonka_poc.answers import ReplayRunner, VersionsAnswer
 from gonka_poc.version import UNINSTALLED, __version__
@@ -20,12 +21,13 @@ def installed_releases() -> dict[str, str]:
 
 
 def versions_answer(
-    poc_validation_inference: bool, computed_on: Mapping[str, str], replay: ReplayRunner | None = None
+    poc_validation_inference: bool, computed_on: Mapping[str, Any], replay: ReplayRunner | None = None
 ) -> VersionsAnswer:
     """The releases that are installed; `poc_validation_inference`: chat is answered while this server validates.
     `computed_on`: Manager.computed_on."""
+    releases: dict[str, Any] = installed_releases()
     return VersionsAnswer(
-        **installed_releases(),
+        **releases,
         poc_validation_inference=poc_validation_inference,
         replay=replay,
         **computed_on,
