@@ -155,7 +155,7 @@ async def dashboard() -> HTMLResponse:
 @router.get("/dashboard/data")
 async def dashboard_figures(service: Service, request: Request) -> DashboardData:
     """The figures of the status page."""
-    return dashboard_data(service.settings, service.metrics, service.status(), request.app.state.recent_errors)
+    return dashboard_data(service, request.app.state.recent_errors)
 
 
 def _ok(state: State) -> OkAnswer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from gonka_poc.answers import EngineStatus
 from gonka_poc.data import BatchResult, Params, Spec
 
 ASLEEP_POLL_SEC = 0.5  # between two questions to an engine that sleeps
@@ -17,6 +18,10 @@ class Manager(Protocol):
     def computed_on(self) -> Mapping[str, Any]:
         """dtype, attention_backend and gpu of the first worker, the number of workers, and once they are warmed up
         whether proof runs compiled layers, with the noise floor; empty before they were reached."""
+
+    @property
+    def engine(self) -> EngineStatus:
+        """The served model, its workers, and whether they run compiled layers."""
 
     async def prepare(self) -> None:
         """Reach every worker once, and warm it up."""
