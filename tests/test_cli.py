@@ -459,6 +459,29 @@ def test_rates_and_chat_of_the_last_half_hour(server, monkeypatch, capsys):
     assert "last error 60 s ago: something broke" in shown
 
 
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({}, "see the server's log"),
+        ({"histories": [{"chat_shares": [None, 1.0, 1.0, 0.95]}]}, "chat has all of the time"),
+        ({"histories": [{"chat_shares": [None, 1.0, 0.5, 1.0]}]}, "see the server's log"),
+        ({"round_began_at": 950.0}, None),
+        ({"nonces_per_second": [0.0, 0.0, 0.1, 0.0]}, None),
+    ],
+    ids=str,
+)
+def test_a_round_that_stands_still_is_a_problem(server, monkeypatch, capsys, changes, problem):
+    figures = {"time": 1000.0, "round_began_at": 900.0, "bucket_seconds": 10, "rate": 0.0, "round_receiver": None}
+    figures |= {"nonces_per_second": [5.0, 0.0, 0.0, 0.0], **changes}
+    httpx.post(f"{server.url}{PREFIX}/init/generate", json=round_body()).raise_for_status()
+    monkeypatch.setattr(PoCClient, "dashboard_data", lambda self: figures)
+    assert run("status", "--url", server.url) == (3 if problem else 0)
+    printed = capsys.readouterr()
+    assert "ago, for no receiver" in " ".join(printed.out.split())
+    if problem:
+        assert f"nothing was computed in the last 30 s: {problem}" in printed.err
+
+
 def test_a_receiver_that_takes_nothing_is_a_problem(server, monkeypatch, capsys):
     counts = {"delivered": 0, "refused": 3, "parked": 0, "expired": 0}
     late = ReceiverStatus(receiver="http://r", waiting=7, oldest_sec=7300.0, error="answered 500", **counts)

@@ -12,6 +12,7 @@ from gonka_poc.cli.client import PoCClient
 from gonka_poc.errors import ServerAnswerError
 
 LATE_SEC = 60.0  # a receiver that works takes artifacts within a few callback intervals
+STILL_BUCKETS = 3  # of 10 seconds: a batch is shorter, unless the server is hard at work on something else
 
 
 @dataclass
@@ -37,10 +38,13 @@ def look_at(client: PoCClient) -> HostStatus:
     figures = client.dashboard_data()
     host = HostStatus(client.url, answer=status.model_dump())
     _add_server(host, client)
-    _add_round(host, status)
+    if figures.get("started_at"):
+        host.rows.append(("up for", duration(figures["time"] - figures["started_at"])))
+    _add_round(host, status, figures)
     _add_rates(host, status, figures)
     _add_outbox(host, status, figures)
     _add_last_error(host, figures)
+    host.problems += _standstill(status, figures)
     if status.error:
         ended = status.status in ("IDLE", "STOPPED")
         label = "the last round ended" if ended else "waits for"
@@ -86,13 +90,17 @@ def _proof_path(versions: VersionsAnswer) -> str:
     return f"{path}; noise floor of this model: {versions.noise_floor:.2g}"
 
 
-def _add_round(host: HostStatus, status: StatusAnswer) -> None:
+def _add_round(host: HostStatus, status: StatusAnswer, figures: Mapping[str, Any]) -> None:
     host.figures["state"] = status.status
     host.rows.append(("state", status.status))
     if status.config is not None:
         config = status.config
-        block = f"block {config.block_height} ({config.block_hash})"
-        host.rows.append(("round", f"{block}, node {config.node_id} of {config.node_count}"))
+        text = f"block {config.block_height} ({config.block_hash}), node {config.node_id} of {config.node_count}"
+        if figures.get("round_began_at"):
+            text += f", begun {duration(figures['time'] - figures['round_began_at'])} ago"
+        if "round_receiver" in figures:
+            text += f", for {figures['round_receiver'] or 'no receiver'}"
+        host.rows.append(("round", text))
         host.rows.append(("public key", config.public_key))
         sizes = "" if config.k_dim is None else f", k_dim {config.k_dim}"
         host.rows.append(("nonces of", f"{config.seq_len} tokens{sizes}"))
@@ -104,7 +112,7 @@ def _add_rates(host: HostStatus, status: StatusAnswer, figures: Mapping[str, Any
     """Nonces per second now, in the mean and at best, and the share of chat."""
     rates: Sequence[float] = figures.get("nonces_per_second") or []
     busy = [rate for rate in rates if rate > 0]
-    now = status.stats.nonces_per_second if status.stats is not None else 0.0
+    now = _rate_now(status, figures)
     texts = [f"{now:.2f} nonces/s now"]
     host.figures["rate"] = {"now": now}
     if busy:
@@ -121,6 +129,35 @@ def _add_rates(host: HostStatus, status: StatusAnswer, figures: Mapping[str, Any
     if share is not None:
         text = f"had {share:.0%} of the time in which there was proof to compute, in the last 30 minutes"
         host.rows.append(("chat", text))
+
+
+def _rate_now(status: StatusAnswer, figures: Mapping[str, Any]) -> float:
+    """That of the last 10 seconds; of a round that is younger than twice that, its own."""
+    of_round = status.stats.nonces_per_second if status.stats is not None and status.status == "GENERATING" else 0.0
+    if "rate" not in figures or _round_age(figures) < 2 * figures["bucket_seconds"]:
+        return of_round
+    return float(figures["rate"])
+
+
+def _round_age(figures: Mapping[str, Any]) -> float:
+    """Seconds since the round began; 0 where there is none, or the server does not say."""
+    began_at = figures.get("round_began_at")
+    return float(figures["time"] - began_at) if began_at else 0.0
+
+
+def _standstill(status: StatusAnswer, figures: Mapping[str, Any]) -> list[str]:
+    """A sentence where a round has computed nothing for a while, and gives no reason of its own."""
+    seconds = STILL_BUCKETS * figures.get("bucket_seconds", 10)
+    last = (figures.get("nonces_per_second") or [])[-STILL_BUCKETS:]
+    if status.status != "GENERATING" or status.error or _round_age(figures) < 2 * seconds or any(last):
+        return []
+    histories = figures.get("histories") or [{}]
+    shares = [share for share in (histories[0].get("chat_shares") or [])[-STILL_BUCKETS:] if share is not None]
+    if shares and min(shares) > 0.9:
+        advice = "chat has all of the time; with POC_PRIORITY=abort a round goes first"
+    else:
+        advice = "see the server's log"
+    return [f"a round generates, and nothing was computed in the last {seconds} s: {advice}"]
 
 
 def _add_outbox(host: HostStatus, status: StatusAnswer, figures: Mapping[str, Any]) -> None:
@@ -158,7 +195,8 @@ def _add_last_error(host: HostStatus, figures: Mapping[str, Any]) -> None:
     if errors:
         newest = errors[0]
         age = duration(max(0.0, float(figures.get("time", time.time())) - float(newest["time"])))
-        host.rows.append(("last error", f"{age} ago: {newest['text']}"))
+        times = f" ({newest['count']} times)" if newest.get("count", 1) > 1 else ""
+        host.rows.append(("last error", f"{age} ago{times}: {newest['text']}"))
         host.figures["last_error"] = dict(newest)
 
 
