@@ -17,8 +17,9 @@ from gonka_poc.routes import PREFIX
 from gonka_poc.server.access_log import PollFilter
 from gonka_poc.server.browsers import BrowserGate
 from gonka_poc.server.guards import TokenGate, error_response, path_of
+from gonka_poc.server.startup import startup_text
 from gonka_poc.server.versions import versions_answer
-from gonka_poc.vllm_compat import ApiView, installed_version
+from gonka_poc.vllm_compat import ApiView, address_of, installed_version
 
 logger = logging.getLogger("vllm.gonka_poc.middleware")
 
@@ -120,7 +121,9 @@ class PoCMiddleware:
         try:
             self._refuse()
             if "app" in scope:
-                await self._start(scope["app"]).service.prepare()
+                poc = self._start(scope["app"])
+                await poc.service.prepare()
+                logger.info("%s", startup_text(self._settings, poc.service, address_of(scope["app"])))
         except EngineUnavailableError:
             pass  # asked again with the first request
         except Exception as error:

@@ -706,6 +706,16 @@ async def test_a_sender_that_is_gone_while_its_body_is_drained(host):
     assert sent[0]["status"] == 413
 
 
+async def test_the_log_has_a_block_once_the_server_is_up(parts, caplog):
+    caplog.set_level(logging.INFO)
+    host = parts.host()
+    host.state.args = SimpleNamespace(host=None, port=5001)
+    await lifespan_of(host, lambda: True)
+    (block,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("PoC is served")]
+    assert "page      http://127.0.0.1:5001/api/v1/pow/dashboard" in block
+    assert "the plain forward, on 1 worker(s)" in block  # one of the two that it has described itself
+
+
 # --- the end ----------------------------------------------------------------------------------------------------
 
 
