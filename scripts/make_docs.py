@@ -35,21 +35,15 @@ def command_reference() -> str:
 
 
 def commands(group: click.Group, path: str) -> Iterator[tuple[str, click.Command]]:
-    """The commands below `group` with the words to type, depth first; groups only for what they hold."""
+    """The commands below `group` with the words to type, depth first; a group itself only where it has options."""
     context = click.Context(group)
     for name in group.list_commands(context):
         command = group.get_command(context, name)
         assert command is not None
-        if isinstance(command, click.Group):
-            yield from commands(command, _with_options(f"{path} {name}", command))
-        else:
+        if command.params or not isinstance(command, click.Group):
             yield f"{path} {name}", command
-
-
-def _with_options(path: str, group: click.Group) -> str:
-    """The words to type for `group`, with its own options in brackets."""
-    options = [f"[{param.opts[0]} {param.name.upper()}]" for param in group.params if param.name]
-    return " ".join([path, *options])
+        if isinstance(command, click.Group):
+            yield from commands(command, f"{path} {name}")
 
 
 def _section(path: str, command: click.Command) -> str:

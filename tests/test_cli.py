@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from fakes import MODEL, FakeManager, generate_body, round_body
 
 from gonka_poc import serve
 from gonka_poc.answers import ReceiverStatus, StatusAnswer
+from gonka_poc.callbacks.admin import summary
 from gonka_poc.callbacks.outbox import Outbox
 from gonka_poc.cli import artifacts, demo, server_process, status
 from gonka_poc.cli import common as cli_common
@@ -584,6 +586,22 @@ def test_the_package_is_a_program():
     assert done.stdout == f"gonka-poc, version {__version__}\n"
 
 
+@pytest.mark.parametrize("words", [["--version"], ["serve", "--help"]], ids=" ".join)
+def test_a_full_disk_is_said_in_a_line(words):
+    with open("/dev/full", "w") as full:
+        program = [sys.executable, "-m", "gonka_poc", *words]
+        done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "Error: cannot write the result: No space left on device\n")
+
+
+def test_a_reader_that_leaves_is_no_error_to_speak_of():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-m", "gonka_poc", "--version"], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_prints_a_script_that_asks_the_program(shell, capsys):
     assert run("completion", shell) == 0
@@ -635,6 +653,58 @@ def test_outbox_commands_name_what_there_is_not(tmp_path, capsys):
         assert "0 batches" in capsys.readouterr().out
         assert run("outbox", "--path", path, command, "--id", "99") == 1
         assert "none of these batches" in capsys.readouterr().err
+
+
+@pytest.fixture
+def outbox(tmp_path) -> str:
+    """An outbox with two callbacks to one receiver and one to another, all still to be sent."""
+    path = str(tmp_path / "outbox.sqlite3")
+    box = Outbox(path, 10**6)
+    for url, block in (("http://a", "1"), ("http://a", "2"), ("http://b", "1")):
+        box.add_artifacts(url, {"block_hash": block}, [{"nonce": i, "vector_b64": "AA"} for i in range(3)], None)
+    box.close()
+    return path
+
+
+def test_nothing_undelivered_is_purged_unasked(outbox, capsys):
+    purge = ("outbox", "--path", outbox, "purge", "--undelivered")
+    assert run(*purge, "--receiver", "http://a") == 1
+    said = capsys.readouterr().err
+    assert "2 callbacks with 6 artifacts that are still to be sent, to http://a" in said
+    assert "nothing was deleted" in said
+    assert len(summary(outbox)) == 3
+    assert run(*purge, "--receiver", "http://a", "--yes", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"batches": 2}
+    assert run(*purge, "--id", "99") == 1  # there is nothing to ask about
+    assert "none of these batches" in capsys.readouterr().err
+    assert [batch.url for batch in summary(outbox)] == ["http://b"]
+
+
+@pytest.mark.parametrize(("answer", "status", "left"), [("y", 0, 0), ("n", 130, 3), ("", 130, 3)])
+def test_who_purges_is_asked(outbox, monkeypatch, capsys, answer, status, left):
+    terminal = io.StringIO(f"{answer}\n")
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdin", terminal)
+    assert run("outbox", "--path", outbox, "purge", "--undelivered") == status
+    assert "3 callbacks with 9 artifacts that are still to be sent, to http://a, http://b" in capsys.readouterr().err
+    assert len(summary(outbox)) == left
+
+
+def test_the_server_is_asked_for_its_outbox(server, outbox, monkeypatch, capsys):
+    monkeypatch.setattr(PoCClient, "dashboard_data", lambda self: {"outbox_path": outbox})
+    assert run("outbox", "--server", server.url, "list", "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)) == 3
+    assert run("outbox", "--server", server.url, "--path", outbox, "list") == 1
+    assert "give one of them" in capsys.readouterr().err
+    for path, says in ((":memory:", "in memory only"), (None, "does not say where its outbox is")):
+        monkeypatch.setattr(PoCClient, "dashboard_data", lambda self, path=path: {"outbox_path": path})
+        assert run("outbox", "--server", server.url, "list") == 1
+        assert says in capsys.readouterr().err
+
+
+def test_retry_still_takes_the_older_name_of_its_option(outbox, capsys):
+    assert run("outbox", "--path", outbox, "retry", "--url", "http://nobody") == 1
+    assert "none of these batches" in capsys.readouterr().err
 
 
 # --- errors -----------------------------------------------------------------------------------------------------

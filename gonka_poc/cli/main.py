@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import signal
 import sys
 from types import MappingProxyType
@@ -14,6 +16,7 @@ from gonka_poc.errors import PoCError
 from gonka_poc.version import __version__
 
 ERROR, INTERRUPTED = 1, 130
+OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EPIPE)
 
 COMMANDS = MappingProxyType(
     {
@@ -75,7 +78,20 @@ def main(args: list[str] | None = None) -> None:
     except PoCError as error:
         _complain(f"Error: {error}")
         status = ERROR
+    except OSError as error:
+        if error.errno not in OUTPUT_ERRORS or error.filename is not None:
+            raise
+        status = _give_up_output(error)
     sys.exit(status)
+
+
+def _give_up_output(error: OSError) -> int:
+    """The exit status where stdout takes no more: its reader left, or the disk is full, which is said."""
+    if error.errno != errno.EPIPE:
+        _complain(f"Error: cannot write the result: {error.strerror}")
+    # what is still buffered would fail again when Python ends
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return ERROR
 
 
 def _complain(*lines: str) -> None:
