@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -10,7 +11,7 @@ from live_server import LiveServer
 
 from gonka_poc.callbacks.outbox import Outbox
 from gonka_poc.data import PREFIX
-from gonka_poc.metrics import LONG_BUCKET_SEC, NUM_BUCKETS, Bucket, Metrics
+from gonka_poc.metrics import NUM_BUCKETS, Bucket, History, Metrics
 
 DASHBOARD = f"{PREFIX}/dashboard"
 EXPECTED = 150.0  # nonces per second of the made-up host
@@ -41,26 +42,28 @@ class HostView(FakeView):
         return answers
 
 
-def _share_of_chat(at: float) -> float:
-    """The share of chat in the made-up host's day; `at` is 0 six hours ago and 1 now."""
-    if 0.30 < at < 0.42:
-        return 0.35
-    return {0.955: 1.0, 0.965: 1.0, 0.972: 0.4, 0.978: 0.4}.get(round(at, 3), 0.6 if 0.961 < at < 0.972 else 0.05)
+def _share_of_chat(minutes_ago: float) -> float:
+    """The share of chat on the made-up host: much of it twice in six hours, and once all of the time."""
+    if 4 <= minutes_ago < 5:
+        return 1.0
+    if 10 <= minutes_ago < 16:
+        return 0.6 - 0.04 * (minutes_ago - 10)
+    if 130 <= minutes_ago < 210:
+        return 0.4
+    return 0.03
 
 
 def busy_metrics() -> Metrics:
-    """Six hours of a host at work, with two times of chat."""
-    metrics, sec = Metrics(), LONG_BUCKET_SEC
-    now = metrics.history.clock()
+    """Six hours of a host at work, as of now; no later bucket ends."""
+    now = time.monotonic()
+    metrics = Metrics(History(lambda: now))
     for history in (metrics.history, metrics.long_history):
         history._buckets.clear()
-        for i in range(NUM_BUCKETS):
-            at = 1 - (NUM_BUCKETS - i) * history.bucket_sec / (NUM_BUCKETS * sec)
-            share, wobble = _share_of_chat(at), 1 + 0.02 * ((7 * i) % 5 - 2)
+        for i in range(NUM_BUCKETS, 0, -1):
+            share, wobble = _share_of_chat(i * history.bucket_sec / 60), 1 + 0.012 * math.sin(i * i)
             busy = history.bucket_sec * (1 - share)
             history._buckets.append(Bucket(int(EXPECTED * busy * wobble), busy, history.bucket_sec * share))
         history._buckets.append(Bucket())
-        history._current = int(now // history.bucket_sec)
     metrics.started_at -= 27 * 3600 + 340
     metrics._nonces.inc(int(EXPECTED * 0.9 * 97_000))
     return metrics

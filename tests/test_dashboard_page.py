@@ -20,6 +20,11 @@ from gonka_poc.metrics import NUM_BUCKETS
 
 NASTY = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
 DISPLAYS = {"light": (1100, 900, "light"), "dark": (1100, 900, "dark"), "phone": (390, 844, "light")}
+# it is drawn for the new width when the page hears of that
+CHART_FITS = (
+    "Math.abs(document.querySelector('#chart .area').getBoundingClientRect().right"
+    " - document.getElementById('chart').getBoundingClientRect().right) < 5"
+)
 DISPLAYS["dark phone"] = (390, 844, "dark")
 
 
@@ -82,6 +87,7 @@ def check_in_each_display(page: Page, folder: Path) -> None:
     """`check_layout` in light, dark and on a phone, with a picture of each in `folder`."""
     for name, (width, height, scheme) in DISPLAYS.items():
         page.display(width=width, height=height, scheme=scheme)
+        page.until(CHART_FITS)
         check_layout(page, width)
         page.screenshot(folder / f"{name}.png")
 
@@ -109,6 +115,7 @@ def test_a_host_at_work(page: Page, tmp_path: Path):
             assert words in shown, words
         check_in_each_display(page, tmp_path)
         page.display(width=1100, height=900)
+        page.until(CHART_FITS)
         sizes = {text["text"]: text["size"] for text in page.value(TEXTS)}
         assert max(sizes, key=lambda text: sizes[text]) == text_of(page, "rate")  # the rate is what is seen first
         # the chart: a point for each bucket, the expected rate as a line, chat's share between the two
