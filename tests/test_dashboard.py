@@ -13,6 +13,7 @@ import httpx
 import pytest
 from fakes import MODEL, FakeView, generate_body, round_body, until
 from prometheus_client import CollectorRegistry
+from status_picture import WIDTH
 
 from gonka_poc.app import PoCApp, build_app
 from gonka_poc.config import Settings
@@ -90,6 +91,7 @@ async def test_figures_of_a_server_that_works():
         await until(lambda: metrics.nonces_total >= 10)
         logging.getLogger("vllm.gonka_poc.test").warning("first")
         logging.getLogger("vllm.gonka_poc.test").error("second\n")
+        await until(lambda: metrics.outbox().artifacts)
         total, now = metrics.nonces_total, now + BUCKET_SEC
         found = await figures(poc)
     assert found["status"]["status"] == "GENERATING"
@@ -120,6 +122,15 @@ def test_the_page_is_self_contained():
     assert not re.findall(r"\b(?:src|srcset|@import|url\()", without_namespace)
     assert re.findall(r"href=\"([^\"]*)\"", without_namespace) == ["data:,"]
     assert re.findall(r"fetch\(\"([^\"]*)\"", HTML) == ["dashboard/data"]
+
+
+def test_the_picture_in_the_readme_is_small():
+    """`python tests/status_picture.py docs/images/status.png` makes it."""
+    picture = Path(str(files("gonka_poc"))).parent / "docs" / "images" / "status.png"
+    content = picture.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    assert int.from_bytes(content[16:20], "big") == WIDTH
+    assert len(content) < 150_000
 
 
 def test_the_page_is_part_of_the_package():

@@ -77,6 +77,9 @@ def check_layout(page: Page, width: int) -> list[dict[str, Any]]:
     assert [text for text in texts if text["contrast"] < 4.5] == []
     assert [text for text in texts if text["cut"] or text["left"] < 0 or text["right"] > width] == []
     assert min(text["size"] for text in texts) >= 12
+    assert (
+        page.value("Math.max(...[...document.querySelectorAll('dt + dd')].map((e) => e.offsetHeight))") < 60
+    )  # a line
     for one, other in itertools.combinations(page.value(BOXES), 2):
         beside = one["right"] <= other["left"] or other["right"] <= one["left"]
         assert beside or one["bottom"] <= other["top"] or other["bottom"] <= one["top"]
