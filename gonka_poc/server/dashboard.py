@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 
 from gonka_poc.access import shown_url
 from gonka_poc.answers import EngineStatus, OutboxStatus, StatusAnswer
-from gonka_poc.errors import printable
+from gonka_poc.errors import EngineUnavailableError, printable
 from gonka_poc.metrics import History
 from gonka_poc.server.service import PoCService
 from gonka_poc.server.versions import installed_releases
@@ -61,6 +61,7 @@ class DashboardData(BaseModel):
     host: str
     started_at: float = Field(description="when the server started, seconds since 1970")
     engine: EngineStatus
+    engine_problem: str | None = Field(description="why nothing can be computed any more; null: the engine is there")
     status: StatusAnswer
     round_began_at: float | None = Field(description="seconds since 1970; null: no round is set")
     round_receiver: str | None = Field(description="the URL of the round's callbacks, without a password")
@@ -98,6 +99,7 @@ def dashboard_data(service: PoCService, recent_errors: RecentErrors) -> Dashboar
         host=printable(socket.gethostname()),
         started_at=metrics.started_at,
         engine=metrics.engine(),
+        engine_problem=_engine_problem(service),
         status=status,
         round_began_at=current.began_at if current is not None and is_set else None,
         round_receiver=None if url is None else printable(shown_url(url)),
@@ -117,6 +119,14 @@ def dashboard_data(service: PoCService, recent_errors: RecentErrors) -> Dashboar
         oldest_sec=max((r.oldest_sec for r in status.callbacks or [] if r.oldest_sec is not None), default=None),
         errors=list(reversed(recent_errors.errors)),
     )
+
+
+def _engine_problem(service: PoCService) -> str | None:
+    try:
+        service.ensure_engine_alive()
+    except EngineUnavailableError as error:
+        return printable(str(error))
+    return None
 
 
 def _figures(history: History) -> HistoryFigures:
