@@ -28,6 +28,9 @@ PROGRESS_TIMEOUT_SEC = 120.0  # for the next nonces of a round
 # distances lie in [0, 2], so with these every one is valid and no placeholder is called a fraud
 ANY_DISTANCE, PLACEHOLDER = 2.0, 0.0
 
+# fields of GET /versions that files of artifacts keep
+COMPUTED_BY = frozenset({"vllm_version", "gonka_poc_version", "dtype", "attention_backend", "gpu"})
+
 Progress = Callable[[int], None]
 """Called with the number of nonces done since the last call."""
 
@@ -85,14 +88,28 @@ class PoCClient:
             answer = self.versions()
         except ServerAnswerError:
             return {}
-        return {
-            name: str(value)
-            for name, value in answer.model_dump(exclude={"poc_validation_inference", "replay"}).items()
-        }
+        return {name: str(value) for name, value in answer.model_dump(include=set(COMPUTED_BY)).items()}
 
     def status(self) -> answers.StatusAnswer:
         """GET /status."""
         return self._ask(answers.StatusAnswer, "GET", "status")
+
+    def dashboard_data(self) -> dict[str, Any]:
+        """GET /dashboard/data, as the server gives it: releases differ in its fields."""
+        return dict(self._vllm("GET", f"{data.PREFIX}/dashboard/data", None))
+
+    def is_up(self) -> bool:
+        """True once the server answers. Raises ServerAnswerError where it answers that it gives no proofs."""
+        path = f"{data.PREFIX}/status"
+        try:
+            response = self._sent("GET", path, None)
+        except ServerAnswerError:
+            return False
+        if response.status_code in (502, 503, 504):  # a proxy before a server that starts, or its engine does
+            return False
+        if not response.is_success:
+            raise ServerAnswerError(refusal_text(response, self.url, path, bool(self._secret(path))))
+        return True
 
     def total_processed(self) -> int:
         """The number of nonces that the round has processed. Raises ServerAnswerError if no round generates."""
