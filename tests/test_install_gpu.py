@@ -450,7 +450,7 @@ def test_no_python_from_path_is_taken(host: FakeHost) -> None:
     host.runner.write_text(host.runner.read_text().replace("/opt/venv/bin/python3", "/nowhere/python3"))
     done = host.run("--mlnode-dir", host.mlnode, "--dry-run")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "/nowhere/python3: not found (the default in that MLNode starts vLLM with: --python P" in done.stderr
+    assert f"/nowhere/python3: not found (the default in {host.runner})\nname the one that MLNode" in done.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -55,7 +55,7 @@ class Acts:
         )
 
     def seen(self) -> dict[str, tuple[int, str]]:
-        """The host without the journal, whose copies have names of their own, and what pip notes of the wheel's path."""
+        """The host without the journal, whose copies have names of their own, and without pip's notes of the wheel."""
         found = tree(self.host.folder)
         notes = ("direct_url.json", "RECORD")
         return {path: entry for path, entry in found.items() if not path.startswith(STATE) and not path.endswith(notes)}
