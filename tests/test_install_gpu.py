@@ -1125,12 +1125,13 @@ def test_a_constraint_in_the_way_is_named(packages: FakeHost, monkeypatch: pytes
     settings.parent.mkdir(parents=True)
     settings.write_text(f"[install]\nconstraint = {constraints}\n")
     monkeypatch.setenv("HOME", str(packages.folder))
-    before = tree(packages.folder)
+    before = tree(packages.python.parent.parent)
     with pytest.raises(
         host_target.InstallError, match=r"in the way: Tail<2  # somebody's \(.*constraints\.txt, line 2\)"
     ):
         host_journal.install_packages(make_host(packages), journal, ["head"])
-    assert tree(packages.folder) == before
+    assert tree(packages.python.parent.parent) == before
+    assert not journal.folder.exists()
 
 
 def test_packages_that_others_need_now_stay(packages: FakeHost, journal: object) -> None:
