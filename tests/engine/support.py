@@ -25,6 +25,7 @@ from gonka_poc.request_fields import Artifact
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "tests" / "data"
+PLUGIN = ROOT / "tests" / "engine" / "plugin"
 MODEL = "tiny"  # the served model name of every server here
 POW = "/api/v1/pow"
 CASES = json.loads((DATA / "end_to_end.json").read_text())
@@ -59,6 +60,8 @@ class ServerConfig:
     env: tuple[tuple[str, str], ...] = ()
     extension: str | None = "gonka_poc.worker.PoCWorkerExtension"
     direct: bool = False
+    quiet: bool = True
+    """Its processes wait without keeping a core busy (tests/engine/plugin)."""
 
     @property
     def group(self) -> str:
@@ -69,7 +72,8 @@ class ServerConfig:
         """The server, not started yet."""
         common = ["--served-model-name", MODEL, "--dtype", self.dtype, "--max-model-len", "1024", *self.args]
         common += ["--hf-overrides", json.dumps(HF_OVERRIDES[self.model])] if self.model in HF_OVERRIDES else []
-        env = {"PYTHONPATH": str(ROOT), "VLLM_NO_USAGE_STATS": "1", **ONE_THREAD, **dict(self.env)}
+        paths = os.pathsep.join(map(str, [ROOT, PLUGIN] if self.quiet else [ROOT]))
+        env = {"PYTHONPATH": paths, "VLLM_NO_USAGE_STATS": "1", **ONE_THREAD, **dict(self.env)}
         kind = DirectServer if self.direct else ServerProcess
         if self.direct and self.extension:
             common += ["--worker-extension-cls", self.extension]
@@ -117,7 +121,13 @@ class Servers:
 
 
 # most tests share this one; it is hardened
-PLAIN = ServerConfig(env=(("VLLM_ALLOW_INSECURE_SERIALIZATION", "0"), ("POC_CALLBACK_INTERVAL_SEC", "0.2")))
+PLAIN = ServerConfig(
+    env=(
+        ("VLLM_ALLOW_INSECURE_SERIALIZATION", "0"),
+        ("POC_CALLBACK_INTERVAL_SEC", "0.2"),
+        ("POC_CALIBRATION", "1"),
+    )
+)
 # vLLM's own module started directly, with a worker extension for tests that vLLM's development routes can call
 PROBED = ServerConfig(
     args=(
@@ -130,10 +140,11 @@ PROBED = ServerConfig(
     env=(("VLLM_SERVER_DEV_MODE", "1"), ("POC_CALLBACK_INTERVAL_SEC", "0.2")),
     extension="tests.engine.extension.Probe",
     direct=True,
+    quiet=False,
 )
 
 # the server of the tests that measure times
-TIMED = ServerConfig(args=("--enforce-eager", "--max-num-batched-tokens", "4096"))
+TIMED = ServerConfig(args=("--enforce-eager", "--max-num-batched-tokens", "4096"), quiet=False)
 
 
 def probed(servers: Servers) -> Client:
@@ -216,7 +227,7 @@ def assert_any_composition(values: Sequence[Any]) -> None:
 
 def spec_of(case: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of the spec of a golden case."""
-    names = ("block_hash", "public_key", "seq_len", "k_dim", "poc_stronger_rng", "randomization")
+    names = ("block_hash", "public_key", "seq_len", "k_dim", "poc_stronger_rng", "randomization", "cheat")
     return {name: case[name] for name in names if name in case}
 
 
