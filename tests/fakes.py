@@ -46,11 +46,14 @@ def generate_body(nonces: list[int], **changes: Any) -> dict[str, Any]:
 
 
 def made_up_vector(spec: VectorSpec, nonce: int) -> np.ndarray:
-    """A float16 vector of length 1 that depends on the block, the key and the nonce, and a little on `moved`."""
+    """A float16 vector of length 1 that depends on the block, the key and the nonce, a little on `moved`, and more on
+    `cheat`."""
     digest = hashlib.sha256(f"{spec.block_hash}_{spec.public_key}_{nonce}".encode()).digest()
     vector = np.random.default_rng(list(digest)).normal(size=spec.k_dim)
     if spec.moved:
         vector += 0.01 * np.random.default_rng([*digest, spec.moved]).normal(size=spec.k_dim)
+    if spec.cheat:
+        vector += 0.5 * np.random.default_rng([*digest, *spec.cheat.encode()]).normal(size=spec.k_dim)
     return (vector / np.linalg.norm(vector)).astype(VECTOR_DTYPE)
 
 

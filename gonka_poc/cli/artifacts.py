@@ -120,7 +120,7 @@ def validate_command(
     if not content.artifacts:
         raise ArtifactFileError(f"{file} holds no artifacts; there is nothing to validate")
     thresholds = choose_thresholds(given, content.stat_test, trust_file=file_thresholds)
-    for sentence in floor_warnings(floor, thresholds.stat_test):
+    for sentence in floor_warnings(floor, thresholds.stat_test, content):
         common.say(sentence)
     with connect() as client:
         _warn_if_generating(client)

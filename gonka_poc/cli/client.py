@@ -16,7 +16,7 @@ from pydantic import BaseModel, RootModel, ValidationError
 from gonka_poc import answers, data
 from gonka_poc.certificates import ssl_context
 from gonka_poc.cli.artifact_file import ArtifactFile
-from gonka_poc.cli.refusals import NO_POC_SERVER, refusal_text
+from gonka_poc.cli.refusals import NO_POC_SERVER, reason_of, refusal_text
 from gonka_poc.cli.server_process import wait_until
 from gonka_poc.errors import ServerAnswerError, printable
 from gonka_poc.request_fields import MAX_LISTED, Artifact
@@ -56,17 +56,7 @@ class PoCClient:
         self._token, self._api_key = token, api_key
         self.url = url.rstrip("/").removesuffix(data.PREFIX)
         self._socket = socket_path(self.url)
-        base_url = "http://localhost" if self._socket else self.url
-        try:
-            parsed = httpx.URL(base_url)
-        except httpx.InvalidURL:
-            parsed = httpx.URL()
-        if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise ServerAnswerError(f"{url!a} is no address of a server: write it as http://HOST:PORT or unix:PATH")
-        # only connecting is tried again: a request that was sent may have reached the server
-        transport = httpx.HTTPTransport(verify=ssl_context(), retries=2, uds=self._socket)
-        limit = httpx.Timeout(timeout, connect=CONNECT_TIMEOUT_SEC)
-        self._http = httpx.Client(base_url=base_url, timeout=limit, transport=transport)
+        self._http = _http_client(self.url, self._socket, timeout)
 
     def __enter__(self) -> PoCClient:
         return self
@@ -223,13 +213,15 @@ class PoCClient:
         batch_size: int,
         on_artifacts: Callable[[list[Artifact]], object],
         progress: Progress = ignore_progress,
-        calibration_step: int = 0,
+        **calibration: Any,
     ) -> list[int]:
-        """Compute `nonces` as `file` says, batch by batch, each for `on_artifacts`; those that gave NaN or Inf."""
+        """Compute `nonces` as `file` says, batch by batch, each for `on_artifacts`; those that gave NaN or Inf.
+
+        `calibration`: the fields of a GenerateRequest that ask for vectors which are no proofs.
+        """
         not_computed: list[int] = []
-        more = {"calibration_step": calibration_step} if calibration_step else {}
         for batch in data.chunks(list(nonces), batch_size):
-            answer = self._generate(answers.ArtifactsAnswer, file, batch, batch_size, **more)
+            answer = self._generate(answers.ArtifactsAnswer, file, batch, batch_size, **calibration)
             on_artifacts(answer.artifacts)
             not_computed += answer.not_computed_nonces or []
             progress(len(batch))
@@ -278,7 +270,8 @@ class PoCClient:
     def _response(self, method: str, path: str, body: Any) -> httpx.Response:
         response = self._sent(method, path, body)
         if not response.is_success:
-            raise ServerAnswerError(refusal_text(response, self.url, path, bool(self._secret(path))))
+            text = refusal_text(response, self.url, path, bool(self._secret(path)))
+            raise ServerAnswerError(text, response.status_code, reason_of(response))
         return response
 
     def _secret(self, path: str) -> str | None:
@@ -298,6 +291,21 @@ class PoCClient:
             raise ServerAnswerError(
                 f"{self.url} cannot be reached: {str(error) or type(error).__name__}; is the server running there?"
             ) from error
+
+
+def _http_client(url: str, socket: str | None, timeout: float | None) -> httpx.Client:
+    """A client for requests to `url`, or to a socket. Raises ServerAnswerError for what is neither."""
+    base_url = "http://localhost" if socket else url
+    try:
+        parsed = httpx.URL(base_url)
+    except httpx.InvalidURL:
+        parsed = httpx.URL()
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ServerAnswerError(f"{url!a} is no address of a server: write it as http://HOST:PORT or unix:PATH")
+    # only connecting is tried again: a request that was sent may have reached the server
+    transport = httpx.HTTPTransport(verify=ssl_context(), retries=2, uds=socket)
+    limit = httpx.Timeout(timeout, connect=CONNECT_TIMEOUT_SEC)
+    return httpx.Client(base_url=base_url, timeout=limit, transport=transport)
 
 
 def socket_path(url: str) -> str | None:

@@ -32,6 +32,8 @@ COMMANDS = MappingProxyType(
         "replay": "gonka_poc.cli.replay:replay_command",
         # upkeep
         "doctor": "gonka_poc.cli.doctor:doctor",
+        "update": "gonka_poc.cli.installer:update_command",
+        "uninstall": "gonka_poc.cli.installer:uninstall_command",
         "outbox": "gonka_poc.cli.outbox:outbox_group",
         "demo": "gonka_poc.cli.demo:demo_command",
         "completion": "gonka_poc.cli.completion:completion_command",
