@@ -15,6 +15,7 @@ from gonka_poc.errors import EngineUnavailableError, PoCError, UnsupportedServer
 from gonka_poc.manager import EngineView
 from gonka_poc.routes import PREFIX
 from gonka_poc.server.access_log import PollFilter
+from gonka_poc.server.api_docs import OPEN_PATHS
 from gonka_poc.server.browsers import BrowserGate
 from gonka_poc.server.guards import TokenGate, error_response, path_of
 from gonka_poc.server.startup import startup_text
@@ -71,7 +72,7 @@ class PoCMiddleware:
         secret = self._settings.api_token
         token = None if secret is None else secret.get_secret_value()
         guarded = BrowserGate(self._serve, any_name=token is not None)
-        self._gate = TokenGate(guarded, token, DASHBOARD, self._settings.trust_loopback)
+        self._gate = TokenGate(guarded, token, (DASHBOARD, *OPEN_PATHS), self._settings.trust_loopback)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

@@ -65,7 +65,7 @@ class Page:
     def until(self, expression: str) -> None:
         """Wait until a JavaScript expression is true."""
         deadline = time.monotonic() + WAIT_SEC
-        while not self.value(expression):
+        while not self.value(f"Boolean({expression})"):
             assert time.monotonic() < deadline, f"never true: {expression}; the page: {self.text()!r}"
             time.sleep(0.05)
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import logging
-import re
 import socket
 import time
 from collections import OrderedDict
-from importlib.resources import files
 from typing import Literal
 
 from fastapi.responses import HTMLResponse
@@ -19,6 +15,7 @@ from gonka_poc.access import shown_url
 from gonka_poc.answers import EngineStatus, OutboxStatus, StatusAnswer
 from gonka_poc.errors import EngineUnavailableError, printable
 from gonka_poc.metrics import History
+from gonka_poc.server.pages import page
 from gonka_poc.server.service import PoCService
 from gonka_poc.server.versions import installed_releases
 from gonka_poc.version import __version__
@@ -145,25 +142,7 @@ def _figures(history: History) -> HistoryFigures:
 
 def dashboard_page() -> HTMLResponse:
     """The page: one file, whose only script and style are its own."""
-    html = files("gonka_poc.server").joinpath("dashboard.html").read_text(encoding="utf-8")
-    policy = (
-        f"default-src 'none'; script-src {_hash_of('script', html)}; style-src {_hash_of('style', html)}; "
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    headers = {
-        "Content-Security-Policy": policy,
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-cache",
-    }
-    return HTMLResponse(html, headers=headers)
-
-
-def _hash_of(tag: str, html: str) -> str:
-    """The source expression that allows the one inline element `tag` of the page, and no other."""
-    (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", html, flags=re.DOTALL)
-    digest = hashlib.sha256(content.encode()).digest()
-    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
+    return page("dashboard.html")
 
 
 def _kind_of(record: logging.LogRecord) -> tuple[str, ...]:

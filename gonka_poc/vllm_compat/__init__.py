@@ -34,6 +34,7 @@ from gonka_poc.vllm_compat.replay import (
     ReplayServer,
     has_trace_replay,
 )
+from gonka_poc.vllm_compat.swagger import swagger_file
 
 __all__ = [
     "API_SERVER_MODULE",
@@ -51,6 +52,7 @@ __all__ += [
     "found_version",
     "installed_version",
     "is_cpu_build",
+    "swagger_file",
 ]
 __all__ += ["EXTRA_FIELD", "REPLAY_IDS", "REPLAY_KEY", "REPLAY_MODE", "TOKEN_IDS_FIELD", "V1_PROCESSOR", "V2_PROCESSOR"]
 __all__ += ["LOGPROBS_MODES", "RETURN_IDS_FIELD", "LogprobsMode", "ReplayServer", "has_trace_replay"]
