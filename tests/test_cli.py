@@ -586,6 +586,19 @@ def test_the_package_is_a_program():
     assert done.stdout == f"gonka-poc, version {__version__}\n"
 
 
+@pytest.mark.parametrize(("begin", "left"), [([], "SIG_DFL"), (["nohup"], "SIG_IGN")], ids=["alone", "nohup"])
+def test_a_server_under_nohup_outlives_its_terminal(begin, left):
+    """`serve` becomes vLLM's server, which keeps what is ignored and has the default of what is caught."""
+    look = "import signal; print(signal.getsignal(signal.SIGHUP).name)"
+    program = (
+        "import os, sys; from gonka_poc import serve; from gonka_poc.cli.main import main; "
+        f"serve.main = lambda args: os.execv(sys.executable, [sys.executable, '-c', {look!r}]); main(['serve'])"
+    )
+    command = [*begin, sys.executable, "-c", program]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{left}\n"
+
+
 @pytest.mark.parametrize("words", [["--version"], ["serve", "--help"]], ids=" ".join)
 def test_a_full_disk_is_said_in_a_line(words):
     with open("/dev/full", "w") as full:
