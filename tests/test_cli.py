@@ -25,7 +25,8 @@ from gonka_poc.callbacks.admin import summary
 from gonka_poc.callbacks.outbox import Outbox
 from gonka_poc.cli import artifacts, demo, server_process, status
 from gonka_poc.cli import common as cli_common
-from gonka_poc.cli.client import PoCClient, socket_path
+from gonka_poc.cli.client import PoCClient
+from gonka_poc.cli.connection import socket_path
 from gonka_poc.cli.demo import Step
 from gonka_poc.cli.receive import Receiver
 from gonka_poc.cli.refusals import refusal_text

@@ -117,6 +117,14 @@ def test_a_missing_docstring_is_found():
     assert list(undocumented(tree.body, "")) == ["A.b", "d"]
 
 
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_files_and_classes_are_short(file):
+    text = file.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 500
+    classes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ClassDef)]
+    assert [node.name for node in classes if node.end_lineno - node.lineno >= 250] == []
+
+
 # --- the README -------------------------------------------------------------------------------------------------
 
 
