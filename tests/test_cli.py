@@ -574,7 +574,7 @@ def test_wait_gives_up(server, capsys):
 
 
 def test_little_is_imported_for_the_version():
-    """What takes long is imported where it is used."""
+    """Slow packages are imported where they are used."""
     code = "import sys; sys.argv[1:] = ['--version']; import gonka_poc.cli.main as m; m.main()"
     heavy = ["scipy", "numpy", "torch", "vllm", "httpx", "rich", "pydantic", "fastapi"]
     program = f"import sys, atexit; atexit.register(lambda: print(sorted(set({heavy}) & set(sys.modules)))); {code}"
@@ -845,7 +845,7 @@ INVALID = {"detail": [{"type": "x", "loc": ["body", "params", "k_dim"], "msg": "
         (502, STATUS, PAGE, ["answered 502: a page of HTML; a proxy in front", "is the server running?"]),
         (503, STATUS, OURS, ["answered 503: what is wrong; try again when GET /health answers 200"]),
         (504, STATUS, "", ["answered 504: no text; a proxy in front"]),
-        (507, STATUS, OURS, ["answered 507: what is wrong; `gonka-poc outbox list`"]),
+        (507, STATUS, OURS, ["answered 507: what is wrong; `gonka-poc outbox --server URL list`"]),
         (418, STATUS, [], ["answered 418: []; is it a vLLM server with gonka_poc?"]),
         (400, STATUS, {"detail": {"odd": 1}}, ["answered 400: {", "odd"]),
         (400, STATUS, "two\nlines\x1b[31m", ["answered 400: two lines[31m; "]),

@@ -1,4 +1,4 @@
-"""What the documents say is what the code has: errors, settings, routes, docstrings."""
+"""The documents agree with the code: errors, settings, routes, docstrings."""
 
 from __future__ import annotations
 
@@ -123,6 +123,17 @@ def test_files_and_classes_are_short(file):
     assert len(text.splitlines()) <= 500
     classes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ClassDef)]
     assert [node.name for node in classes if node.end_lineno - node.lineno >= 250] == []
+
+
+@pytest.mark.parametrize(
+    "file",
+    [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted((ROOT / "tests" / "gpu").glob("*.py"))],
+    ids=lambda file: file.name,
+)
+def test_every_module_that_is_named_is_there(file):
+    named = re.findall(r"python -m ((?:tests|gonka_poc)[.\w]*)", file.read_text(encoding="utf-8"))
+    parts = [ROOT.joinpath(*name.split(".")) for name in named]
+    assert [str(part) for part in parts if not part.with_suffix(".py").is_file() and not part.is_dir()] == []
 
 
 # --- the README -------------------------------------------------------------------------------------------------

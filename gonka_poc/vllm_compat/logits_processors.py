@@ -31,7 +31,7 @@ GREEDY_BELOW = 1e-5  # vLLM's sampler takes a smaller temperature for none
 
 @dataclass(frozen=True)
 class SamplingRules:
-    """What the sampler does with the logits of a request behind its logits processors."""
+    """The work of the sampler on the logits of a request, behind its logits processors."""
 
     temperature: float
     top_p: float
