@@ -80,7 +80,7 @@ def _folders_of(runner: Path) -> list[str]:
 
 
 def _of_processes(runner: Path, proc: str) -> list[NamedPython]:
-    """The Python that the environment of MLNode's processes names; where none does, the Python of the vLLM servers among them."""
+    """The Python that MLNode's processes name in their environment; where none does, that of vLLM servers."""
     by_environment, by_command = [], []
     for folder in sorted(glob.glob(f"{proc}/[0-9]*"), key=lambda path: int(os.path.basename(path))):
         with contextlib.suppress(OSError):

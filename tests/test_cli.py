@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -386,7 +387,7 @@ def test_stop_counts_what_it_ended(server, capsys):
 
 def test_status_for_machines(server, capsys):
     assert run("status", "--url", server.url, "--json") == 0
-    value = json.loads(capsys.readouterr().out)
+    (value,) = json.loads(capsys.readouterr().out)
     assert {"status": "IDLE", "config": None, "stats": None, "url": server.url, "problems": []}.items() <= value.items()
     assert value["host"]["model"] == MODEL
 
@@ -398,11 +399,13 @@ def test_status_shows_the_receivers_of_callbacks(server, monkeypatch, capsys):
     assert run("status", "--url", server.url) == 3
     printed = capsys.readouterr()
     shown = " ".join(printed.out.split())
-    assert "receiver http://r: waiting 7, oldest_sec 3.5, delivered 9, refused 2, parked 1, expired 4" in shown
+    counts = "9 delivered, 7 waiting (the oldest for 3 s), 2 tries answered with an error, 1 parked, 4 expired"
+    assert f"receiver http://r: {counts}" in shown
     assert "7 artifacts wait, the oldest for 3 s" in shown
-    assert printed.err.startswith("http://r refused 1 artifacts for good")
+    assert printed.err.startswith("http://r refused 1 artifact for good")
+    assert f"gonka-poc outbox --server {server.url} list" in printed.err
     assert run("status", "--url", server.url, "--json") == 3
-    assert json.loads(capsys.readouterr().out)["callbacks"] == [one.model_dump()]
+    assert json.loads(capsys.readouterr().out)[0]["callbacks"] == [one.model_dump()]
 
 
 @pytest.mark.parametrize(
@@ -496,6 +499,24 @@ def test_a_receiver_that_takes_nothing_is_a_problem(server, monkeypatch, capsys)
     soon = late.model_copy(update={"oldest_sec": 59.0})
     monkeypatch.setattr(PoCClient, "status", lambda self: all_right(callbacks=[soon]))
     assert run("status", "--url", server.url) == 0
+
+
+def test_status_says_that_the_engine_is_gone_and_needs_no_key_of_vllm(server, monkeypatch, capsys):
+    figures = {"engine": {"model": "served"}, "engine_problem": "the engine is dead"}
+    monkeypatch.setattr(PoCClient, "dashboard_data", lambda self: figures)
+    monkeypatch.setattr(PoCClient, "model_name", lambda self: pytest.fail("asked /v1/models"))
+    assert run("status", "--url", server.url) == 3
+    printed = capsys.readouterr()
+    assert "model served" in " ".join(printed.out.split())
+    assert printed.err == "the engine is dead\n"
+
+
+def test_several_hosts_are_asked_at_the_same_time(server, monkeypatch, capsys):
+    both = threading.Barrier(2, timeout=30)
+    look = status.look_at
+    monkeypatch.setattr(status, "look_at", lambda client: (both.wait(), look(client))[1])
+    assert run("status", "--url", server.url, "--url", f"{server.url}/") == 0
+    assert capsys.readouterr().out.count(MODEL) == 2
 
 
 def test_status_of_several_hosts_is_one_table(server, monkeypatch, capsys):
@@ -684,7 +705,7 @@ def test_nothing_undelivered_is_purged_unasked(outbox, capsys):
     purge = ("outbox", "--path", outbox, "purge", "--undelivered")
     assert run(*purge, "--receiver", "http://a") == 1
     said = capsys.readouterr().err
-    assert "2 callbacks with 6 artifacts that are still to be sent, to http://a" in said
+    assert "2 callbacks with 6 artifacts still to be sent, to http://a" in said
     assert "nothing was deleted" in said
     assert len(summary(outbox)) == 3
     assert run(*purge, "--receiver", "http://a", "--yes", "--json") == 0
@@ -700,7 +721,7 @@ def test_who_purges_is_asked(outbox, monkeypatch, capsys, answer, status, left):
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr("sys.stdin", terminal)
     assert run("outbox", "--path", outbox, "purge", "--undelivered") == status
-    assert "3 callbacks with 9 artifacts that are still to be sent, to http://a, http://b" in capsys.readouterr().err
+    assert "3 callbacks with 9 artifacts still to be sent, to http://a, http://b" in capsys.readouterr().err
     assert len(summary(outbox)) == left
 
 

@@ -37,7 +37,7 @@ def look_at(client: PoCClient) -> HostStatus:
     status = client.status()
     figures = client.dashboard_data()
     host = HostStatus(client.url, answer=status.model_dump())
-    _add_server(host, client)
+    _add_server(host, client, figures)
     if figures.get("started_at"):
         host.rows.append(("up for", duration(figures["time"] - figures["started_at"])))
     _add_round(host, status, figures)
@@ -53,12 +53,15 @@ def look_at(client: PoCClient) -> HostStatus:
     return host
 
 
-def _add_server(host: HostStatus, client: PoCClient) -> None:
-    """The model, the releases, and how proof is computed."""
-    model = "unknown"
+def _add_server(host: HostStatus, client: PoCClient, figures: Mapping[str, Any]) -> None:
+    """The model, the releases, how proof is computed, and why it is not."""
+    if figures.get("engine_problem"):
+        host.problems.append(str(figures["engine_problem"]))
+    model = (figures.get("engine") or {}).get("model")
     try:
-        model = client.model_name()
-    except ServerAnswerError as error:  # vLLM's own key, which status needs not
+        model = model or client.model_name()  # which may ask for vLLM's own key
+    except ServerAnswerError as error:
+        model = "unknown"
         host.rows.append(("model", f"unknown: {error}"))
     else:
         host.rows.append(("model", model))
@@ -165,9 +168,9 @@ def _add_outbox(host: HostStatus, status: StatusAnswer, figures: Mapping[str, An
     waiting = sum(receiver.waiting for receiver in receivers)
     oldest = max((receiver.oldest_sec or 0.0 for receiver in receivers), default=0.0)
     host.figures |= {"waiting": waiting, "oldest_sec": oldest}
-    text = f"{counted(waiting, 'artifact')} {'waits' if waiting == 1 else 'wait'}" + (
-        f", the oldest for {duration(oldest)}" if waiting else ""
-    )
+    text = f"{counted(waiting, 'artifact')} {'waits' if waiting == 1 else 'wait'}"
+    if waiting:
+        text += f", the oldest for {duration(oldest)}"
     if figures.get("outbox_path"):
         text += f"; {figures['outbox_path']}"
     host.rows.append(("outbox", text))
