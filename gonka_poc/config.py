@@ -56,8 +56,8 @@ class Settings(BaseSettings):
     )
     calibration: bool = Field(
         default=False,
-        description="whether `/generate` takes `calibration_step`, by which `gonka-poc calibrate --vectors` measures "
-        "the noise floor; the vectors of such requests are no proofs",
+        description="whether `/generate` takes `calibration_step` and `calibration_cheat`, by which `gonka-poc "
+        "calibrate --vectors` measures the noise floor and makes cheats; the vectors of such requests are no proofs",
     )
     callback_allow: str = Field(
         default="",

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import httpx
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from gonka_poc.cli import common as cli_common
 from gonka_poc.cli.client import PoCClient
 from gonka_poc.cli.connection import socket_path
 from gonka_poc.cli.demo import Step
+from gonka_poc.cli.main import COMMANDS, app
 from gonka_poc.cli.receive import Receiver
 from gonka_poc.cli.refusals import refusal_text
 from gonka_poc.cli.server_process import free_port
@@ -594,13 +596,33 @@ def test_wait_gives_up(server, capsys):
 # --- the command line as a whole --------------------------------------------------------------------------------
 
 
-def test_little_is_imported_for_the_version():
+@pytest.mark.parametrize(
+    ("variables", "args", "shown"),
+    [
+        ({}, ["--version"], f"gonka-poc, version {__version__}\n"),
+        ({}, ["--help"], "  status      Show whether a host is all right: what computes there"),
+        (
+            {"_GONKA_POC_COMPLETE": "bash_complete", "COMP_WORDS": "gonka-poc sta", "COMP_CWORD": "1"},
+            *([], "plain,status\nplain,start\n"),
+        ),
+    ],
+    ids=["version", "help", "completion"],
+)
+def test_little_is_imported_for_the_version(variables, args, shown):
     """Slow packages are imported where they are used."""
-    code = "import sys; sys.argv[1:] = ['--version']; import gonka_poc.cli.main as m; m.main()"
+    code = f"import sys; sys.argv = ['gonka-poc', *{args}]; import gonka_poc.cli.main as m; m.main()"
     heavy = ["scipy", "numpy", "torch", "vllm", "httpx", "rich", "pydantic", "fastapi"]
     program = f"import sys, atexit; atexit.register(lambda: print(sorted(set({heavy}) & set(sys.modules)))); {code}"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [f"gonka-poc, version {__version__}", "[]"]
+    environment = {**os.environ, **variables}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert shown in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_line_of_a_command_in_a_list_is_its_own():
+    context = click.Context(app)
+    lines = {name: app.get_command(context, name).get_short_help_str(200) for name in COMMANDS}
+    assert {name: line for name, (_, line) in COMMANDS.items()} == lines
 
 
 def test_the_package_is_a_program():
@@ -641,13 +663,6 @@ def test_a_reader_that_leaves_is_no_error_to_speak_of():
 def test_completion_prints_a_script_that_asks_the_program(shell, capsys):
     assert run("completion", shell) == 0
     assert "_GONKA_POC_COMPLETE" in capsys.readouterr().out
-
-
-def test_a_shell_completes_commands():
-    variables = {"_GONKA_POC_COMPLETE": "bash_complete", "COMP_WORDS": "gonka-poc sta", "COMP_CWORD": "1"}
-    environment = {**os.environ, **variables}
-    done = subprocess.run([sys.executable, "-m", "gonka_poc"], env=environment, capture_output=True, text=True)
-    assert done.stdout.split() == ["plain,status", "plain,start"]
 
 
 def test_the_help_of_serve_lists_what_there_is(capsys):

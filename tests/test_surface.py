@@ -147,6 +147,13 @@ def test_the_readme_is_short(readme):
     assert max(map(len, in_tables)) <= 100
 
 
+def test_the_readme_updates_with_what_was_chosen_before(readme):
+    """Without --update the profile and the replays of the first installation are gone."""
+    updates = [line for line in readme.splitlines() if "git pull" in line]
+    assert len(updates) == 2
+    assert all("install.sh --update" in line for line in updates)
+
+
 def test_every_command_in_the_readme_is_one(readme):
     told = set(re.findall(r"gonka-poc ([a-z0-9]+)", readme))
     assert {"serve", "wait", "status", "generate", "validate", "doctor"} <= told <= set(COMMANDS)

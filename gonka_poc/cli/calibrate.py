@@ -10,7 +10,6 @@ from typing import Any
 
 import click
 import numpy as np
-from scipy.stats import binom, binomtest, chi2
 
 from gonka_poc.cli import common, vector_floor
 from gonka_poc.cli.artifact_file import ArtifactFile
@@ -81,6 +80,8 @@ def measure_distances(
 
 def calibrate(distances: Mapping[str, np.ndarray], rate: float) -> Calibration:
     """The r_target below which a share of `rate` of all distances lies, and its spread. Raises ToolError if too few."""
+    from scipy.stats import binom, chi2  # late: it takes a second
+
     pooled = np.sort(np.concatenate(list(distances.values())))
     n = len(pooled)
     if any(len(block) == 0 for block in distances.values()) or n * min(rate, 1 - rate) < 5:
@@ -108,6 +109,8 @@ def calibrate(distances: Mapping[str, np.ndarray], rate: float) -> Calibration:
 
 
 def _block_rate(block_hash: str, distances: np.ndarray, r_target: float) -> BlockRate:
+    from scipy.stats import binomtest  # late: it takes a second
+
     valid, n = int((distances < r_target).sum()), len(distances)
     interval = binomtest(valid, n).proportion_ci(CONFIDENCE, method="wilson")
     return BlockRate(block_hash, n, float(distances.mean()), valid / n, float(interval.low), float(interval.high))

@@ -18,41 +18,110 @@ from gonka_poc.version import __version__
 ERROR, INTERRUPTED = 1, 130
 OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EPIPE)
 
+# by name, in the order of their list: "module:attribute", and the line of the list, which is the command's own
 COMMANDS = MappingProxyType(
     {
         # a server, and whether it is all right
-        "serve": "gonka_poc.cli.serve:serve_command",
-        "wait": "gonka_poc.cli.status:wait_command",
-        "status": "gonka_poc.cli.status:status_command",
-        "start": "gonka_poc.cli.status:start_command",
-        "stop": "gonka_poc.cli.status:stop_command",
+        "serve": (
+            "gonka_poc.cli.serve:serve_command",
+            "Start vLLM's own OpenAI server, with proof of compute if --enable-poc is given.",
+        ),
+        "wait": (
+            "gonka_poc.cli.status:wait_command",
+            "Wait until a server that starts answers.",
+        ),
+        "status": (
+            "gonka_poc.cli.status:status_command",
+            "Show whether a host is all right: what computes there, how fast, and whether its artifacts are taken.",
+        ),
+        "start": (
+            "gonka_poc.cli.status:start_command",
+            "Begin a round: the server computes artifacts until `gonka-poc stop`.",
+        ),
+        "stop": (
+            "gonka_poc.cli.status:stop_command",
+            "Stop the round and drop queued requests.",
+        ),
         # the work of a prover and of a validator
-        "generate": "gonka_poc.cli.artifacts:generate_command",
-        "validate": "gonka_poc.cli.artifacts:validate_command",
-        "replay": "gonka_poc.cli.replay:replay_command",
+        "generate": (
+            "gonka_poc.cli.artifacts:generate_command",
+            "Compute artifacts of NONCES into a file.",
+        ),
+        "validate": (
+            "gonka_poc.cli.artifacts:validate_command",
+            "Recompute the artifacts of FILE.",
+        ),
+        "replay": (
+            "gonka_poc.cli.replay:replay_command",
+            "Replay the chat answer in FILE and judge it.",
+        ),
         # upkeep
-        "doctor": "gonka_poc.cli.doctor:doctor",
-        "update": "gonka_poc.cli.installer:update_command",
-        "uninstall": "gonka_poc.cli.installer:uninstall_command",
-        "outbox": "gonka_poc.cli.outbox:outbox_group",
-        "demo": "gonka_poc.cli.demo:demo_command",
-        "completion": "gonka_poc.cli.completion:completion_command",
+        "doctor": (
+            "gonka_poc.cli.doctor:doctor",
+            "Check whether this host is ready, and say how to fix what is not.",
+        ),
+        "update": (
+            "gonka_poc.cli.installer:update_command",
+            "Install again over what install.sh did for this Python, with its profile, runner.py and GPUs.",
+        ),
+        "uninstall": (
+            "gonka_poc.cli.installer:uninstall_command",
+            "Take back what install.sh did for this Python: the package, what it replaced, and the patch of runner.py.",
+        ),
+        "outbox": (
+            "gonka_poc.cli.outbox:outbox_group",
+            "List callbacks that no receiver has taken, send parked ones again, or delete them.",
+        ),
+        "demo": (
+            "gonka_poc.cli.demo:demo_command",
+            "Run the main job on this machine, without a GPU: generate, chat, restart, validate, catch two frauds.",
+        ),
+        "completion": (
+            "gonka_poc.cli.completion:completion_command",
+            "Print the script that lets SHELL complete commands and options.",
+        ),
         # test tools
-        "smoke": "gonka_poc.cli.smoke:smoke_command",
-        "e2e": "gonka_poc.cli.e2e:e2e_command",
-        "coexist": "gonka_poc.cli.coexist:coexist_command",
-        "calibrate": "gonka_poc.cli.calibrate:calibrate_command",
-        "bench": "gonka_poc.cli.bench:bench_command",
-        "reference": "gonka_poc.cli.reference:reference_group",
-        "receive": "gonka_poc.cli.receive:receive_command",
-        "report": "gonka_poc.cli.report:report_command",
+        "smoke": (
+            "gonka_poc.cli.smoke:smoke_command",
+            "Start a server of a model and check what it computes in both protocols.",
+        ),
+        "e2e": (
+            "gonka_poc.cli.e2e:e2e_command",
+            "Generate with each model, restart, validate; then provers that cheat.",
+        ),
+        "coexist": (
+            "gonka_poc.cli.coexist:coexist_command",
+            "Check chat and proof at the same time on a running server.",
+        ),
+        "calibrate": (
+            "gonka_poc.cli.calibrate:calibrate_command",
+            "Find the r_target at which a share of --rate of nonces is valid on the served model, "
+            "and its spread over blocks.",
+        ),
+        "bench": (
+            "gonka_poc.cli.bench:bench_command",
+            "Compare the speed of proof with a bare prefill of the same number of tokens, "
+            "and show where the time goes.",
+        ),
+        "reference": (
+            "gonka_poc.cli.reference:reference_group",
+            "Make vectors on one deployment, to check another one with.",
+        ),
+        "receive": (
+            "gonka_poc.cli.receive:receive_command",
+            "Receive callbacks: print a line for each, store them, fail on purpose; a summary at the end.",
+        ),
+        "report": (
+            "gonka_poc.cli.report:report_command",
+            "Show L2 distances of the vectors of each FILE from those of the first, with the thresholds of the first.",
+        ),
     }
 )
 
 
 @click.group(
     cls=LazyGroup,
-    places=COMMANDS,
+    commands_at=COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(__version__, prog_name="gonka-poc")

@@ -9,7 +9,6 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from scipy.stats import beta, binom
 
 from gonka_poc.cli.artifact_file import ArtifactFile, read_artifact_file
 from gonka_poc.cli.client import PoCClient, Progress, ignore_progress
@@ -201,6 +200,8 @@ def advise(floor: Floor, fraud_threshold: float = StatTest().fraud_threshold) ->
     honest host, whose distances may be MARGIN times those of the floor, has them with a probability below
     MAX_FALSE_ALARM; p_mismatch is the rate at which the binomial test begins to call it one there. Raises ToolError.
     """
+    from scipy.stats import beta, binom  # late: it takes a second
+
     honest = floor.widest
     if len(honest) < MIN_DISTANCES:
         raise ToolError(f"{len(honest)} distances are too few for thresholds; ask for {MIN_DISTANCES} nonces or more")
