@@ -503,6 +503,17 @@ async def test_no_batch_is_prefetched_that_makes_two_of_full_size_for_the_first_
     assert [args[2] for _, args in view.calls] == [[], [5, 6, 7], [], [5, 6, 7]]
 
 
+async def test_a_batch_that_is_asked_for_late_does_not_look_quick():
+    view = FakeView(call_sec=0.03)
+    manager = PoCManagerV1(view, Settings(max_step_ms=50))
+    full = manager.micro_batch_size(SPEC)
+    for first in range(0, 4 * full, full):
+        await manager.compute(SPEC, list(range(first, first + full)), list(range(first + full, first + 2 * full)))
+        view.call_sec = 0.0
+        await asyncio.sleep(0.03)
+    assert manager.micro_batch_size(SPEC) == full // 2
+
+
 async def test_a_random_head_is_made_in_steps_before_the_first_batch_of_a_round():
     view, spec = FakeView(), DistanceSpec("block", "key", 4, "sign_flips")
     manager = PoCManagerV1(view, Settings(max_step_ms=400))
