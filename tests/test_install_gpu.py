@@ -1116,6 +1116,9 @@ def test_as_it_was_is_said_after_a_look(
         assert ("Everything is as it was before the installation." in told) == (stray is None)
         assert ("Not as before the installation:\n" in told) == (stray is not None)
         assert (f"{Path(host.target.purelib, 'left.py')} came since" in told) == (stray is not None)
+    host_journal.install_packages(host, host_journal.Journal(host.state), ["body"])  # as earlier releases did
+    assert host_install.uninstall(host) == 0
+    assert "Nobody looked at the host before that installation." in capsys.readouterr().out
 
 
 def test_a_constraint_in_the_way_is_named(packages: FakeHost, monkeypatch: pytest.MonkeyPatch, journal: object) -> None:
