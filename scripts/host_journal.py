@@ -115,6 +115,9 @@ class Journal:
                 shutil.rmtree(left)
         if not self.folder.is_dir():
             return
+        installer, old = (self.folder / name for name in (KEPT_INSTALLER, f".{KEPT_INSTALLER}.old"))
+        if old.is_dir() and not installer.exists():
+            old.rename(installer)
         patterns = ["kept-*", f".{self.path.name}.*.tmp", f".{KEPT_INSTALLER}.*"]
         patterns += [] if self.changes else [KEPT_INSTALLER]
         for left in (path for pattern in patterns for path in self.folder.glob(pattern)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import shutil
 from pathlib import Path
 
@@ -42,11 +41,12 @@ def _files(root: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:
 
 
 def _replace(journal: Journal, files: dict[str, bytes]) -> None:
-    """The folder with these files in it, whole at any moment."""
+    """The folder with these files in it. Killed in between, it is the old one or can be put back (Journal.sweep)."""
     folder = journal.folder / KEPT_INSTALLER
     if _files(folder, (*SCRIPTS, f"{WHEELS}/*.whl")) == files:
         return
-    new, old = (journal.folder / f".{KEPT_INSTALLER}.{secrets.token_hex(6)}" for _ in range(2))
+    new, old = (journal.folder / f".{KEPT_INSTALLER}.{name}" for name in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)
     for name, data in files.items():
         (new / name).parent.mkdir(parents=True, exist_ok=True)
         (new / name).write_bytes(data)

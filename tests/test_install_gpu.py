@@ -193,7 +193,7 @@ def test_help_names_every_option(host: FakeHost, script: str) -> None:
     assert done.returncode == 0
     named = set(re.findall(r"^  (--[\w-]+)", done.stdout, flags=re.MULTILINE))
     every = {*host_options.ACTIONS, *host_options.FLAGS, *host_options.VALUES, "--help"}
-    assert named == every | ({"--cpu", "--setup-only"} if script == "install.sh" else set())
+    assert named == every | ({"--cpu", "--setup-only", "--model"} if script == "install.sh" else set())
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

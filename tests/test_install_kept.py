@@ -86,10 +86,20 @@ def test_the_wheel_that_was_installed_is_kept_beside_them(journal: Any, tmp_path
         step.check()
 
 
-def test_they_go_with_the_last_change(journal: Any, tmp_path: Path) -> None:
-    host_kept.keep_installer(journal)
-    (journal.folder / ".installer.0123456789ab").mkdir()  # by a run that was killed
+def test_they_go_with_the_last_change(tmp_path: Path) -> None:
+    journal = host_journal.Journal(tmp_path / "var" / "gonka-poc")
+    journal.open()
+    for _ in range(2):  # they are there before the first change is
+        host_kept.keep_installer(journal)
+        assert {path.name for path in journal.folder.iterdir()} == {"installer", "journal.json"}
+        (journal.folder / "installer" / "install.sh").write_text("of an earlier release")
+    journal.begin({"kind": "file", "path": str(tmp_path / "runner.py")})
+    (journal.folder / ".installer.new").mkdir()  # by a run that was killed
     journal.sweep()
+    (journal.folder / "installer").rename(journal.folder / ".installer.old")  # by another, later
+    (journal.folder / ".installer.new").mkdir()
+    journal.sweep()
+    assert (journal.folder / "installer" / "install.sh").is_file()
     assert {path.name for path in journal.folder.iterdir()} == {"installer", "journal.json"}
     journal.forget(journal.changes[0])
     assert list(tmp_path.iterdir()) == []
