@@ -43,6 +43,7 @@ from gonka_poc.request_fields import (
 PREFIX = "/api/v1/pow"
 VECTOR_DTYPE = np.dtype("<f2")
 MAX_CALIBRATION_STEP = 16
+Cheat = Literal["fp8", "int4", "layer"]
 
 # --- vectors ----------------------------------------------------------------------------------------------------
 
@@ -75,7 +76,8 @@ def decode_vector(vector_b64: str, k_dim: int) -> np.ndarray | None:
 class VectorSpec:
     """The inputs of an artifact vector, besides its nonce and the model.
 
-    `moved`: 0, or for a calibration n: the n-th largest input value of the last position is moved by one step.
+    For a calibration: `moved` n, not 0: the n-th largest input value of the last position is moved by one step.
+    `cheat`: computed as by a host that cheats so.
     """
 
     block_hash: str
@@ -84,6 +86,7 @@ class VectorSpec:
     k_dim: int
     poc_stronger_rng: bool = False
     moved: int = 0
+    cheat: Cheat | None = None
 
     value_dtype: ClassVar[np.dtype[Any]] = VECTOR_DTYPE
 
@@ -95,7 +98,7 @@ class VectorSpec:
     @property
     def cost_key(self) -> tuple[int, int | str]:
         """Nonces of specs with the same key take the same time."""
-        return self.seq_len, self.k_dim
+        return self.seq_len, self.k_dim if self.cheat is None else f"{self.k_dim} {self.cheat}"
 
     def num_drawn(self, hidden_size: int, vocab_size: int) -> int:
         """Random values that a nonce takes beyond what grows with its tokens (docs/limits.md)."""
@@ -315,11 +318,16 @@ class GenerateRequest(_RoundFields):
         description="for `gonka-poc calibrate --vectors`, where POC_CALIBRATION=1 allows it: not 0, each nonce has one "
         "input value moved by one unit in the last place",
     )
+    calibration_cheat: Cheat | None = Field(
+        default=None,
+        description="for the same, and allowed by the same: computed as a host would that rounds the weights of its "
+        "linear layers to fp8 or int4, or leaves its last decoder layer out",
+    )
 
     @property
     def spec(self) -> VectorSpec:
         """The spec of this request's vectors."""
-        return replace(super().spec, moved=self.calibration_step)
+        return replace(super().spec, moved=self.calibration_step, cheat=self.calibration_cheat)
 
     @model_validator(mode="before")
     @classmethod

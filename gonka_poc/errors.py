@@ -98,7 +98,14 @@ class ArtifactFileError(PoCError):
 
 
 class ServerAnswerError(PoCError):
-    """The server that a command asked refused, or cannot be reached; the text has its answer."""
+    """The server that a command asked refused, or cannot be reached; the text has its answer.
+
+    `status`: the HTTP status of a refusal; `reason`: what the server says of it.
+    """
+
+    def __init__(self, message: str, status: int | None = None, reason: str = "") -> None:
+        super().__init__(message)
+        self.status, self.reason = status, reason
 
 
 class ToolError(PoCError):

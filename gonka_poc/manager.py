@@ -13,8 +13,10 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from cachetools import LRUCache
 
+from gonka_poc.answers import EngineStatus
 from gonka_poc.config import Settings
 from gonka_poc.data import BatchResult, DistanceSpec, Params, Randomization, Spec
+from gonka_poc.engine_report import computed_on, described, warmed_up
 from gonka_poc.engine_watch import EngineWatch
 from gonka_poc.errors import (
     ComputeError,
@@ -38,10 +40,11 @@ Answer = TypeVar("Answer")
 WARM_UP_SEQ_LEN, WARM_UP_NONCES, WARM_UP_SEC = 1024, 256, 15.0
 RELEASE_AFTER_SEC = 10.0  # the workers drop what they keep between batches after this time without one
 MAX_LOGGED = 100
-COMPUTED_ON = ("dtype", "attention_backend", "gpu")  # what GET /versions says of the workers
 CHAT_MEMORY_SEC = 5.0  # chat is taken to go on for this time after it was last seen
 # the slowest of the last batches takes half of the budget; the rest is for its call, and for batches that differ
 MEASUREMENTS, SHARE = 16, 0.5
+# full batches after which the quickest of them shows the pace of a round: the first ones prefetch nothing, or twice
+SETTLED = 3
 MAX_KINDS = 64  # of nonces, whose speed is remembered
 # random values of a batch whose speed is not known yet: some 10 ms of a CPU
 MAX_DRAWN = 2**20
@@ -55,9 +58,11 @@ class BatchSizer:
 
     Full size while chat is idle; within a time budget, by measured speed, once chat was seen in the last seconds.
     While chat is idle a second batch is computed behind the first, and the first chat waits for both: batches that
-    take longer than half of the budget have half of the full size. Nonces of one `Spec.cost_key` have one speed. Two
-    sizes are full: `full` is as many tokens as the engine's own steps have, and `safe` of them, where it is less, have
-    no more random values than an unknown device draws in a small part of the budget.
+    take longer than half of the budget have half of the full size. That is judged by the quickest batch of that size,
+    because a smaller one, or one that was not prefetched, takes longer per nonce: judged by those, a round would never
+    come back to full size. Nonces of one `Spec.cost_key` have one speed. Two sizes are full: `full` is as many tokens
+    as the engine's own steps have, and `safe` of them, where it is less, have no more random values than an unknown
+    device draws in a small part of the budget.
     """
 
     def __init__(self, max_step_sec: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -65,6 +70,7 @@ class BatchSizer:
         self._clock = clock
         self._chat_seen: float | None = None
         self._sec_per_nonce: LRUCache[CostKey, deque[float]] = LRUCache(MAX_KINDS)
+        self._sec_of_size: LRUCache[tuple[CostKey, int], deque[float]] = LRUCache(MAX_KINDS)
         self._max_fitting: LRUCache[CostKey, int] = LRUCache(MAX_KINDS)
 
     def limit(self, key: CostKey, full: int, safe: int) -> int:
@@ -76,17 +82,21 @@ class BatchSizer:
             size = min(size, int(SHARE * self._max_step_sec / max(measured or [self._max_step_sec])))
         elif not measured:
             size = min(size, safe)
-        elif full * max(measured) > self._max_step_sec / 2:
+        elif not self._two_fit(key, full):
             size = min(size, safe // 2)
         return max(1, size)
 
-    def may_prefetch(self, key: CostKey, nonces: int, safe: int) -> bool:
-        """True if a chat that comes now does not wait too long for batches of `nonces` together: for no more than a
-        full batch, or within the budget."""
-        measured = self._sec_per_nonce.get(key)
-        if self.chat_seen_recently or not measured:
+    def may_prefetch(self, key: CostKey, nonces: int, next_nonces: int, safe: int) -> bool:
+        """True if a chat that comes now does not wait too long for batches of so many nonces: for no more than a full
+        batch, or within the budget."""
+        if self.chat_seen_recently or not self._sec_per_nonce.get(key):
             return False
-        return nonces <= safe or nonces * max(measured) <= self._max_step_sec
+        return nonces + next_nonces <= safe or self._two_fit(key, max(nonces, next_nonces))
+
+    def _two_fit(self, key: CostKey, nonces: int) -> bool:
+        """True if two batches of `nonces` take no longer than the budget; the first ones of a size may take twice."""
+        times = self._sec_of_size.get((key, nonces)) or [nonces * min(self._sec_per_nonce[key])]
+        return min(times) * (2 if len(times) >= SETTLED else 1) <= self._max_step_sec
 
     @property
     def preparation_sec(self) -> float:
@@ -108,15 +118,20 @@ class BatchSizer:
 
     def record_batch(self, key: CostKey, nonces: int, seconds: float) -> None:
         """A micro-batch took `seconds`."""
-        last = self._sec_per_nonce.get(key)
-        if last is None:
-            last = self._sec_per_nonce[key] = deque(maxlen=MEASUREMENTS)
-        last.append(max(seconds, 1e-6) / nonces)
+        _append(self._sec_per_nonce, key, max(seconds, 1e-6) / nonces)
+        _append(self._sec_of_size, (key, nonces), seconds)
 
     def record_out_of_memory(self, key: CostKey, nonces: int) -> int:
         """A micro-batch did not fit; returns the size of the next ones."""
         size = self._max_fitting[key] = max(1, nonces // 2)
         return size
+
+
+def _append(records: LRUCache[Any, deque[float]], key: Any, value: float) -> None:
+    """Add to the last MEASUREMENTS values of `key`."""
+    if records.get(key) is None:
+        records[key] = deque(maxlen=MEASUREMENTS)
+    records[key].append(value)
 
 
 class EngineView(Protocol):
@@ -167,7 +182,7 @@ class PoCManagerV1:
         self._prepared_for: str | None = None  # the block hash whose random head the workers have
         self._unsupported: UnsupportedServerError | None = None
         self._warming_up: asyncio.Task[None] | None = None
-        self.computed_on: dict[str, str] = {}
+        self.engine, self.computed_on = EngineStatus(), dict[str, Any]()
         # set from each call of the workers until their release; while there is none they keep nothing
         self._release_timer: asyncio.TimerHandle | None = None
         self._releasing: asyncio.Task[None] | None = None
@@ -186,12 +201,11 @@ class PoCManagerV1:
 
     async def check_seq_len(self, seq_len: int) -> None:
         """Refuse sequences that this server cannot compute, like `check`."""
-        view = self._view
-        if seq_len > view.max_model_len:
-            raise RequestError(f"seq_len {seq_len} is over the model's maximum length of {view.max_model_len}")
-        if seq_len > view.max_num_batched_tokens:
+        if seq_len > self._view.max_model_len:
+            raise RequestError(f"seq_len {seq_len} is over the model's maximum length of {self._view.max_model_len}")
+        if seq_len > self._view.max_num_batched_tokens:
             raise RequestError(
-                f"seq_len {seq_len} is over the server's batch of {view.max_num_batched_tokens} tokens; "
+                f"seq_len {seq_len} is over the server's batch of {self._view.max_num_batched_tokens} tokens; "
                 "start it with a larger --max-num-batched-tokens"
             )
         await self._reach_workers()
@@ -229,9 +243,9 @@ class PoCManagerV1:
                     self._unsupported = error
                     raise
                 logger.info("PoC is ready on %d worker(s): %s", len(answers), answers)
-                devices = [answer["device"] for answer in answers if answer is not None]
-                self._must_warm_up = self._settings.compiles(devices)
-                self.computed_on = _computed_on(answers)
+                self._must_warm_up = self._settings.compiles([a["device"] for a in answers if a is not None])
+                self.engine = described(self._view.model_names()[0], answers, self._must_warm_up)
+                self.computed_on = computed_on(self.engine)
                 self._reached, self._unsupported = True, None
 
     async def _warm_up_behind_chat(self) -> None:
@@ -259,7 +273,7 @@ class PoCManagerV1:
         view = self._view
         seq_len = min(WARM_UP_SEQ_LEN, view.max_model_len, view.max_num_batched_tokens)
         num_nonces = min(view.max_num_batched_tokens // seq_len, view.max_num_seqs)
-        deadline, checked, compiled = float("inf"), 0, True
+        deadline, checked, compiled, answers = float("inf"), 0, True, list[Any]()
         try:
             while checked == 0 or (compiled and checked < WARM_UP_NONCES and time.monotonic() < deadline):
                 if checked and view.has_unfinished_requests():
@@ -274,7 +288,8 @@ class PoCManagerV1:
             logger.info("PoC warmed up with %d nonces of %d tokens: %s", checked, seq_len, answers)
         except WorkerMemoryError as error:
             logger.warning("PoC could not warm up with %d nonces of %d tokens: %a", num_nonces, seq_len, str(error))
-        self._must_warm_up = False
+        self._must_warm_up, self.engine = False, warmed_up(self.engine, answers)
+        self.computed_on = computed_on(self.engine)
 
     def micro_batch_size(self, spec: Spec) -> int:
         """Nonces of the next micro-batch: what fits, and less where chat was seen lately or memory was short."""
@@ -306,9 +321,8 @@ class PoCManagerV1:
                 raise EngineAsleepError()
             if not await self._prepare(spec):
                 return None
-            together = len(nonces) + len(next_nonces)
-            may_prefetch = self._sizer.may_prefetch(spec.cost_key, together, self._full_sizes(spec)[1])
-            prefetched = list(next_nonces) if may_prefetch else []
+            sizes = len(nonces), len(next_nonces), self._full_sizes(spec)[1]
+            prefetched = list(next_nonces) if self._sizer.may_prefetch(spec.cost_key, *sizes) else []
             started = time.monotonic()
             try:
                 answers = await self._call("poc_compute", dataclasses.asdict(spec), nonces, prefetched)
@@ -326,8 +340,7 @@ class PoCManagerV1:
             if result.not_computed_nonces:
                 # a NaN left in a scratch cache could reach other nonces through masked attention (0 * NaN)
                 await self._call("poc_release")
-        bad = result.not_computed_nonces
-        if bad:
+        if bad := result.not_computed_nonces:
             logger.warning("PoC dropped %d nonces with NaN or Inf: %s", len(bad), bad[:MAX_LOGGED])
         self._metrics.computed(len(result.values), len(bad), seconds)
         return result
@@ -403,12 +416,6 @@ class PoCManagerV1:
     def ensure_engine_alive(self) -> None:
         """Raise EngineUnavailableError where the engine is gone for good."""
         self._watch.ensure_alive()
-
-
-def _computed_on(answers: list[Any]) -> dict[str, str]:
-    """Names in COMPUTED_ON, from the first worker that answered."""
-    first: dict[str, Any] = next((answer for answer in answers if answer is not None), {})
-    return {name: first[name] for name in COMPUTED_ON if name in first}
 
 
 def _batch_result(spec: Spec, nonces: list[int], answers: list[Any]) -> BatchResult:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from gonka_poc.cheats import cheating
 from gonka_poc.compiled_layers import CompiledReflections, LastPositions, LayerCompiler, NormSearch
 from gonka_poc.data import Randomization, Spec, VectorSpec
 from gonka_poc.errors import PoCError, RequestError, UnsupportedServerError
@@ -264,6 +265,7 @@ class PoCModelRunner:
         run = stack.enter_context(view.prefill(len(nonces), spec.seq_len, self._token_ids(keys, spec.seq_len)))
         compiler = self._compiler_for(spec)
         if compiler is not None:
+            stack.enter_context(compiler.settings())
             stack.enter_context(view.operations.compilable())
             stack.enter_context(CompiledReflections(self._layers, reflections, compiler))
             if self._last_positions is not None:
@@ -272,6 +274,8 @@ class PoCModelRunner:
             stack.enter_context(view.operations.eager_kernels())
             if reflections:
                 stack.enter_context(LayerReflections(self._layers, reflections, normalise))
+        if isinstance(spec, VectorSpec) and spec.cheat is not None:
+            stack.enter_context(cheating(spec.cheat, view, self._layers, len(nonces) * spec.seq_len))
         stack.enter_context(EmbeddingInjectionHook(view.model, embeddings))
         return run, finish
 
@@ -300,7 +304,7 @@ class PoCModelRunner:
 
     def _compiler_for(self, spec: Spec) -> LayerCompiler | None:
         # distances are compared far more closely than vectors: all hosts compute them with the same operations
-        return self._compiler if isinstance(spec, VectorSpec) else None
+        return self._compiler if isinstance(spec, VectorSpec) and spec.cheat is None else None
 
     def _last_hidden_states(
         self, output: torch.Tensor | None, spec: Spec, nonces: Sequence[int]

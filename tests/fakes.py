@@ -14,6 +14,7 @@ import httpx
 import numpy as np
 from prometheus_client import CollectorRegistry
 
+from gonka_poc.answers import EngineStatus
 from gonka_poc.app import PoCApp, build_app
 from gonka_poc.config import Settings
 from gonka_poc.data import PREFIX, VECTOR_DTYPE, BatchResult, DistanceSpec, Params, Spec, VectorSpec, spec_from
@@ -45,11 +46,14 @@ def generate_body(nonces: list[int], **changes: Any) -> dict[str, Any]:
 
 
 def made_up_vector(spec: VectorSpec, nonce: int) -> np.ndarray:
-    """A float16 vector of length 1 that depends on the block, the key and the nonce, and a little on `moved`."""
+    """A float16 vector of length 1 that depends on the block, the key and the nonce, a little on `moved`, and more on
+    `cheat`."""
     digest = hashlib.sha256(f"{spec.block_hash}_{spec.public_key}_{nonce}".encode()).digest()
     vector = np.random.default_rng(list(digest)).normal(size=spec.k_dim)
     if spec.moved:
         vector += 0.01 * np.random.default_rng([*digest, spec.moved]).normal(size=spec.k_dim)
+    if spec.cheat:
+        vector += 0.5 * np.random.default_rng([*digest, *spec.cheat.encode()]).normal(size=spec.k_dim)
     return (vector / np.linalg.norm(vector)).astype(VECTOR_DTYPE)
 
 
@@ -113,7 +117,8 @@ class FakeManager:
         self.specs: list[Spec] = []  # of each batch that was asked for
         self.script: deque[str | Exception] = deque()
         self.nan_nonces: set[int] = set()
-        self.computed_on: dict[str, str] = {}
+        self.computed_on: dict[str, Any] = {}
+        self.engine = EngineStatus(model=MODEL)
         self.refusal: PoCError | None = None
         self.dead = False
         self.asleep = False

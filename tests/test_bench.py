@@ -463,7 +463,11 @@ def test_the_median_of_several_runs_and_their_spread():
     found = median_run(runs_of(90.0, 110.0, 100.0))
     assert found.nonces_per_second == 100.0
     assert found.all_rates == (90.0, 110.0, 100.0)
-    assert ("of 3 runs", "90 to 110 nonces/s, spread 20.0%") in bench.rows_of(found)
+    rows = bench.rows_of(found)
+    assert ("of 3 runs", "90 to 110 nonces/s, spread 20.0%") in rows
+    after = {name: rows[i + 1] for i, (name, _) in enumerate(rows[:-1])}
+    assert after["proof"][1].endswith("spread 20.0%")
+    assert after["bare prefill"][1].startswith(f"{found.prefill_per_second:.4g} to ")
     assert not any("runs" in name for name, _ in bench.rows_of(median_run(runs_of(90.0))))
 
 
@@ -473,6 +477,27 @@ def test_a_busy_machine(monkeypatch):
     assert busy_share() == 0.75
     monkeypatch.setattr("os.getloadavg", lambda: (0.5, 8.0, 8.0))
     assert busy_share() == 0.0
+
+
+@pytest.mark.parametrize("busy", [0.0, 0.6])
+def test_repeated_runs_on_the_command_line(busy, monkeypatch, capsys):
+    """The median with its spread, and a warning only where other work was seen before the first run."""
+    rates, loads = iter([90.0, 110.0, 100.0]), iter([busy, 1.0, 1.0, 1.0])
+    (one,) = runs_of(1.0)
+
+    def bench_server(*args: Any) -> Bench:
+        next(loads)  # what this makes itself
+        return dataclasses.replace(one, nonces_per_second=next(rates))
+
+    monkeypatch.setattr(bench, "busy_share", lambda: next(loads))
+    monkeypatch.setattr(bench, "bench_server", bench_server)
+    with engineless_server(FakeManager()) as server:
+        assert run("bench", "--url", server.url, "--model", MODEL, "--repeat", "3", "--json") == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert (found["nonces_per_second"], found["all_rates"]) == (100.0, [90.0, 110.0, 100.0])
+    assert (found["busy"], len(found["all_prefills"])) == (busy, 3)
+    assert ("this machine was busy (60% of its cores)" in shown.err) == (busy > 0)
 
 
 def test_a_phase_has_the_same_colour_in_all_plots():

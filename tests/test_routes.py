@@ -104,7 +104,7 @@ async def test_schema_describes_bodies_and_refusals(api):
 async def test_docs_are_served(api):
     response = await api.client.get("/docs")
     assert response.status_code == 200
-    assert f"{PREFIX}/openapi.json" in response.text
+    assert 'fetch("openapi.json"' in response.text
 
 
 @pytest.mark.parametrize("path", sorted({path for _, path in ROUTES}))
@@ -686,3 +686,20 @@ async def test_moved_inputs_only_where_the_server_allows_it():
         artifacts = [{"nonce": n, "vector_b64": "AAAAAAAA"} for n in (1, 2)]
         answer = await api.client.post("/generate", json={**body, "validation": {"artifacts": artifacts}})
         assert (answer.status_code, "calibration_step" in answer.json()["detail"]) == (400, True)
+
+
+async def test_vectors_of_cheats_only_where_the_server_allows_it():
+    body = generate_body([1, 2], wait=True, calibration_cheat="int4")
+    async with served(FakeManager(), Settings()) as api:
+        answer = await api.client.post("/generate", json=body)
+        assert (answer.status_code, "POC_CALIBRATION=1" in answer.json()["detail"]) == (400, True)
+    manager = FakeManager()
+    async with served(manager, Settings(calibration=True)) as api:
+        assert (await api.client.post("/generate", json=body)).status_code == 200
+        for none in ({}, {"calibration_cheat": None}):
+            assert (await api.client.post("/generate", json=generate_body([1], wait=True, **none))).status_code == 200
+        assert [spec.cheat for spec in manager.specs] == ["int4", None, None]
+        assert (await api.client.post("/generate", json={**body, "calibration_cheat": "int3"})).status_code == 422
+        artifacts = [{"nonce": n, "vector_b64": "AAAAAAAA"} for n in (1, 2)]
+        answer = await api.client.post("/generate", json={**body, "validation": {"artifacts": artifacts}})
+        assert (answer.status_code, "calibration_cheat" in answer.json()["detail"]) == (400, True)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from engineless import engineless_server, run
 from fakes import FakeManager
+from scipy.optimize import brentq
+from scipy.stats import binom
 
-from gonka_poc.cli.vector_floor import MAX_FALSE_ALARM, PROOF, Floor, advise
-from gonka_poc.errors import ToolError
+from gonka_poc.cli import calibrate
+from gonka_poc.cli.vector_floor import CONFIDENCE, FEW, MAX_FALSE_ALARM, MIN_CAUGHT, PROOF, Floor, advise
+from gonka_poc.data import BatchResult, VectorSpec
+from gonka_poc.errors import ComputeError, ToolError, UnsupportedServerError
 from gonka_poc.validation import judge
 
 
@@ -45,6 +51,27 @@ def test_honest_hosts_pass_and_cheats_do_not() -> None:
 def test_a_cheat_at_the_floor_is_not_told_apart_and_that_is_said() -> None:
     floor = Floor({"step": heavy_tailed(0.04, 256)}, {"same": heavy_tailed(0.04, 256, 2)})
     assert advise(floor).missed == ["same"]
+
+
+def test_two_looks_at_a_cheat_are_wrong_as_seldom_as_is_said() -> None:
+    """A cheat that is caught with just MIN_CAUGHT is called caught in at most 1 - CONFIDENCE of calibrations."""
+    moved, count = heavy_tailed(0.04, 128), 128
+    least = advise(Floor({"step": moved})).least_fraud
+    rate = brentq(lambda rate: binom.sf(least - 1, PROOF, rate) - MIN_CAUGHT, 0.01, 0.99)
+
+    def fewest_over(nonces: int) -> int:
+        """Distances over the threshold from which on a cheat is called caught."""
+        for over in range(nonces + 1):
+            values = np.where(np.arange(nonces) < over, 1.0, 0.0)
+            if not advise(Floor({"step": moved}, {"cheat": values})).missed:
+                return over
+        raise AssertionError(f"{nonces} nonces never suffice")
+
+    first, second = fewest_over(FEW), fewest_over(count)
+    assert first <= FEW * 0.75  # a cheat that is over the threshold in most nonces needs no second look
+    over = np.random.default_rng(3).random((20_000, count)) < rate
+    called = (over[:, :FEW].sum(1) >= first) | (over.sum(1) >= second)
+    assert 0 < called.mean() < 1 - CONFIDENCE
 
 
 def test_a_change_that_changes_nothing_does_not_narrow_the_floor() -> None:
@@ -86,12 +113,101 @@ def test_calibrate_vectors(server: SimpleNamespace, tmp_path: Path, capsys: pyte
     assert run(*args, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found["honest"]) == {"input step 1", "input step 2", "batches of 3"}
-    assert found["honest"]["batches of 3"] == {"nonces": 120, "p50": 0, "p95": 0, "p99": 0, "max": 0}
+    assert found["honest"]["batches of 3"] == {"nonces": 16, "p50": 0, "p95": 0, "p99": 0, "max": 0}
     floor = found["honest"]["input step 1"]
     assert 0 < floor["p50"] < floor["p95"] < floor["p99"] <= floor["max"] < found["stat_test"]["dist_threshold"] * 1.3
     assert found["cheats"]["other public key"]["p50"] == pytest.approx(math.sqrt(2), abs=0.15)
     assert found["caught"]["other public key"] > 0.999
+    assert found["caught"].keys() == {"other public key", "fp8 weights", "int4 weights", "a layer less"}
+    assert (found["missed"], found["not_made"]) == ([], {})
     assert {spec.block_hash for spec in server.manager.specs} == {f"calibrate-{i}" for i in range(3)}
+
+
+def test_the_plot_has_one_colour_for_honest_hosts_and_one_for_cheats(
+    server: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever cheats there are beside them."""
+    pytest.importorskip("matplotlib")
+    drawn: list[Any] = []
+    monkeypatch.setattr(calibrate, "save_png", lambda figure, path: drawn.append(figure))
+    args = ("calibrate", "--vectors", "--url", server.url, *SIZES, "--png", tmp_path / "floor.png")
+    for steps in ("1", "2"):
+        assert run(*args, "--steps", steps) == 0
+        colours: dict[str, set[Any]] = {"honest": set(), "cheat": set()}
+        for axes in drawn[-1].axes:
+            colours[axes.get_title(loc="left").partition(":")[0]].add(axes.patches[0].get_facecolor())
+        assert [len(each) for each in colours.values()] == [1, 1]
+        assert colours["honest"] != colours["cheat"]
+
+
+class ChangedManager(FakeManager):
+    """Computes what `change` makes of a spec, by the number of nonces in the batch."""
+
+    def __init__(self, change: Callable[[VectorSpec, int], VectorSpec]) -> None:
+        super().__init__()
+        self.micro_batch, self._change = 100, change
+
+    async def compute(self, spec: Any, nonces: list[int], next_nonces: Any = ()) -> BatchResult | None:
+        return await super().compute(self._change(spec, len(nonces)), nonces, next_nonces)
+
+    @property
+    def num_computed(self) -> int:
+        return sum(map(len, self.asked))
+
+
+def calibrated(manager: FakeManager, capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, dict[str, Any]]:
+    """Exit status and figures of a calibration with 120 nonces on a server over `manager`."""
+    with engineless_server(manager, calibration=True) as server:
+        status = run("calibrate", "--vectors", "--url", server.url, *SIZES, "--json", *args)
+    out = capsys.readouterr().out
+    return status, json.loads(out) if out else {}
+
+
+def test_no_more_is_computed_than_has_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each nonce twice for the floor; 16 nonces for the batch size and for each of four cheats."""
+    manager = ChangedManager(lambda spec, size: spec)
+    assert calibrated(manager, capsys)[0] == 0
+    assert manager.num_computed == 2 * 120 + 5 * 16
+
+
+def test_batches_that_change_vectors_are_a_part_of_the_floor(capsys: pytest.CaptureFixture[str]) -> None:
+    manager = ChangedManager(lambda spec, size: replace(spec, moved=7) if size == 3 else spec)
+    status, found = calibrated(manager, capsys)
+    assert (status, found["honest"]["batches of 3"]["nonces"]) == (0, 120)
+    assert found["honest"]["batches of 3"]["p50"] > 0
+
+
+def test_a_cheat_near_the_floor_is_looked_at_with_all_nonces(capsys: pytest.CaptureFixture[str]) -> None:
+    def weak(spec: VectorSpec, size: int) -> VectorSpec:
+        return replace(spec, cheat=None, moved=9) if spec.cheat == "fp8" else spec
+
+    status, found = calibrated(ChangedManager(weak), capsys)
+    assert (status, found["missed"]) == (1, ["fp8 weights"])
+    assert [values["nonces"] for values in found["cheats"].values()] == [16, 120, 16, 16]
+
+
+def test_cheats_that_a_server_cannot_compute(capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(spec: VectorSpec, size: int) -> VectorSpec:
+        if spec.cheat in ("fp8", "int4"):
+            raise UnsupportedServerError("the weights of this model are quantised")
+        return spec
+
+    status, found = calibrated(ChangedManager(refuse), capsys)
+    reason = "the weights of this model are quantised"
+    assert (status, found["not_made"]) == (0, {"fp8 weights": reason, "int4 weights": reason})
+    assert found["cheats"].keys() == {"other public key", "a layer less"}
+    with engineless_server(ChangedManager(refuse), calibration=True) as server:
+        assert run("calibrate", "--vectors", "--url", server.url, *SIZES) == 0
+    assert f"this server cannot compute the cheat int4 weights: {reason}" in capsys.readouterr().out
+
+
+def test_a_cheat_that_fails_fails_the_calibration(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(spec: VectorSpec, size: int) -> VectorSpec:
+        if spec.cheat:
+            raise ComputeError("a worker failed")
+        return spec
+
+    assert calibrated(ChangedManager(fail), capsys) == (1, {})
 
 
 def test_files_of_other_servers(server: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,6 +258,24 @@ def test_thresholds_below_the_floor_are_warned_of(
         assert "WARNING" not in capsys.readouterr().err
     assert run("validate", file, "--url", server.url, "--floor", file) == 1
     assert "was not written by `gonka-poc calibrate --vectors --out`" in capsys.readouterr().err
+
+
+def test_a_floor_of_other_vectors_is_warned_of(
+    server: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    floor, file = tmp_path / "floor.json", tmp_path / "a.json"
+    assert run("calibrate", "--vectors", "--url", server.url, *SIZES, "--out", floor) == 0
+    assert run("generate", "--nonces", "0-3", "--out", file, "--seq-len", "5", "--url", server.url) == 0
+    floor.write_text(floor.read_text().replace('"model": "tiny"', '"model": "other"'))
+    advised = json.loads(floor.read_text())["stat_test"]
+    options = [part for name, value in advised.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    for command in (("validate", file, "--url", server.url), ("report", file, file)):
+        capsys.readouterr()
+        assert run(*command, "--floor", floor, *options) == 0
+        warned = capsys.readouterr().err
+        assert warned.count("WARNING") == 2
+        for text in ("with model other, these vectors were made with tiny", "with seq_len 4, these vectors"):
+            assert text in warned
 
 
 def test_a_file_that_another_server_goes_on_with(

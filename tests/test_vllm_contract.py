@@ -52,14 +52,14 @@ OTHERS = """
     prod read_text record ReduceOp repeat repeat_interleave restricted_registry rpartition samples shape signature
     state storage_offset stride suppress synchronize Tensor tensor to type uint8 unsqueeze untyped_storage update util
     values version view vision_n_layers vocab_size zeros
-    __dataclass_fields__ amax div_ float32 inf LogitsProcessor masked_fill_ softmax
+    __dataclass_fields__ amax cat contiguous div_ float32 inf LogitsProcessor masked_fill_ scatter_ softmax split T
 """
 # options of the server that serve.py gives or looks for
 IMPLIED = {"middleware", "enable_chunked_prefill", "runner", "convert", "nnodes"}
 IMPLIED |= {"gauge_engine_sleep_state"}  # the metric, which is read by its name
 # what our logits processors have in the place of vLLM's own
 IMPLIED |= {"add_request", "apply", "is_argmax_invariant", "update_state", "validate_params"}
-OPTIONS = {"model_tag"}  # what vLLM's parser of options gives, asked for with a default
+OPTIONS = {"model_tag", "ssl_certfile", "uds"}  # what vLLM's parser of options gives, asked for with a default
 
 
 def used_attributes() -> set[str]:
@@ -149,7 +149,7 @@ def test_arguments_are_in_the_contract() -> None:
         assert keywords <= {each for row in rows for each in row}, called
         assert any(len(node.args) + len(keywords) == len(row) for row in rows) or called == "forward", called
     handed_on = {"forward_native", "forward_cuda", "forward_cpu"}
-    overridden = {"apply", "validate_params", "is_argmax_invariant", "add_request", "update_state"}
+    overridden = {"validate_params", "is_argmax_invariant", "add_request", "update_state"}
     assert set(parameters) - seen == handed_on | overridden
     # optional ones travel in a dict
     assert all(f'"{each}"' in COMPAT for each in parameters["set_forward_context"][1])

@@ -1,4 +1,4 @@
-"""`gonka-poc generate`, `validate`, `status` and `stop`."""
+"""`gonka-poc generate` and `validate`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from gonka_poc.request_fields import Artifact
 
 # the file is written again after at least this many more artifacts, so that a killed command loses little
 SAVE_EVERY = 2_000
-STATUS_TIMEOUT_SEC = 30.0
 
 
 @click.command("generate")
@@ -120,7 +119,7 @@ def validate_command(
     if not content.artifacts:
         raise ArtifactFileError(f"{file} holds no artifacts; there is nothing to validate")
     thresholds = choose_thresholds(given, content.stat_test, trust_file=file_thresholds)
-    for sentence in floor_warnings(floor, thresholds.stat_test):
+    for sentence in floor_warnings(floor, thresholds.stat_test, content):
         common.say(sentence)
     with connect() as client:
         _warn_if_generating(client)
@@ -132,44 +131,3 @@ def validate_command(
         lines.append(f"not computed here, so not compared: {verdict.not_computed_nonces}")
     common.show({**dataclasses.asdict(verdict), **thresholds.figures}, as_json, *lines, *thresholds.lines)
     return common.verdict_status(verdict)
-
-
-@click.command("status")
-@common.server_options
-def status_command(connect: Connect, as_json: bool) -> int:
-    """Show what the server generates now.
-
-    \b
-    gonka-poc status --url http://127.0.0.1:8000
-    """
-    with connect(STATUS_TIMEOUT_SEC) as client:
-        answer = client.status()
-    if as_json:
-        common.print_json(answer.model_dump())
-        return common.PASS
-    rows: list[tuple[str, object]] = [("status", answer.status)]
-    for part in (answer.config, answer.stats):
-        rows += [(name, f"{value:.2f}" if isinstance(value, float) else value) for name, value in part or ()]
-    if answer.error:
-        label = "the last round ended" if answer.status in ("IDLE", "STOPPED") else "waits for"
-        rows.append((label, answer.error))
-    for receiver in answer.callbacks or ():
-        counts = receiver.model_dump(exclude={"receiver"})
-        text = ", ".join(f"{name} {value}" for name, value in counts.items())
-        rows.append(("callbacks", f"{receiver.receiver}: {text}"))
-    common.print_grid(rows)
-    return common.PASS
-
-
-@click.command("stop")
-@common.server_options
-def stop_command(connect: Connect, as_json: bool) -> int:
-    """Stop the round and drop queued requests.
-
-    \b
-    gonka-poc stop --url http://127.0.0.1:8000
-    """
-    with connect(STATUS_TIMEOUT_SEC) as client:
-        answer = client.stop()
-    common.show(answer.model_dump(), as_json, "stopped" if answer.stopped is None else str(answer.stopped))
-    return common.PASS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -38,9 +38,9 @@ def rows_of(found: Bench) -> list[tuple[str, str]]:
         ("PoC tax", f"{found.poc_tax:.1%}"),
     ]
     if len(found.all_rates) > 1:
-        low, high = min(found.all_rates), max(found.all_rates)
-        spread = (high - low) / found.nonces_per_second
-        rows.insert(3, (f"of {len(found.all_rates)} runs", f"{low:.4g} to {high:.4g} nonces/s, spread {spread:.1%}"))
+        name = f"of {len(found.all_rates)} runs"
+        rows.insert(4, (name, _spread(found.all_prefills, found.prefill_per_second, "sequences/s")))
+        rows.insert(3, (name, _spread(found.all_rates, found.nonces_per_second, "nonces/s")))
     if found.generate_nonces_per_second is not None:
         rows.append(("POST /generate", f"{found.generate_nonces_per_second:.4g} nonces/s"))
     if found.model_flops and found.matrix_flops_per_second and found.matrix_rate_share is not None:
@@ -53,6 +53,11 @@ def rows_of(found: Bench) -> list[tuple[str, str]]:
     if found.scratch_bytes is not None:
         rows.append(("scratch KV cache", f"{found.scratch_bytes / 2**20:.4g} MiB per worker"))
     return rows
+
+
+def _spread(rates: Sequence[float], median: float, unit: str) -> str:
+    low, high = min(rates), max(rates)
+    return f"{low:.4g} to {high:.4g} {unit}, spread {(high - low) / median:.1%}"
 
 
 def phase_rows(found: Bench) -> list[tuple[str, str, str, str]]:
@@ -128,7 +133,7 @@ def bench_command(
             runs = [bench_server(client, name, bench_sizes, callback_url) for _ in range(repeat)]
     if busy:
         common.say(f"this machine was busy ({busy:.0%} of its cores): the rates are too low, and differ between runs")
-    found = median_run(runs)
+    found = median_run(runs, busy)
     if as_json:
         common.print_json(dataclasses.asdict(found))
     else:

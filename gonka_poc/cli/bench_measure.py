@@ -55,7 +55,8 @@ class Bench:
     `poc_tax`: 1 - nonces_per_second / prefill_per_second. `model_flops`: per nonce, and `matrix_flops_per_second`:
     measured, both over all workers. `matrix_rate_share`: the share of the latter that proof uses. `scratch_bytes`: of
     the worker that has the most. `not_measured`: phases that are part of another one here.
-    `all_rates`: nonces/s of each of several runs.
+    `all_rates`, `all_prefills`: nonces/s and bare sequences/s of each of several runs. `busy`: the share of this
+    machine's cores that other work had before; 0.0 where it does not matter.
     """
 
     where: str
@@ -80,13 +81,19 @@ class Bench:
     matrix_rate_share: float | None = None
     scratch_bytes: int | None = None
     all_rates: tuple[float, ...] = ()
+    all_prefills: tuple[float, ...] = ()
+    busy: float = 0.0
 
 
-def median_run(runs: Sequence[Bench]) -> Bench:
-    """The run with the median rate, the lower one of two; `all_rates` are the nonces/s of all, in their order."""
+def median_run(runs: Sequence[Bench], busy: float = 0.0) -> Bench:
+    """The run with the median rate, the lower one of two, with the rates of all in their order."""
     ranked = sorted(runs, key=lambda run: run.nonces_per_second)
-    rates = tuple(run.nonces_per_second for run in runs)
-    return dataclasses.replace(ranked[(len(ranked) - 1) // 2], all_rates=rates)
+    return dataclasses.replace(
+        ranked[(len(ranked) - 1) // 2],
+        all_rates=tuple(run.nonces_per_second for run in runs),
+        all_prefills=tuple(run.prefill_per_second for run in runs),
+        busy=busy,
+    )
 
 
 def busy_share() -> float:

@@ -170,11 +170,13 @@ def calibrate_command(
             file = ArtifactFile(
                 model=model or client.model_name(), k_dim=k_dim, seq_len=sizes["seq_len"], block_hash="", public_key=""
             )
-            with common.progress_bar("measuring", per_block * blocks * (steps + 3)) as progress:
-                hashes = [f"{vector_floor.BLOCK}-{i}" for i in range(blocks)]
-                batch_size = sizes["batch_size"]
-                floor = vector_floor.measure_floor(client, file, hashes, per_block, batch_size, steps, progress)
-            vector_floor.add_files(floor, client, honest, cheat, file.model, batch_size)
+            hashes, batch_size = [f"{vector_floor.BLOCK}-{i}" for i in range(blocks)], sizes["batch_size"]
+            measurement = vector_floor.Measurement(client, file, hashes, per_block, batch_size)
+            with common.progress_bar("measuring", measurement.least_vectors(steps)) as measurement.progress:
+                floor = measurement.honest(steps)
+                vector_floor.add_files(floor.honest, client, honest, file.model, batch_size)
+                measurement.add_cheats(floor)  # by thresholds that know all honest vectors
+            vector_floor.add_files(floor.cheats, client, cheat, file.model, batch_size)
             computed_by = client.computed_by()
         figures = {"model": file.model, "computed_by": computed_by, "seq_len": file.seq_len, "k_dim": file.k_dim}
         return _show_floor(floor, figures, out, png, theme, as_json)
@@ -218,6 +220,8 @@ def _show_floor(
             f"fraud from {advice.least_fraud} mismatches on; an honest host is called one with p < "
             f"{max(advice.false_alarm, 1e-300):.1e}",
         )
+        for name, reason in floor.not_made.items():
+            common.print_lines(f"this server cannot compute the cheat {name}: {reason}")
         for name in advice.missed:
             common.print_lines(f"NOT told from an honest host surely enough: {name} (caught {advice.caught[name]:.4f})")
     if png is not None:
@@ -225,7 +229,8 @@ def _show_floor(
         series |= {f"cheat: {name}": values for name, values in floor.cheats.items()}
         marks = {"dist_threshold": stat_test.dist_threshold}
         title = "Noise floor of the served model, and cheats"
-        save_png(distance_histogram(series, marks, title, theme_of(theme)), png)
+        kinds = [0] * len(floor.honest) + [1] * len(floor.cheats)
+        save_png(distance_histogram(series, marks, title, theme_of(theme), kinds), png)
     return common.ERROR if advice.missed else common.PASS
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, RootModel, ValidationError
 from gonka_poc import answers, data
 from gonka_poc.certificates import ssl_context
 from gonka_poc.cli.artifact_file import ArtifactFile
-from gonka_poc.cli.refusals import NO_POC_SERVER, refusal_text
+from gonka_poc.cli.refusals import NO_POC_SERVER, reason_of, refusal_text
 from gonka_poc.cli.server_process import wait_until
 from gonka_poc.errors import ServerAnswerError, printable
 from gonka_poc.request_fields import MAX_LISTED, Artifact
@@ -27,6 +27,9 @@ CONNECT_TIMEOUT_SEC = 10.0
 PROGRESS_TIMEOUT_SEC = 120.0  # for the next nonces of a round
 # distances lie in [0, 2], so with these every one is valid and no placeholder is called a fraud
 ANY_DISTANCE, PLACEHOLDER = 2.0, 0.0
+
+# fields of GET /versions that files of artifacts keep
+COMPUTED_BY = frozenset({"vllm_version", "gonka_poc_version", "dtype", "attention_backend", "gpu"})
 
 Progress = Callable[[int], None]
 """Called with the number of nonces done since the last call."""
@@ -85,14 +88,28 @@ class PoCClient:
             answer = self.versions()
         except ServerAnswerError:
             return {}
-        return {
-            name: str(value)
-            for name, value in answer.model_dump(exclude={"poc_validation_inference", "replay"}).items()
-        }
+        return {name: str(value) for name, value in answer.model_dump(include=set(COMPUTED_BY)).items()}
 
     def status(self) -> answers.StatusAnswer:
         """GET /status."""
         return self._ask(answers.StatusAnswer, "GET", "status")
+
+    def dashboard_data(self) -> dict[str, Any]:
+        """GET /dashboard/data, as the server gives it: releases differ in its fields."""
+        return dict(self._vllm("GET", f"{data.PREFIX}/dashboard/data", None))
+
+    def is_up(self) -> bool:
+        """True once the server answers. Raises ServerAnswerError where it answers that it gives no proofs."""
+        path = f"{data.PREFIX}/status"
+        try:
+            response = self._sent("GET", path, None)
+        except ServerAnswerError:
+            return False
+        if response.status_code in (502, 503, 504):  # a proxy before a server that starts, or its engine does
+            return False
+        if not response.is_success:
+            raise ServerAnswerError(refusal_text(response, self.url, path, bool(self._secret(path))))
+        return True
 
     def total_processed(self) -> int:
         """The number of nonces that the round has processed. Raises ServerAnswerError if no round generates."""
@@ -206,13 +223,15 @@ class PoCClient:
         batch_size: int,
         on_artifacts: Callable[[list[Artifact]], object],
         progress: Progress = ignore_progress,
-        calibration_step: int = 0,
+        **calibration: Any,
     ) -> list[int]:
-        """Compute `nonces` as `file` says, batch by batch, each for `on_artifacts`; those that gave NaN or Inf."""
+        """Compute `nonces` as `file` says, batch by batch, each for `on_artifacts`; those that gave NaN or Inf.
+
+        `calibration`: the fields of a GenerateRequest that ask for vectors which are no proofs.
+        """
         not_computed: list[int] = []
-        more = {"calibration_step": calibration_step} if calibration_step else {}
         for batch in data.chunks(list(nonces), batch_size):
-            answer = self._generate(answers.ArtifactsAnswer, file, batch, batch_size, **more)
+            answer = self._generate(answers.ArtifactsAnswer, file, batch, batch_size, **calibration)
             on_artifacts(answer.artifacts)
             not_computed += answer.not_computed_nonces or []
             progress(len(batch))
@@ -261,7 +280,8 @@ class PoCClient:
     def _response(self, method: str, path: str, body: Any) -> httpx.Response:
         response = self._sent(method, path, body)
         if not response.is_success:
-            raise ServerAnswerError(refusal_text(response, self.url, path, bool(self._secret(path))))
+            text = refusal_text(response, self.url, path, bool(self._secret(path)))
+            raise ServerAnswerError(text, response.status_code, reason_of(response))
         return response
 
     def _secret(self, path: str) -> str | None:

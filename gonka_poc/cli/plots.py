@@ -44,15 +44,22 @@ def theme_of(name: str) -> Theme:
 
 
 def distance_histogram(
-    series: Mapping[str, np.ndarray], thresholds: Mapping[str, float], title: str, theme: Theme
+    series: Mapping[str, np.ndarray],
+    thresholds: Mapping[str, float],
+    title: str,
+    theme: Theme,
+    kinds: Sequence[int] | None = None,
 ) -> Figure:
-    """L2 distances, one row per series over a common axis; each threshold is a line with its name."""
+    """L2 distances, one row per series over a common axis; each threshold is a line with its name.
+
+    Series of the same of `kinds` have the same colour; without them each has its own.
+    """
     figure, rows = _empty(title, len(series), theme)
     drawn = [np.maximum(values, SAME) for values in series.values()]
     ends = [*(float(values.max()) for values in drawn if len(values)), *thresholds.values(), 10 * SAME]
     bins = np.geomspace(SAME / 1.5, 1.5 * max(ends), NUM_BINS)
     for i, (axes, name, values) in enumerate(zip(rows, series, drawn, strict=True)):
-        colour = theme.series[i % len(theme.series)]
+        colour = theme.series[(kinds[i] if kinds else i) % len(theme.series)]
         axes.hist(values, bins, color=colour, edgecolor=theme.paper, linewidth=0.5)
         # logarithmic, so that a few tampered nonces of many, hundreds of times further away, are visible
         axes.set_xscale("log")

@@ -35,29 +35,29 @@ FROM_PROXIES = (403, 413, 429, 502, 503, 504)
 
 def refusal_text(response: httpx.Response, url: str, path: str, sent_secret: bool) -> str:
     """One line about a failed request for `path` of `url`; `sent_secret`: it carried a token or key."""
-    status, said = response.status_code, _said(response)
+    status, reason = response.status_code, reason_of(response)
     is_ours = path.startswith(PREFIX)
     if status == 404 and is_ours:
         detail = _object(response).get("detail")
         # a route of gonka_poc answered, not the router of a server that has no such route
         if path.startswith(f"{PREFIX}/generate/") and isinstance(detail, str) and detail != "Not Found":
-            return f"{url} has no such request: {said}; results expire, so send its nonces again"
+            return f"{url} has no such request: {reason}; results expire, so send its nonces again"
         return f"{url} has no {PREFIX}: start it with --middleware {MIDDLEWARE}, or correct --url"
     if status == 401:
         what = "its POC_API_TOKEN with --token" if is_ours else "vLLM's API key with --api-key"
         return f"{url}{path} answered 401: {'the one given is wrong; ' if sent_secret else ''}give {what}"
     if response.is_redirect:
         advice = f"it redirects to {_one_line(response.headers.get('location', ''))}; give the final address as --url"
-    elif said == HTML and status not in FROM_PROXIES:
+    elif reason == HTML and status not in FROM_PROXIES:
         advice = NO_POC_SERVER
     else:
         advice = ADVICE.get(status, "see the server's log" if status >= 500 else NO_POC_SERVER)
     if status == 429 and response.headers.get("retry-after", "").isdecimal():
         advice = f"try again in {response.headers['retry-after']} s"
-    return f"{url}{path} answered {status}: {said}; {advice}"
+    return f"{url}{path} answered {status}: {reason}; {advice}"
 
 
-def _said(response: httpx.Response) -> str:
+def reason_of(response: httpx.Response) -> str:
     """The reason in the answer: our sentence, FastAPI's list, vLLM's message, or the text itself."""
     body = _object(response)
     detail, error = body.get("detail"), body.get("error")

@@ -113,7 +113,7 @@ def report_command(
     first, *others = (read_artifact_file(file, model, lacking) for file in files)
     thresholds = choose_thresholds(given, first.stat_test, trust_file=True)
     stat_test = thresholds.stat_test
-    for sentence in floor_warnings(floor, stat_test):
+    for sentence in floor_warnings(floor, stat_test, first):
         common.say(sentence)
     comparisons = []
     for path, other in zip(files[1:], others, strict=True):

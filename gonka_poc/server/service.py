@@ -198,14 +198,16 @@ class PoCService:
         return self.queue.submit(request, delivery)
 
     def _check_calibration(self, request: GenerateRequest) -> None:
-        """Refuse vectors of moved inputs where they are not allowed, and as a validation. Raises RequestError."""
-        if request.calibration_step and not self.settings.calibration:
-            raise RequestError(
-                "calibration_step asks for vectors that are no proofs, which this server makes only where it was "
-                "started with POC_CALIBRATION=1"
-            )
-        if request.calibration_step and request.validation is not None:
-            raise RequestError("calibration_step makes other vectors than those that are validated; leave it out")
+        """Refuse vectors that are no proofs where they are not allowed, and as a validation. Raises RequestError."""
+        asked = {name: getattr(request, name) for name in ("calibration_step", "calibration_cheat")}
+        for name in (name for name, value in asked.items() if value):
+            if not self.settings.calibration:
+                raise RequestError(
+                    f"{name} asks for vectors that are no proofs, which this server makes only where it was started "
+                    "with POC_CALIBRATION=1"
+                )
+            if request.validation is not None:
+                raise RequestError(f"{name} makes other vectors than those that are validated; leave it out")
 
     def _check_size(self, request: GenerateRequest) -> None:
         """Refuse a request whose callback would wait for ever for room. Raises RequestError."""

@@ -14,6 +14,19 @@ from gonka_poc.vllm_compat.replay import ReplayServer, replay_server
 from gonka_poc.vllm_compat.sleep import is_sleep_recorded
 
 
+def address_of(app: Any) -> str | None:
+    """The URL at which vLLM's server `app` listens, unix:PATH for a socket; None where its options are not known."""
+    args: Any = getattr(getattr(app, "state", None), "args", None)
+    port = getattr(args, "port", None)
+    if getattr(args, "uds", None):
+        return f"unix:{args.uds}"
+    if port is None:
+        return None
+    host = getattr(args, "host", None) or "0.0.0.0"
+    host = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    return f"{'https' if getattr(args, 'ssl_certfile', None) else 'http'}://{host}:{port}"
+
+
 class ApiView:
     """The server as its API process sees it: `app` is vLLM's FastAPI application.
 
@@ -60,16 +73,19 @@ class ApiView:
 
         Raises UnsupportedServerError for options that replays do not work with.
         """
-        return replay_server(self._config)
+        return replay_server(self._config, self._tokenizer)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens. Raises UnsupportedServerError where there is no tokenizer."""
-        from vllm.tokenizers.registry import cached_tokenizer_from_config
-
-        tokenizer: Any = cached_tokenizer_from_config(self._config.model_config)
+        tokenizer = self._tokenizer()
         if tokenizer is None:
             raise UnsupportedServerError("this server has no tokenizer (--skip-tokenizer-init); send enforced_tokens")
         return list(tokenizer.encode(text, add_special_tokens=False))
+
+    def _tokenizer(self) -> Any:
+        from vllm.tokenizers.registry import cached_tokenizer_from_config
+
+        return cached_tokenizer_from_config(self._config.model_config)
 
     def has_unfinished_requests(self) -> bool:
         """True while chat is served: the engine client has requests that it has not finished."""

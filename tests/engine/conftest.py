@@ -7,14 +7,13 @@ on one worker, whatever file its tests are in, and the fixture `server` is a cli
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gonka_poc.cli.trained_model import make_trained_model
 from tests.engine.support import POW, Client, Float16Prover, Servers
 
 
@@ -50,14 +49,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     named = os.environ.get("POC_TEST_SMOLLM2")
     if named:
         return Path(named)
-    scratch = tmp_path_factory.mktemp("smollm2")
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(scratch / "packages")]
-    subprocess.run([*pip, "gguf", "accelerate", "psutil"], check=True)
-    paths = os.pathsep.join([str(Path(__file__).parents[2]), str(scratch / "packages")])
-    environment = {**os.environ, "PYTHONPATH": paths}
-    command = [sys.executable, "-m", "tests.smollm2", str(scratch / "model")]
-    subprocess.run(command, check=True, env=environment)
-    return scratch / "model"
+    return make_trained_model(tmp_path_factory.mktemp("smollm2") / "model")
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,7 @@ ENGINES = [(model, dtype) for model in MODELS for dtype in DTYPES]
 TOGETHER = list(range(32))
 SHUFFLED = random.Random(0).sample(TOGETHER, k=len(TOGETHER))
 ALONE = [7]
+CHEATS = ("fp8", "int4", "layer")
 
 
 def parts(nonces: Sequence[int], size: int) -> list[list[int]]:
@@ -45,6 +46,8 @@ def parts(nonces: Sequence[int], size: int) -> list[list[int]]:
 def batches(model: str) -> list[tuple[Mapping[str, Any], list[int]]]:
     """The golden cases of a model and the batches of nonces that each is computed in."""
     found: list[tuple[Mapping[str, Any], list[int]]] = []
+    if model == "qwen3":  # first, so that what they leave behind would be seen in the others
+        found += [({**golden_cases(model)[0], "cheat": cheat}, TOGETHER) for cheat in CHEATS]
     for case in golden_cases(model):
         found += [(case, nonces) for size in (5, 3) for nonces in parts(case["nonces"], size)]
     found += [(golden_cases(model)[0], nonces) for nonces in (TOGETHER, SHUFFLED, ALONE)]
@@ -124,6 +127,19 @@ def assert_same(together: np.ndarray, reordered: np.ndarray, alone: np.ndarray, 
     assert max_distance(alone, together[7:8]) < limit
     # and vectors do differ by nonce: independent unit vectors of 12 numbers are about sqrt(2) apart
     assert max_distance(together[:1], together[1:2]) > 0.1
+
+
+def test_cheats_are_far_from_honest_vectors(computed: Computed) -> None:
+    if computed.model != "qwen3":
+        return
+    case = golden_cases("qwen3")[0]
+    honest = computed.rows(case, TOGETHER, len(TOGETHER))
+    nearest = 0.0
+    for cheat in CHEATS:
+        distances = np.linalg.norm(computed.rows({**case, "cheat": cheat}, TOGETHER, len(TOGETHER)) - honest, axis=-1)
+        print(f"{computed.dtype} {cheat}: {distances.min():.1e} to {distances.max():.1e}")
+        assert np.median(distances) > max(nearest, 4 * GOLDEN_LIMIT["float16"])
+        nearest = float(np.median(distances))
 
 
 def test_golden_distances(computed: Computed) -> None:

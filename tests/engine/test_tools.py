@@ -17,10 +17,12 @@ from gonka_poc.cli.prover import Prover, RoundSizes
 from gonka_poc.cli.reference import check_reference
 from gonka_poc.cli.smoke import smoke
 from gonka_poc.data import StatTest
+from gonka_poc.vllm_compat.release import installed_version
 from tests.engine.support import (
     DATA,
     MODEL,
     PLAIN,
+    POW,
     ROOT,
     TIMED,
     Client,
@@ -125,6 +127,41 @@ def test_calibrate(server: Client, tmp_path: Path, capsys: pytest.CaptureFixture
     assert found["standard_errors_from_sqrt2"] < 3
     assert found["r_target"] == pytest.approx(1.405, abs=2e-3)
     assert png.stat().st_size > 10_000
+
+
+@pytest.mark.server(PLAIN)
+def test_the_noise_floor_of_a_server(
+    server: Client, tmp_path: Path, capsys: pytest.CaptureFixture[str], show: Show
+) -> None:
+    """Thresholds below it are warned of, files name the server that made them, and cheats leave nothing behind."""
+    url, floor = url_of(server), tmp_path / "floor.json"
+    chat = server.chat()
+    files = [tmp_path / f"{name}.json" for name in ("before", "after")]
+    for file in files:
+        assert run("generate", "--url", url, "--nonces", "0-31", "--seq-len", SEQ_LEN, "--out", file) == 0
+        if not floor.exists():
+            sizes = ("--seq-len", SEQ_LEN, "--nonces", 104, "--blocks", 2)
+            assert run("calibrate", "--vectors", "--url", url, *sizes, "--out", floor) == 0
+    show(capsys.readouterr().out)
+    found, before, after = (json.loads(file.read_text()) for file in (floor, *files))
+    assert after["artifacts"] == before["artifacts"]
+    assert server.chat() == chat
+    assert found["cheats"].keys() == {"other public key", "fp8 weights", "int4 weights", "a layer less"}
+    assert (found["missed"], found["not_made"]) == ([], {})
+    computed_by = before["computed_by"]
+    assert (before["model"], computed_by["dtype"], computed_by["gpu"]) == (MODEL, "float32", "cpu")
+    assert computed_by["attention_backend"]
+    assert computed_by["vllm_version"] == installed_version()
+    versions = server.get(f"{POW}/versions").json()
+    assert computed_by == {name: value for name, value in versions.items() if name != "poc_validation_inference"}
+    assert "gonka_poc_version" in computed_by
+    assert found["computed_by"] == computed_by
+    advised = [part for name, value in found["stat_test"].items() for part in (f"--{name.replace('_', '-')}", value)]
+    for command in (("validate", files[0], "--url", url), ("report", files[0], files[1])):
+        assert run(*command, "--floor", floor, "--dist-threshold", 0) == 0
+        assert "WARNING" in capsys.readouterr().err
+        assert run(*command, "--floor", floor, *advised) == 0
+        assert "WARNING" not in capsys.readouterr().err
 
 
 SIZES = ("--nonces", 60, "--seq-len", SEQ_LEN)
