@@ -56,17 +56,7 @@ class PoCClient:
         self._token, self._api_key = token, api_key
         self.url = url.rstrip("/").removesuffix(data.PREFIX)
         self._socket = socket_path(self.url)
-        base_url = "http://localhost" if self._socket else self.url
-        try:
-            parsed = httpx.URL(base_url)
-        except httpx.InvalidURL:
-            parsed = httpx.URL()
-        if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise ServerAnswerError(f"{url!a} is no address of a server: write it as http://HOST:PORT or unix:PATH")
-        # only connecting is tried again: a request that was sent may have reached the server
-        transport = httpx.HTTPTransport(verify=ssl_context(), retries=2, uds=self._socket)
-        limit = httpx.Timeout(timeout, connect=CONNECT_TIMEOUT_SEC)
-        self._http = httpx.Client(base_url=base_url, timeout=limit, transport=transport)
+        self._http = _http_client(self.url, self._socket, timeout)
 
     def __enter__(self) -> PoCClient:
         return self
@@ -301,6 +291,21 @@ class PoCClient:
             raise ServerAnswerError(
                 f"{self.url} cannot be reached: {str(error) or type(error).__name__}; is the server running there?"
             ) from error
+
+
+def _http_client(url: str, socket: str | None, timeout: float | None) -> httpx.Client:
+    """A client for requests to `url`, or to a socket. Raises ServerAnswerError for what is neither."""
+    base_url = "http://localhost" if socket else url
+    try:
+        parsed = httpx.URL(base_url)
+    except httpx.InvalidURL:
+        parsed = httpx.URL()
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ServerAnswerError(f"{url!a} is no address of a server: write it as http://HOST:PORT or unix:PATH")
+    # only connecting is tried again: a request that was sent may have reached the server
+    transport = httpx.HTTPTransport(verify=ssl_context(), retries=2, uds=socket)
+    limit = httpx.Timeout(timeout, connect=CONNECT_TIMEOUT_SEC)
+    return httpx.Client(base_url=base_url, timeout=limit, transport=transport)
 
 
 def socket_path(url: str) -> str | None:
