@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fakes import Clock
 
+from gonka_poc.data import DistanceSpec, VectorSpec
 from gonka_poc.manager import CHAT_MEMORY_SEC, MAX_KINDS, MEASUREMENTS, SETTLED, BatchSizer
 
 
@@ -113,6 +114,13 @@ def test_vectors_of_another_length_have_a_speed_of_their_own():
     size.record_chat()
     assert size.limit((1, 2048), 32, 32) == 1
     assert size.limit((1, 12), 32, 32) == 32
+
+
+def test_specs_with_another_cost_have_a_speed_of_their_own():
+    vectors = {VectorSpec("b", "k", seq_len, k_dim).cost_key for seq_len in (1, 64) for k_dim in (12, 2048)}
+    kinds = ("sign_flips", "layer_hooks", "permutation")
+    distances = {DistanceSpec("b", "k", seq_len, kind).cost_key for seq_len in (1, 64) for kind in kinds}
+    assert len(vectors | distances) == 4 + 6
 
 
 def test_an_unknown_speed_is_measured_with_few_random_values():
