@@ -24,7 +24,7 @@ SHORT_REDUCTION = 1024
 
 
 class LayerCompiler:
-    """Calls `run_reflected`, compiled at its first call for each kind of layer; one object per worker.
+    """Calls `run_reflected`, compiled at its first call for each kind of layer, while in `settings`; one per worker.
 
     Where the compiler fails, torch runs the plain operations. Raises UnsupportedServerError where this release of torch
     has not what the compiler is set up with: those names are private, and may move.
@@ -38,17 +38,17 @@ class LayerCompiler:
         try:
             self._run = torch.compile(run_reflected, dynamic=True)
             self._choices = _persistent_norms()
-            with self._settings():
+            with self.settings():
                 pass
         except (ImportError, AttributeError) as error:
             raise UnsupportedServerError(f"torch {torch.__version__} compiles in another way: {error}") from error
 
     def __call__(self, *args: Any) -> Any:
-        with self._settings():
-            return self._run(*args)
+        return self._run(*args)
 
     @contextlib.contextmanager
-    def _settings(self) -> Iterator[None]:
+    def settings(self) -> Iterator[None]:
+        """The compiler's settings, for a whole forward: to set them for each layer takes a sixth of its time."""
         import torch._dynamo.config
         import torch._inductor.config
         import torch.fx.experimental._config

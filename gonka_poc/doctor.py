@@ -46,12 +46,12 @@ from gonka_poc.errors import (
     for_terminal,
 )
 from gonka_poc.gpus import nvidia_smi
+from gonka_poc.mlnode_python import PYTHON_VARIABLE, NamedPython, named_pythons, same_python
 from gonka_poc.safe_files import other_writer
 from gonka_poc.vllm_compat import INSECURE_SERIALIZATION, MIDDLEWARE, SUPPORTED, WORKER_EXTENSION
 from gonka_poc.vllm_contract import Finding, judge, known_release, read_package
 
 MODULE_VARIABLE = "MLNODE_VLLM_MODULE"
-PYTHON_VARIABLE = "VLLM_PYTHON_PATH"
 PYTHON_MIN = (3, 10)
 # NVIDIA's table of minor version compatibility: the oldest driver that runs any release of that CUDA.
 MIN_DRIVER = ((12, 525), (13, 580))
@@ -88,13 +88,13 @@ class Surroundings:
             return self.runner.read_text(encoding="utf-8", errors="replace") if self.runner else ""
         return ""
 
-    def runner_python(self) -> str | None:
-        """The interpreter that runner.py names."""
-        return _find(r"^\s+VLLM_PYTHON_PATH\s*=\s*[\"']([^\"'\n]+)[\"']", self.runner_text())
+    def named_pythons(self) -> list[NamedPython]:
+        """The interpreters that MLNode starts vLLM with, as far as can be known here."""
+        return named_pythons(self.runner, self.runner_text(), self.environment)
 
     def mlnode_python(self) -> str:
-        """The interpreter that MLNode starts vLLM with, as far as can be known here."""
-        return self.python or self.environment.get(PYTHON_VARIABLE) or self.runner_python() or sys.executable
+        """The interpreter that was given, else the first that is named for MLNode, else this one."""
+        return self.python or next((named.python for named in self.named_pythons()), sys.executable)
 
 
 def _find(pattern: str, text: str) -> str | None:
@@ -110,7 +110,14 @@ def run_checks(runner: Path | None = None, python: str | None = None, look_at_gp
     checked without `look_at_gpus`: those are of the host that will run it.
     """
     here = Surroundings(runner, python, os.environ)
-    checks = [check_python(), check_vllm(), check_settings(), check_certificates(), check_outbox()]
+    checks = [
+        check_python(),
+        check_interpreter(here),
+        check_vllm(),
+        check_settings(),
+        check_certificates(),
+        check_outbox(),
+    ]
     checks += [check_gpu()] if look_at_gpus else []
     checks += [check_extension_points(), check_token(here)]
     checks += [check(here) for check in (check_package, check_runner, check_module, check_serialization, check_eager)]
@@ -313,6 +320,21 @@ def check_token(here: Surroundings) -> Check:
     return Check(name, "fail", found, "set POC_TRUST_LOOPBACK=1 where MLNode is started, or unset POC_API_TOKEN there")
 
 
+def check_interpreter(here: Surroundings) -> Check:
+    """This interpreter, in which vLLM is looked at, against the one that MLNode starts vLLM with."""
+    name = "MLNode's Python"
+    found = [NamedPython(here.python, "--python")] if here.python else here.named_pythons()
+    if not found:
+        return Check(name, "ok", "nothing names one (without MLNode: no --runner)")
+    text = "; ".join(f"{named.python} ({named.source})" for named in found)
+    if len(found) > 1:
+        return Check(name, "fail", f"several are named: {text}", "say which by --python, and run the doctor in it")
+    if same_python(found[0].python, sys.executable):
+        return Check(name, "ok", text)
+    fix = f"{found[0].python} -m gonka_poc.doctor, with the same options"
+    return Check(name, "fail", f"{text}; this is {sys.executable}, and vLLM was looked at in it", fix)
+
+
 def check_package(here: Surroundings) -> Check:
     """This package, in the Python that MLNode starts vLLM with."""
     name = "gonka_poc in MLNode's Python"
@@ -320,10 +342,10 @@ def check_package(here: Surroundings) -> Check:
     problem = why_not_found(python, "gonka_poc")
     if problem:
         return Check(name, "fail", problem, f"bash install.sh --python {python}; or set {PYTHON_VARIABLE} for MLNode")
-    named = here.environment.get(PYTHON_VARIABLE) or here.runner_python()
-    if named and here.python and os.path.abspath(named) != os.path.abspath(here.python):
-        fix = f"start MLNode with {PYTHON_VARIABLE}={here.python}"
-        return Check(name, "warn", f"{python} finds it, but MLNode here would use {named}", fix)
+    for named in here.named_pythons():
+        if here.python and not same_python(named.python, here.python):
+            fix = f"start MLNode with {PYTHON_VARIABLE}={here.python}"
+            return Check(name, "warn", f"{python} finds it, but MLNode here would use {named.python}", fix)
     return Check(name, "ok", f"{python} finds it")
 
 
@@ -398,7 +420,9 @@ def check_serialization(here: Surroundings) -> Check:
 def check_eager(here: Surroundings) -> Check:
     """A forward of the model without compilation, which proofs need."""
     name = "eager forward"
-    if "--enforce-eager" in here.runner_text():
+    text = here.runner_text()
+    # the patch's table has it or not, its code has it always
+    if ('"--enforce-eager": ""' if "gonka-poc patch" in text else "--enforce-eager") in text:
         return Check(name, "ok", "runner.py starts vLLM with --enforce-eager")
     if vllm_compat.can_skip_compiled():
         return Check(name, "ok", "this vLLM can run proofs beside a compiled model")

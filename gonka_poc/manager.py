@@ -42,6 +42,8 @@ COMPUTED_ON = ("dtype", "attention_backend", "gpu")  # what GET /versions says o
 CHAT_MEMORY_SEC = 5.0  # chat is taken to go on for this time after it was last seen
 # the slowest of the last batches takes half of the budget; the rest is for its call, and for batches that differ
 MEASUREMENTS, SHARE = 16, 0.5
+# full batches after which the quickest of them shows the pace of a round: the first ones prefetch nothing, or twice
+SETTLED = 3
 MAX_KINDS = 64  # of nonces, whose speed is remembered
 # random values of a batch whose speed is not known yet: some 10 ms of a CPU
 MAX_DRAWN = 2**20
@@ -55,9 +57,11 @@ class BatchSizer:
 
     Full size while chat is idle; within a time budget, by measured speed, once chat was seen in the last seconds.
     While chat is idle a second batch is computed behind the first, and the first chat waits for both: batches that
-    take longer than half of the budget have half of the full size. Nonces of one `Spec.cost_key` have one speed. Two
-    sizes are full: `full` is as many tokens as the engine's own steps have, and `safe` of them, where it is less, have
-    no more random values than an unknown device draws in a small part of the budget.
+    take longer than half of the budget have half of the full size. That is judged by the quickest batch of that size,
+    because a smaller one, or one that was not prefetched, takes longer per nonce: judged by those, a round would never
+    come back to full size. Nonces of one `Spec.cost_key` have one speed. Two sizes are full: `full` is as many tokens
+    as the engine's own steps have, and `safe` of them, where it is less, have no more random values than an unknown
+    device draws in a small part of the budget.
     """
 
     def __init__(self, max_step_sec: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -65,6 +69,7 @@ class BatchSizer:
         self._clock = clock
         self._chat_seen: float | None = None
         self._sec_per_nonce: LRUCache[CostKey, deque[float]] = LRUCache(MAX_KINDS)
+        self._sec_of_size: LRUCache[tuple[CostKey, int], deque[float]] = LRUCache(MAX_KINDS)
         self._max_fitting: LRUCache[CostKey, int] = LRUCache(MAX_KINDS)
 
     def limit(self, key: CostKey, full: int, safe: int) -> int:
@@ -76,17 +81,21 @@ class BatchSizer:
             size = min(size, int(SHARE * self._max_step_sec / max(measured or [self._max_step_sec])))
         elif not measured:
             size = min(size, safe)
-        elif full * max(measured) > self._max_step_sec / 2:
+        elif not self._two_fit(key, full):
             size = min(size, safe // 2)
         return max(1, size)
 
-    def may_prefetch(self, key: CostKey, nonces: int, safe: int) -> bool:
-        """True if a chat that comes now does not wait too long for batches of `nonces` together: for no more than a
-        full batch, or within the budget."""
-        measured = self._sec_per_nonce.get(key)
-        if self.chat_seen_recently or not measured:
+    def may_prefetch(self, key: CostKey, nonces: int, next_nonces: int, safe: int) -> bool:
+        """True if a chat that comes now does not wait too long for batches of so many nonces: for no more than a full
+        batch, or within the budget."""
+        if self.chat_seen_recently or not self._sec_per_nonce.get(key):
             return False
-        return nonces <= safe or nonces * max(measured) <= self._max_step_sec
+        return nonces + next_nonces <= safe or self._two_fit(key, max(nonces, next_nonces))
+
+    def _two_fit(self, key: CostKey, nonces: int) -> bool:
+        """True if two batches of `nonces` take no longer than the budget; the first ones of a size may take twice."""
+        times = self._sec_of_size.get((key, nonces)) or [nonces * min(self._sec_per_nonce[key])]
+        return min(times) * (2 if len(times) >= SETTLED else 1) <= self._max_step_sec
 
     @property
     def preparation_sec(self) -> float:
@@ -108,15 +117,20 @@ class BatchSizer:
 
     def record_batch(self, key: CostKey, nonces: int, seconds: float) -> None:
         """A micro-batch took `seconds`."""
-        last = self._sec_per_nonce.get(key)
-        if last is None:
-            last = self._sec_per_nonce[key] = deque(maxlen=MEASUREMENTS)
-        last.append(max(seconds, 1e-6) / nonces)
+        _append(self._sec_per_nonce, key, max(seconds, 1e-6) / nonces)
+        _append(self._sec_of_size, (key, nonces), seconds)
 
     def record_out_of_memory(self, key: CostKey, nonces: int) -> int:
         """A micro-batch did not fit; returns the size of the next ones."""
         size = self._max_fitting[key] = max(1, nonces // 2)
         return size
+
+
+def _append(records: LRUCache[Any, deque[float]], key: Any, value: float) -> None:
+    """Add to the last MEASUREMENTS values of `key`."""
+    if records.get(key) is None:
+        records[key] = deque(maxlen=MEASUREMENTS)
+    records[key].append(value)
 
 
 class EngineView(Protocol):
@@ -306,8 +320,8 @@ class PoCManagerV1:
                 raise EngineAsleepError()
             if not await self._prepare(spec):
                 return None
-            together = len(nonces) + len(next_nonces)
-            may_prefetch = self._sizer.may_prefetch(spec.cost_key, together, self._full_sizes(spec)[1])
+            sizes = len(nonces), len(next_nonces), self._full_sizes(spec)[1]
+            may_prefetch = self._sizer.may_prefetch(spec.cost_key, *sizes)
             prefetched = list(next_nonces) if may_prefetch else []
             started = time.monotonic()
             try:

@@ -265,6 +265,7 @@ class PoCModelRunner:
         run = stack.enter_context(view.prefill(len(nonces), spec.seq_len, self._token_ids(keys, spec.seq_len)))
         compiler = self._compiler_for(spec)
         if compiler is not None:
+            stack.enter_context(compiler.settings())
             stack.enter_context(view.operations.compilable())
             stack.enter_context(CompiledReflections(self._layers, reflections, compiler))
             if self._last_positions is not None:

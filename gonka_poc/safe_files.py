@@ -11,6 +11,7 @@ import errno
 import grp
 import os
 import pwd
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -188,6 +189,21 @@ def write_file(path: str, data: bytes) -> None:
                 raise
             except OSError as error:
                 raise OSError(error.errno, os.strerror(error.errno or 0), path) from error
+
+
+def clear_temporary(path: str) -> None:
+    """Remove what a `write_file` of `path` left beside it that was killed. For those who know that none is at work."""
+    path = os.path.realpath(path)
+    try:
+        with opened_folder(os.path.dirname(path)) as folder:
+            ours = re.compile(rf"\.{re.escape(os.path.basename(path))}\.[0-9a-f]{{12}}\.tmp")
+            for name in filter(ours.fullmatch, os.listdir(f"/proc/self/fd/{folder}")):
+                status = _look(name, folder, path)
+                if status is not None:
+                    with _lesser_rights(path, os.fstat(folder)):
+                        os.unlink(name, dir_fd=folder)
+    except FileNotFoundError:
+        return  # nor is its folder
 
 
 def _replace(folder: int, name: str, data: bytes, old: os.stat_result | None) -> None:

@@ -27,7 +27,7 @@ sys.path.append(FOLDER)  # `python -I` leaves out the folder of the script that 
 from runner_shape import PatchError, UnknownShapeError, find_blocks, leading_space  # noqa: E402
 from safe_files import read_file, write_file  # noqa: E402
 
-PATCH_VERSION = 3
+PATCH_VERSION = 4
 PROFILES = ("standard", "graphs", "hardened")
 OK, IO_ERROR, USAGE_ERROR, NOT_PATCHED, UNKNOWN_SHAPE, OTHER_PATCH = range(6)
 
@@ -51,28 +51,32 @@ class DamagedPatchError(PatchError):
 
 
 class Variant(NamedTuple):
-    """A profile, and whether vLLM must run without compilation."""
+    """A profile, whether vLLM must run without compilation, and whether it replays chats."""
 
     profile: str = "standard"
     enforce_eager: bool = True
+    replay: bool = False
 
     @property
     def name(self) -> str:
-        return "hardened-cuda-graphs" if self.profile == "hardened" and not self.enforce_eager else self.profile
+        name = "hardened-cuda-graphs" if self.profile == "hardened" and not self.enforce_eager else self.profile
+        return f"{name}-replay" if self.replay else name
 
     @property
     def left_out(self) -> list[str]:
-        """The options and variables of the profile `standard` that this one does without."""
+        """The options and variables of the profile `standard` with replays that this one does without."""
         graphs = [] if self.enforce_eager else ["--enforce-eager", "VLLM_USE_CUDA_GRAPHS"]
+        graphs += [] if self.replay else ["--logprobs-mode", "--logits-processors", "VLLM_USE_V2_MODEL_RUNNER"]
         return graphs + (["VLLM_ALLOW_INSECURE_SERIALIZATION"] if self.profile == "hardened" else [])
 
 
-BEGIN = re.compile(rb"[ \t]*# >>> gonka-poc patch v(\d+) (\S+) ([0-9a-f]{12}) ")
+NOTE = "take it back: patch_runner.py revert"  # the installer names its journal instead
+BEGIN = re.compile(rb"[ \t]*# >>> gonka-poc patch v(\d+) (\S+) ([0-9a-f]{12}) (?:\(([^)\r\n]*)\))?")
 END = re.compile(rb"[ \t]*# <<< gonka-poc patch\s*")
 LINE = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 
 
-def make_patched(original: bytes, variant: Variant) -> bytes:
+def make_patched(original: bytes, variant: Variant, note: str = NOTE) -> bytes:
     """The file with the patch in it; UnknownShapeError if it cannot be put there."""
     lines = LINE.findall(original)
     try:
@@ -80,7 +84,7 @@ def make_patched(original: bytes, variant: Variant) -> bytes:
     except RecursionError as error:
         raise UnknownShapeError("it is nested too deeply") from error
     for number in sorted(blocks, reverse=True):
-        lines[number:number] = _marked(blocks[number], variant, lines, number)
+        lines[number:number] = _marked(blocks[number], variant, note, lines, number)
     patched = b"".join(lines)
     _parse(patched)
     if remove_patch(patched)[0] != original:
@@ -97,7 +101,7 @@ def remove_patch(data: bytes) -> tuple[bytes, set[str]]:
     for number, line in enumerate(LINE.findall(data), 1):
         begin = BEGIN.match(line)
         if begin and block is None:
-            version, variant, digest = (group.decode("ascii", "replace") for group in begin.groups())
+            version, variant, digest = (group.decode("ascii", "replace") for group in begin.groups()[:3])
             marks.add(f"v{version} {variant}")
             block, begun = [], number
         elif begin or (END.fullmatch(line) and block is None):
@@ -113,6 +117,12 @@ def remove_patch(data: bytes) -> tuple[bytes, set[str]]:
     if block is not None:
         raise DamagedPatchError(f"the marker in line {begun} has no partner")
     return b"".join(kept), marks
+
+
+def note_in(data: bytes) -> str:
+    """The note in the first marker of the file, which a new patch keeps; else the usual one."""
+    begin = next(filter(None, map(BEGIN.match, LINE.findall(data))), None)
+    return begin[4].decode("ascii", "replace") if begin and begin[4] else NOTE
 
 
 def _parse(data: bytes) -> ast.Module:
@@ -140,10 +150,10 @@ def _digest(block: Sequence[bytes]) -> str:
     return hashlib.sha256(b"\n".join(line.strip() for line in block)).hexdigest()[:12]
 
 
-def _marked(block: Sequence[str], variant: Variant, lines: Sequence[bytes], number: int) -> list[bytes]:
+def _marked(block: Sequence[str], variant: Variant, note: str, lines: Sequence[bytes], number: int) -> list[bytes]:
     """The block between markers, indented as the line it goes before, with the line end of the one above."""
     digest = _digest([line.encode() for line in block])
-    begin = f"# >>> gonka-poc patch v{PATCH_VERSION} {variant.name} {digest} (take it back: patch_runner.py revert)"
+    begin = f"# >>> gonka-poc patch v{PATCH_VERSION} {variant.name} {digest} ({note})"
     indent = leading_space(lines[number])
     above = lines[number - 1] if number else b"\n"
     end = above[len(above.rstrip(b"\r\n")) :]
@@ -170,7 +180,7 @@ def is_cut_short(current: bytes, old: bytes, new: bytes) -> bool:
 def run_apply(args: argparse.Namespace) -> int:
     data = read_file(args.target)
     original, marks = remove_patch(data)
-    patched = make_patched(original, args.variant)
+    patched = make_patched(original, args.variant, note_in(data))
     if patched == data:
         print(f"already patched ({args.variant.name}), nothing to do: {args.target}")
         return OK
@@ -188,7 +198,7 @@ def run_check(args: argparse.Namespace) -> int:
     if marks:
         text, code = f"patched by another version or profile ({found})", OTHER_PATCH
     try:
-        if make_patched(original, args.variant) == data:
+        if make_patched(original, args.variant, note_in(data)) == data:
             text, code = f"patched ({args.variant.name})", OK
     except UnknownShapeError as error:
         if not marks:
@@ -200,7 +210,7 @@ def run_check(args: argparse.Namespace) -> int:
 
 def run_diff(args: argparse.Namespace) -> int:
     data = read_file(args.target)
-    patched = make_patched(remove_patch(data)[0], args.variant)
+    patched = make_patched(remove_patch(data)[0], args.variant, note_in(data))
     name = os.fsencode(args.target)
     before, after = (re.findall(rb"[^\n]*\n|[^\n]+", text) for text in (data, patched))
     for line in difflib.diff_bytes(difflib.unified_diff, before, after, name, name):
@@ -233,10 +243,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile", choices=PROFILES, default="standard", help=profiles)
     without = "with hardened, where vLLM can skip the compiled forward: no --enforce-eager, as graphs"
     parser.add_argument("--no-enforce-eager", dest="enforce_eager", action="store_false", help=without)
+    replays = "chats as the network accepts them, and its replays: --logits-processors, --logprobs-mode, the V1 runner"
+    parser.add_argument("--replay", action="store_true", help=replays)
     args = parser.parse_args(argv)
     if not args.enforce_eager and args.profile == "standard":
         parser.error("standard without --enforce-eager is --profile graphs")
-    args.variant = Variant(args.profile, args.enforce_eager and args.profile != "graphs")
+    args.variant = Variant(args.profile, args.enforce_eager and args.profile != "graphs", args.replay)
     args.target = os.path.realpath(args.file)
     return args
 

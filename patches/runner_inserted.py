@@ -1,18 +1,21 @@
 """The lines that patch_runner.py puts before class VLLMRunner, from the first definition on.
 
 They are text to it, and run where MLNode runs: its Python need not have gonka_poc, and may be older than ours. As they
-stand here they are those of the profile `standard`; others leave entries of the two tables out.
+stand here they are those of the profile `standard` with replays; others leave entries of the two tables out.
 """
 
 _GONKA_POC_OPTIONS = {
     "--enforce-eager": "",
     "--middleware": "gonka_poc.middleware.PoCMiddleware",
     "--worker-extension-cls": "gonka_poc.worker.PoCWorkerExtension",
+    "--logprobs-mode": "processed_logprobs",
+    "--logits-processors": "gonka_poc.replay.processor:ReplayProcessor",
 }
 _GONKA_POC_ENV = {
     "VLLM_USE_V1": "1",
     "VLLM_USE_CUDA_GRAPHS": "0",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
 }
 
 
@@ -34,7 +37,8 @@ def _gonka_poc_command(command):
             "%s is given: vLLM starts without --enforce-eager, proof runs beside its compiled model", compiling[0]
         )
         del options["--enforce-eager"]
-    words, kept, names = list(command), [], set()
+    words, processors = _gonka_poc_replay(list(command), options, has, log)
+    kept, names = [], set()
     while words:
         name, equals, value = str(words[0]).partition("=")
         name = name.replace("_", "-")
@@ -49,22 +53,59 @@ def _gonka_poc_command(command):
         replaced = name in names or "--no-" + name[2:] in names
         if name == "--middleware" or not replaced:  # the only one of which vLLM takes several
             kept += [name, value] if value else [name]
-    return kept + _gonka_poc_batch(names)
+    return kept + processors + _gonka_poc_batch(names)
 
 
 _GONKA_POC_COMPILING = ("--compilation-config", "--optimization-level", "-cc", "-O")
 
 
+def _gonka_poc_replay(words, options, has, log):
+    """`words` without --logits-processors, and those with ours behind them, for replays. Where these cannot be, `words`
+    stay, and `options` loses what is theirs."""
+    import os
+
+    name, mode = "--logits-processors", "--logprobs-mode"
+    ours = options.pop(name, None)
+    if ours is None:
+        return words, []
+    names = [str(word).partition("=")[0].replace("_", "-") for word in words]
+    why = "" if "replay" in has else "its gonka_poc has none"
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("", "0"):
+        why = "VLLM_USE_V2_MODEL_RUNNER is set"
+    for index, option in enumerate(names):
+        value = str(words[index]).partition("=")[2] or "".join(words[index + 1 : index + 2])
+        if option.startswith("--spec") or option in ("-sc", "--runner", "--convert"):
+            why = option + " is given"
+        elif option == mode and not value.endswith("_logprobs"):
+            why = mode + " " + value + " is given"
+    if why:
+        log.warning("vLLM starts without replays of chats: %s", why)
+        options.pop(mode, None)
+        return words, []
+    kept, values, takes = [], [], False
+    for option, word in zip(names, words):  # noqa: B905 (Python 3.9)
+        value = str(word).partition("=")[2]
+        if option == name:  # vLLM takes the last of several, with all its values
+            values, takes = [value] if value else [], not value
+        elif takes and not str(word).startswith("-"):
+            values.append(word)
+        else:
+            kept.append(word)
+            takes = False
+    return kept, [name] + [value for value in values if value != ours] + [ours]
+
+
 def _gonka_poc_environment(command):
-    """The variables for `command`, as it was made above: none without proof, CUDA graphs off in eager mode only."""
+    """The variables for `command`, as it was made above: none without proof, each with the option that it goes with."""
     if _GONKA_POC_OPTIONS["--middleware"] not in command:
         return {}
-    eager = "--enforce-eager" in command
-    return {name: value for name, value in _GONKA_POC_ENV.items() if eager or name != "VLLM_USE_CUDA_GRAPHS"}
+    needed = {"VLLM_USE_CUDA_GRAPHS": "--enforce-eager"}
+    needed["VLLM_USE_V2_MODEL_RUNNER"] = _GONKA_POC_OPTIONS.get("--logits-processors", "")
+    return {name: value for name, value in _GONKA_POC_ENV.items() if name not in needed or needed[name] in command}
 
 
 def _gonka_poc_look(python):
-    """Which of gonka_poc and `skip_compiled` (vLLM 0.15) the Python of vLLM has; nothing of either is imported."""
+    """Which of gonka_poc, its replay and `skip_compiled` (vLLM 0.15) the Python of vLLM has; nothing is imported."""
     import subprocess
 
     code = (
@@ -74,6 +115,7 @@ def _gonka_poc_look(python):
         "    paths = [os.path.join(f, file) for f in spec and spec.submodule_search_locations or ()]\n"
         "    return ''.join(open(p, encoding='utf-8').read() for p in paths if os.path.isfile(p))\n"
         "print('gonka_poc' if 'PoCMiddleware' in read('gonka_poc', 'middleware.py') else '')\n"
+        "print('replay' if 'ReplayProcessor' in read('gonka_poc', 'replay/processor.py') else '')\n"
         "print('skip_compiled' if 'skip_compiled' in read('vllm', 'forward_context.py') else '')\n"
     )
     try:

@@ -29,7 +29,10 @@ MANUAL_STEPS = """\
 
 4. Profile graphs, for vLLM 0.15 and newer: leave out `--enforce-eager` and VLLM_USE_CUDA_GRAPHS. Profile hardened:
    leave out VLLM_ALLOW_INSECURE_SERIALIZATION; and these two as well, where the installed vLLM is 0.15 or newer.
-5. `python3 -m py_compile runner.py`, then restart MLNode. vLLM's port must answer `GET /api/v1/pow/status`.
+5. Replays of chats: add `"--logits-processors", "gonka_poc.replay.processor:ReplayProcessor"` and
+   `"--logprobs-mode", "processed_logprobs"` to the list, unless it has a mode, and
+   `env["VLLM_USE_V2_MODEL_RUNNER"] = "0"`; not with speculative decoding.
+6. `python3 -m py_compile runner.py`, then restart MLNode. vLLM's port must answer `GET /api/v1/pow/status`.
 """
 
 

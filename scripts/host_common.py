@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 from pathlib import Path
@@ -47,3 +48,7 @@ def version_of(text: str) -> tuple[int, ...]:
     """The release numbers that a version begins with: "0.19.1+cu129" is (0, 19, 1)."""
     found = re.match(r"\d+(?:\.\d+)*", text)
     return tuple(map(int, found[0].split("."))) if found else ()
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -14,13 +14,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from host_common import InstallError, InterruptionError, RefusalError, complain, say
+from host_common import InstallError, InterruptionError, RefusalError, complain, say, sha256
 from host_gpus import find_gpus
-from host_journal import Journal, sha256, undo_file, undo_packages
-from host_options import HELP, parse_options
+from host_journal import Journal, undo_file, undo_packages
+from host_kept import keep_installer
+from host_look import differences, look_at
+from host_options import HELP, Options, parse_options
+from host_places import find_recorded, find_runner_of, introduce, tell_others
 from host_runners import stray_patches, take_out
-from host_steps import STEPS, DoctorStep, PackageStep, RunnerStep, Step, VllmStep, choose_vllm, live_command
-from host_target import Host, existing, find_host, locked
+from host_steps import (
+    STEPS,
+    DoctorStep,
+    PackageStep,
+    RunnerStep,
+    Step,
+    VllmStep,
+    choose_vllm,
+    live_command,
+    own_command,
+)
+from host_target import Host, existing, find_python, find_runner, locked, state_folder
 from host_wheels import check_wheels
 from safe_files import read_file
 
@@ -52,8 +65,15 @@ def install(host: Host) -> int:
     if busy:
         refuse_unwritable(host, steps)
         confirm(host, "Go on?")
-    begun = len(journal.changes)
+    begun, before = len(journal.changes), look_at(host)
+    if not journal.changes:
+        journal.before = before
     try:
+        if busy:
+            journal.settings = journal.settings or settings_of(host)
+            journal.open()
+        if busy or journal.changes:
+            keep_installer(journal)
         for number, step in enumerate(steps, 1):
             if step.todo or isinstance(step, DoctorStep):
                 say(f"[{number}/{len(steps)}] {step.title}: {step.todo}".rstrip())
@@ -61,15 +81,59 @@ def install(host: Host) -> int:
                 step.act(journal)
             step.verify()
     except BaseException as error:
-        roll_back(host, journal, begun, error)
+        roll_back(host, journal, begun, before, error)
         raise
+    if busy:
+        journal.settings = settings_of(host)
+        journal.save()
+    introduce(host, journal)
     if not busy:
         say("Everything was in place; there was nothing to do.")
         return DONE
     say(f"Done. Restart MLNode for it to take effect. The journal is in {host.state}.")
-    say("To take everything back: bash install.sh --uninstall, with the same --python")
+    say(f"To take everything back, also without this checkout: {own_command(host.target)} uninstall")
     say(f"Then ask the running server (its own port, MLNode's first is 5001): {live_command(host.target)}")
     return DONE
+
+
+# Of the options, those that an update takes from the last installation.
+KEPT_OPTIONS = ("profile", "replay", "gpus")
+
+
+def settings_of(host: Host) -> dict[str, Any]:
+    """What an update is to find: the Python, the runner.py and the options of this installation."""
+    settings = {name: getattr(host.options, name) for name in KEPT_OPTIONS}
+    return {"python": host.target.python, "runner": str(host.runner), **settings}
+
+
+def take_settings(host: Host, journal: Journal) -> None:
+    """For --update: the settings of the last installation, where the command line does not say otherwise."""
+    if not journal.changes:
+        problem = f"nothing is recorded in {journal.folder}: there is no installation to update"
+        raise RefusalError(f"{problem}\ninstall it: bash install.sh, from a checkout")
+    for name in KEPT_OPTIONS:
+        if not {name, f"no_{name}"} & host.options.given and name in journal.settings:
+            setattr(host.options, name, journal.settings[name])
+
+
+def find_host(options: Options, script: str) -> Host:
+    """The Python, the state folder and MLNode's file; only an installation insists on the last, and looks for GPUs."""
+    if options.action == "install":
+        gpus = find_gpus(script, options.force, options.gpus)
+        runner = find_runner(options.mlnode_dir)
+        target = find_python(options.python, runner)
+        return Host(options, target, state_folder(target), runner, gpus)
+    runner = None
+    with contextlib.suppress(RefusalError):
+        runner = find_runner(options.mlnode_dir)
+    target = find_recorded(options, runner)
+    host = Host(options, target, state_folder(target), runner)
+    if options.action == "update":
+        journal = Journal(host.state)
+        take_settings(host, journal)
+        host.runner = find_runner_of(options, journal)
+        host.gpus = find_gpus(script, options.force, options.gpus)
+    return host
 
 
 def refuse_unwritable(host: Host, steps: Sequence[Step]) -> None:
@@ -99,7 +163,8 @@ def confirm(host: Host, question: str) -> None:
 
 
 def finish_earlier_run(host: Host, journal: Journal) -> None:
-    """Take back the one step that a killed run left half done."""
+    """Take back the one step that a killed run left half done, and what else it left."""
+    journal.sweep()
     unfinished = [change for change in reversed(journal.changes) if change["state"] != "done"]
     if unfinished:
         say("An earlier run was cut short; its unfinished step is taken back first:")
@@ -114,14 +179,14 @@ def undo(host: Host, journal: Journal, change: dict[str, Any], force: bool) -> N
         undo_file(change, force)
         say(f"    as before: {change['path']}")
     else:
-        stay = undo_packages(host, change, force)
+        stay = undo_packages(host, journal, change, force)
         say(f"    as before: {', '.join(sorted(set(change['planned']) - set(stay)))}")
         if stay:
             say(f"    other packages need these now, they stay: {', '.join(stay)}")
     journal.forget(change)
 
 
-def roll_back(host: Host, journal: Journal, begun: int, error: BaseException) -> None:
+def roll_back(host: Host, journal: Journal, begun: int, before: Mapping[str, Any], error: BaseException) -> None:
     """Take back what this run did, the changes from index `begun` on, and say how to go on."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -133,15 +198,22 @@ def roll_back(host: Host, journal: Journal, begun: int, error: BaseException) ->
     try:
         for change in reversed(journal.changes[begun:]):
             undo(host, journal, change, force=True)
+        journal.sweep()
+        left = differences(before, host)
     except (InstallError, OSError) as problem:
         complain(f"error: not everything could be taken back: {problem}")
         complain(f"what is left is in {journal.path}; put that right, then: bash install.sh --uninstall")
         return
-    complain("The host is as it was before this run. Put right what the error says, then run the same command again.")
+    as_before = "The host is as it was before this run."
+    if left:
+        as_before = "\n    ".join(["What this run did is taken back. Not as before it:", *left])
+    complain(f"{as_before}\nPut right what the error says, then run the same command again.")
 
 
 def uninstall(host: Host) -> int:
     journal = Journal(host.state)
+    if not host.options.dry_run:
+        journal.sweep()
     strays = stray_patches(host, journal)
     if not journal.changes and not strays:
         say(f"Nothing is recorded in {host.state}: there is nothing to take back.")
@@ -156,14 +228,26 @@ def uninstall(host: Host) -> int:
         say("Dry run: nothing was changed.")
         return DONE
     confirm(host, "Take it back?")
+    before = state_before(journal)
     for change in list(reversed(journal.changes)):
         try:
             undo(host, journal, change, force=host.options.force)
         except InstallError as error:
             raise InstallError(f"{error}\nwhat is not taken back yet stays recorded in {journal.path}") from error
     take_out(host, journal)
-    say("Everything is as it was before the installation. Restart MLNode.")
+    left = differences(before, host) if before else ["not known: it was not looked at before the installation"]
+    if left:
+        say("\n    ".join(["All that was recorded is taken back. Not as before the installation:", *left]))
+    else:
+        say("Everything is as it was before the installation.")
+    say("Restart MLNode.")
     return DONE
+
+
+def state_before(journal: Journal) -> dict[str, Any]:
+    """What the host was like before the first change; empty where nobody looked, as earlier releases did not."""
+    files = {change["path"]: change["old_sha256"] for change in reversed(journal.changes) if change["kind"] == "file"}
+    return {**journal.before, "files": {**journal.before["files"], **files}} if journal.before else {}
 
 
 def describe(change: Mapping[str, Any]) -> str:
@@ -178,6 +262,7 @@ def status(host: Host) -> int:
     """0: installed and as we left it; 3: not installed; 1: something was changed since."""
     journal = Journal(host.state)
     strays = stray_patches(host, journal)
+    tell_others(host)
     for path, marks in strays.items():
         say(f"Patched ({marks}), and no Python that it starts has the package: {path} [take it out: --uninstall]")
     if not journal.changes:
@@ -217,11 +302,10 @@ def main(script: str, *words: str) -> int:
         if options.action == "help":
             print(HELP, end="")
             return DONE
-        gpus = find_gpus(script, options.force, options.gpus) if options.action == "install" else None
-        host = find_host(options, gpus)
+        host = find_host(options, script)
         if options.action == "status":
             return status(host)
-        act = install if options.action == "install" else uninstall
+        act = uninstall if options.action == "uninstall" else install
         if options.dry_run:
             return act(host)
         with locked(host):

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
 import tempfile
@@ -19,27 +20,31 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from host_common import PACKAGE, InstallError, say
+from host_common import PACKAGE, InstallError, say, sha256
 from host_target import Distribution, Host
 from host_trust import refuse_foreign_journal
 from patch_runner import PatchError, is_cut_short, remove_patch
-from safe_files import read_file, write_file
+from safe_files import clear_temporary, read_file, write_file
 
 JOURNAL_FORMAT = 1
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+GONE = ".gonka-poc-"  # what folders are called before they are there, and after
 
 
 class Journal:
-    """The changes to this host, oldest first, in `folder`/journal.json; the folder goes with the last change."""
+    """The changes to this host, oldest first, in `folder`/journal.json; the folder goes with the last change.
+
+    A run can be killed at any moment, so the order is: what is to be deleted is first named nowhere, then deleted, and
+    folders come and go under a name of their own (`GONE`). What a kill leaves is swept away by the next run.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = folder / "journal.json"
         self.changes: list[dict[str, Any]] = []
         self.made_folders: list[str] = []
+        self.before: dict[str, Any] = {}  # host_look.look_at, before the first change
+        self.settings: dict[str, Any] = {}  # of the last installation, for --update
+        self.peers: list[str] = []  # folders of other journals of this host
         refuse_foreign_journal(str(self.path))
         if self._is_there():
             try:
@@ -47,6 +52,8 @@ class Journal:
                 if content["format"] != JOURNAL_FORMAT:
                     raise ValueError(f"format {content['format']}")
                 self.changes, self.made_folders = content["changes"], content["made_folders"]
+                self.before, self.settings = content.get("before", {}), content.get("settings", {})
+                self.peers = content.get("peers", [])
                 self._check_places()
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InstallError(f"{self.path} cannot be read: {error!r}; move it away, or restore it") from error
@@ -71,40 +78,76 @@ class Journal:
         if any(not self.folder.is_relative_to(made) for made in self.made_folders):
             raise ValueError("it names folders that are not above its own")
 
+    def open(self) -> None:
+        """Write it, with its folder where there is none."""
+        if self.folder.is_dir():
+            self.save()
+        else:
+            self._make_folder()
+
     def begin(self, change: dict[str, Any], state: str = "begun") -> dict[str, Any]:
         """Record a change before it is made."""
-        if not self.folder.is_dir():
-            missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
-            self.made_folders = [str(path) for path in reversed(missing)]
-            for path in reversed(missing):
-                path.mkdir(mode=0o700 if path == self.folder else 0o755)
-            refuse_foreign_journal(str(self.path))
-        self.changes.append(change)
-        self.set_state(change, state)
-        return change
+        self.changes.append({**change, "state": state})
+        self.open()
+        return self.changes[-1]
 
     def set_state(self, change: dict[str, Any], state: str) -> None:
         change["state"] = state
         self.save()
 
     def forget(self, change: dict[str, Any]) -> None:
-        """The change is taken back, or never came to be."""
-        if change.get("kept"):
-            shutil.rmtree(change["kept"], ignore_errors=True)
+        """The change is taken back, or never came to be. What was kept for it goes after the record of it."""
         self.changes.remove(change)
-        if self.changes:
-            self.save()
-            return
-        self.path.unlink(missing_ok=True)
-        for left in self.folder.glob(f".{self.path.name}.*.tmp"):  # by a run that was killed while it wrote
-            left.unlink(missing_ok=True)
-        for name in reversed(self.made_folders):
-            with contextlib.suppress(OSError):
-                os.rmdir(name)
+        self.save()
+        self.sweep()
 
-    def save(self) -> None:
-        content = {"format": JOURNAL_FORMAT, "made_folders": self.made_folders, "changes": self.changes}
-        write_file(str(self.path), (json.dumps(content, indent=1) + "\n").encode("ascii"))
+    def save(self, folder: Path | None = None) -> None:
+        content = {"format": JOURNAL_FORMAT, "made_folders": self.made_folders, "before": self.before}
+        content |= {"settings": self.settings, "peers": self.peers, "changes": self.changes}
+        text = json.dumps(content, indent=1)
+        write_file(str((folder or self.folder) / self.path.name), f"{text}\n".encode("ascii"))
+
+    def sweep(self) -> None:
+        """Remove what no change names any more, also what runs left that were killed; without a change all of it."""
+        named = {change.get("kept") for change in self.changes}
+        for place in self.folder.parents[:2]:  # where folders of ours are made and removed
+            for left in place.glob(f"{GONE}*"):
+                shutil.rmtree(left)
+        if not self.folder.is_dir():
+            return
+        patterns = ("kept-*", f".{self.path.name}.*.tmp", ".installer.*", *([] if self.changes else ["installer"]))
+        for left in (path for pattern in patterns for path in self.folder.glob(pattern)):
+            if str(left) not in named:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if not self.changes:
+            self._remove_folder()
+
+    def _make_folder(self) -> None:
+        """The folder with the journal in it, and those missing above, all at once."""
+        missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        self.made_folders = [str(path) for path in reversed(missing)]
+        top = missing[-1]
+        new = top.with_name(f"{GONE}{secrets.token_hex(6)}")
+        for path in reversed(missing):
+            (new / path.relative_to(top)).mkdir(mode=0o700 if path == self.folder else 0o755)
+        self.save(new / self.folder.relative_to(top))
+        os.rename(new, top)
+        refuse_foreign_journal(str(self.path))
+
+    def _remove_folder(self) -> None:
+        """The folder, and those above it that were made for it and hold nothing else, all at once."""
+        going = inner = None
+        for made in map(Path, reversed(self.made_folders)):
+            others = {entry.name for entry in made.iterdir()} - {inner.name if inner else self.path.name}
+            if others:
+                break
+            going = inner = made
+        if going is None:  # somebody else keeps something there
+            self.path.unlink(missing_ok=True)
+            return
+        gone = going.with_name(f"{GONE}{secrets.token_hex(6)}")
+        os.rename(going, gone)
+        shutil.rmtree(gone)
 
 
 def install_packages(host: Host, journal: Journal, spec: Sequence[str], others: Sequence[str] = ()) -> None:
@@ -127,17 +170,18 @@ def install_packages(host: Host, journal: Journal, spec: Sequence[str], others: 
     if PACKAGE in replaced:
         record_edits(journal, before[PACKAGE])
     kept = str(journal.folder / f"kept-{os.getpid()}-{len(journal.changes)}") if replaced else None
-    change: dict[str, Any] = {
+    change = {
         "kind": "packages",
         "planned": planned,
         "before": sorted(before),
         "replaced": {name: before[name].version for name in replaced},
         "kept": kept,
         "prefix": host.target.prefix,
+        "edits_before": {name: hash_edits(before[name]) for name in replaced},
     }
-    journal.begin(change, "keeping")  # until what is replaced is kept in full, there is nothing to undo
+    change = journal.begin(change, "keeping")  # until what is replaced is kept in full, there is nothing to undo
     for name in replaced:
-        keep_files(before[name], Path(host.target.prefix), Path(change["kept"]))
+        keep_files(before[name], Path(host.target.prefix), Path(str(kept)))
     journal.set_state(change, "begun")
     if others:
         host.pip("uninstall", "--yes", *others)
@@ -151,11 +195,34 @@ def install_packages(host: Host, journal: Journal, spec: Sequence[str], others: 
 
 
 def plan_packages(host: Host, spec: Sequence[str]) -> dict[str, str]:
-    """Name and version of what pip would install now."""
+    """Name and version of what pip would install now. InstallError names a constraint that stands in the way."""
     with tempfile.NamedTemporaryFile(suffix=".json") as report:
-        host.pip("install", "--quiet", "--dry-run", "--report", report.name, *spec)
+        try:
+            host.pip("install", "--dry-run", "--report", report.name, *spec)
+        except InstallError as error:
+            constraints = constraints_in(host, str(error))
+            if not constraints:
+                raise
+            advice = "take the line out of that file, or widen it; pip says what it contradicts"
+            raise InstallError(
+                f"pip's constraints stand in the way: {'; '.join(constraints)}\n{advice}\n{error}"
+            ) from error
         items = json.loads(Path(report.name).read_bytes())["install"]
     return {normal_name(item["metadata"]["name"]): item["metadata"]["version"] for item in items}
+
+
+def constraints_in(host: Host, answer: str) -> list[str]:
+    """The constraints that a failing pip names, each with the line and the file that it comes from."""
+    settings = re.findall(r"^\w+\.constraint='(.*)'$", host.pip("config", "list"), flags=re.MULTILINE)
+    found = []
+    for name in dict.fromkeys(re.findall(r"\(constraint\) ([A-Za-z0-9][\w.-]*)", answer)):
+        for path in (path for setting in settings for path in setting.replace("\\n", " ").split()):
+            with contextlib.suppress(OSError):
+                for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):
+                    word = re.match(r"[A-Za-z0-9][\w.-]*", line.strip())
+                    if word and normal_name(word[0]) == normal_name(name):
+                        found.append(f"{line.strip()} ({path}, line {number})")
+    return found
 
 
 def normal_name(name: str) -> str:
@@ -182,7 +249,7 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copy2(source, target, follow_symlinks=False)
 
 
-def undo_packages(host: Host, change: Mapping[str, Any], force: bool) -> list[str]:
+def undo_packages(host: Host, journal: Journal, change: dict[str, Any], force: bool) -> list[str]:
     """Remove what came, put back what was replaced; the names of packages that stay because others need them now."""
     if change["state"] == "keeping":
         return []
@@ -192,10 +259,13 @@ def undo_packages(host: Host, change: Mapping[str, Any], force: bool) -> list[st
     if change["state"] == "done" and not force:
         refuse_later_edits(now, change, present)
     stay = needed_by_others(now, change, present)
-    going = [name for name in present if name not in stay]
-    folders = {str(Path(f).parent) for name in going for f in now[name].files or []}
+    going = [] if change["state"] == "restoring" else [name for name in present if name not in stay]
+    folders = {str(Path(f).parent) for name in going for f in now[name].files or []} | set(change.get("folders", []))
+    change["folders"] = sorted(folders)  # nothing else names them once pip is done
     if going:
+        journal.set_state(change, "undoing")
         host.pip("uninstall", "--yes", *going)
+    journal.set_state(change, "restoring")  # pip does not understand what is half there
     if change["kept"]:
         kept = Path(change["kept"])
         for path in sorted(kept.rglob("*")):
@@ -205,8 +275,10 @@ def undo_packages(host: Host, change: Mapping[str, Any], force: bool) -> list[st
     left = host.target.look().own()
     wrong = [name for name in going if name in left and name not in change["replaced"]]
     wrong += [name for name, version in change["replaced"].items() if name not in left or left[name].version != version]
+    edits = change.get("edits_before", {})
+    wrong += [name for name in edits if name in left and hash_edits(left[name]) != edits[name]]
     if wrong:
-        raise InstallError(f"still not as before: {', '.join(wrong)}")
+        raise InstallError(f"still not as before: {', '.join(dict.fromkeys(wrong))}")
     return stay
 
 
@@ -227,17 +299,23 @@ def refuse_later_edits(now: Mapping[str, Distribution], change: Mapping[str, Any
 def record_edits(journal: Journal, found: Distribution) -> None:
     """Note, with the change that installed it, what was edited of a package that an update replaces: the plan named
     it, so that taking back both does not stop there."""
-    edits = {path: sha256(Path(path).read_bytes()) for path in edited_files(found)}
+    edits = hash_edits(found)
     for change in reversed(journal.changes):
         if edits and PACKAGE in change.get("planned", {}):
             change["edits"] = edits
             return
 
 
+def hash_edits(found: Distribution) -> dict[str, str]:
+    """The files that were edited, each with its hash."""
+    return {path: sha256(Path(path).read_bytes()) for path in edited_files(found)}
+
+
 def edited_files(found: Distribution) -> list[str]:
     """Files of a package that no longer have the hash that its RECORD names."""
     edited = []
-    for name, recorded, *_ in csv.reader(found.record.splitlines()):
+    for row in csv.reader(found.record.splitlines()):
+        name, recorded = (*row, "", "")[:2]
         path = Path(found.folder).parent / name
         if recorded.startswith("sha256=") and path.is_file():
             digest = base64.urlsafe_b64encode(hashlib.sha256(path.read_bytes()).digest()).rstrip(b"=").decode()
@@ -280,7 +358,7 @@ def change_file(journal: Journal, path: Path, old: bytes, new: bytes) -> None:
     change = {"kind": "file", "path": str(path), "old_sha256": sha256(old), "new_sha256": sha256(new)}
     change["original_base64"] = base64.b64encode(old).decode("ascii")
     change["patched_base64"] = base64.b64encode(new).decode("ascii")  # to know a write in place that was cut short
-    journal.begin(change)
+    change = journal.begin(change)
     write_file(str(path), new)
     journal.set_state(change, "done")
 
@@ -293,6 +371,7 @@ def was_cut_short(current: bytes, original: bytes, patched: bytes) -> bool:
 def undo_file(change: Mapping[str, Any], force: bool) -> None:
     """Write the original back where the file still is ours, or was left unpatched by somebody else."""
     path = Path(change["path"])
+    clear_temporary(str(path))
     original = base64.b64decode(change["original_base64"])
     if sha256(original) != change["old_sha256"]:
         raise InstallError(f"the journal's copy of {path} does not have its own hash; it is not written back")

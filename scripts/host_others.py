@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import email
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,12 +18,12 @@ ADVICE = "--replace-other goes on without it; --uninstall brings it back"
 
 def others_of(target: Target) -> dict[str, Distribution]:
     """The packages of this Python, other than ours, that have files of our import name or our earlier name."""
-    folder = Path(target.purelib, IMPORT_NAME)
+    folder = os.path.join(os.path.realpath(target.purelib), IMPORT_NAME, "")
     return {
         name: found
         for name, found in target.own().items()
         if name != PACKAGE
-        and (name == OWN_EARLIER_NAME or any(Path(file).is_relative_to(folder) for file in found.files or []))
+        and (name == OWN_EARLIER_NAME or any(os.path.realpath(file).startswith(folder) for file in found.files or []))
     }
 
 
@@ -75,7 +76,7 @@ def entry_points(found: Distribution) -> Mapping[str, list[str]]:
 
 def unlisted_files(target: Target, others: Mapping[str, Distribution]) -> list[str]:
     """Files under our import name that none of the packages lists, byte code left out."""
-    listed = {file for found in others.values() for file in found.files or []}
+    listed = {os.path.realpath(file) for found in others.values() for file in found.files or []}
     every = Path(target.purelib, IMPORT_NAME).rglob("*")
     files = [path for path in every if not path.is_dir() and "__pycache__" not in path.parts]
-    return sorted(str(path) for path in files if str(path) not in listed)
+    return sorted(str(path) for path in files if os.path.realpath(path) not in listed)

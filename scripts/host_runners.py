@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import shutil
 from pathlib import Path
 
 from host_common import PACKAGE, InstallError, RefusalError, say
 from host_journal import Journal
-from host_target import MLNODE_FOLDERS, RUNNER_PATHS, Host, Target, runners_python
+from host_target import MLNODE_FOLDERS, RUNNER_PATHS, Host, Target, pythons_of
+from mlnode_python import same_python
 from patch_runner import PatchError, remove_patch
-from safe_files import read_file, write_file
+from safe_files import clear_temporary, read_file, write_file
 
 
 def stray_patches(host: Host, journal: Journal) -> dict[Path, str]:
@@ -42,18 +43,20 @@ def _is_served(path: Path, target: Target) -> bool:
     """True if a Python that this file starts vLLM with has the package: `target`, or the one that the file names."""
     if PACKAGE in target.distributions:
         return True
-    named = shutil.which(runners_python(path) or "")
-    if not named or os.path.realpath(os.path.dirname(named)) == os.path.realpath(os.path.dirname(target.python)):
-        return False
-    try:
-        return PACKAGE in Target(named).look().distributions
-    except (InstallError, OSError, ValueError):
-        return False
+    for named in pythons_of(path):
+        python = shutil.which(named.python)
+        if python and not same_python(python, target.python):
+            with contextlib.suppress(InstallError, OSError, ValueError):
+                if PACKAGE in Target(python).look().distributions:
+                    return True
+    return False
 
 
 def take_out(host: Host, journal: Journal) -> None:
     """Take every stray patch out; every other byte of the files stays."""
     host.target.look()
+    for path in known_runners(host):
+        clear_temporary(str(path))
     for path in stray_patches(host, journal):
         try:
             original, _ = remove_patch(read_file(str(path)))

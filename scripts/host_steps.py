@@ -13,14 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from host_common import PACKAGE, ROOT, InstallError, RefusalError, say, version_of
+from host_common import PACKAGE, ROOT, InstallError, RefusalError, say, sha256, version_of
 from host_gpus import Generation
-from host_journal import Journal, change_file, edited_files, install_packages, sha256
+from host_journal import Journal, change_file, edited_files, install_packages
+from host_kept import is_kept, keep_wheel, kept_wheel
 from host_options import Options
 from host_others import others_of, refuse_others
-from host_target import SUPPORTED_TEXT, Host, Target, existing, is_supported
+from host_places import note_of
+from host_target import SUPPORTED_TEXT, Host, Target, existing, is_supported, pythons_of
 from host_wheels import bundled_wheel
-from patch_runner import PatchError, UnknownShapeError, Variant, is_mount, make_patched, remove_patch
+from mlnode_python import same_python
+from patch_runner import PatchError, UnknownShapeError, Variant, is_mount, make_patched, note_in, remove_patch
 from safe_files import UnsafePathError, read_file
 
 FIRST_VLLM_WITH_SKIP_COMPILED = (0, 15)
@@ -95,7 +98,12 @@ def cuda_of_torch(target: Target) -> int | None:
 
 def live_command(target: Target) -> str:
     """What asks a running server for a proof."""
-    return f"{shlex.quote(str(Path(target.scripts, 'gonka-poc')))} doctor --live http://127.0.0.1:5001"
+    return f"{own_command(target)} doctor --live http://127.0.0.1:5001"
+
+
+def own_command(target: Target) -> str:
+    """The command gonka-poc of that Python, as a shell takes it."""
+    return shlex.quote(str(Path(target.scripts, "gonka-poc")))
 
 
 @dataclass
@@ -145,11 +153,20 @@ class PythonStep(Step):
         if elsewhere:
             problem = f"pip is configured to install somewhere else than into {target.python}: {', '.join(elsewhere)}"
             raise RefusalError(f"{problem}\n{target.python} -m pip config debug names the file; take that line out")
+        real, prefix = os.path.realpath(target.purelib), os.path.realpath(target.prefix)
+        if not Path(real).is_relative_to(prefix):
+            problem = f"{target.purelib} leads to {real}, outside {prefix}, where pip replaces and removes nothing"
+            raise RefusalError(f"{problem}\nmake it a folder of that Python, or name another one: --python P")
         if target.managed and not self.host.options.force:
             problem = f"{target.python} belongs to the operating system, which does not want pip to install into it"
             advice = "name a virtual environment (--python VENV/bin/python), or overrule it with --force"
             raise RefusalError(f"{problem}\n{advice}")
-        return f"{'.'.join(map(str, target.version))}, {target.python}, pip {pip}"
+        found = f"{'.'.join(map(str, target.version))}, {target.python} ({target.source}), pip {pip}"
+        others = [one for one in pythons_of(self.host.runner) if not same_python(one.python, target.python)]
+        for one in others:
+            found += f"\n    warning: MLNode here starts {one.python} ({one.source})"
+            found += f"; start it with VLLM_PYTHON_PATH={target.python}"
+        return found
 
 
 class DriverStep(Step):
@@ -220,6 +237,9 @@ class PackageStep(Step):
 
     def check(self) -> str:
         target = self.host.target
+        if is_kept() and given_wheel(self.host.options) is None:
+            problem = f"{ROOT} has no wheel of gonka_poc: it was installed before it was kept"
+            raise RefusalError(f"{problem}\ntake a checkout: bash install.sh --update, or gonka-poc update CHECKOUT")
         refuse_others(target, self.host.options.replace_other)
         found, wanted = target.own().get(PACKAGE), wanted_version(self.host.options)
         if found is None:
@@ -228,7 +248,7 @@ class PackageStep(Step):
                 f", in place of {others}" if others else ""
             )
             return "not installed"
-        same = package_files(Path(target.purelib)) == package_files(ROOT)
+        same = package_files(Path(target.purelib)) == wanted_files(self.host.options)
         if same and found.version == wanted:
             return f"{found.version} is installed, the same as in this checkout"
         edited = ", ".join(edited_files(found))
@@ -245,6 +265,7 @@ class PackageStep(Step):
                 install_packages(self.host, journal, dependencies)
             others = sorted(others_of(self.host.target.look()))
             install_packages(self.host, journal, ["--no-deps", "--force-reinstall", str(wheel)], others)
+            keep_wheel(journal, wheel)
 
 
 def wheel_requirements(wheel: Path) -> list[str]:
@@ -256,11 +277,11 @@ def wheel_requirements(wheel: Path) -> list[str]:
 
 
 def given_wheel(options: Options) -> Path | None:
-    """The wheel of this package in the folder of --wheels, else the one that the environment names."""
+    """The wheel of this package: of the folder of --wheels, else named by the environment, else the kept one."""
     if options.wheels:
         return Path(bundled_wheel(options.wheels))
     given = os.environ.get("GONKA_POC_WHEEL")
-    return Path(given) if given else None
+    return Path(given) if given else kept_wheel()
 
 
 def wanted_version(options: Options) -> str:
@@ -319,6 +340,16 @@ def build_wheel(host: Host, folder: Path) -> Path:
     return wheel
 
 
+def wanted_files(options: Options) -> dict[str, str]:
+    """As `package_files`, of what is to be installed: of the checkout, or of the wheel beside the kept scripts."""
+    wheel = given_wheel(options)
+    if not is_kept() or wheel is None:
+        return package_files(ROOT)
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.startswith("gonka_poc/")]
+        return {name.removeprefix("gonka_poc/"): sha256(archive.read(name)) for name in names}
+
+
 def package_files(folder: Path) -> dict[str, str]:
     """Hashes of the files of the package gonka_poc in `folder`, byte code left out."""
     package = folder / "gonka_poc"
@@ -332,10 +363,12 @@ class RunnerStep(Step):
     def _patched(self) -> tuple[bytes, bytes]:
         """The file as it is and as it should be."""
         path, profile = str(self.host.runner), self.host.options.profile
-        variant = Variant(profile, profile == "standard" or not can_skip_compiled(self))
+        eager = profile == "standard" or not can_skip_compiled(self)
+        variant = Variant(profile, eager, self.host.options.replay)
         try:
             current = read_file(path)
-            return current, make_patched(remove_patch(current)[0], variant)
+            original, marks = remove_patch(current)
+            return current, make_patched(original, variant, note_in(current) if marks else note_of(self.host.state))
         except UnknownShapeError as error:
             raise RefusalError(f"{path}: its shape is not known: {error}\n{error.advice}") from error
         except PatchError as error:
@@ -348,8 +381,9 @@ class RunnerStep(Step):
             problem = f"--profile graphs: vLLM {self.choice.version} cannot run proof beside a compiled model"
             raise RefusalError(f"{problem}\ntake vLLM 0.15 or newer, or --profile standard")
         current, wanted = self._patched()
-        self.todo = f"patch it, profile {self.host.options.profile}" if current != wanted else ""
-        found = f"{self.host.runner} {'is to be' if self.todo else 'is'} patched ({self.host.options.profile})"
+        chosen = self.host.options.profile + (", with replays" if self.host.options.replay else "")
+        self.todo = f"patch it, profile {chosen}" if current != wanted else ""
+        found = f"{self.host.runner} {'is to be' if self.todo else 'is'} patched ({chosen})"
         if is_mount(str(self.host.runner)):
             found += "\n    it is a mount of its own and is written in place; what it mounts is patched"
         return found + "".join(f"\n    {line}" for line in profile_costs(self))
@@ -358,8 +392,14 @@ class RunnerStep(Step):
         change_file(journal, self.host.runner, *self._patched())
 
 
+REPLAY_COST = (
+    "chats that the network accepts, and its replays; logprobs have token ids and are processed_logprobs, a replay "
+    "sorts the vocabulary at each token, the V2 model runner is off; left out where MLNode speculates"
+)
+
+
 def profile_costs(step: Step) -> list[str]:
-    """A line for each profile: what chat gains or loses by it."""
+    """A line for each profile and one for replays: what chat gains or loses by it."""
     able = can_skip_compiled(step)
     costs = {
         "standard": "chat loses its compiled model and CUDA graphs (--enforce-eager), unless MLNode's options compile",
@@ -369,7 +409,8 @@ def profile_costs(step: Step) -> list[str]:
         "hardened": f"as {'graphs' if able else 'standard'}, and no functions are sent to the workers",
     }
     chosen = step.host.options.profile
-    return [f"{'*' if name == chosen else ' '} --profile {name}: {text}" for name, text in costs.items()]
+    lines = [f"{'*' if name == chosen else ' '} --profile {name}: {text}" for name, text in costs.items()]
+    return [*lines, f"{'*' if step.host.options.replay else ' '} --replay: {REPLAY_COST}"]
 
 
 def can_skip_compiled(step: Step) -> bool:

@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import pwd
-import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from host_common import InstallError, RefusalError, version_of
 from host_gpus import Gpus
 from host_options import Options
 from host_trust import refuse_foreign_python
+from mlnode_python import NamedPython, named_pythons
 from safe_files import other_writer, read_file
 
 # Tests compare these with pyproject.toml and gonka_poc.vllm_compat.
@@ -42,14 +42,15 @@ import importlib.metadata, importlib.util, json, os, sys, sysconfig
 
 paths = sysconfig.get_paths()
 places = {name: getattr(importlib.util.find_spec(name), "origin", None) for name in ("torch", "vllm")}
+places_own = [os.path.realpath(place) + os.sep for place in (sys.prefix, paths["purelib"], paths["platlib"])]
 found = {}
 for d in importlib.metadata.distributions():
     name = (d.metadata["Name"] or "").lower().replace("_", "-").replace(".", "-")
     if not name or name in found:
         continue
     folder = str(getattr(d, "_path", ""))
-    # system packages that a virtual environment only looks at are not its own to change
-    own = os.path.realpath(folder).startswith(os.path.realpath(sys.prefix) + os.sep)
+    # system packages that a virtual environment only looks at are not its own to change; site-packages may be a link
+    own = os.path.realpath(folder).startswith(tuple(places_own))
     record = d.read_text("RECORD") if own else None
     files = [str(d.locate_file(f)) for f in d.files or []] if record is not None else None
     found[name] = [d.version, folder, record or "", d.requires or [], files, own]
@@ -78,6 +79,7 @@ class Target:
     """A Python interpreter, and what is installed in it as of the last `look`."""
 
     python: str
+    source: str = "--python"  # where it is named
     version: tuple[int, ...] = ()
     prefix: str = ""
     purelib: str = ""
@@ -180,27 +182,26 @@ def find_runner(mlnode_dir: str | None) -> Path:
     return found[0].resolve()
 
 
-def runners_python(runner: Path | None) -> str | None:
-    """The interpreter that MLNode starts vLLM with: its variable, or the default in its file."""
-    if os.environ.get("VLLM_PYTHON_PATH") or runner is None:
-        return os.environ.get("VLLM_PYTHON_PATH")
-    found = re.search(
-        rb"^\s+VLLM_PYTHON_PATH\s*=\s*[\"']([^\"'\r\n]+)[\"']", read_file(str(runner)), flags=re.MULTILINE
-    )
-    return os.fsdecode(found[1]) if found else None
+def pythons_of(runner: Path | None) -> list[NamedPython]:
+    """The interpreters that MLNode starts vLLM with, by its environment and its file."""
+    text = read_file(str(runner)).decode(errors="replace") if runner else ""
+    return named_pythons(runner, text, os.environ)
 
 
 def find_python(named: str | None, runner: Path | None) -> Target:
     """The interpreter to install into: as named, else the one that MLNode starts vLLM with; never another from PATH."""
-    candidates = [named or runners_python(runner)]
+    found = [NamedPython(named, "--python")] if named else pythons_of(runner)
+    if len(found) > 1:
+        several = "; ".join(f"{one.python} ({one.source})" for one in found)
+        raise RefusalError(f"MLNode starts vLLM with more than one Python: {several}\nname the one to take: --python P")
     tried = []
-    for name in filter(None, candidates):
+    for name, source in ((one.python, one.source) for one in found):
         path = shutil.which(name)
         if path is None:
-            tried.append(f"{name}: not found")
+            tried.append(f"{name}: not found" + ("" if named else f" ({source})"))
             continue
         try:
-            target = Target(os.path.abspath(path)).look()
+            target = Target(os.path.abspath(path), source=source).look()
         except RefusalError:
             raise
         except (InstallError, OSError, ValueError) as error:
@@ -239,16 +240,6 @@ class Host:
         if self.options.wheels and words[0] == "install":
             flags += ["--no-index", "--find-links", os.path.abspath(self.options.wheels)]
         return self.target.run("-m", "pip", words[0], *flags, *words[1:], keep_open=self.locks, merged=True)
-
-
-def find_host(options: Options, gpus: Gpus | None) -> Host:
-    """The Python, the state folder and MLNode's file; only an installation insists on the last."""
-    runner = None
-    suppressed = () if options.action == "install" else (RefusalError,)
-    with contextlib.suppress(*suppressed):
-        runner = find_runner(options.mlnode_dir)
-    target = find_python(options.python, runner)
-    return Host(options, target, state_folder(target), runner, gpus)
 
 
 def existing(path: str | Path) -> str:

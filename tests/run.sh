@@ -65,9 +65,11 @@ main() {
     check "ruff format" "$VENV/bin/ruff" format --check .
     check mypy "$VENV/bin/mypy"
     # A worker takes a group of tests after another, in the order of tests/conftest.py: those of one server, or of a file.
-    # Three keep two cores busy, as some tests wait for most of their time; each has up to 4 GB of a server's processes.
-    local count=2
-    (($(awk '$1 == "MemAvailable:" { print $2 }' /proc/meminfo) < 14000000)) || count=3
+    # More workers than cores, as a test waits for much of its time; each has up to 4 GB of a server's processes.
+    local count=2 available
+    available=$(awk '$1 == "MemAvailable:" { print $2 }' /proc/meminfo)
+    ((available < 14000000)) || count=3
+    ((available < 19000000)) || count=4
     local workers=(-n "$count" --dist loadgroup --no-loadscope-reorder)
     local not_by_default=(--ignore tests/gpu --ignore tests/test_matrix.py)
     if [[ $* == --all ]]; then

@@ -150,7 +150,7 @@ def test_compiled_layers_give_what_plain_ones_give():
     with LayerReflections(model.numbered(), VECTORS):
         plain = model(inputs())
     for _ in range(2):
-        with CompiledReflections(model.numbered(), VECTORS, run):
+        with run.settings(), CompiledReflections(model.numbered(), VECTORS, run):
             torch.testing.assert_close(model(inputs()), plain, rtol=0, atol=1e-5)
 
 
@@ -160,9 +160,9 @@ def test_all_layers_share_what_is_compiled():
     torch._dynamo.utils.counters.clear()
     model, run = Model(), LayerCompiler()
     for _ in range(2):
-        with CompiledReflections(model.numbered(), VECTORS, run):
+        with run.settings(), CompiledReflections(model.numbered(), VECTORS, run):
             model(inputs())
-    with CompiledReflections(model.numbered(), VECTORS, run):
+    with run.settings(), CompiledReflections(model.numbered(), VECTORS, run):
         model(inputs()[: 2 * SEQ_LEN])
     assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 5
 
@@ -243,6 +243,7 @@ def test_only_last_positions_go_through_the_last_mlp(run):
         plain = model(inputs())[SEQ_LEN - 1 :: SEQ_LEN]
     handle = model.norm.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
     with (
+        run.settings() if isinstance(run, LayerCompiler) else contextlib.nullcontext(),
         CompiledReflections(model.numbered(), VECTORS, run),
         last_positions.kept(SEQS, SEQ_LEN, torch.device("cpu")),
     ):

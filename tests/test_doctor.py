@@ -17,6 +17,7 @@ from gonka_poc.callbacks.outbox import Outbox
 from gonka_poc.doctor import Surroundings
 from gonka_poc.entrypoint import api_router
 from gonka_poc.errors import UnsupportedServerError
+from gonka_poc.mlnode_python import NamedPython
 from gonka_poc.vllm_contract import read_package
 
 ROOT = Path(__file__).parent.parent
@@ -288,7 +289,7 @@ def test_extension_points_of_the_installed_vllm() -> None:
 def test_package_is_looked_for_in_the_python_that_mlnode_uses(runner: Path) -> None:
     named = doctor.check_package(here(runner))  # the file names a Python that is not on this machine
     assert named.state == "fail"
-    assert here(runner).runner_python() in named.found
+    assert "/opt/venv/bin/python3 does not run" in named.found
     script = runner.parent / "python"
     script.write_text("#!/bin/sh\nexit 3\n")
     script.chmod(0o755)
@@ -299,6 +300,27 @@ def test_package_is_looked_for_in_the_python_that_mlnode_uses(runner: Path) -> N
     assert doctor.check_package(here(None, python=str(script))).state == "ok"
     other = doctor.check_package(here(runner, python=str(script)))
     assert (other.state, f"VLLM_PYTHON_PATH={script}" in other.fix) == ("warn", True)
+
+
+def test_the_doctor_must_run_in_the_python_of_mlnode(runner: Path) -> None:
+    other = doctor.check_interpreter(here(runner))
+    assert (other.state, "/opt/venv/bin/python3 -m gonka_poc.doctor" in other.fix) == ("fail", True)
+    assert "the default in" in other.found
+    for surroundings in (
+        here(None),
+        here(runner, python=sys.executable),
+        here(runner, VLLM_PYTHON_PATH=sys.executable),
+        here(None, VLLM_PYTHON_PATH=sys.executable),
+    ):
+        assert doctor.check_interpreter(surroundings).state == "ok"
+    assert doctor.check_interpreter(here(runner, python="/opt/venv/bin/python3")).state == "fail"
+
+
+def test_several_pythons_of_mlnode_are_named(runner: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    several = [NamedPython("/a/python", "process 1"), NamedPython("/b/python", "process 2")]
+    monkeypatch.setattr(doctor, "named_pythons", lambda *_: several)
+    check = doctor.check_interpreter(here(runner))
+    assert (check.state, "/a/python (process 1); /b/python (process 2)" in check.found) == ("fail", True)
 
 
 @pytest.mark.parametrize(
@@ -358,6 +380,8 @@ def test_eager(runner: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.check_eager(here(None)).state == "warn"
     patch(runner)
     assert doctor.check_eager(here(runner)).state == "ok"
+    patch(runner, "--profile", "graphs")
+    assert doctor.check_eager(here(runner)).state == "fail"
 
 
 @pytest.mark.parametrize(

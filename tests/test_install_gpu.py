@@ -30,6 +30,7 @@ from hosts import (
     host_gpus,
     host_install,
     host_journal,
+    host_look,
     host_options,
     host_steps,
     host_target,
@@ -415,13 +416,41 @@ def test_the_python_of_mlnode_is_taken(host: FakeHost, with_vllm: Path) -> None:
         assert f"{with_vllm}: is Python {'.'.join(map(str, sys.version_info[:3]))}; 3.12 or newer" in named.stderr
 
 
+def test_the_python_of_the_running_mlnode_is_taken(host: FakeHost, with_vllm: Path) -> None:
+    """sudo drops the variable; MLNode, which runs, has it."""
+    host.nvidia_smi(H200)
+    where, sleep = ["--mlnode-dir", host.mlnode, "--dry-run"], shutil.which("sleep")
+    with subprocess.Popen(
+        [sleep, "60"], cwd=host.mlnode, env={**os.environ, "VLLM_PYTHON_PATH": str(with_vllm)}
+    ) as one:
+        done = host.run(*where)
+        told = done.stdout if sys.version_info >= (3, 12) else done.stderr
+        source = f"VLLM_PYTHON_PATH of process {one.pid} (sleep)"
+        if sys.version_info >= (3, 12):
+            assert f"Plan for {with_vllm}" in told
+            assert source in told
+        else:
+            assert f"{with_vllm}: is Python 3.11" in told
+        warned = host.run(*where, "--python", sys.executable).stdout
+        assert f"warning: MLNode here starts {with_vllm} ({source})" in warned
+        with subprocess.Popen(
+            [sleep, "600"], cwd=host.mlnode, env={"PATH": "", "VLLM_PYTHON_PATH": "/b/python"}
+        ) as two:
+            refused = host.run(*where)
+            two.kill()
+        one.kill()
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert f"more than one Python: {with_vllm} ({source}); /b/python (" in refused.stderr
+    assert "--python P" in refused.stderr
+
+
 def test_no_python_from_path_is_taken(host: FakeHost) -> None:
     """runner.py names one that is not there: the python3 on PATH is not MLNode's."""
     host.nvidia_smi(H200)
     host.runner.write_text(host.runner.read_text().replace("/opt/venv/bin/python3", "/nowhere/python3"))
     done = host.run("--mlnode-dir", host.mlnode, "--dry-run")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "/nowhere/python3: not found\nname the one that MLNode starts vLLM with: --python P" in done.stderr
+    assert "/nowhere/python3: not found (the default in that MLNode starts vLLM with: --python P" in done.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -984,7 +1013,7 @@ def test_packages_go_and_the_old_ones_come_back(packages: FakeHost, journal: obj
     }
     (change,) = journal.changes
     assert (change["state"], change["replaced"]) == ("done", {"tail": "1.0"})
-    assert host_journal.undo_packages(host, change, force=False) == []
+    assert host_journal.undo_packages(host, journal, change, force=False) == []
     journal.forget(change)
     assert tree(packages.folder) == before
 
@@ -1006,7 +1035,7 @@ def test_a_pip_that_ends_half_way(packages: FakeHost, journal: object, monkeypat
         host_journal.install_packages(host, journal, ["head"])
     (change,) = host_journal.Journal(journal.folder).changes
     assert change["state"] == "begun"
-    host_journal.undo_packages(host, change, force=False)
+    host_journal.undo_packages(host, journal, change, force=False)
     journal.forget(journal.changes[0])
     assert tree(packages.folder) == before
 
@@ -1024,11 +1053,91 @@ def test_a_run_that_is_killed_before_pip(packages: FakeHost, journal: object, mo
     assert tree(packages.folder) == before
 
 
+def test_site_packages_may_be_a_link(packages: FakeHost, journal: object) -> None:
+    host = make_host(packages)
+    purelib, elsewhere = Path(host.target.purelib), Path(host.target.prefix, "packages")
+    purelib.rename(elsewhere)
+    purelib.symlink_to(elsewhere)
+    host.target.look()
+    before, found = tree(packages.folder), host_look.look_at(host)
+    assert "tail" in found["packages"]
+    host_journal.install_packages(host, journal, ["head"])
+    assert host.target.distributions["tail"].version == "2.0"
+    host_install.undo(host, journal, journal.changes[0], force=False)
+    assert host_look.differences(found, host) == []
+    assert tree(packages.folder) == before
+
+
+def test_site_packages_that_lead_out_are_refused(packages: FakeHost) -> None:
+    """pip would install there, and then remove nothing of it."""
+    host = make_host(packages)
+    purelib = Path(host.target.purelib)
+    purelib.rename(packages.folder / "elsewhere")
+    purelib.symlink_to(packages.folder / "elsewhere")
+    with pytest.raises(host_target.RefusalError, match=rf"leads to {packages.folder}/elsewhere, outside"):
+        host_steps.PythonStep(host, None).check()
+
+
+def test_what_differs_is_named(packages: FakeHost) -> None:
+    host = make_host(packages)
+    found = json.loads(json.dumps(host_look.look_at(host)))
+    assert host_look.differences(found, host) == []
+    purelib = Path(host.target.purelib)
+    host.pip("install", "body")
+    host.pip("uninstall", "--yes", "tail")
+    (purelib / "~ail").mkdir()
+    (Path(host.target.scripts) / "python").rename(Path(host.target.scripts) / "gone")
+    (Path(host.target.scripts) / "python").symlink_to("gone")
+    packages.runner.write_text("other")
+    assert host_look.differences(found, host) == [
+        "tail 1.0 is gone",
+        "body 1.0 came since",
+        f"{purelib / 'tail'} is gone",
+        f"{purelib / 'tail-1.0.dist-info'} is gone",
+        f"{purelib / '~ail'} came since",
+        f"{Path(host.target.scripts, 'gone')} came since",
+        f"{packages.runner} is another than it was",
+    ]
+
+
+def test_as_it_was_is_said_after_a_look(
+    packages: FakeHost, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_install, "confirm", lambda *_: None)
+    for stray in (None, "left.py"):
+        host = make_host(packages)
+        journal = host_journal.Journal(host.state)
+        journal.before = host_look.look_at(host)
+        host_journal.install_packages(host, journal, ["body"])
+        if stray:
+            Path(host.target.purelib, stray).write_text("")
+        assert host_install.uninstall(host) == 0
+        told = capsys.readouterr().out
+        assert ("Everything is as it was before the installation." in told) == (stray is None)
+        assert ("Not as before the installation:\n" in told) == (stray is not None)
+        assert (f"{Path(host.target.purelib, 'left.py')} came since" in told) == (stray is not None)
+
+
+def test_a_constraint_in_the_way_is_named(packages: FakeHost, monkeypatch: pytest.MonkeyPatch, journal: object) -> None:
+    constraints = packages.folder / "constraints.txt"
+    constraints.write_text("other<1\nTail<2  # somebody's\n")
+    settings = packages.folder / ".config" / "pip" / "pip.conf"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(f"[install]\nconstraint = {constraints}\n")
+    monkeypatch.setenv("HOME", str(packages.folder))
+    before = tree(packages.folder)
+    with pytest.raises(
+        host_target.InstallError, match=r"in the way: Tail<2  # somebody's \(.*constraints\.txt, line 2\)"
+    ):
+        host_journal.install_packages(make_host(packages), journal, ["head"])
+    assert tree(packages.folder) == before
+
+
 def test_packages_that_others_need_now_stay(packages: FakeHost, journal: object) -> None:
     host = make_host(packages)
     host_journal.install_packages(host, journal, ["head"])
     host.pip("install", "later")
-    assert host_journal.undo_packages(host, journal.changes[0], force=False) == ["body"]
+    assert host_journal.undo_packages(host, journal, journal.changes[0], force=False) == ["body"]
     assert set(host.target.look().own()) >= {"later", "body", "tail"}
     assert host.target.distributions["tail"].version == "1.0"
     assert "head" not in host.target.distributions
@@ -1042,7 +1151,7 @@ def test_packages_that_somebody_replaced_are_left(packages: FakeHost, journal: o
     host.pip("install", "body")
     before = tree(packages.folder)
     with pytest.raises(host_target.InstallError, match=r"body 3\.0 was installed again since"):
-        host_journal.undo_packages(host, journal.changes[0], force=False)
+        host_journal.undo_packages(host, journal, journal.changes[0], force=False)
     assert tree(packages.folder) == before
 
 
@@ -1053,9 +1162,9 @@ def test_an_edited_file_of_ours_is_not_thrown_away(packages: FakeHost, journal: 
     edited = Path(host.target.purelib, "gonka_poc", "__init__.py")
     edited.write_text("x = 2\n")
     with pytest.raises(host_target.InstallError, match="edited since it was installed"):
-        host_journal.undo_packages(host, journal.changes[0], force=False)
+        host_journal.undo_packages(host, journal, journal.changes[0], force=False)
     assert edited.read_text() == "x = 2\n"
-    host_journal.undo_packages(host, journal.changes[0], force=True)
+    host_journal.undo_packages(host, journal, journal.changes[0], force=True)
     assert not edited.parent.exists()
 
 

@@ -18,8 +18,9 @@ from gonka_poc.cli.artifact_file import ArtifactFile
 from gonka_poc.cli.server_process import wait_until
 from gonka_poc.data import VECTOR_DTYPE, encode_vector
 from gonka_poc.request_fields import Artifact
+from tests.matrix import measure
 from tests.matrix.measure import cause, commit, read_junit, run_tests
-from tests.matrix.result import RESULTS, Failure, Result, read_results
+from tests.matrix.result import RESULTS, Failure, ReplayResult, Result, read_results
 from tests.matrix.table import PAGE, fault_of, largest_distance, page
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,7 +69,8 @@ def test_every_default_version_has_a_result_in_which_only_vllm_fails():
     assert set(versions[1].split()) <= found.keys()
     for vllm, result in found.items():
         assert result.passed > 0, vllm
-        assert [failure for failure in result.failures if fault_of(vllm, failure) is None] == [], vllm
+        failures = [*result.failures, *(result.replay.failures if result.replay else [])]
+        assert [failure for failure in failures if fault_of(vllm, failure) is None] == [], vllm
 
 
 def test_versions_are_ordered_as_versions(tmp_path):
@@ -88,12 +90,37 @@ def test_a_row_a_version():
             result("0.16.0", runner_modules=["vllm.v1.worker.new"], commit="0123456+"),
         ]
     )
-    assert "| 0.14.0 | 2.0 | 5.0 | V1 | no | 7 | 0, 2 skipped | 2026-01-02 | - |\n" in text
-    assert "| 0.15.0 | 2.0 | 5.0 | V2 | yes | 7 | 2 | 2026-01-02 | - |\n" in text
-    assert "| 0.16.0 | 2.0 | 5.0 | unknown | yes | 7 | 0 | 2026-01-02 | 0123456+ |" in text
+    assert "| 0.14.0 | 2.0 | 5.0 | V1 | no | 7 | 0, 2 skipped | 2026-01-02 | - | not run |\n" in text
+    assert "| 0.15.0 | 2.0 | 5.0 | V2 | yes | 7 | 2 | 2026-01-02 | - | not run |\n" in text
+    assert "| 0.16.0 | 2.0 | 5.0 | unknown | yes | 7 | 0 | 2026-01-02 | 0123456+ | not run |" in text
     assert "- 0.15.0: `KeyError: 'a|b'`, in `tests.engine.test_x::test_y[a]`, `tests.engine.test_z::test_y`\n" in text
     assert "vLLM's own" not in text
     assert "What failed" not in page([result("0.14.0")])
+
+
+def test_replays_have_a_cell_and_their_failures():
+    failure = Failure(test="tests.engine.test_replay::test_x", message="KeyError: 1")
+    replays = [ReplayResult(date="2026-01-03", commit="01", passed=n, failures=[failure] * (1 - n)) for n in (0, 1)]
+    text = page([result(f"0.1{i}.0", replay=replay) for i, replay in enumerate(replays)])
+    assert "| 0 passed, 1 failed (2026-01-03, 01) |\n" in text
+    assert "| 1 passed (2026-01-03, 01) |\n" in text
+    assert "- 0.10.0: `KeyError: 1`, in `tests.engine.test_replay::test_x`" in text
+
+
+def test_replays_alone_keep_the_rest_of_a_result(tmp_path, monkeypatch):
+    file = tmp_path / "0.15.0.json"
+    file.write_text(result("0.15.0").model_dump_json())
+    found = (0, 0, [Failure(test="a::b", message="KeyError: 1")], {})
+    monkeypatch.setattr(measure, "run_tests", lambda where, *options: found)
+    monkeypatch.setattr(measure, "write_table", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["measure", str(file), "--replay"])
+    with pytest.raises(SystemExit) as end:
+        measure.main()
+    assert end.value.code == 1
+    (kept,) = read_results(tmp_path)
+    assert kept.replay is not None
+    assert kept.replay.failures[0].test == "a::b"
+    assert kept.model_copy(update={"replay": None}) == result("0.15.0")
 
 
 NO_CONFIG = "AssertionError: Current vLLM config is not set. This typically means (vllm/config/vllm.py:1446)"

@@ -23,6 +23,7 @@ import pytest
 from hosts import patch_runner, runner_inserted, runner_shape
 
 from gonka_poc import serve
+from gonka_poc.vllm_compat import V1_PROCESSOR
 
 PATCHES = Path(__file__).parent.parent / "patches"
 SCRIPT = PATCHES / "patch_runner.py"
@@ -36,6 +37,9 @@ STANDARD_ENV = {"VLLM_USE_V1": "1", "VLLM_USE_CUDA_GRAPHS": "0", "VLLM_ALLOW_INS
 HARDENED = ["--profile", "hardened"]
 GRAPHS = ["--profile", "graphs"]
 HARDENED_GRAPHS = [*HARDENED, "--no-enforce-eager"]
+MODE = ["--logprobs-mode", "processed_logprobs"]
+PROCESSOR = ["--logits-processors", "gonka_poc.replay.processor:ReplayProcessor"]
+V1_RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 
 
 def run(*words: object) -> int:
@@ -310,12 +314,97 @@ def test_what_the_operator_compiles_stays_compiled(
     assert launch(path)[0] == [*plain, *EAGER, *MIDDLEWARE, *EXTENSION]  # nothing asks for compilation
 
 
-@pytest.mark.parametrize("files", [[], ["gonka_poc/middleware.py"], ["gonka_poc/other.py", "vllm/forward_context.py"]])
+# --- replays of chats
+
+
+REPLAYED = [
+    # the operator's additional args, what is left of them, the logprobs mode and the processors that follow
+    ([], [], MODE, PROCESSOR),
+    (["--seed", "1"], ["--seed", "1"], MODE, PROCESSOR),
+    (MODE, [], MODE, PROCESSOR),
+    (["--logprobs-mode", "raw_logprobs"], ["--logprobs-mode", "raw_logprobs"], [], PROCESSOR),
+    (["--logprobs_mode=raw_logprobs"], ["--logprobs_mode=raw_logprobs"], [], PROCESSOR),
+    (PROCESSOR, [], MODE, PROCESSOR),
+    ([*PROCESSOR, "a:B", "--seed", "1"], ["--seed", "1"], MODE, [PROCESSOR[0], "a:B", PROCESSOR[1]]),
+    (["--logits_processors", "a:B", "c:D"], [], MODE, [PROCESSOR[0], "a:B", "c:D", PROCESSOR[1]]),
+    (["--logits-processors=a:B", "--seed", "1"], ["--seed", "1"], MODE, [PROCESSOR[0], "a:B", PROCESSOR[1]]),
+    ([*PROCESSOR, "--logits-processors", "c:D"], [], MODE, [PROCESSOR[0], "c:D", PROCESSOR[1]]),
+]
+
+
+@pytest.mark.parametrize(
+    ("operators", "kept", "mode", "processors"), REPLAYED, ids=lambda words: " ".join(words) or "none"
+)
+@pytest.mark.parametrize("name", ["direct_2025", "direct_env_first", "shell_2025", "module_2026"])
+def test_replays(
+    name: str,
+    operators: list[str],
+    kept: list[str],
+    mode: list[str],
+    processors: list[str],
+    tmp_path: Path,
+    launch: Launch,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(FakePopen, "has", "gonka_poc replay")
+    path = put(tmp_path, name)
+    original = path.read_bytes()
+    plain, before = launch(path)
+    assert run("apply", path, "--replay") == 0
+    argv, environment = launch(path, *operators)
+    assert argv == [*split_ours(plain)[0], *kept, *EAGER, *MIDDLEWARE, *EXTENSION, *mode, *processors]
+    assert environment == before | STANDARD_ENV | V1_RUNNER
+    assert launch(path, *operators, *processors)[0].count(PROCESSOR[1]) == 1
+    assert (run("check", path, "--replay"), run("check", path)) == (0, 5)
+    assert run("revert", path) == 0
+    assert path.read_bytes() == original
+
+
+@pytest.mark.parametrize(
+    ("operators", "environment", "has", "why"),
+    [
+        (["--speculative-config", "{}"], "", "replay", "--speculative-config is given"),
+        (["--speculative_config={}"], "", "replay", "--speculative-config is given"),
+        (["-sc", "{}"], "", "replay", "-sc is given"),
+        (["--runner", "pooling"], "", "replay", "--runner is given"),
+        (["--logprobs-mode", "raw_logits"], "", "replay", "--logprobs-mode raw_logits is given"),
+        ([], "1", "replay", "VLLM_USE_V2_MODEL_RUNNER is set"),
+        ([], "", "", "its gonka_poc has none"),
+    ],
+)
+@pytest.mark.parametrize("name", ["direct_2025", "shell_2025", "module_2026"])
+def test_where_replays_cannot_be_proof_goes_without(
+    name: str,
+    operators: list[str],
+    environment: str,
+    has: str,
+    why: str,
+    tmp_path: Path,
+    launch: Launch,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", environment)
+    monkeypatch.setattr(FakePopen, "has", f"gonka_poc {has}")
+    path = put(tmp_path, name)
+    assert run("apply", path) == 0
+    without = launch(path, *operators)
+    assert run("apply", path, "--replay") == 0
+    assert launch(path, *operators) == without
+    assert f"vLLM starts without replays of chats: {why}" in caplog.text
+
+
+REPLAY_FILES = ["gonka_poc/middleware.py", "gonka_poc/replay/processor.py"]
+
+
+@pytest.mark.parametrize(
+    "files", [[], ["gonka_poc/middleware.py"], ["gonka_poc/other.py", "vllm/forward_context.py"], REPLAY_FILES]
+)
 def test_a_real_python_is_looked_into(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither package is imported; another project's gonka_poc, without our middleware, does not count."""
     for file in files:
         (tmp_path / file).parent.mkdir()
-        (tmp_path / file).write_text("class PoCMiddleware: skip_compiled\n")
+        (tmp_path / file).write_text("class PoCMiddleware: skip_compiled = ReplayProcessor\n")
         (tmp_path / file).with_name("__init__.py").write_text("raise ValueError('imported')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("PYTHONNOUSERSITE", "1")
@@ -323,6 +412,7 @@ def test_a_real_python_is_looked_into(files: list[str], tmp_path: Path, monkeypa
     python = getattr(sys, "_base_executable", sys.executable)
     found = runner_inserted._gonka_poc_look(python)
     assert ("gonka_poc" in found) == ("gonka_poc/middleware.py" in files)
+    assert ("replay" in found) == (files is REPLAY_FILES)
     assert ("skip_compiled" in found) == ("vllm/forward_context.py" in files)
     assert runner_inserted._gonka_poc_look(str(tmp_path / "no python")) == ["gonka_poc"]
 
@@ -643,8 +733,8 @@ def test_a_damaged_patch_is_left_alone(
 # --- another version or profile
 
 
-@pytest.mark.parametrize("second", [[], HARDENED, GRAPHS, HARDENED_GRAPHS])
-@pytest.mark.parametrize("first", [[], HARDENED, GRAPHS, HARDENED_GRAPHS])
+@pytest.mark.parametrize("second", [[], HARDENED, GRAPHS, HARDENED_GRAPHS, ["--replay"], [*GRAPHS, "--replay"]])
+@pytest.mark.parametrize("first", [[], HARDENED, GRAPHS, HARDENED_GRAPHS, ["--replay"]])
 @pytest.mark.parametrize("name", ALL)
 def test_another_profile_replaces_the_first(name: str, first: list[str], second: list[str], tmp_path: Path) -> None:
     path = put(tmp_path, name)
@@ -1151,8 +1241,12 @@ def test_the_document_says_what_the_tool_does(tmp_path: Path) -> None:
         assert option in document
 
 
-def test_the_names_are_the_packages() -> None:
-    """What vLLM is told to load exists in this package."""
+def test_the_names_are_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What vLLM is told to load exists in this package, and is what gonka_poc.serve tells it."""
+    assert PROCESSOR[1] == V1_PROCESSOR
+    assert list(V1_RUNNER) == [serve.RUNNER_VARIABLE]
+    monkeypatch.delenv(serve.RUNNER_VARIABLE, raising=False)
+    assert serve._replay_options([]) == [*MODE, *PROCESSOR]
     package = PATCHES.parent / "gonka_poc"
     for name in (MIDDLEWARE[1], EXTENSION[1]):
         _, module, attribute = name.split(".")

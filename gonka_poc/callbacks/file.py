@@ -8,13 +8,15 @@ trust, no port in a file name that a restart on another port would not find agai
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from gonka_poc.callbacks.contents import read_text
+from gonka_poc.callbacks.exchange import finish_exchange
 from gonka_poc.callbacks.locks import IN_MEMORY, make_folders, open_private, opening
 from gonka_poc.callbacks.schema import (
     APPLICATION_ID,
@@ -29,6 +31,8 @@ from gonka_poc.callbacks.schema import (
     make_tables,
 )
 from gonka_poc.errors import OutboxDamagedError, OutboxError, OutboxFullError
+
+logger = logging.getLogger("vllm.gonka_poc.callbacks")
 
 BUSY_TIMEOUT_SEC = 30.0
 OPEN_TIMEOUT_SEC = 10.0
@@ -56,11 +60,13 @@ def outbox_path(setting: str) -> str:
     return path
 
 
-def connect(path: str, create: bool) -> sqlite3.Connection:
-    """A connection to the outbox at `path`. Without `create` no lock file is made either: root's would shut the server
-    of another user out. Raises OutboxError where there is no outbox, or another program's file, which is only read,
-    never opened as a database, so nothing of it changes; OutboxDamagedError for one that is damaged, OutboxFullError
-    for one that cannot be opened at this moment."""
+def connect(path: str, create: bool, claim: Callable[[], object] = lambda: None) -> sqlite3.Connection:
+    """A connection to the outbox at `path`. `claim` is called while no other process can open it or set it aside.
+
+    Without `create` no lock file is made either: root's would shut the server of another user out. Raises OutboxError
+    where there is no outbox, or another program's file, which is only read, never opened as a database, so nothing of
+    it changes; OutboxDamagedError for one that is damaged, OutboxFullError for one that cannot be opened now.
+    """
     if path == IN_MEMORY:
         return _prepared(path, create)
     lock = f"{path}.lock-open"
@@ -77,8 +83,15 @@ def connect(path: str, create: bool) -> sqlite3.Connection:
         owner = (state.st_uid, state.st_gid)
         alone = opening(path, OPEN_TIMEOUT_SEC, owner) if create or os.path.lexists(lock) else nullcontext()
         with alone, translate_errors(path):
+            _finish_exchange(path)
             _refuse_foreign(path, was_used)
-            return _prepared(path, create)
+            db = _prepared(path, create)
+            try:
+                claim()
+            except BaseException:
+                db.close()
+                raise
+            return db
     except OSError as error:
         raise OutboxError(
             f"the outbox {path!r} cannot be opened: {error}; set POC_OUTBOX_PATH to a file on a "
@@ -107,6 +120,18 @@ def check_artifacts(db: sqlite3.Connection, path: str) -> None:
     with translate_errors(path):
         if found := find_damaged_pages(db, "artifact"):
             raise _damaged(path, found)
+
+
+def _finish_exchange(path: str) -> None:
+    """Raise OutboxFullError where a new file was to replace a damaged one, and cannot."""
+    try:
+        if finish_exchange(path):
+            logger.error("PoC: the outbox %a was damaged; a new file with what was whole of it took its place", path)
+    except OSError as error:
+        raise OutboxFullError(
+            f"the outbox {path!r} was damaged, and the new file cannot be put in its place: {error}; free disk space, "
+            "or move the file away together with those whose names begin with its name"
+        ) from error
 
 
 def _refuse_foreign(path: str, was_used: bool) -> None:

@@ -95,14 +95,14 @@ class FileHold:
 
     def _recover(self) -> None:
         self._next_recovery = self._clock() + RECOVERY_PAUSE_SEC
-        if not self.slot.is_alone():
-            raise OutboxDamagedError(
-                f"the outbox {self.path!r} is damaged, and other servers use it: stop all of them but one, which then "
-                "sets the file aside and takes over what is whole"
-            )
-        self._close_db()
         try:
-            with opening(self.path, OPEN_TIMEOUT_SEC, None):
+            with opening(self.path, OPEN_TIMEOUT_SEC, None):  # whoever opens it has a slot before this is free again
+                if not self.slot.is_alone():
+                    raise OutboxDamagedError(
+                        f"the outbox {self.path!r} is damaged, and other servers use it: stop all of them but one, "
+                        "which then sets the file aside and takes over what is whole"
+                    )
+                self._close_db()
                 salvage = set_aside(self.path)
         except (OSError, sqlite3.Error) as error:
             raise OutboxDamagedError(
@@ -135,7 +135,7 @@ class FileHold:
             self._open_whole()
 
     def _open_whole(self) -> None:
-        db = connect(self.path, create=True)
+        db = connect(self.path, create=True, claim=lambda: self.slot)
         try:
             with translate_errors(self.path):
                 check_whole(db, self.path)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gonka_poc.callbacks.contents import COLUMNS, DamagedBatchError, StoredBatch, is_whole_round, read_text
+from gonka_poc.callbacks.exchange import begin_exchange, finish_exchange, name_aside
 from gonka_poc.callbacks.schema import MAX_ID, bring_up_to_date, make_tables
 from gonka_poc.errors import OutboxDamagedError
 
@@ -34,31 +35,28 @@ class Salvage:
 def set_aside(path: str) -> Salvage:
     """Copy what is whole of the file at `path` into a new one, and let that take its place. Nobody may use the file.
     Raises OutboxDamagedError where too many were set aside, OSError and sqlite3.Error where there is no room."""
-    names = (f"{path}.damaged-{number}" for number in range(1, MAX_SET_ASIDE + 1))
-    aside = next((name for name in names if not os.path.lexists(name)), None)
-    if aside is None:
+    aside = name_aside(path)
+    if aside not in (f"{path}.damaged-{number}" for number in range(1, MAX_SET_ASIDE + 1)):
         raise OutboxDamagedError(
             f"the outbox {path!r} is damaged, and so were {MAX_SET_ASIDE} before it, which lie beside it: look at the "
             f"disk, then delete or move {path}.damaged-*, or set POC_OUTBOX_PATH to a file on another disk"
         )
     new = f"{path}.new"
-    with suppress(FileNotFoundError):
-        os.unlink(new)
+    for name in (new, f"{new}-journal"):  # of a process that was killed here
+        with suppress(FileNotFoundError):
+            os.unlink(name)
     os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     try:
         with closing(sqlite3.connect(new, isolation_level=None)) as target:
             make_tables(target)
             whole, damaged = _copy(path, target)
-        for suffix in ("-wal", "-shm"):  # first: with the new file, the old log would be played into it
-            with suppress(FileNotFoundError):
-                os.rename(path + suffix, aside + suffix)
-        os.link(path, aside)
-        os.replace(new, path)
-        _sync_folder(path)
+        begin_exchange(new, path)
     except BaseException:
         with suppress(FileNotFoundError):
             os.unlink(new)
         raise
+    with suppress(OSError):  # the next that opens the outbox goes on with it, and says what is in the way
+        finish_exchange(path)
     return Salvage(aside, whole, damaged)
 
 
@@ -133,11 +131,3 @@ def _is_id(value: object) -> bool:
 
 def _insert(db: sqlite3.Connection, table: str, columns: str, row: tuple[Any, ...]) -> None:
     db.execute(f"INSERT INTO {table} ({columns}) VALUES ({', '.join('?' * len(row))})", row)
-
-
-def _sync_folder(path: str) -> None:
-    fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

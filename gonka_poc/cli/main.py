@@ -16,6 +16,7 @@ from gonka_poc.cli.common import ERROR, print_lines, say
 from gonka_poc.cli.demo import demo_command
 from gonka_poc.cli.doctor import doctor
 from gonka_poc.cli.e2e import e2e_command
+from gonka_poc.cli.installer import uninstall_command, update_command
 from gonka_poc.cli.outbox import outbox_group
 from gonka_poc.cli.receive import receive_command
 from gonka_poc.cli.reference import reference_group
@@ -35,7 +36,7 @@ def app() -> None:
 
 
 HOST = (generate_command, validate_command, replay_command, status_command, stop_command)
-UPKEEP = (doctor, outbox_group, demo_command)
+UPKEEP = (doctor, update_command, uninstall_command, outbox_group, demo_command)
 CHECKS = (smoke_command, e2e_command, coexist_command, calibrate_command, bench_command, reference_group)
 for command in (*HOST, *UPKEEP, *CHECKS, receive_command, report_command):
     app.add_command(command)

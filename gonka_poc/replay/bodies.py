@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -14,6 +15,7 @@ from gonka_poc.vllm_compat import (
     REPLAY_IDS,
     REPLAY_KEY,
     REPLAY_MODE,
+    RETURN_IDS_FIELD,
     TOKEN_IDS_FIELD,
     LogprobsMode,
     ReplayServer,
@@ -21,10 +23,15 @@ from gonka_poc.vllm_compat import (
 
 MAX_TOP_LOGPROBS = 20
 # of the ids of `top_tokens`: under a top-k or top-p the places without a token are filled with the smallest ids
-FILLER_IDS, FILLER_SHARE, MIN_POSITIONS = 4, 0.1, 10
+FILLER_IDS, FILLER_SHARE, MIN_TOP_TOKENS = 4, 0.1, 10
+# as Go reads a number, which is how the network checks that a token is an id
+NUMBER = re.compile(r"[+-]?[0-9]+")
+MAX_DIGITS = 19
+MAX_TOKENS_FIELDS = ("max_tokens", "max_completion_tokens")
 STRUCTURED = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
-# what vLLM's trace replay does not take beside structured outputs (0.32)
-NOT_IN_TRACE = ("bad_words", "prompt_logprobs", "repetition_detection", "thinking_token_budget", "echo")
+# what vLLM's trace replay does not take beside structured outputs (0.31 to 0.33); `echo` asks for prompt_logprobs
+NOT_IN_TRACE = ["bad_words", "prompt_logprobs", "prompt_logprob_token_ids", "repetition_detection"]
+NOT_IN_TRACE += ["thinking_token_budget", "echo"]
 
 
 @dataclass(frozen=True)
@@ -41,16 +48,34 @@ class Replay:
 
 @dataclass(frozen=True)
 class Rewritten:
-    """The body that vLLM gets. `numeric`: the ids of its answer are to be numbers."""
+    """The body that vLLM gets. `numeric`: the ids of its answer are to be numbers.
+
+    `hides_token_ids`: we ask for `token_ids`, the client does not. `mode`: what the body asks for.
+    """
 
     body: bytes
     numeric: bool
     replay: Replay | None = None
+    hides_token_ids: bool = False
+    mode: LogprobsMode | None = None
 
 
-def concerns_us(body: bytes) -> bool:
-    """True if `body` may ask for logprobs or for a replay; every other body is handed on byte by byte."""
-    return b'"logprobs' in body or b'"enforced_' in body or b'"gonka_replay' in body
+def _fields_of(body: bytes) -> dict[str, Any] | None:
+    """The fields of `body` if it may ask for logprobs or for a replay; every other body is handed on byte by byte."""
+    # a name may be written with escapes
+    if not (b'"logprobs' in body or b'"enforced_' in body or b'"gonka_replay' in body or b"\\u" in body):
+        return None
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        return None  # vLLM has its own words for that
+    return fields if isinstance(fields, dict) else None
+
+
+def asks_for_replay(body: bytes, is_chat: bool) -> bool:
+    """True if `body` is a chat with tokens to force, also where they are none that can be forced."""
+    fields = (_fields_of(body) or {}) if is_chat else {}
+    return fields.get("enforced_tokens") is not None or fields.get("enforced_str") is not None
 
 
 def rewritten(body: bytes, is_chat: bool, server: ReplayServer, tokenize: Any = None) -> Rewritten:
@@ -59,24 +84,23 @@ def rewritten(body: bytes, is_chat: bool, server: ReplayServer, tokenize: Any = 
     Raises RequestError or FieldError for what the payload cannot have, and UnsupportedServerError for what this server
     does not do.
     """
-    if not concerns_us(body):
+    fields = _fields_of(body)
+    if fields is None:
         return Rewritten(body, numeric=False)
-    try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError):
-        return Rewritten(body, numeric=False)  # vLLM has its own words for that
-    if not isinstance(fields, dict):
-        return Rewritten(body, numeric=False)
+    given = dict(fields)
     mode = _pop_mode(fields)
     _drop_private_fields(fields)
     replay = _pop_replay(fields, mode, server, tokenize) if is_chat else None
     asks = fields.get("logprobs")
     numeric = asks is not None and asks is not False
+    hides = False
     if numeric:
         fields[TOKEN_IDS_FIELD] = True
-    if replay is not None:
-        _prepare_replay(fields, replay)
-    return Rewritten(json.dumps(fields).encode(), numeric, replay)
+        # before 0.31 a stream has no logprobs of tokens that a parser makes no text of, unless ids are asked for
+        hides = bool(is_chat and replay is None and fields.get("stream") and not fields.get(RETURN_IDS_FIELD))
+        fields |= {RETURN_IDS_FIELD: True} if hides else {}
+    body = body if fields == given else json.dumps(fields).encode()
+    return Rewritten(body, numeric, replay, hides, mode)
 
 
 def _pop_mode(fields: dict[str, Any]) -> LogprobsMode | None:
@@ -96,24 +120,31 @@ def _pop_replay(
     fields: dict[str, Any], mode: LogprobsMode | None, server: ReplayServer, tokenize: Any
 ) -> Replay | None:
     tokens, text = fields.pop("enforced_tokens", None), fields.pop("enforced_str", None)
+    top_ids: list[int] = []
     if text is not None:
         if not isinstance(text, str) or not text:
             raise RequestError("enforced_str is not a text, or empty; send enforced_tokens, or leave it out")
-        ids: list[int] = tokenize(text)
-        top_ids: list[int] = []
+        ids = _with_end(tokenize(text), server)  # a text does not show the end of its answer
     elif tokens is not None:
         ids, top_ids = _enforced_ids(tokens)
     else:
         return None
     _check_ids(ids, server)
     _check_fields(fields)
-    mode = mode or _guessed_mode(top_ids, len(ids)) or server.mode
+    mode = mode or _guessed_mode(top_ids) or server.mode
     is_structured = _is_structured(fields)
     if not server.records:
         _refuse_for_trace(fields, mode, server, is_structured)
     top = fields.get("top_logprobs") or 0
     key = uuid.uuid4().hex if server.records and fields.get("logprobs") else ""
-    return Replay(ids, mode, top, key, is_structured, str(fields.get("model") or ""))
+    if min(_limits(fields).values(), default=0) > len(ids):
+        ids = _with_end(ids, server)
+    is_masked = server.records and mode == "raw_logprobs" and bool(_whole(fields.get("min_tokens")))
+    if is_masked or not server.records:
+        ids = _up_to_stop(ids, fields, server)
+    replay = Replay(ids, mode, top, key, is_structured, str(fields.get("model") or ""))
+    _prepare(fields, replay, is_masked)
+    return replay
 
 
 def _enforced_ids(value: Any) -> tuple[list[int], list[int]]:
@@ -126,19 +157,54 @@ def _enforced_ids(value: Any) -> tuple[list[int], list[int]]:
     for i, token in enumerate(tokens):
         if not isinstance(token, dict):
             raise RequestError(f"enforced_tokens.tokens[{i}] is no object with a token")
-        ids.append(_id(token.get("token"), f"enforced_tokens.tokens[{i}].token"))
+        number = _id(token.get("token"))
+        if number is None:
+            text = f"{str(token.get('token'))[:40]!a}, not a token id in decimal digits"
+            raise RequestError(f"enforced_tokens.tokens[{i}].token is {text}")
+        ids.append(number)
         others = token.get("top_tokens")
         if others is not None and not isinstance(others, list):
             raise RequestError(f"enforced_tokens.tokens[{i}].top_tokens is no list")
-        top_ids += [_id(other, f"enforced_tokens.tokens[{i}].top_tokens") for other in others or ()]
+        # they only show the mode, and a refusal passes the executor
+        top_ids += [other for other in map(_id, others or ()) if other is not None]
     return ids, top_ids
 
 
-def _id(value: Any, where: str) -> int:
+def _id(value: Any) -> int | None:
+    """The token id that `value` writes, also as "+7" or "007"; None for what is no number from 0 on.
+
+    The answer has the usual form, so another one differs from it and is invalid. A refusal would pass it.
+    """
     text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-    if not (isinstance(text, str) and text.isascii() and text.isdecimal() and len(text) <= 10):
-        raise RequestError(f"{where} is {str(value)[:40]!a}, not a token id in decimal digits")
-    return int(text)
+    if not isinstance(text, str) or not NUMBER.fullmatch(text):
+        return None
+    digits = text.lstrip("+-0") or "0"
+    return int(digits) if len(digits) <= MAX_DIGITS and (text[0] != "-" or digits == "0") else None
+
+
+def _with_end(ids: list[int], server: ReplayServer) -> list[int]:
+    """`ids` with the end of an answer behind them."""
+    end = server.eos_token_id
+    return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+
+def _up_to_stop(ids: list[int], fields: dict[str, Any], server: ReplayServer) -> list[int]:
+    """`ids` up to the first one that ends an answer, as vLLM's scheduler looks at them."""
+    asked = fields.get("stop_token_ids")
+    ends = {i for i in asked if isinstance(i, int)} if isinstance(asked, list) else set()
+    ends |= set() if fields.get("ignore_eos") else server.stop_token_ids
+    least = _whole(fields.get("min_tokens")) or 0
+    stops = (i + 1 for i, number in enumerate(ids) if number in ends and i + 1 >= least)
+    return ids[: next(stops, None)]
+
+
+def _whole(value: Any) -> int | None:
+    """`value` as vLLM reads a number of tokens; None for what it refuses, and for none."""
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return int(value)
+    if isinstance(value, str) and NUMBER.fullmatch(value) and len(value) <= MAX_DIGITS:
+        return int(value)
+    return None
 
 
 def _check_ids(ids: list[int], server: ReplayServer) -> None:
@@ -160,9 +226,9 @@ def _check_fields(fields: dict[str, Any]) -> None:
         raise RequestError(f"a replay has top_logprobs from 0 to {MAX_TOP_LOGPROBS}")
 
 
-def _guessed_mode(top_ids: list[int], positions: int) -> LogprobsMode | None:
-    """The mode of an answer whose request names none, as the network's servers guess it; None for too few positions."""
-    if positions < MIN_POSITIONS or not top_ids:
+def _guessed_mode(top_ids: list[int]) -> LogprobsMode | None:
+    """The mode of an answer whose request names none, as the network's servers guess it; None for too few ids."""
+    if len(top_ids) < MIN_TOP_TOKENS:
         return None
     fillers = sum(number < FILLER_IDS for number in top_ids)
     return "processed_logprobs" if fillers > FILLER_SHARE * len(top_ids) else "raw_logprobs"
@@ -181,29 +247,41 @@ def _refuse_for_trace(fields: dict[str, Any], mode: LogprobsMode, server: Replay
         raise UnsupportedServerError(
             f"this server replays {server.mode} only (vLLM's trace replay); {mode} needs VLLM_USE_V2_MODEL_RUNNER=0"
         )
-    named = [name for name in NOT_IN_TRACE if fields.get(name)] + (["structured outputs"] if is_structured else [])
+    # 0 asks for something: the logprobs of the prompt's own tokens, or no thinking at all
+    named = [n for n in NOT_IN_TRACE if (value := fields.get(n)) is not None and value is not False and value != []]
+    named += ["structured outputs"] if is_structured else []
     if named:
         raise UnsupportedServerError(
             f"vLLM's trace replay does not work with {', '.join(named)}; start with VLLM_USE_V2_MODEL_RUNNER=0"
         )
 
 
-def _prepare_replay(fields: dict[str, Any], replay: Replay) -> None:
-    length = len(replay.ids)
+def _limits(fields: dict[str, Any]) -> dict[str, int]:
+    """The limits of the answer's tokens that the request names, as vLLM reads them."""
+    numbers = {name: _whole(fields.get(name)) for name in MAX_TOKENS_FIELDS}
+    return {name: number for name, number in numbers.items() if number is not None}
+
+
+def _prepare(fields: dict[str, Any], replay: Replay, is_masked: bool) -> None:
+    """Make `fields` those of a replay. `is_masked`: min_tokens would change raw logprobs."""
     fields["stream"] = False
     fields.pop("seed", None)  # no token is drawn; a seed of its own costs time, and some CPU engines their life
     fields.pop("stream_options", None)
-    named = [name for name in ("max_tokens", "max_completion_tokens") if fields.get(name) is not None]
-    for name in named or ["max_tokens"]:
-        value = fields.get(name, length)
-        fields[name] = min(value, length) if isinstance(value, int) else value
-    if isinstance(fields.get("min_tokens"), int):
-        # min_tokens over max_tokens hangs the engine of some releases
-        fields["min_tokens"] = min([fields["min_tokens"], *(fields[n] for n in named if isinstance(fields[n], int))])
-        fields["min_tokens"] = min(fields["min_tokens"], length)
+    limits, length = _limits(fields), len(replay.ids)
+    fields |= {name: min(value, length) for name, value in limits.items()}
+    if all(fields.get(name) is None for name in MAX_TOKENS_FIELDS):
+        fields["max_tokens"] = length
+    least = _whole(fields.get("min_tokens"))
+    if least is not None:
+        # over max_tokens it hangs the engine of some releases
+        fields["min_tokens"] = min([least, length, *limits.values()])
     if replay.key and replay.mode == "raw_logprobs":
         # they act on the logits before the logits processors, and not on raw logprobs; the tokens are forced anyway
         for name in ("logit_bias", "bad_words", "allowed_token_ids", "min_tokens"):
+            fields.pop(name, None)
+    if is_masked:  # without min_tokens a stop would come too early; the ids end where the answer does
+        fields["ignore_eos"] = True
+        for name in ("stop", "stop_token_ids"):
             fields.pop(name, None)
     extra = fields.get(EXTRA_FIELD)
     fields[EXTRA_FIELD] = {

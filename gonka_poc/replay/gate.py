@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gonka_poc.answers import ReplayRunner
 from gonka_poc.errors import ComputeError, EngineUnavailableError, PoCError, raise_worker_error
 from gonka_poc.metrics import Metrics
-from gonka_poc.replay.bodies import Replay, rewritten
+from gonka_poc.replay.bodies import Replay, asks_for_replay, rewritten
 from gonka_poc.replay.token_ids import EventStream, json_bytes, make_numeric, numeric
 from gonka_poc.server.guards import path_of
 from gonka_poc.vllm_compat import ReplayServer
@@ -41,6 +41,7 @@ class ReplayGate:
         self._engine = engine
         self._server = server
         self._metrics = metrics
+        self._has_warned = False
         self.runner: ReplayRunner = "v1" if server.records else "v2"
 
     def concerns(self, scope: Scope) -> bool:
@@ -55,13 +56,18 @@ class ReplayGate:
         try:
             request = rewritten(body, path_of(scope) == CHAT, self._server, self._engine.tokenize)
         except PoCError as error:
-            self._metrics.replay_refused(error.http_status)
+            if asks_for_replay(body, path_of(scope) == CHAT):
+                self._metrics.replay_refused(error.http_status)
             return await _error(error.http_status, str(error))(scope, receive, send)
         scope, receive = _with_body(scope, receive, request.body)
         if request.replay is not None:
             await self._replay(app, scope, receive, send, request.replay)
         elif request.numeric:
-            await app(scope, receive, _NumericSend(send))
+            if request.mode not in (None, self._server.mode) and not self._has_warned:
+                self._has_warned = True
+                text = "PoC: a chat asks for %s and is answered with %s, the --logprobs-mode of this server; said once"
+                logger.warning(text, request.mode, self._server.mode)
+            await app(scope, receive, _NumericSend(send, request.hides_token_ids))
         else:
             await app(scope, receive, send)
 
@@ -155,8 +161,9 @@ def _floor(logprob: float) -> float:
 class _NumericSend:
     """`send` that writes the token ids of an answer, JSON or server-sent events, as numbers."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, hides_token_ids: bool) -> None:
         self._send = send
+        self._hides = hides_token_ids
         self._start: Message | None = None
         self._events: EventStream | None = None
         self._body = b""
@@ -179,7 +186,7 @@ class _NumericSend:
     async def _on_start(self, message: Message) -> None:
         kind = next((value for name, value in message["headers"] if name.lower() == b"content-type"), b"")
         if kind.startswith(b"text/event-stream"):
-            self._events = EventStream()
+            self._events = EventStream(self._hides)
             await self._send(message)
         elif kind.startswith(b"application/json"):
             self._start = message

@@ -17,11 +17,15 @@ DEFAULT_THRESHOLD = 0.99  # of the network, where it knows none for a model
 
 @dataclass(frozen=True)
 class Answer:
-    """The logprobs of an answer by position, and the tokens that it claims; None where it claims nothing."""
+    """The logprobs of an answer by position, and the tokens that it claims; None where it claims nothing.
+
+    `forced`: the entries of `content` that a replay is asked for.
+    """
 
     content: list[dict[str, Any]]
     prompt_tokens: int | None
     completion_tokens: int | None
+    forced: list[dict[str, Any]]
 
     @property
     def tokens(self) -> list[str]:
@@ -53,17 +57,22 @@ class ReplayVerdict:
 def answer_of(stored: Any) -> Answer:
     """The answer in `stored`: a chat completion, `{"events": [..]}` as dapi stores a stream, or a list of chunks.
 
-    As dapi reads it: the first choice, and of a chunk of a stream the first token. Raises ToolError for anything else.
+    As dapi reads it: a replay is asked for the first token of each chunk of a stream, and judged by all of them.
+    Raises ToolError for anything else.
     """
     usage: dict[str, Any]
+    blocks: list[list[dict[str, Any]]]
     try:
         if isinstance(stored, dict) and "events" in stored:
             stored = [json.loads(text) for text in map(_data_of, stored["events"]) if text not in ("", "[DONE]")]
         if isinstance(stored, list):
-            entries = [each for chunk in stored for choice in chunk["choices"][:1] for each in _content_of(choice)[:1]]
+            blocks = [_content_of(choice) for chunk in stored for choice in chunk.get("choices") or ()]
+            forced = [block[0] for block in blocks if block]
             usage = next((chunk["usage"] for chunk in stored if chunk.get("usage")), {})
         else:
-            entries, usage = _content_of(stored["choices"][0]), stored.get("usage") or {}
+            blocks = [_content_of(choice) for choice in stored["choices"]]
+            forced, usage = blocks[0], stored.get("usage") or {}
+        entries = [entry for block in blocks for entry in block]
         for entry in entries:
             float(entry["logprob"])
             {str(top["token"]): float(top["logprob"]) for top in entry["top_logprobs"]}
@@ -71,7 +80,7 @@ def answer_of(stored: Any) -> Answer:
         raise ToolError(f"this is no stored chat answer with logprobs: {type(error).__name__}: {error}") from error
     if not entries:
         raise ToolError("the answer has no logprobs; a chat that can be replayed asks for logprobs and top_logprobs")
-    return Answer(entries, usage.get("prompt_tokens"), usage.get("completion_tokens"))
+    return Answer(entries, usage.get("prompt_tokens"), usage.get("completion_tokens"), forced)
 
 
 def _data_of(event: str) -> str:
@@ -132,7 +141,7 @@ def replay_body(request: Mapping[str, Any], original: Answer, mode: str = "proce
     kept = {name: value for name, value in request.items() if name != "stream_options"}
     tokens = [
         {"token": str(entry["token"]), "top_tokens": [str(top["token"]) for top in entry["top_logprobs"]]}
-        for entry in original.content
+        for entry in original.forced
     ]
     return {
         **kept,

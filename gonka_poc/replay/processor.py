@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from gonka_poc.vllm_compat.logits_processors import (
 logger = logging.getLogger("vllm.gonka_poc.replay")
 
 MAX_POSITIONS = 1_000_000  # recorded and not fetched: 72 MB with five logprobs each
+MAX_AGE_SEC = 900.0  # of a record that nobody wrote to or fetched; the network waits 600 for a replay
 
 
 @dataclass
@@ -30,10 +32,12 @@ class Record:
     device: torch.device
     prompt_tokens: int = 0
     filled: int = 0
+    written_at: float = 0.0
     values: torch.Tensor = field(init=False, repr=False)
     tops: torch.Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.written_at = time.monotonic()
         self.values = torch.zeros(len(self.ids), self.top + 1, dtype=torch.float32, device=self.device)
         self.tops = torch.zeros(len(self.ids), max(self.top, 1), dtype=torch.int64, device=self.device)
 
@@ -44,6 +48,7 @@ class Record:
         self.values[position, 1:] = best[: self.top]
         self.tops[position] = ids
         self.filled = max(self.filled, position + 1)
+        self.written_at = time.monotonic()
 
     def rows(self) -> list[list[Any]]:
         """For each position: its id, its logprob, the best ids and their logprobs."""
@@ -85,11 +90,18 @@ class ReplayProcessor(ForcingProcessor):
         if not key or top is None or top < 0 or not is_recording_rank():
             return None
         if key not in self._records:  # a preempted request comes back, and goes on with its record
+            self._drop_old()
             while self._records and len(ids) + sum(len(each.ids) for each in self._records.values()) > MAX_POSITIONS:
                 dropped, _ = self._records.popitem(last=False)
                 logger.warning("PoC: the record of a replay was dropped to make room (%s)", dropped)
             self._records[key] = Record(ids, min(top, self.vocab_size), self.device, len(request.prompt_ids))
         return self._records[key]
+
+    def _drop_old(self) -> None:
+        """Forget what aborted requests left: their API process asks for it, but may do so before the engine knows."""
+        oldest = time.monotonic() - MAX_AGE_SEC
+        for key in [key for key, record in self._records.items() if record.written_at < oldest]:
+            del self._records[key]
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Record and force, in the rows of replays. `logits`: float32 [rows, vocab]."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 PLACEHOLDER = "token_id:"  # vLLM's form under `return_tokens_as_token_ids`
+EMPTY, TOKEN_IDS = b'"content":[]', b'token_ids":['  # in vLLM's compact JSON
 
 
 def numeric(token: Any) -> Any:
@@ -99,31 +100,46 @@ def json_bytes(value: Any) -> bytes:
 
 
 class EventStream:
-    """Server-sent events in pieces of any size, each rewritten as soon as it is whole."""
+    """Server-sent events in pieces of any size, each rewritten as soon as it is whole.
 
-    def __init__(self) -> None:
+    `hides_token_ids`: the client has not asked for the fields with ids, which are taken out.
+    """
+
+    def __init__(self, hides_token_ids: bool = False) -> None:
         self._rest = b""
+        self._marks = (PLACEHOLDER.encode(), EMPTY, *((TOKEN_IDS,) if hides_token_ids else ()))
+        self._hides = hides_token_ids
 
     def feed(self, data: bytes, last: bool) -> bytes:
         """The rewritten events that are whole now; with `last` the rest as well."""
         self._rest += data
         *events, self._rest = self._rest.split(b"\n\n")
-        written = b"".join(piece for event in events for piece in _rewritten(event))
+        written = b"".join(piece for event in events for piece in self._rewritten(event))
         if last and self._rest:
             written, self._rest = written + self._rest, b""
         return written
 
+    def _rewritten(self, event: bytes) -> Iterator[bytes]:
+        prefix = b"data: "
+        if event.startswith(prefix) and any(mark in event for mark in self._marks):
+            try:
+                chunk = json.loads(event[len(prefix) :])
+            except ValueError:
+                chunk = None
+            if isinstance(chunk, dict):
+                make_numeric(chunk)
+                for choice in _choices(chunk):
+                    if (choice.get("logprobs") or {}).get("content") == []:
+                        choice["logprobs"] = None  # dapi takes an empty list for a broken answer
+                if self._hides:
+                    _hide_token_ids(chunk)
+                for part in split_chunk(chunk):
+                    yield prefix + json_bytes(part) + b"\n\n"
+                return
+        yield event + b"\n\n"
 
-def _rewritten(event: bytes) -> Iterator[bytes]:
-    prefix = b"data: "
-    if PLACEHOLDER.encode() in event and event.startswith(prefix):
-        try:
-            chunk = json.loads(event[len(prefix) :])
-        except ValueError:
-            chunk = None
-        if isinstance(chunk, dict):
-            make_numeric(chunk)
-            for part in split_chunk(chunk):
-                yield prefix + json_bytes(part) + b"\n\n"
-            return
-    yield event + b"\n\n"
+
+def _hide_token_ids(chunk: dict[str, Any]) -> None:
+    """Leave of the fields with ids what vLLM writes where they are not asked for."""
+    for holder in (chunk, *_choices(chunk)):
+        holder |= {name: None for name in ("token_ids", "prompt_token_ids") if name in holder}

@@ -26,6 +26,7 @@ from gonka_poc.vllm_compat.replay import (
     REPLAY_IDS,
     REPLAY_KEY,
     REPLAY_MODE,
+    RETURN_IDS_FIELD,
     TOKEN_IDS_FIELD,
     V1_PROCESSOR,
     V2_PROCESSOR,
@@ -44,4 +45,4 @@ __all__ = [
 ]
 __all__ += ["ApiView", "OfflineEngine", "can_skip_compiled", "found_version", "installed_version", "is_cpu_build"]
 __all__ += ["EXTRA_FIELD", "REPLAY_IDS", "REPLAY_KEY", "REPLAY_MODE", "TOKEN_IDS_FIELD", "V1_PROCESSOR", "V2_PROCESSOR"]
-__all__ += ["LOGPROBS_MODES", "LogprobsMode", "ReplayServer", "has_trace_replay"]
+__all__ += ["LOGPROBS_MODES", "RETURN_IDS_FIELD", "LogprobsMode", "ReplayServer", "has_trace_replay"]

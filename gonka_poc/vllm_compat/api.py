@@ -60,16 +60,19 @@ class ApiView:
 
         Raises UnsupportedServerError for options that replays do not work with.
         """
-        return replay_server(self._config)
+        return replay_server(self._config, self._tokenizer)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens. Raises UnsupportedServerError where there is no tokenizer."""
-        from vllm.tokenizers.registry import cached_tokenizer_from_config
-
-        tokenizer: Any = cached_tokenizer_from_config(self._config.model_config)
+        tokenizer = self._tokenizer()
         if tokenizer is None:
             raise UnsupportedServerError("this server has no tokenizer (--skip-tokenizer-init); send enforced_tokens")
         return list(tokenizer.encode(text, add_special_tokens=False))
+
+    def _tokenizer(self) -> Any:
+        from vllm.tokenizers.registry import cached_tokenizer_from_config
+
+        return cached_tokenizer_from_config(self._config.model_config)
 
     def has_unfinished_requests(self) -> bool:
         """True while chat is served: the engine client has requests that it has not finished."""

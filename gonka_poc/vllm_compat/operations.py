@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from types import MethodType
 from typing import Any
 
@@ -33,10 +34,10 @@ class ModelOperations:
         vLLM (attention, experts, states) are not traced: they name themselves, which would compile each layer anew.
         """
         with contextlib.ExitStack() as stack:
-            for cls in {type(layer) for layer in self._layers.values()}:
-                stack.enter_context(_replaced(cls, "forward", torch.compiler.disable(cls.forward)))
-            for op in self._custom_ops():
-                stack.enter_context(_replaced(op, "_forward_method", self._rounded_form(op) or op.forward_native))
+            for cls, forward in self._untraced_forwards:
+                stack.enter_context(_replaced(cls, "forward", forward))
+            for op, form in self._rounded_forms:
+                stack.enter_context(_replaced(op, "_forward_method", form or op.forward_native))
             with contextlib.suppress(ImportError):
                 from vllm.ir.op import IrOp, enable_torch_wrap  # 0.20
 
@@ -47,7 +48,17 @@ class ModelOperations:
 
     def all_round(self) -> bool:
         """True if each operation has a form that rounds as vLLM's kernel does."""
-        return all(self._rounded_form(op) is not None for op in self._custom_ops())
+        return all(form is not None for _, form in self._rounded_forms)
+
+    @cached_property
+    def _untraced_forwards(self) -> list[tuple[type, Callable[..., Any]]]:
+        """The classes of the registered layers, with a forward that torch does not trace."""
+        classes = {type(layer) for layer in self._layers.values()}
+        return [(cls, torch.compiler.disable(cls.forward)) for cls in classes]
+
+    @cached_property
+    def _rounded_forms(self) -> list[tuple[Any, Callable[..., Any] | None]]:
+        return [(op, self._rounded_form(op)) for op in self._custom_ops]
 
     def _rounded_form(self, op: Any) -> Callable[..., Any] | None:
         """The form of `op` that rounds as its CUDA kernel does; None if there is none."""
@@ -77,7 +88,7 @@ class ModelOperations:
         """
         with contextlib.ExitStack() as stack:
             if not self._enforce_eager:
-                for op in self._custom_ops():
+                for op in self._custom_ops:
                     chosen = op._forward_method
                     # what is not a method was compiled by itself, as activations are
                     if chosen == op.forward_native or not inspect.ismethod(chosen):
@@ -91,14 +102,14 @@ class ModelOperations:
                         stack.enter_context(ir_op.set_priority(kernels))
             yield
 
-    def _custom_ops(self) -> Iterator[Any]:
+    @cached_property
+    def _custom_ops(self) -> list[Any]:
         """The model's operations that vLLM has several forms of, without those inside of its registered layers."""
         from vllm.model_executor.custom_op import CustomOp
 
         registered = {id(module) for layer in self._layers.values() for module in layer.modules()}
-        for module in self.model.modules():
-            if isinstance(module, CustomOp) and id(module) not in registered:
-                yield module
+        modules = [module for module in self.model.modules() if isinstance(module, CustomOp)]
+        return [module for module in modules if id(module) not in registered]
 
 
 def _rms_norm(op: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -15,22 +16,30 @@ V2_PROCESSOR = "gonka_poc.vllm_compat.logits_processors:TraceProcessor"
 REPLAY_IDS, REPLAY_KEY, REPLAY_MODE = "gonka_replay_ids", "gonka_replay_key", "gonka_replay_mode"
 # fields of a request: token ids in place of texts, and what a request carries to a logits processor
 TOKEN_IDS_FIELD, EXTRA_FIELD = "return_tokens_as_token_ids", "vllm_xargs"
+RETURN_IDS_FIELD = "return_token_ids"  # the answer's ids as fields of their own
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 LOGPROBS_MODES: tuple[str, ...] = get_args(LogprobsMode)
 
 
 @dataclass(frozen=True)
 class ReplayServer:
-    """A server that replays. `records`: by our logits processor on the V1 runner, else by vLLM's trace replay."""
+    """A server that replays. `records`: by our logits processor on the V1 runner, else by vLLM's trace replay.
+
+    `eos_token_id`: the end of an answer; `stop_token_ids`: that one, and others that end an answer of this model.
+    """
 
     records: bool
     mode: LogprobsMode
     vocab_size: int
     max_model_len: int
+    eos_token_id: int | None = None
+    stop_token_ids: frozenset[int] = frozenset()
 
 
-def replay_server(config: Any) -> ReplayServer | None:
+def replay_server(config: Any, tokenizer: Callable[[], Any]) -> ReplayServer | None:
     """The server with vLLM's configuration `config`; None without one of our logits processors.
+
+    `tokenizer` gives the model's, or None where the server has none.
 
     Raises UnsupportedServerError for options that replays do not work with.
     """
@@ -47,7 +56,11 @@ def replay_server(config: Any) -> ReplayServer | None:
         )
     if V2_PROCESSOR in ours and not getattr(model, "enable_trace_replay", False):  # 0.29: --enable-trace-replay
         raise UnsupportedServerError("replays on the V2 runner need vLLM's --enable-trace-replay")
-    return ReplayServer(V1_PROCESSOR in ours, cast("Any", mode), model.get_vocab_size(), model.max_model_len)
+    end = getattr(tokenizer(), "eos_token_id", None)
+    stops = model.try_get_generation_config().get("eos_token_id")
+    stops = frozenset([stops] if isinstance(stops, int) else stops or ()) | frozenset([] if end is None else [end])
+    records = V1_PROCESSOR in ours
+    return ReplayServer(records, cast("Any", mode), model.get_vocab_size(), model.max_model_len, end, stops)
 
 
 def has_trace_replay() -> bool:

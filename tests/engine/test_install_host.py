@@ -101,6 +101,16 @@ class HostTree:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
+    def command_line(self, *words: str) -> str:
+        """The output of gonka-poc of this host's Python, which must succeed; it knows of no checkout."""
+        environment = {name: value for name, value in self.environment.items() if name != "GONKA_POC_WHEEL"}
+        command = [str(self.python.parent / "gonka-poc"), *words]
+        done = subprocess.run(
+            command, env=environment, cwd="/", stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
 
 @pytest.fixture(scope="module")
 def with_engine(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> HostTree:
@@ -193,9 +203,19 @@ def test_install_status_again_uninstall(fixture: str, request: pytest.FixtureReq
     assert "patch it, profile hardened" in hardened
     assert tree(host.folder) != installed
 
-    assert "nothing was changed" in host.answers("--uninstall", "--dry-run")
+    # from here on without the checkout: a new runner.py of MLNode, and an edited file
+    patched = host.runner.read_bytes()
+    shutil.copy(RUNNERS / ("direct_2025.py" if fixture == "with_engine" else "module_2026.py"), host.runner)
+    package = next(path for path in host.folder.rglob("gonka_poc/answers.py"))
+    text = package.read_text()
+    package.write_text(text + "# edited\n")
+    update = host.command_line("update", "--yes")
+    assert "patch it, profile hardened" in update
+    assert f"replaces what was edited: {package}" in update
+    assert (host.runner.read_bytes(), package.read_text()) == (patched, text)
+    assert "nothing was changed" in host.command_line("uninstall", "--dry-run")
     assert host.run("--status").returncode == 0
-    host.answers("--uninstall", "--yes")
+    assert "Everything is as it was before the installation." in host.command_line("uninstall", "--yes")
     assert tree(host.folder) == before
     assert host.run("--status").returncode == 3
 

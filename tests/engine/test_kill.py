@@ -1,4 +1,5 @@
-"""A server that is ended in mid-round, with a receiver that fails half of its answers: no computed nonce is lost.
+"""A server that is ended in mid-round, with a receiver that fails half of its answers and drops others: no computed
+nonce is lost, and none counted twice.
 
 By kill -9 of its process group, by Ctrl-C of the group, and by SIGTERM to each of its processes, as MLNode does. The
 servers share an outbox file, and are asked for the same round one after another: each goes on where the one before was.
@@ -12,6 +13,7 @@ import os
 import random
 import signal
 import time
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import psutil
@@ -62,6 +64,26 @@ def terminate_each(process: ServerProcess) -> None:
     os.kill(process.pid, signal.SIGTERM)
 
 
+class DroppingReceiver(Receiver):
+    """Hangs up without an answer on each third of the POSTs that it accepted and stored, the first among them."""
+
+    accepted = dropped = 0
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        receiver = self
+
+        class Handler(super()._handler()):  # type: ignore[misc]
+            def _answer(self, status: int) -> None:
+                if status == 200:
+                    receiver.accepted += 1
+                    if receiver.accepted % 3 == 1:
+                        receiver.dropped += 1
+                        return
+                super()._answer(status)
+
+        return Handler
+
+
 WAYS = (ServerProcess.kill, interrupt, terminate_each)
 MORE_KILLS = int(os.environ.get("POC_TEST_KILLS", str(len(WAYS))))
 
@@ -71,7 +93,7 @@ def test_nothing_is_lost_when_servers_are_killed(kills: int, servers: Servers, c
     case, rng = case_of(kills), random.Random(7)
     seen: list[int] = []
     received: list[ReceivedCallback] = []
-    with Receiver(fail_rate=0.5, fail_status=500, on_callback=received.append, seed=7) as receiver:
+    with DroppingReceiver(fail_rate=0.5, fail_status=500, on_callback=received.append, seed=7) as receiver:
         for number in range(kills):
             client = servers.get(config)
             body = {**body_of(case), "url": receiver.url, "batch_size": 8}
@@ -86,6 +108,10 @@ def test_nothing_is_lost_when_servers_are_killed(kills: int, servers: Servers, c
         client = servers.get(config)
         until(lambda: not summary(dict(config.env)["POC_OUTBOX_PATH"]), 120)
         check(client, case, received, seen)
+    counted = receiver.summary
+    print(f"{receiver.dropped} of {receiver.accepted} answers were dropped, {counted.duplicates} batches came again")
+    assert counted.repeated_nonces == 0, "no nonce under two keys"
+    assert counted.duplicates >= receiver.dropped > 0, "what got no answer comes again, under its key"
 
 
 def check(client: Client, case: dict[str, Any], received: list[ReceivedCallback], seen: list[int]) -> None:

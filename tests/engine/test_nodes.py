@@ -85,7 +85,7 @@ def test_two_nodes(option: str, nodes: tuple[list[str], tuple[str, str], tuple[s
         # without the interface Gloo takes the address that the host's name stands for, often the loopback one
         return {"VLLM_HOST_IP": addresses[node], "GLOO_SOCKET_IFNAME": interfaces[node], **ONE_THREAD}
 
-    first = ServerConfig(args=(*common, "--node-rank", "0"), env=tuple(env_of(0).items())).process(
+    first = ServerConfig(args=(*common, "--node-rank", "0"), env=tuple(env_of(0).items()), quiet=False).process(
         tmp_path / "first.log"
     )
     second_command = [sys.executable, "-c", VLLM, "serve", str(DATA / "models" / "qwen3")]

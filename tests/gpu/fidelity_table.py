@@ -1,6 +1,6 @@
 """Distances between kinds of server on weights of trained or normal size, and how compiled layers were accepted.
 
-    python -m tests.gpu.fidelity_table --out DIR [--smollm2 FOLDER] [--nonces 256]
+    python -m tests.gpu.fidelity_table --out DIR [--smollm2 FOLDER] [--only-smollm2] [--nonces 256]
 
 One GPU. SmolLM2 (a folder that `python -m tests.smollm2 FOLDER` makes) and the Qwen3-0.6B shape with random weights of
 normal size, bfloat16: servers of a model start side by side, float32 and bfloat16 torch follow. Rows are written to
@@ -133,6 +133,7 @@ def main() -> int:
     parser.add_argument(
         "--smollm2", type=Path, help="a folder with SmolLM2; without it only the 0.6B shape is measured"
     )
+    parser.add_argument("--only-smollm2", action="store_true", help="leave the 0.6B shape out")
     parser.add_argument("--nonces", type=int, default=256)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -141,8 +142,9 @@ def main() -> int:
     logs.mkdir(parents=True)
     found = Found(options.out)
     models = {"smollm2": options.smollm2} if options.smollm2 else {}
-    models["qwen3-0.6b"] = make_qwen3_06b(options.work / "qwen3-0.6b", torch.bfloat16)
-    torch.cuda.empty_cache()
+    if not options.only_smollm2:
+        models["qwen3-0.6b"] = make_qwen3_06b(options.work / "qwen3-0.6b", torch.bfloat16)
+        torch.cuda.empty_cache()
     nonces = list(range(options.nonces))
     spec = VectorSpec("fidelity", "host", SEQ_LEN, K_DIM)
     for name, model in models.items():

@@ -1,9 +1,10 @@
 """The engine tests marked `matrix` on the vLLM that is installed here, and the vectors that they computed.
 
-    python -m tests.matrix.measure tests/matrix/results/VERSION.json
+    python -m tests.matrix.measure tests/matrix/results/VERSION.json [--replay]
 
-Writes that file and docs/compatibility.md. Exit status: 0 everything passed, 1 not; the file is written either way,
-but for a pytest that was stopped, broke or had no test to run.
+With --replay only those of the replay of chats; the file, of an earlier run, keeps the rest. Writes that file and
+docs/compatibility.md. Exit status: 0 everything passed, 1 not; the file is written either way, but for a pytest that
+was stopped, broke or had no test to run.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from packaging.version import Version
 
 from gonka_poc.cli.artifact_file import ArtifactFile
 from gonka_poc.vllm_compat import can_skip_compiled, installed_version
-from tests.matrix.result import ROOT, Failure, Result
+from tests.matrix.result import ROOT, Failure, ReplayResult, Result
 from tests.matrix.table import write_table
 
+REPLAY_TESTS = "tests/engine/test_replay.py"
 MODEL = "llama"  # of tests/data/models; its vectors are kept
 DTYPES = ("float32", "float16")
 # A line of a log or a traceback that names an exception, and not a `quoted` one, as in vLLM's advice on open files. Of
@@ -68,14 +70,14 @@ def read_junit(path: Path) -> tuple[int, int, list[Failure], dict[str, str]]:
     return passed, skipped, failures, properties
 
 
-def run_tests(where: str) -> tuple[int, int, list[Failure], dict[str, str]]:
+def run_tests(where: str, *options: str) -> tuple[int, int, list[Failure], dict[str, str]]:
     """What `read_junit` finds after the tests marked `matrix` in `where`, two files at a time.
 
     Raises SystemExit where that says nothing about vLLM: pytest did not come to an end, or no test passed or failed.
     """
     with tempfile.TemporaryDirectory() as name:
         report = Path(name) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "matrix", "-n", "2", "--dist", "loadfile", where]
+        command = [sys.executable, "-m", "pytest", "-m", "matrix", "-n", "2", "--dist", "loadfile", where, *options]
         pytest = subprocess.Popen([*command, f"--junitxml={report}", "-p", "no:cacheprovider"], cwd=ROOT)
         try:
             status = pytest.wait()
@@ -102,14 +104,25 @@ def commit(root: Path = ROOT) -> str | None:
     return head.stdout.strip() + ("+" if changed.stdout else "")
 
 
+def today() -> str:
+    """The date, as results have it."""
+    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+
+
+def measure_replay() -> ReplayResult:
+    """Run the tests of the replay of chats in a process of their own."""
+    passed, _, failures, _ = run_tests(REPLAY_TESTS)
+    return ReplayResult(date=today(), commit=commit(), passed=passed, failures=failures)
+
+
 def measure() -> Result:
     """Run the tests in a process of their own; what they found about the vLLM that is installed here."""
-    passed, skipped, failures, properties = run_tests("tests/engine")
+    passed, skipped, failures, properties = run_tests("tests/engine", f"--ignore={REPLAY_TESTS}")
     return Result(
         vllm=Version(installed_version()).public,
         torch=version("torch"),
         transformers=version("transformers"),
-        date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        date=today(),
         commit=commit(),
         runner_modules=properties.get("runner modules", "").split(),
         can_skip_compiled=can_skip_compiled(),
@@ -121,16 +134,24 @@ def measure() -> Result:
             for dtype in DTYPES
             if f"vectors {MODEL} {dtype}" in properties
         },
+        replay=measure_replay(),
     )
 
 
 def main() -> None:
     # ignored where a shell started us in its background, and by pytest then as well
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    result = measure()
-    Path(sys.argv[1]).write_text(result.model_dump_json(indent=1) + "\n")
+    file = Path(sys.argv[1])
+    if sys.argv[2:] == ["--replay"]:
+        replay = measure_replay()
+        result = Result.model_validate_json(file.read_bytes()).model_copy(update={"replay": replay})
+        has_failed = bool(replay.failures)
+    else:
+        result = measure()
+        has_failed = bool(result.failures or result.skipped or (result.replay and result.replay.failures))
+    file.write_text(result.model_dump_json(indent=1) + "\n")
     write_table()
-    sys.exit(bool(result.failures or result.skipped))
+    sys.exit(has_failed)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,19 @@ class Failure(BaseModel):
     message: str
 
 
+class ReplayResult(BaseModel):
+    """What was found of the replay of chats, which may be tested later than the rest."""
+
+    date: str
+    commit: str | None = None
+    passed: int
+    failures: list[Failure]
+
+
 class Result(BaseModel):
-    """`runner_modules`: where the classes that the worker's model runner is made of are defined, the nearest first.
+    """`replay`: None where it was not run.
+
+    `runner_modules`: where the classes that the worker's model runner is made of are defined, the nearest first.
 
     `vectors`: of one model and the same nonces, by dtype; a dtype is missing where they could not be computed.
     `commit`: of this repository, what was tested; with a + where files differed from it, None where it is not known.
@@ -38,6 +49,7 @@ class Result(BaseModel):
     skipped: int
     failures: list[Failure]
     vectors: dict[str, ArtifactFile]
+    replay: ReplayResult | None = None
 
 
 def read_results(folder: Path = RESULTS) -> list[Result]:

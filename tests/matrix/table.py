@@ -36,6 +36,8 @@ HTTP API with its queue and rounds, chat beside proof. `qwen3_moe` and `qwen3` i
 - compiled server: whether proof works beside a model that vLLM compiled; where not, the server needs `--enforce-eager`,
   which `gonka_poc.serve` adds
 - commit: what was tested; with a + where files differed from it
+- replay of chats: the tests of `tests/engine/test_replay.py` ([replay.md](replay.md)), which may be newer than the
+  rest; `bash tests/matrix/run.sh --replay` runs them alone
 """
 
 
@@ -87,6 +89,7 @@ def runner_generation(modules: Sequence[str]) -> str:
 def versions_table(results: Sequence[Result]) -> str:
     """A row a version."""
     head = ("vLLM", "torch", "transformers", "model runner", "compiled server", "passed", "failed", "date", "commit")
+    head += ("replay of chats",)
     rows = [
         (
             result.vllm,
@@ -98,10 +101,20 @@ def versions_table(results: Sequence[Result]) -> str:
             str(len(result.failures)) + (f", {result.skipped} skipped" if result.skipped else ""),
             result.date,
             result.commit or "-",
+            replay_cell(result),
         )
         for result in results
     ]
     return table([head, *rows])
+
+
+def replay_cell(result: Result) -> str:
+    """What was found of the replay of chats."""
+    found = result.replay
+    if found is None:
+        return "not run"
+    failed = f", {len(found.failures)} failed" if found.failures else ""
+    return f"{found.passed} passed{failed} ({found.date}, {found.commit or '-'})"
 
 
 def failures_section(results: Sequence[Result]) -> str:
@@ -109,7 +122,7 @@ def failures_section(results: Sequence[Result]) -> str:
     lines = []
     for result in results:
         alike: dict[tuple[str, Fault | None], list[str]] = {}
-        for failure in result.failures:
+        for failure in [*result.failures, *(result.replay.failures if result.replay else [])]:
             alike.setdefault((failure.message, fault_of(result.vllm, failure)), []).append(f"`{failure.test}`")
         for (message, fault), names in alike.items():
             lines.append(f"- {result.vllm}: `{message}`, in {', '.join(names)}")

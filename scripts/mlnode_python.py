@@ -1,0 +1,1 @@
+../gonka_poc/mlnode_python.py
