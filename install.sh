@@ -24,6 +24,8 @@ Without a GPU:
   --cpu           try it on a machine without a GPU: sets up .venv in this checkout (vLLM for CPU and gonka_poc;
                   about 4 GB, some minutes the first time), then runs the demo and exits with its status
   --setup-only    with --cpu: set up .venv, do not run the demo
+  --model M       with --cpu: the demo's model, tiny (random weights; the default) or smollm2 (a trained one of 135
+                  million weights, 93 MB more, which answers a question)
   --python P      with --cpu: the Python to use, 3.11 to 3.14, as a path or a name on PATH
                   (default: the first on PATH for which pip finds torch's CPU build)
 
@@ -59,7 +61,7 @@ main() {
 }
 
 install_cpu() {
-    local setup_only="" python=""
+    local setup_only="" python="" model=""
     while (($# > 0)); do
         case $1 in
         --cpu) ;;
@@ -70,11 +72,18 @@ install_cpu() {
             shift
             ;;
         --python=?*) python=${1#--python=} ;;
+        --model)
+            (($# > 1)) || wrong_usage "--model needs a value"
+            model=$2
+            shift
+            ;;
+        --model=*) model=${1#--model=} ;;
         --help | -h) usage ;;
         *) wrong_usage "unknown option with --cpu: $1" ;;
         esac
         shift
     done
+    [[ -z $model || $model == tiny || $model == smollm2 ]] || wrong_usage "--model takes tiny or smollm2, not $model"
     # shellcheck source=scripts/cpu_venv.sh
     source "$ROOT/scripts/cpu_venv.sh"
     set_up_venv project "$python"
@@ -82,9 +91,9 @@ install_cpu() {
         say "ready; the demo: bash install.sh --cpu"
         exit 0
     fi
-    say "demo: $VENV/bin/gonka-poc demo"
+    say "demo: $VENV/bin/gonka-poc demo${model:+ --model $model}"
     export_engine_environment
-    exec "$VENV/bin/gonka-poc" demo
+    exec "$VENV/bin/gonka-poc" demo ${model:+--model "$model"}
 }
 
 # Last, so that a half-downloaded file does nothing.

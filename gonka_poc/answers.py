@@ -34,6 +34,13 @@ class VersionsAnswer(BaseModel):
     dtype: str | None = Field(default=None, exclude_if=is_none, description="of the model; known once it was reached")
     attention_backend: str | None = Field(default=None, exclude_if=is_none)
     gpu: str | None = Field(default=None, exclude_if=is_none, description="its name; `cpu` without one")
+    workers: int | None = Field(default=None, exclude_if=is_none, description="GPUs, or processes of a CPU")
+    compiled: bool | None = Field(
+        default=None, exclude_if=is_none, description="proof runs compiled decoder layers, or the plain forward"
+    )
+    noise_floor: float | None = Field(
+        default=None, exclude_if=is_none, description="largest L2 distance that rounding alone made in the warm-up"
+    )
     replay: ReplayRunner | None = Field(
         default=None, exclude_if=is_none, description="the model runner by which this server replays chats"
     )
@@ -153,6 +160,46 @@ class ReceiverStatus(BaseModel):
     parked: int = Field(description="not tried any more, because the receiver refused the body or may not be asked")
     expired: int = Field(description="dropped because their stage was over")
     error: str | None = Field(default=None, exclude_if=is_none, description="why the last try failed, if it did")
+
+
+class OutboxStatus(BaseModel):
+    """The content of the outbox, of all servers that share its file; as of its last use, a few seconds old at most."""
+
+    callbacks: int = Field(default=0, description="not accepted by their receivers yet, and not parked")
+    artifacts: int = Field(default=0, description="in these callbacks")
+    parked: int = Field(default=0, description="artifacts in parked callbacks")
+    used_bytes: int = Field(default=0, description="of its file")
+    max_bytes: int = Field(default=0, description="POC_OUTBOX_MAX_BYTES")
+    damaged_callbacks: int = Field(default=0, description="that were set aside since the server started")
+
+
+class WorkerStatus(BaseModel):
+    """One of the engine's workers, as it described itself."""
+
+    rank: int
+    gpu: str = Field(description="its name; `cpu` without one")
+    dtype: str
+    attention_backend: str
+    first_layer: int | None = Field(description="number of its first decoder layer; null: it has none")
+    last_layer: int | None
+    is_output_rank: bool = Field(description="its values are the answer")
+
+
+class EngineStatus(BaseModel):
+    """The engine that computes proof. Empty before its workers were reached."""
+
+    model: str = ""
+    workers: list[WorkerStatus] = []
+    compiled: bool | None = Field(
+        default=None, description="proof runs compiled decoder layers; null: the workers were not warmed up yet"
+    )
+    floor: float | None = Field(
+        default=None,
+        description="the largest distance by rounding alone that the warm-up found (the noise floor)",
+    )
+    distance: float | None = Field(
+        default=None, description="the largest distance of the compiled layers' vectors from those of the plain forward"
+    )
 
 
 class StatusAnswer(BaseModel):

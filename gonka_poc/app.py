@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from prometheus_client import REGISTRY, CollectorRegistry
 from starlette.types import ASGIApp
 
-from gonka_poc.callbacks.outbox import Outbox
+from gonka_poc.callbacks.outbox import Outbox, outbox_status
 from gonka_poc.callbacks.sender import CallbackSender
 from gonka_poc.config import Settings
 from gonka_poc.manager import EngineView, PoCManagerV1
@@ -22,6 +22,7 @@ from gonka_poc.server.protocols import Manager
 from gonka_poc.server.round_slot import RoundSlot
 from gonka_poc.server.service import PoCService
 from gonka_poc.server.threshold import ProofQueue
+from gonka_poc.server.versions import installed_releases
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,11 @@ def build_app(
     queue = GenerateQueue(manager, settings, slot.no_round)
     proofs = ProofQueue(manager, settings)
     metrics.queue_nonces = lambda: queue.queued_nonces + proofs.queued_nonces
-    metrics.outbox_pending = lambda: callbacks.counts.pending_batches
-    metrics.outbox_damaged = lambda: callbacks.damaged_batches
+    metrics.outbox = lambda: outbox_status(callbacks.counts, settings.outbox_max_bytes, callbacks.damaged_batches)
     metrics.receivers = lambda: callbacks.receivers
     metrics.state = lambda: slot.state
+    metrics.engine = lambda: manager.engine
+    metrics.build = installed_releases
     replay = make_gate(view, metrics)
     runner = None if replay is None else replay.runner
     service = PoCService(manager, settings, metrics, callbacks, slot, queue, proofs, background, runner)

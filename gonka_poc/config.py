@@ -38,7 +38,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Settings(BaseSettings):
-    """Each field is the environment variable POC_<NAME>; the README's table is checked against this class."""
+    """Each field is the environment variable POC_<NAME>; docs/configuration.md is made of them."""
 
     # hide_input_in_errors: a traceback shows pydantic's error, and the value can be the token
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, hide_input_in_errors=True)
@@ -177,6 +177,19 @@ def load_settings() -> Settings:
         raise SettingsError("settings that cannot be used: " + "; ".join(lines)) from error
 
 
+def setting_rows() -> list[tuple[str, str, str]]:
+    """Name, default and meaning of every variable, by name; a default that is nothing is "none"."""
+    fields = sorted(Settings.model_fields.items())
+    return [(f"{PREFIX}{name.upper()}", _shown(field.default), str(field.description)) for name, field in fields]
+
+
+def _shown(default: object) -> str:
+    """A default as it is written in the environment: 1 and 0 for yes and no, no decimals where there are none."""
+    if isinstance(default, bool):
+        return str(int(default))
+    return "none" if default in (None, "") else f"{default:g}" if isinstance(default, float) else str(default)
+
+
 def unused_variables(environment: Mapping[str, str] | None = None) -> list[str]:
     """A sentence for each POC_* variable of `environment` (default: this process's) that no setting reads.
 
@@ -194,7 +207,8 @@ def unused_variables(environment: Mapping[str, str] | None = None) -> list[str]:
             sentences.append(f"{name} has no effect on this server" + (f"; {ours} does the same here" if ours else ""))
             continue
         nearest = difflib.get_close_matches(upper, known, n=1)
-        advice = f"did you mean {nearest[0]}?" if nearest else "unset it; README.md lists those that are read"
+        listed = "unset it; `gonka-poc serve --help` lists those that are read"
+        advice = f"did you mean {nearest[0]}?" if nearest else listed
         sentences.append(f"{name} is no setting of this server and has no effect; {advice}")
     return sentences
 

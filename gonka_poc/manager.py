@@ -13,8 +13,10 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from cachetools import LRUCache
 
+from gonka_poc.answers import EngineStatus
 from gonka_poc.config import Settings
 from gonka_poc.data import BatchResult, DistanceSpec, Params, Randomization, Spec
+from gonka_poc.engine_report import computed_on, described, warmed_up
 from gonka_poc.engine_watch import EngineWatch
 from gonka_poc.errors import (
     ComputeError,
@@ -38,7 +40,6 @@ Answer = TypeVar("Answer")
 WARM_UP_SEQ_LEN, WARM_UP_NONCES, WARM_UP_SEC = 1024, 256, 15.0
 RELEASE_AFTER_SEC = 10.0  # the workers drop what they keep between batches after this time without one
 MAX_LOGGED = 100
-COMPUTED_ON = ("dtype", "attention_backend", "gpu")  # what GET /versions says of the workers
 CHAT_MEMORY_SEC = 5.0  # chat is taken to go on for this time after it was last seen
 # the slowest of the last batches takes half of the budget; the rest is for its call, and for batches that differ
 MEASUREMENTS, SHARE = 16, 0.5
@@ -181,7 +182,7 @@ class PoCManagerV1:
         self._prepared_for: str | None = None  # the block hash whose random head the workers have
         self._unsupported: UnsupportedServerError | None = None
         self._warming_up: asyncio.Task[None] | None = None
-        self.computed_on: dict[str, str] = {}
+        self.engine, self.computed_on = EngineStatus(), dict[str, Any]()
         # set from each call of the workers until their release; while there is none they keep nothing
         self._release_timer: asyncio.TimerHandle | None = None
         self._releasing: asyncio.Task[None] | None = None
@@ -200,12 +201,11 @@ class PoCManagerV1:
 
     async def check_seq_len(self, seq_len: int) -> None:
         """Refuse sequences that this server cannot compute, like `check`."""
-        view = self._view
-        if seq_len > view.max_model_len:
-            raise RequestError(f"seq_len {seq_len} is over the model's maximum length of {view.max_model_len}")
-        if seq_len > view.max_num_batched_tokens:
+        if seq_len > self._view.max_model_len:
+            raise RequestError(f"seq_len {seq_len} is over the model's maximum length of {self._view.max_model_len}")
+        if seq_len > self._view.max_num_batched_tokens:
             raise RequestError(
-                f"seq_len {seq_len} is over the server's batch of {view.max_num_batched_tokens} tokens; "
+                f"seq_len {seq_len} is over the server's batch of {self._view.max_num_batched_tokens} tokens; "
                 "start it with a larger --max-num-batched-tokens"
             )
         await self._reach_workers()
@@ -243,9 +243,9 @@ class PoCManagerV1:
                     self._unsupported = error
                     raise
                 logger.info("PoC is ready on %d worker(s): %s", len(answers), answers)
-                devices = [answer["device"] for answer in answers if answer is not None]
-                self._must_warm_up = self._settings.compiles(devices)
-                self.computed_on = _computed_on(answers)
+                self._must_warm_up = self._settings.compiles([a["device"] for a in answers if a is not None])
+                self.engine = described(self._view.model_names()[0], answers, self._must_warm_up)
+                self.computed_on = computed_on(self.engine)
                 self._reached, self._unsupported = True, None
 
     async def _warm_up_behind_chat(self) -> None:
@@ -273,7 +273,7 @@ class PoCManagerV1:
         view = self._view
         seq_len = min(WARM_UP_SEQ_LEN, view.max_model_len, view.max_num_batched_tokens)
         num_nonces = min(view.max_num_batched_tokens // seq_len, view.max_num_seqs)
-        deadline, checked, compiled = float("inf"), 0, True
+        deadline, checked, compiled, answers = float("inf"), 0, True, list[Any]()
         try:
             while checked == 0 or (compiled and checked < WARM_UP_NONCES and time.monotonic() < deadline):
                 if checked and view.has_unfinished_requests():
@@ -288,7 +288,8 @@ class PoCManagerV1:
             logger.info("PoC warmed up with %d nonces of %d tokens: %s", checked, seq_len, answers)
         except WorkerMemoryError as error:
             logger.warning("PoC could not warm up with %d nonces of %d tokens: %a", num_nonces, seq_len, str(error))
-        self._must_warm_up = False
+        self._must_warm_up, self.engine = False, warmed_up(self.engine, answers)
+        self.computed_on = computed_on(self.engine)
 
     def micro_batch_size(self, spec: Spec) -> int:
         """Nonces of the next micro-batch: what fits, and less where chat was seen lately or memory was short."""
@@ -321,8 +322,7 @@ class PoCManagerV1:
             if not await self._prepare(spec):
                 return None
             sizes = len(nonces), len(next_nonces), self._full_sizes(spec)[1]
-            may_prefetch = self._sizer.may_prefetch(spec.cost_key, *sizes)
-            prefetched = list(next_nonces) if may_prefetch else []
+            prefetched = list(next_nonces) if self._sizer.may_prefetch(spec.cost_key, *sizes) else []
             started = time.monotonic()
             try:
                 answers = await self._call("poc_compute", dataclasses.asdict(spec), nonces, prefetched)
@@ -340,8 +340,7 @@ class PoCManagerV1:
             if result.not_computed_nonces:
                 # a NaN left in a scratch cache could reach other nonces through masked attention (0 * NaN)
                 await self._call("poc_release")
-        bad = result.not_computed_nonces
-        if bad:
+        if bad := result.not_computed_nonces:
             logger.warning("PoC dropped %d nonces with NaN or Inf: %s", len(bad), bad[:MAX_LOGGED])
         self._metrics.computed(len(result.values), len(bad), seconds)
         return result
@@ -417,12 +416,6 @@ class PoCManagerV1:
     def ensure_engine_alive(self) -> None:
         """Raise EngineUnavailableError where the engine is gone for good."""
         self._watch.ensure_alive()
-
-
-def _computed_on(answers: list[Any]) -> dict[str, str]:
-    """Names in COMPUTED_ON, from the first worker that answered."""
-    first: dict[str, Any] = next((answer for answer in answers if answer is not None), {})
-    return {name: first[name] for name in COMPUTED_ON if name in first}
 
 
 def _batch_result(spec: Spec, nonces: list[int], answers: list[Any]) -> BatchResult:

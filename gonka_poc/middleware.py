@@ -15,10 +15,12 @@ from gonka_poc.errors import EngineUnavailableError, PoCError, UnsupportedServer
 from gonka_poc.manager import EngineView
 from gonka_poc.routes import PREFIX
 from gonka_poc.server.access_log import PollFilter
+from gonka_poc.server.api_docs import OPEN_PATHS
 from gonka_poc.server.browsers import BrowserGate
 from gonka_poc.server.guards import TokenGate, error_response, path_of
+from gonka_poc.server.startup import startup_text
 from gonka_poc.server.versions import versions_answer
-from gonka_poc.vllm_compat import ApiView, installed_version
+from gonka_poc.vllm_compat import ApiView, address_of, installed_version
 
 logger = logging.getLogger("vllm.gonka_poc.middleware")
 
@@ -70,7 +72,7 @@ class PoCMiddleware:
         secret = self._settings.api_token
         token = None if secret is None else secret.get_secret_value()
         guarded = BrowserGate(self._serve, any_name=token is not None)
-        self._gate = TokenGate(guarded, token, DASHBOARD, self._settings.trust_loopback)
+        self._gate = TokenGate(guarded, token, (DASHBOARD, *OPEN_PATHS), self._settings.trust_loopback)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -120,7 +122,9 @@ class PoCMiddleware:
         try:
             self._refuse()
             if "app" in scope:
-                await self._start(scope["app"]).service.prepare()
+                poc = self._start(scope["app"])
+                await poc.service.prepare()
+                logger.info("%s", startup_text(self._settings, poc.service, address_of(scope["app"])))
         except EngineUnavailableError:
             pass  # asked again with the first request
         except Exception as error:

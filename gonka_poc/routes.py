@@ -28,6 +28,7 @@ from gonka_poc.answers import (
 )
 from gonka_poc.data import PREFIX, GenerateRequest, InitGenerateRequest
 from gonka_poc.errors import PoCError, printable
+from gonka_poc.server.api_docs import add_docs
 from gonka_poc.server.bodies import BodyRoute
 from gonka_poc.server.dashboard import DashboardData, RecentErrors, dashboard_data, dashboard_page
 from gonka_poc.server.guards import error_response
@@ -155,7 +156,7 @@ async def dashboard() -> HTMLResponse:
 @router.get("/dashboard/data")
 async def dashboard_figures(service: Service, request: Request) -> DashboardData:
     """The figures of the status page."""
-    return dashboard_data(service.settings, service.metrics, service.status(), request.app.state.recent_errors)
+    return dashboard_data(service, request.app.state.recent_errors)
 
 
 def _ok(state: State) -> OkAnswer:
@@ -205,13 +206,15 @@ def make_app(service: PoCService, recent_errors: RecentErrors | None = None) -> 
         version=__version__,
         description="Proof of compute beside vLLM's own API.",
         openapi_url=f"{PREFIX}/openapi.json",
-        docs_url=f"{PREFIX}/docs",
+        docs_url=None,
         redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,
     )
     app.state.poc_service = service
     app.state.body_lock = asyncio.Lock()
     app.state.recent_errors = recent_errors or RecentErrors()
     app.include_router(router)
+    add_docs(app, service)
     app.add_exception_handler(PoCError, answer_poc_error)
     app.add_exception_handler(RequestValidationError, answer_invalid_request)
     return app

@@ -161,17 +161,19 @@ def _say(text: str) -> None:
     print(f"gonka_poc: {for_terminal(text)}", file=sys.stderr)
 
 
-def main() -> None:
-    """Replace this process by vLLM's server, so that signals and exit status are vLLM's own."""
+def main(words: Sequence[str] | None = None) -> None:
+    """Replace this process by vLLM's server with the options `words` (default: those of the process), so that signals
+    and exit status are vLLM's own."""
+    words = sys.argv[1:] if words is None else words
     try:
-        args = server_arguments(sys.argv[1:])
-        if ENABLE in sys.argv[1:]:
+        args = server_arguments(words)
+        if ENABLE in words:
             if load_settings().batch_invariant:
                 os.environ[BATCH_INVARIANT] = "1"
             check_settings(_say)
             for sentence in unused_variables():
                 _say(sentence)
-        if REPLAY in sys.argv[1:] and not os.environ.get(RUNNER_VARIABLE):
+        if REPLAY in words and not os.environ.get(RUNNER_VARIABLE):
             # the V2 runner, where vLLM would choose it, takes other logits processors
             os.environ[RUNNER_VARIABLE] = "0"
     except PoCError as error:

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.special import betainc
 
 from gonka_poc.data import StatTest, decode_vector
 from gonka_poc.threshold_data import ProofBatch, ValidatedBatch
 
+LEAST_P_VALUE = 1e-300
 P_INVALID = 5e-4  # rate at which nonces of an honest host are invalid to another: of a threshold round
 
 
@@ -26,11 +27,17 @@ class Verdict:
     fraud_detected: bool
 
 
+def p_value_text(p_value: float, digits: int = 2) -> str:
+    """A p-value to read; where the arithmetic of float64 ends, its bound: it is never 0."""
+    return f"{p_value:.{digits}g}" if p_value >= LEAST_P_VALUE else f"< {LEAST_P_VALUE:g}"
+
+
 def binomial_p_value(n_mismatch: int, n_total: int, p_mismatch: float) -> float:
     """Probability of at least `n_mismatch` of `n_total` mismatches from an honest host; 1.0 if nothing was compared."""
-    if n_total == 0:
+    if n_mismatch == 0:
         return 1.0
-    return float(binomtest(n_mismatch, n_total, p_mismatch, alternative="greater").pvalue)
+    # the upper tail of the binomial distribution; scipy.stats, which has it by name, takes a second to import
+    return float(betainc(n_mismatch, n_total - n_mismatch + 1, p_mismatch))
 
 
 def is_mismatch(received_b64: str, computed: np.ndarray, dist_threshold: float) -> bool:

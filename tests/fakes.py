@@ -14,6 +14,7 @@ import httpx
 import numpy as np
 from prometheus_client import CollectorRegistry
 
+from gonka_poc.answers import EngineStatus
 from gonka_poc.app import PoCApp, build_app
 from gonka_poc.config import Settings
 from gonka_poc.data import PREFIX, VECTOR_DTYPE, BatchResult, DistanceSpec, Params, Spec, VectorSpec, spec_from
@@ -116,7 +117,8 @@ class FakeManager:
         self.specs: list[Spec] = []  # of each batch that was asked for
         self.script: deque[str | Exception] = deque()
         self.nan_nonces: set[int] = set()
-        self.computed_on: dict[str, str] = {}
+        self.computed_on: dict[str, Any] = {}
+        self.engine = EngineStatus(model=MODEL)
         self.refusal: PoCError | None = None
         self.dead = False
         self.asleep = False

@@ -11,7 +11,7 @@ import httpx
 import uvicorn
 from engineless import START_SEC, until_started
 from fakes import FakeView
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
@@ -24,17 +24,22 @@ from gonka_poc.routes import PREFIX
 
 
 class LiveServer:
-    """While entered, a server at `url` whose other routes are /health and /v1/models."""
+    """While entered, a server at `url` over the engine `view`, whose other routes are /health, /v1/models and
+    /metrics."""
 
-    def __init__(self, port: int | None = None, metrics: Metrics | None = None) -> None:
+    def __init__(self, port: int | None = None, metrics: Metrics | None = None, view: FakeView | None = None) -> None:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        app = Starlette(routes=[Route(path, lambda _: PlainTextResponse("")) for path in ("/health", "/v1/models")])
+        self.view = view or FakeView()
+        registry = CollectorRegistry()
+        routes = [Route(path, lambda _: PlainTextResponse("")) for path in ("/health", "/v1/models")]
+        routes.append(Route("/metrics", lambda _: PlainTextResponse(generate_latest(registry))))
+        app = Starlette(routes=routes)
         app.add_middleware(
             PoCMiddleware,
             check_release=lambda: "0.32.0",
-            make_view=lambda app: FakeView(),
-            build=partial(build_app, metrics=metrics, registry=CollectorRegistry()),
+            make_view=lambda app: self.view,
+            build=partial(build_app, metrics=metrics, registry=registry),
         )
         self._server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_config=None))
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve()))

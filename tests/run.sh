@@ -20,21 +20,22 @@ check() {
     fi
 }
 
-# The status page is tested in a browser. Where none can be installed here, its test fails and says what is missing.
-ensure_chromium() {
-    local name
-    for name in chromium chromium-browser google-chrome; do
+# ensure_installed PACKAGE WHAT COMMAND...: PACKAGE of Debian, unless one of the commands is there. The status page is
+# tested in a browser, and the alerts in a Prometheus. Where one cannot be installed here, its tests fail and say so.
+ensure_installed() {
+    local package=$1 what=$2 name
+    for name in "${@:3}"; do
         ! command -v "$name" >/dev/null || return 0
     done
     if ((EUID != 0)) || ! command -v apt-get >/dev/null; then
-        warn "no Chromium on PATH, and it takes root and apt-get to install one here"
+        warn "no $package on PATH, and it takes root and apt-get to install it here"
         return 0
     fi
     export DEBIAN_FRONTEND=noninteractive
     if ! step "package lists" apt-get update; then
         return 0
     fi
-    step "Chromium, for the test of the status page" apt-get install -y --no-install-recommends chromium || true
+    step "$package, for $what" apt-get install -y --no-install-recommends "$package" || true
 }
 
 main() {
@@ -48,7 +49,8 @@ main() {
     source "$ROOT/scripts/cpu_venv.sh"
     ensure_stdin
     set_up_venv tests
-    ensure_chromium
+    ensure_installed chromium "the test of the status page" chromium chromium-browser google-chrome
+    ensure_installed prometheus "the test of the alerts" promtool
     export_engine_environment
     # Where it is set, each of some hundred Pythons that the tests start would compile again what has no byte code yet.
     unset PYTHONDONTWRITEBYTECODE

@@ -72,5 +72,5 @@ async def test_an_api_key_and_a_root_path(prefix, ours_last):
         assert f"{PREFIX}/status" in schema.json()["paths"]
         docs = await client.get(f"{prefix}{PREFIX}/docs")
         assert docs.status_code == 200
-        # a browser is behind the proxy that cuts the prefix off, so it must ask with it
-        assert f"'/x{PREFIX}/openapi.json'" in docs.text
+        # a browser is behind the proxy that cuts the prefix off: it asks relative to where it found the page
+        assert 'fetch("openapi.json"' in docs.text

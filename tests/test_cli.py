@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import numpy as np
@@ -14,18 +19,22 @@ import pytest
 from engineless import engineless_server, run
 from fakes import MODEL, FakeManager, generate_body, round_body
 
+from gonka_poc import serve
 from gonka_poc.answers import ReceiverStatus, StatusAnswer
+from gonka_poc.callbacks.admin import summary
 from gonka_poc.callbacks.outbox import Outbox
-from gonka_poc.cli import artifacts, demo
+from gonka_poc.cli import artifacts, demo, server_process, status
 from gonka_poc.cli import common as cli_common
 from gonka_poc.cli.client import PoCClient, socket_path
 from gonka_poc.cli.demo import Step
 from gonka_poc.cli.receive import Receiver
 from gonka_poc.cli.refusals import refusal_text
 from gonka_poc.cli.server_process import free_port
+from gonka_poc.config import Settings
 from gonka_poc.data import PREFIX, VECTOR_DTYPE, StatTest, encode_vector
 from gonka_poc.errors import ComputeError, RequestError, ServerAnswerError
 from gonka_poc.request_fields import Artifact
+from gonka_poc.version import __version__
 
 
 @pytest.fixture
@@ -306,6 +315,26 @@ def test_a_file_without_artifacts_is_no_pass(server, tmp_path, capsys):
     assert "more than once" in capsys.readouterr().err
 
 
+EXAMPLE = Path(__file__).parent.parent / "examples" / "verify.py"
+
+
+def test_the_example_verifies_a_file(server, tmp_path):
+    """The public names of the package are enough for it, in nine lines."""
+    lines = [line for line in EXAMPLE.read_text().splitlines() if line and not line.startswith('"""')]
+    assert len(lines) <= 9
+    out = tmp_path / "a.json"
+    generate(server, out, "0-2")
+    verify = [sys.executable, str(EXAMPLE), str(out), server.url]
+    done = subprocess.run(verify, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "0 of 3 differ, p = 1\n")
+    content = json.loads(out.read_text())
+    for artifact in content["artifacts"]:
+        artifact["vector_b64"] = encode_vector(np.array([0.1, 0.2, 0.3]))
+    out.write_text(json.dumps(content))
+    done = subprocess.run(verify, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "3 of 3 differ, p = 1e-09\n", "fraud\n")
+
+
 # --- status and stop --------------------------------------------------------------------------------------------
 
 
@@ -356,17 +385,22 @@ def test_stop_counts_what_it_ended(server, capsys):
 
 def test_status_for_machines(server, capsys):
     assert run("status", "--url", server.url, "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"status": "IDLE", "config": None, "stats": None}
+    value = json.loads(capsys.readouterr().out)
+    assert {"status": "IDLE", "config": None, "stats": None, "url": server.url, "problems": []}.items() <= value.items()
+    assert value["host"]["model"] == MODEL
 
 
 def test_status_shows_the_receivers_of_callbacks(server, monkeypatch, capsys):
     one = ReceiverStatus(receiver="http://r", waiting=7, oldest_sec=3.5, delivered=9, refused=2, parked=1, expired=4)
     answer = StatusAnswer(status="IDLE", config=None, stats=None, callbacks=[one])
     monkeypatch.setattr(PoCClient, "status", lambda self: answer)
-    assert run("status", "--url", server.url) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "callbacks http://r: waiting 7, oldest_sec 3.5, delivered 9, refused 2, parked 1, expired 4" in shown
-    assert run("status", "--url", server.url, "--json") == 0
+    assert run("status", "--url", server.url) == 3
+    printed = capsys.readouterr()
+    shown = " ".join(printed.out.split())
+    assert "receiver http://r: waiting 7, oldest_sec 3.5, delivered 9, refused 2, parked 1, expired 4" in shown
+    assert "7 artifacts wait, the oldest for 3 s" in shown
+    assert printed.err.startswith("http://r refused 1 artifacts for good")
+    assert run("status", "--url", server.url, "--json") == 3
     assert json.loads(capsys.readouterr().out)["callbacks"] == [one.model_dump()]
 
 
@@ -382,8 +416,218 @@ def test_status_shows_the_receivers_of_callbacks(server, monkeypatch, capsys):
 def test_status_says_whether_the_round_ended_or_waits(server, monkeypatch, capsys, state, label):
     answer = StatusAnswer(status=state, config=None, stats=None, error="the engine sleeps")
     monkeypatch.setattr(PoCClient, "status", lambda self: answer)
-    assert run("status", "--url", server.url) == 0
+    assert run("status", "--url", server.url) == 3
     assert f"{label} the engine sleeps" in " ".join(capsys.readouterr().out.split())
+
+
+def all_right(**changes: Any) -> StatusAnswer:
+    return StatusAnswer(**{"status": "IDLE", "config": None, "stats": None, **changes})
+
+
+def test_status_says_what_a_host_is_and_that_it_is_all_right(server, capsys):
+    server.manager.computed_on = {
+        **{"workers": 2, "gpu": "chip", "dtype": "bfloat16", "attention_backend": "FLASH_ATTN"},
+        **{"compiled": True, "noise_floor": 0.0234},
+    }
+    assert run("status", "--url", server.url) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"model {MODEL} versions vLLM" in shown
+    assert "computes on 2 x chip, bfloat16, attention FLASH_ATTN" in shown
+    assert "proof runs compiled layers; noise floor of this model: 0.023" in shown
+    assert shown.endswith("all right")
+
+
+def test_status_of_a_round(server, capsys):
+    """Its block, its speed, and what was computed; a plain server says so."""
+    server.manager.computed_on = {"compiled": False}
+    body = round_body(block_height=7)
+    httpx.post(f"{server.url}{PREFIX}/init/generate", json=body).raise_for_status()
+    assert run("status", "--url", server.url) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "state GENERATING" in shown
+    assert f"block 7 ({body['block_hash']}), node {body['node_id']} of {body['node_count']}" in shown
+    assert "nonces/s now" in shown
+    assert "proof runs the plain forward" in shown
+
+
+def test_rates_and_chat_of_the_last_half_hour(server, monkeypatch, capsys):
+    figures = {"nonces_per_second": [0.0, 4.0, 2.0, 0.0], "chat_share": 0.25, "time": 100.0}
+    errors = [{"time": 40.0, "level": "ERROR", "text": "something broke"}, {"time": 1.0, "text": "older"}]
+    monkeypatch.setattr(PoCClient, "dashboard_data", lambda self: {**figures, "errors": errors})
+    assert run("status", "--url", server.url) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "0.00 nonces/s now, 3.00 in the mean while it computed, 4.00 at best" in shown
+    assert "chat had 25% of the time" in shown
+    assert "last error 60 s ago: something broke" in shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({}, "see the server's log"),
+        ({"histories": [{"chat_shares": [None, 1.0, 1.0, 0.95]}]}, "chat has all of the time"),
+        ({"histories": [{"chat_shares": [None, 1.0, 0.5, 1.0]}]}, "see the server's log"),
+        ({"round_began_at": 950.0}, None),
+        ({"nonces_per_second": [0.0, 0.0, 0.1, 0.0]}, None),
+    ],
+    ids=str,
+)
+def test_a_round_that_stands_still_is_a_problem(server, monkeypatch, capsys, changes, problem):
+    figures = {"time": 1000.0, "round_began_at": 900.0, "bucket_seconds": 10, "rate": 0.0, "round_receiver": None}
+    figures |= {"nonces_per_second": [5.0, 0.0, 0.0, 0.0], **changes}
+    httpx.post(f"{server.url}{PREFIX}/init/generate", json=round_body()).raise_for_status()
+    monkeypatch.setattr(PoCClient, "dashboard_data", lambda self: figures)
+    assert run("status", "--url", server.url) == (3 if problem else 0)
+    printed = capsys.readouterr()
+    assert "ago, for no receiver" in " ".join(printed.out.split())
+    if problem:
+        assert f"nothing was computed in the last 30 s: {problem}" in printed.err
+
+
+def test_a_receiver_that_takes_nothing_is_a_problem(server, monkeypatch, capsys):
+    counts = {"delivered": 0, "refused": 3, "parked": 0, "expired": 0}
+    late = ReceiverStatus(receiver="http://r", waiting=7, oldest_sec=7300.0, error="answered 500", **counts)
+    monkeypatch.setattr(PoCClient, "status", lambda self: all_right(callbacks=[late]))
+    assert run("status", "--url", server.url) == 3
+    assert capsys.readouterr().err == (
+        "http://r does not take what it is sent; the oldest of 7 artifacts waits for 2 h 1 min: answered 500\n"
+    )
+    soon = late.model_copy(update={"oldest_sec": 59.0})
+    monkeypatch.setattr(PoCClient, "status", lambda self: all_right(callbacks=[soon]))
+    assert run("status", "--url", server.url) == 0
+
+
+def test_status_of_several_hosts_is_one_table(server, monkeypatch, capsys):
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("COLUMNS", "160")
+    assert run("status", "--url", server.url, "--url", nowhere) == 1
+    printed = capsys.readouterr()
+    assert [MODEL in line for line in printed.out.splitlines() if server.url in line] == [True]
+    assert ["no answer" in line for line in printed.out.splitlines() if nowhere in line] == [True]
+    assert f"{nowhere} cannot be reached" in printed.err
+    monkeypatch.setenv("GONKA_POC_URL", f"{server.url} {server.url}/")
+    assert run("status", "--json") == 0
+    assert [host["problems"] for host in json.loads(capsys.readouterr().out)] == [[], []]
+    assert run("stop") == 1
+    assert "GONKA_POC_URL names several servers" in capsys.readouterr().err
+
+
+def test_the_address_from_the_environment(server, monkeypatch, capsys):
+    monkeypatch.setenv("GONKA_POC_URL", server.url)
+    assert run("status") == run("stop") == 0
+
+
+def test_status_is_watched_until_it_is_interrupted(server, monkeypatch, capsys):
+    sleeps: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        sleeps.append(seconds)
+        if len(sleeps) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(status.time, "sleep", sleep)
+    assert run("status", "--url", server.url, "--watch", "--interval", "2") == 0
+    assert sleeps == [2, 2, 2]
+    assert capsys.readouterr().out.count("all right") == 3
+
+
+# --- start and wait ---------------------------------------------------------------------------------------------
+
+
+def test_start_begins_a_round_and_refuses_a_second(server, capsys):
+    begin = ("start", "--url", server.url, "--block-hash", "b", "--public-key", "k", "--seq-len", "4", "--k-dim", "3")
+    more = ("--node-id", "1", "--node-count", "4", "--receiver", "http://127.0.0.1:1")
+    assert run(*begin, *more) == 0
+    assert capsys.readouterr().out.startswith("GENERATING; `gonka-poc status")
+    config = httpx.get(f"{server.url}{PREFIX}/status").json()["config"]
+    assert {"block_hash": "b", "public_key": "k", "node_id": 1, "node_count": 4, "seq_len": 4}.items() <= config.items()
+    assert run(*begin) == 1
+    assert "answered 409" in capsys.readouterr().err
+
+
+def test_wait_ends_once_the_server_answers(server, monkeypatch, capsys):
+    answers = [httpx.ConnectError("not yet"), httpx.Response(503), httpx.Response(200, json={})]
+
+    def request(*args: object, **kwargs: object) -> httpx.Response:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(httpx.Client, "request", request)
+    monkeypatch.setattr(server_process.time, "sleep", lambda seconds: None)
+    assert run("wait", "--url", server.url) == 0
+    assert answers == []
+    assert capsys.readouterr().out == f"{server.url} answers\n"
+
+
+def test_wait_gives_up(server, capsys):
+    assert run("wait", "--url", f"http://127.0.0.1:{free_port()}", "--timeout", "0") == 1
+    assert "did not answer within 0 s" in capsys.readouterr().err
+    with Receiver() as receiver:
+        assert run("wait", "--url", receiver.url) == 1
+    assert "is it a vLLM server with gonka_poc?" in capsys.readouterr().err
+
+
+# --- the command line as a whole --------------------------------------------------------------------------------
+
+
+def test_little_is_imported_for_the_version():
+    """What takes long is imported where it is used."""
+    code = "import sys; sys.argv[1:] = ['--version']; import gonka_poc.cli.main as m; m.main()"
+    heavy = ["scipy", "numpy", "torch", "vllm", "httpx", "rich", "pydantic", "fastapi"]
+    program = f"import sys, atexit; atexit.register(lambda: print(sorted(set({heavy}) & set(sys.modules)))); {code}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"gonka-poc, version {__version__}", "[]"]
+
+
+def test_the_package_is_a_program():
+    done = subprocess.run([sys.executable, "-m", "gonka_poc", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"gonka-poc, version {__version__}\n"
+
+
+@pytest.mark.parametrize("words", [["--version"], ["serve", "--help"]], ids=" ".join)
+def test_a_full_disk_is_said_in_a_line(words):
+    with open("/dev/full", "w") as full:
+        program = [sys.executable, "-m", "gonka_poc", *words]
+        done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "Error: cannot write the result: No space left on device\n")
+
+
+def test_a_reader_that_leaves_is_no_error_to_speak_of():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-m", "gonka_poc", "--version"], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_a_script_that_asks_the_program(shell, capsys):
+    assert run("completion", shell) == 0
+    assert "_GONKA_POC_COMPLETE" in capsys.readouterr().out
+
+
+def test_a_shell_completes_commands():
+    variables = {"_GONKA_POC_COMPLETE": "bash_complete", "COMP_WORDS": "gonka-poc sta", "COMP_CWORD": "1"}
+    environment = {**os.environ, **variables}
+    done = subprocess.run([sys.executable, "-m", "gonka_poc"], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["plain,status", "plain,start"]
+
+
+def test_the_help_of_serve_lists_what_there_is(capsys):
+    assert run("serve", "--help") == 0
+    shown = capsys.readouterr().out
+    assert {"--enable-poc", "--enable-replay"} <= set(shown.split())
+    assert {f"POC_{name.upper()}" for name in Settings.model_fields} <= set(shown.split())
+
+
+def test_serve_hands_every_word_on(monkeypatch):
+    given: list[tuple[str, ...]] = []
+    monkeypatch.setattr(serve, "main", given.append)
+    words = ("MODEL", "--enable-poc", "-tp", "2", "--help=all", "-O3", "--", "-x")
+    assert not run("serve", *words)
+    assert given == [words]
 
 
 def test_commands_that_wait_for_a_round_say_so(server, tmp_path, monkeypatch, capsys):
@@ -409,6 +653,58 @@ def test_outbox_commands_name_what_there_is_not(tmp_path, capsys):
         assert "0 batches" in capsys.readouterr().out
         assert run("outbox", "--path", path, command, "--id", "99") == 1
         assert "none of these batches" in capsys.readouterr().err
+
+
+@pytest.fixture
+def outbox(tmp_path) -> str:
+    """An outbox with two callbacks to one receiver and one to another, all still to be sent."""
+    path = str(tmp_path / "outbox.sqlite3")
+    box = Outbox(path, 10**6)
+    for url, block in (("http://a", "1"), ("http://a", "2"), ("http://b", "1")):
+        box.add_artifacts(url, {"block_hash": block}, [{"nonce": i, "vector_b64": "AA"} for i in range(3)], None)
+    box.close()
+    return path
+
+
+def test_nothing_undelivered_is_purged_unasked(outbox, capsys):
+    purge = ("outbox", "--path", outbox, "purge", "--undelivered")
+    assert run(*purge, "--receiver", "http://a") == 1
+    said = capsys.readouterr().err
+    assert "2 callbacks with 6 artifacts that are still to be sent, to http://a" in said
+    assert "nothing was deleted" in said
+    assert len(summary(outbox)) == 3
+    assert run(*purge, "--receiver", "http://a", "--yes", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"batches": 2}
+    assert run(*purge, "--id", "99") == 1  # there is nothing to ask about
+    assert "none of these batches" in capsys.readouterr().err
+    assert [batch.url for batch in summary(outbox)] == ["http://b"]
+
+
+@pytest.mark.parametrize(("answer", "status", "left"), [("y", 0, 0), ("n", 130, 3), ("", 130, 3)])
+def test_who_purges_is_asked(outbox, monkeypatch, capsys, answer, status, left):
+    terminal = io.StringIO(f"{answer}\n")
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdin", terminal)
+    assert run("outbox", "--path", outbox, "purge", "--undelivered") == status
+    assert "3 callbacks with 9 artifacts that are still to be sent, to http://a, http://b" in capsys.readouterr().err
+    assert len(summary(outbox)) == left
+
+
+def test_the_server_is_asked_for_its_outbox(server, outbox, monkeypatch, capsys):
+    monkeypatch.setattr(PoCClient, "dashboard_data", lambda self: {"outbox_path": outbox})
+    assert run("outbox", "--server", server.url, "list", "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)) == 3
+    assert run("outbox", "--server", server.url, "--path", outbox, "list") == 1
+    assert "give one of them" in capsys.readouterr().err
+    for path, says in ((":memory:", "in memory only"), (None, "does not say where its outbox is")):
+        monkeypatch.setattr(PoCClient, "dashboard_data", lambda self, path=path: {"outbox_path": path})
+        assert run("outbox", "--server", server.url, "list") == 1
+        assert says in capsys.readouterr().err
+
+
+def test_retry_still_takes_the_older_name_of_its_option(outbox, capsys):
+    assert run("outbox", "--path", outbox, "retry", "--url", "http://nobody") == 1
+    assert "none of these batches" in capsys.readouterr().err
 
 
 # --- errors -----------------------------------------------------------------------------------------------------
@@ -597,7 +893,7 @@ def test_help_shows_a_real_command(command, capsys):
 @pytest.mark.parametrize(("ok", "status"), [(True, 0), (False, 1)])
 def test_the_demo_ends_with_its_verdict(monkeypatch, capsys, ok, status):
     steps = [Step("one", True, "done", rate="1/s"), Step("two", ok, "done", rate="1/s")]
-    monkeypatch.setattr(demo, "demo", lambda work: iter(steps))
+    monkeypatch.setattr(demo, "demo", lambda work, model: iter(steps))
     assert run("demo") == status
     assert ("FAILED" in capsys.readouterr().out) == (not ok)
     assert run("demo", "--json") == status

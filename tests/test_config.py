@@ -200,7 +200,7 @@ def test_a_misspelled_variable_is_given_the_nearest_name(name, nearest):
 
 def test_a_variable_like_none_of_ours():
     (sentence,) = unused_variables({"POC_XYZZY": "1"})
-    assert "README.md lists those that are read" in sentence
+    assert "`gonka-poc serve --help` lists those that are read" in sentence
 
 
 def test_variables_of_other_software_are_not_taken_for_misspelled_ones():

@@ -36,7 +36,9 @@ def test_help_tells_every_option():
     assert {option for pair in options for option in pair if option} <= set(re.findall(r"--[a-z-]+", answer.stdout))
 
 
-@pytest.mark.parametrize("args", [["--nothing"], ["--cpu", "--python"], ["--cpu", "--python", ""], ["x"]])
+@pytest.mark.parametrize(
+    "args", [["--nothing"], ["--cpu", "--python"], ["--cpu", "--python", ""], ["--cpu", "--model", "large"], ["x"]]
+)
 def test_wrong_usage_changes_nothing_and_says_where_help_is(args):
     answer = install(*args)
     assert answer.returncode == 2

@@ -345,7 +345,7 @@ async def test_workers_are_described_once():
     for _ in range(3):
         await manager.check(params())
     assert view.calls == [("poc_describe", ())]
-    assert manager.computed_on == {"dtype": "float16"}
+    assert manager.computed_on == {"workers": 1, "dtype": "float16", "compiled": False}
 
 
 @pytest.mark.parametrize("failure", [UnsupportedServerError("no layers"), RuntimeError("later")])

@@ -7,18 +7,30 @@ import re
 from typing import Any
 
 import pytest
-from fakes import Clock, FakeView, generate_body, round_body, until
+from fakes import MODEL, Clock, FakeView, generate_body, round_body, until
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from gonka_poc.answers import ReceiverStatus
+from gonka_poc.answers import OutboxStatus, ReceiverStatus
 from gonka_poc.app import build_app
+from gonka_poc.callbacks.answers import Meaning, outcome_of
 from gonka_poc.config import Settings
 from gonka_poc.data import GenerateRequest, InitGenerateRequest, VectorSpec
 from gonka_poc.manager import PoCManagerV1
-from gonka_poc.metrics import BUCKET_SEC, MAX_YIELD_SEC, NUM_BUCKETS, STATES, Bucket, History, Metrics
+from gonka_poc.metrics import (
+    BUCKET_SEC,
+    CALLBACK_OUTCOMES,
+    LONG_BUCKET_SEC,
+    MAX_YIELD_SEC,
+    NUM_BUCKETS,
+    STATES,
+    Bucket,
+    History,
+    Metrics,
+)
 from gonka_poc.server.dashboard import MAX_ERROR_CHARS, MAX_ERRORS, RecentErrors
 from gonka_poc.server.ignored_fields import MAX_NAMES
+from gonka_poc.server.versions import installed_releases
 
 SPEC = VectorSpec("block", "key", seq_len=4, k_dim=3)
 SAMPLES = {
@@ -37,7 +49,17 @@ SAMPLES = {
     "gonka_poc_replay_seconds_count",
     "gonka_poc_queue_nonces",
     "gonka_poc_outbox_pending",
+    "gonka_poc_outbox_artifacts",
+    "gonka_poc_outbox_parked",
+    "gonka_poc_outbox_bytes",
+    "gonka_poc_outbox_max_bytes",
+    "gonka_poc_outbox_oldest_seconds",
     "gonka_poc_outbox_damaged_batches_total",
+    "gonka_poc_callbacks_total",
+    "gonka_poc_yielded_seconds_total",
+    "gonka_poc_build_info",
+    "gonka_poc_compiled",
+    "gonka_poc_workers",
     "gonka_poc_state",
 }
 
@@ -84,8 +106,10 @@ def test_reports_are_counted(registry):
     metrics.computed(nonces=32, nan=0, seconds=0.05)
     metrics.skipped()
     metrics.skipped("out of memory")
-    metrics.called_back(0.3)
-    metrics.queue_nonces, metrics.outbox_pending, metrics.state = lambda: 7, lambda: 8, lambda: "GENERATING"
+    metrics.called_back(0.3, "accepted")
+    metrics.queue_nonces, metrics.state = lambda: 7, lambda: "GENERATING"
+    outbox = OutboxStatus(callbacks=8, artifacts=90, parked=4, used_bytes=5000, max_bytes=10_000)
+    metrics.outbox = lambda: outbox
     found = scrape(registry)
     expected = {
         ("gonka_poc_nonces_total",): 62,
@@ -99,6 +123,12 @@ def test_reports_are_counted(registry):
         ("gonka_poc_callback_seconds_count",): 1,
         ("gonka_poc_queue_nonces",): 7,
         ("gonka_poc_outbox_pending",): 8,
+        ("gonka_poc_outbox_artifacts",): 90,
+        ("gonka_poc_outbox_parked",): 4,
+        ("gonka_poc_outbox_bytes",): 5000,
+        ("gonka_poc_outbox_max_bytes",): 10_000,
+        ("gonka_poc_callbacks_total", "accepted"): 1,
+        ("gonka_poc_callbacks_total", "park"): 0,
         ("gonka_poc_state", "GENERATING"): 1,
         ("gonka_poc_state", "IDLE"): 0,
     }
@@ -174,9 +204,37 @@ def test_receivers_of_callbacks(registry):
         "parked": (2, 0),
         "expired_total": (5, 0),
     }
+    assert found["gonka_poc_outbox_oldest_seconds",] == 61.5
     for name, values in expected.items():
         shown = tuple(found[f"gonka_poc_callbacks_{name}", receiver] for receiver in ("http://***@one", "http://two"))
         assert shown == values, name
+
+
+def test_every_meaning_of_an_answer_has_its_count():
+    assert tuple(map(outcome_of, Meaning)) == CALLBACK_OUTCOMES
+
+
+async def test_what_computes_proof_is_named(registry):
+    """Before the workers were reached nothing is claimed of them; then their labels and the layers are there."""
+    view = FakeView()
+    view.device = "cuda"
+    poc = build_app(view, Settings(outbox_path=":memory:"), registry=registry)
+    poc.start()
+    before = scrape(registry)
+    assert (before["gonka_poc_compiled",], before["gonka_poc_workers",]) == (0, 0)
+    await poc.service.prepare()
+    after = scrape(registry)
+    assert (after["gonka_poc_compiled",], after["gonka_poc_workers",]) == (1, 1)
+    samples = [s for family in registry.collect() for s in family.samples if s.name == "gonka_poc_build_info"]
+    (labels,) = [sample.labels for sample in samples]
+    assert labels == {
+        **installed_releases(),
+        "model": MODEL,
+        "gpu": "",
+        "dtype": "float16",
+        "attention_backend": "",
+    }
+    await poc.close()
 
 
 async def test_the_service_is_asked_at_each_scrape(registry):
@@ -200,6 +258,7 @@ async def test_unknown_fields_are_counted_and_each_is_logged_once(registry, capl
     metrics = Metrics()
     service = build_app(FakeView(), Settings(chat_backoff_sec=0.001), metrics=metrics).service
     metrics.attach(registry)
+    await service.prepare()  # from here on the labels of `build_info` stay
     before = scrape(registry)
     assert before["gonka_poc_ignored_fields_total",] == 0
     for number in range(3):
@@ -245,6 +304,15 @@ def test_what_is_older_than_the_history_is_gone(clock, pause):
     assert len(history._buckets) == NUM_BUCKETS + 1
 
 
+def test_the_long_history_goes_back_six_hours(clock):
+    metrics = Metrics(clock=clock)
+    metrics.computed(nonces=5, nan=0, seconds=1.0)
+    clock.now += 5 * 3600
+    assert not any(bucket.nonces for bucket in metrics.history.whole())
+    assert [bucket.nonces for bucket in metrics.long_history.whole() if bucket.nonces] == [5]
+    assert NUM_BUCKETS * LONG_BUCKET_SEC == 6 * 3600
+
+
 def test_the_history_stays_small(clock):
     history = History(clock)
     for _ in range(10_000):
@@ -254,15 +322,18 @@ def test_the_history_stays_small(clock):
     assert sum(bucket.nonces for bucket in history.whole()) == pytest.approx(NUM_BUCKETS * BUCKET_SEC / 3.7, rel=0.01)
 
 
-def test_the_share_of_chat(clock):
+def test_the_share_of_chat(clock, registry):
     metrics = Metrics(clock=clock)
-    assert metrics.history.chat_share() is None
+    assert metrics.history.total().chat_share is None
     for _ in range(30):  # chat is served for 1.5 s, asked about every 50 ms
         metrics.skipped()
         clock.now += 0.05
     clock.now += 0.5
     metrics.computed(nonces=1, nan=0, seconds=0.5)
-    assert metrics.history.chat_share() == pytest.approx(1.5 / 2.0)
+    for history in (metrics.history, metrics.long_history):
+        assert history.total().chat_share == pytest.approx(1.5 / 2.0)
+    metrics.attach(registry)
+    assert scrape(registry)["gonka_poc_yielded_seconds_total",] == pytest.approx(1.5)
 
 
 def test_a_round_that_ended_while_it_waited_for_chat_waits_no_longer(clock):
@@ -270,7 +341,7 @@ def test_a_round_that_ended_while_it_waited_for_chat_waits_no_longer(clock):
     metrics.skipped()
     clock.now += 600
     metrics.computed(nonces=1, nan=0, seconds=1.0)
-    assert metrics.history.chat_share() == pytest.approx(MAX_YIELD_SEC / (MAX_YIELD_SEC + 1.0))
+    assert metrics.history.total().chat_share == pytest.approx(MAX_YIELD_SEC / (MAX_YIELD_SEC + 1.0))
 
 
 def test_other_reasons_are_no_chat(clock):
@@ -278,7 +349,7 @@ def test_other_reasons_are_no_chat(clock):
     metrics.skipped("out of memory")
     clock.now += 1
     metrics.computed(nonces=1, nan=0, seconds=0.5)
-    assert metrics.history.chat_share() == 0
+    assert metrics.history.total().chat_share == 0
 
 
 # --- last errors ------------------------------------------------------------------------------------------------
@@ -316,9 +387,23 @@ def test_an_exception_is_said(recent):
     assert recent.errors[0].text == r"it failed (ValueError('a\nb'))"
 
 
+def test_what_fails_again_and_again_is_one_error(recent):
+    """A receiver's batches differ by their numbers only; another receiver, or another reason, is another error."""
+    for number in range(50):
+        log("callback %d to %a failed: %a", number, "http://10.0.0.1:9000", "refused")
+        log("callback %d to %a failed: %a", number, "http://10.0.0.2:9000", "refused")
+    log("callback %d to %a failed: %a", 50, "http://10.0.0.1:9000", "timed out")
+    assert [(error.text[:11], error.count) for error in recent.errors] == [
+        ("callback 49", 50),
+        ("callback 49", 50),
+        ("callback 50", 1),
+    ]
+    assert recent.errors[0].first_time <= recent.errors[0].time
+
+
 def test_only_the_last_errors_are_kept(recent):
     for i in range(10 * MAX_ERRORS):
-        log("error %d", i)
+        log("error %s", str(i))
     assert [error.text for error in recent.errors] == [f"error {i}" for i in range(9 * MAX_ERRORS, 10 * MAX_ERRORS)]
 
 

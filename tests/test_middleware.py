@@ -198,7 +198,7 @@ async def test_root_path(host, root_path, path, status):
         response = await client.get(path)
     assert response.status_code == status
     if path.endswith("/docs"):  # a browser asks for the schema where the proxy has it
-        assert f"{root_path}{PREFIX}/openapi.json" in response.text
+        assert 'fetch("openapi.json"' in response.text
 
 
 # --- an engine that is not there --------------------------------------------------------------------------------
@@ -414,7 +414,8 @@ def _token(monkeypatch):
         "/",
         "/status",
         "/versions",
-        "/docs",
+        "/docs/",
+        "/docs/other.js",
         "/openapi.json",
         "/dashboard/data",
         "/dashboard/",
@@ -507,10 +508,10 @@ async def test_programs_of_this_machine_can_be_let_in(client, headers, trusted):
 
     named = [*headers, *([] if b"host" in dict(headers) else [(b"host", b"127.0.0.1:5001")])]
     scope = {"type": "http", "method": "GET", "path": f"{PREFIX}/status", "headers": named, "client": client}
-    await TokenGate(app, TOKEN, "/open", trust_loopback=True)(scope, None, send)
+    await TokenGate(app, TOKEN, ["/open"], trust_loopback=True)(scope, None, send)
     assert (len(passed), [m["status"] for m in sent if "status" in m]) == ((1, []) if trusted else (0, [401]))
     passed.clear()
-    await TokenGate(app, TOKEN, "/open")(scope, None, send)
+    await TokenGate(app, TOKEN, ["/open"])(scope, None, send)
     assert passed == []
 
 
@@ -704,6 +705,16 @@ async def test_a_sender_that_is_gone_while_its_body_is_drained(host):
     scope = {"type": "http", "method": "POST", "path": f"{PREFIX}/generate", "query_string": b"", "headers": headers}
     await asyncio.wait_for(host(scope, receive, send), 5)
     assert sent[0]["status"] == 413
+
+
+async def test_the_log_has_a_block_once_the_server_is_up(parts, caplog):
+    caplog.set_level(logging.INFO)
+    host = parts.host()
+    host.state.args = SimpleNamespace(host=None, port=5001)
+    await lifespan_of(host, lambda: True)
+    (block,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("PoC is served")]
+    assert "page      http://127.0.0.1:5001/api/v1/pow/dashboard" in block
+    assert "the plain forward, on 1 worker(s)" in block  # one of the two that it has described itself
 
 
 # --- the end ----------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ IMPLIED = {"middleware", "enable_chunked_prefill", "runner", "convert", "nnodes"
 IMPLIED |= {"gauge_engine_sleep_state"}  # the metric, which is read by its name
 # what our logits processors have in the place of vLLM's own
 IMPLIED |= {"add_request", "apply", "is_argmax_invariant", "update_state", "validate_params"}
-OPTIONS = {"model_tag"}  # what vLLM's parser of options gives, asked for with a default
+OPTIONS = {"model_tag", "ssl_certfile", "uds"}  # what vLLM's parser of options gives, asked for with a default
 
 
 def used_attributes() -> set[str]:

@@ -27,6 +27,11 @@ NODES_UNKNOWN_TEXT = "unknown node_num"  # the receiver was restarted, and learn
 BATCH_REFUSED = (400, 413, 422)
 
 
+def outcome_of(meaning: Meaning) -> str:
+    """The label of a meaning in `gonka_poc_callbacks_total`, one of CALLBACK_OUTCOMES."""
+    return meaning.name.lower()
+
+
 def meaning_of(status: int, text: str) -> Meaning:
     """The meaning of an answer, by its HTTP status and the beginning of its body."""
     text = text.lower()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from cachetools import LRUCache
 
 from gonka_poc.access import shown_url
-from gonka_poc.callbacks.answers import Meaning
+from gonka_poc.callbacks.answers import Meaning, outcome_of
 from gonka_poc.callbacks.client import CallbackClient, DeliveryResult
 from gonka_poc.callbacks.outbox import Batch, Outbox
 from gonka_poc.callbacks.outbox_thread import OutboxThread
@@ -177,9 +177,12 @@ class Courier:
         try:
             answer = await self._client.post(batch)
         except Exception as error:  # a fault in this program: the try counts, and the batch stays
+            self._metrics.called_back(time.monotonic() - started, outcome_of(Meaning.RETRY))
             await self._record_failure(batch, f"{type(error).__name__}: {error}")
             raise
-        self._metrics.called_back(time.monotonic() - started)
+        if answer.meaning in (Meaning.RETRY, Meaning.OUT_OF_PHASE) and self._is_past(batch):
+            answer = answer._replace(meaning=Meaning.STAGE_OVER)
+        self._metrics.called_back(time.monotonic() - started, outcome_of(answer.meaning))
         if answer.meaning is Meaning.ACCEPTED:
             await self._thread.run(self._outbox.mark_delivered, batch.id)
             self._tally.delivered(batch.url, batch.size)
@@ -188,9 +191,8 @@ class Courier:
         if answer.meaning is Meaning.PARK:
             logger.error("PoC callback %d to %a is parked: %a", batch.id, shown_url(batch.url), answer.reason)
             await self._thread.run(self._outbox.mark_parked, batch.id, answer.reason)
-        elif answer.meaning is Meaning.STAGE_OVER or self._is_past(batch):
+        elif answer.meaning is Meaning.STAGE_OVER:
             await self._expire(batch, answer.reason)
-            return answer._replace(meaning=Meaning.STAGE_OVER)
         else:
             await self._record_failure(batch, answer.reason)
         return answer

@@ -26,6 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from gonka_poc.answers import OutboxStatus
 from gonka_poc.callbacks.additions import Target, add_part, advance, as_json, insert_batch, max_artifacts
 from gonka_poc.callbacks.contents import COLUMNS, DamagedBatchError, StoredBatch, is_whole_round
 from gonka_poc.callbacks.digests import round_digest
@@ -42,6 +43,7 @@ from gonka_poc.callbacks.queries import (
     delete_past_stages,
     delete_path,
     one_of,
+    used_bytes,
 )
 from gonka_poc.errors import OutboxFullError
 
@@ -92,6 +94,8 @@ class Counts:
     pending_artifacts: int
     parked_batches: int
     parked_artifacts: int
+    used_bytes: int = field(default=0, compare=False)
+    """Of the file's pages that are in use, as POC_OUTBOX_MAX_BYTES counts them."""
 
 
 def most_bytes(num_artifacts: int, value_chars: int) -> int:
@@ -99,6 +103,18 @@ def most_bytes(num_artifacts: int, value_chars: int) -> int:
     # a value of about 900 characters or more goes to pages of its own
     row = 3 * (value_chars + 24) // 2 if value_chars < 900 else (value_chars // 4096 + 2) * 4096
     return num_artifacts * row
+
+
+def outbox_status(counts: Counts, max_bytes: int, damaged_batches: int) -> OutboxStatus:
+    """The content of an outbox that may take `max_bytes`, for the status page and /metrics."""
+    return OutboxStatus(
+        callbacks=counts.pending_batches,
+        artifacts=counts.pending_artifacts,
+        parked=counts.parked_artifacts,
+        used_bytes=counts.used_bytes,
+        max_bytes=max_bytes,
+        damaged_callbacks=damaged_batches,
+    )
 
 
 class Outbox:
@@ -222,12 +238,10 @@ class Outbox:
     def _ensure_size_below(self, limit: int) -> None:
         """Inside a transaction, so that servers that share the file cannot pass the cap together."""
         self.ensure_in_place()
-        pages, free, page_size = (
-            self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
-        )
-        if (pages - free) * page_size > limit:
+        used = used_bytes(self._db)
+        if used > limit:
             raise OutboxFullError(
-                f"the outbox {self.path!r} is full: {(pages - free) * page_size} of {self._max_bytes} bytes "
+                f"the outbox {self.path!r} is full: {used} of {self._max_bytes} bytes "
                 "(POC_OUTBOX_MAX_BYTES); nothing is dropped, so receivers have to take what is in it first"
             )
 
@@ -342,8 +356,9 @@ class Outbox:
     def counts(self) -> Counts:
         """Count what is in the outbox."""
         with translate_errors(self.path):
-            still, parked = self._db.execute("SELECT batches, artifacts FROM total ORDER BY parked").fetchall()
-        return Counts(*still, *parked)
+            rows = self._db.execute("SELECT batches, artifacts FROM total ORDER BY parked").fetchall()
+            (batches, artifacts), (parked_batches, parked_artifacts) = rows
+            return Counts(batches, artifacts, parked_batches, parked_artifacts, used_bytes(self._db))
 
     def receiver_counts(self) -> list[ReceiverCounts]:
         """Count what is in this server's part of the outbox, by receiver."""

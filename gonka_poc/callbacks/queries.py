@@ -51,6 +51,14 @@ def block_height(payload: str) -> int | None:
     return None if found is None else int(found[1])
 
 
+def used_bytes(db: Connection) -> int:
+    """Bytes of the pages that are in use, of which POC_OUTBOX_MAX_BYTES is the limit."""
+    pages, free, page_size = (
+        db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
+    )
+    return (pages - free) * page_size
+
+
 def count_receivers(db: Connection, slot: int) -> list[ReceiverCounts]:
     """Count the batches of a slot by receiver; more than MAX_COUNTED receivers are summed up under OTHERS."""
     query = (

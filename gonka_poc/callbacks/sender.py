@@ -89,6 +89,11 @@ class CallbackSender:
         return self._thread.counts
 
     @property
+    def outbox_path(self) -> str:
+        """The outbox's file, or `:memory:`."""
+        return str(self._outbox.path)
+
+    @property
     def receivers(self) -> list[ReceiverStatus]:
         """The counts of each receiver: taken, refused, still to be sent; empty if there was none."""
         return self._tally.report(self._thread.receiver_counts)

@@ -1,4 +1,4 @@
-"""`gonka-poc generate`, `validate`, `status` and `stop`."""
+"""`gonka-poc generate` and `validate`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from gonka_poc.cli.floor_file import floor_option, floor_warnings
 from gonka_poc.cli.thresholds import choose_thresholds, threshold_options
 from gonka_poc.errors import ArtifactFileError
 from gonka_poc.request_fields import Artifact
+from gonka_poc.validation import p_value_text
 
 # the file is written again after at least this many more artifacts, so that a killed command loses little
 SAVE_EVERY = 2_000
-STATUS_TIMEOUT_SEC = 30.0
 
 
 @click.command("generate")
@@ -127,49 +127,8 @@ def validate_command(
         with common.progress_bar("validating", len(content.artifacts)) as progress:
             verdict = client.validate(content, thresholds.stat_test, batch_size, progress)
     name = "FRAUD" if verdict.fraud_detected else "pass" if verdict.n_total else "nothing could be compared"
-    lines = [f"{name}: {verdict.n_mismatch} of {verdict.n_total} differ, p = {verdict.p_value:.3g}"]
+    lines = [f"{name}: {verdict.n_mismatch} of {verdict.n_total} differ, p = {p_value_text(verdict.p_value, 3)}"]
     if verdict.not_computed_nonces:
         lines.append(f"not computed here, so not compared: {verdict.not_computed_nonces}")
     common.show({**dataclasses.asdict(verdict), **thresholds.figures}, as_json, *lines, *thresholds.lines)
     return common.verdict_status(verdict)
-
-
-@click.command("status")
-@common.server_options
-def status_command(connect: Connect, as_json: bool) -> int:
-    """Show what the server generates now.
-
-    \b
-    gonka-poc status --url http://127.0.0.1:8000
-    """
-    with connect(STATUS_TIMEOUT_SEC) as client:
-        answer = client.status()
-    if as_json:
-        common.print_json(answer.model_dump())
-        return common.PASS
-    rows: list[tuple[str, object]] = [("status", answer.status)]
-    for part in (answer.config, answer.stats):
-        rows += [(name, f"{value:.2f}" if isinstance(value, float) else value) for name, value in part or ()]
-    if answer.error:
-        label = "the last round ended" if answer.status in ("IDLE", "STOPPED") else "waits for"
-        rows.append((label, answer.error))
-    for receiver in answer.callbacks or ():
-        counts = receiver.model_dump(exclude={"receiver"})
-        text = ", ".join(f"{name} {value}" for name, value in counts.items())
-        rows.append(("callbacks", f"{receiver.receiver}: {text}"))
-    common.print_grid(rows)
-    return common.PASS
-
-
-@click.command("stop")
-@common.server_options
-def stop_command(connect: Connect, as_json: bool) -> int:
-    """Stop the round and drop queued requests.
-
-    \b
-    gonka-poc stop --url http://127.0.0.1:8000
-    """
-    with connect(STATUS_TIMEOUT_SEC) as client:
-        answer = client.stop()
-    common.show(answer.model_dump(), as_json, "stopped" if answer.stopped is None else str(answer.stopped))
-    return common.PASS

@@ -132,7 +132,7 @@ def _block_rate(block_hash: str, distances: np.ndarray, r_target: float) -> Bloc
 @click.option("--cheat", type=common.FilePath, multiple=True, help="A file of `generate` on a server that cheats.")
 @click.option("--out", type=common.FilePath, help="Write the floor here, for `validate --floor` and `report --floor`.")
 @common.served_model_options
-@click.option("--png", type=common.FilePath, help="Write a histogram here (needs matplotlib).")
+@click.option("--png", type=common.PictureFile(), help="Write a histogram here (needs matplotlib).")
 @common.theme_option
 @common.server_options
 def calibrate_command(
@@ -194,7 +194,7 @@ def calibrate_command(
         common.print_json({**asdict(found), "standard_errors_from_sqrt2": found.standard_errors_from_sqrt2})
     else:
         _print_calibration(found, pooled)
-    if png is not None:  # last, so that a missing matplotlib costs no measurement
+    if png is not None:
         marks = {f"r_target ({rate:.0%} valid)": found.r_target, "mean": found.mean}
         save_png(value_histogram(pooled, marks, "Distances of the served model", theme_of(theme)), png)
     return common.PASS

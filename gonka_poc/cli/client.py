@@ -28,6 +28,9 @@ PROGRESS_TIMEOUT_SEC = 120.0  # for the next nonces of a round
 # distances lie in [0, 2], so with these every one is valid and no placeholder is called a fraud
 ANY_DISTANCE, PLACEHOLDER = 2.0, 0.0
 
+# fields of GET /versions that files of artifacts keep
+COMPUTED_BY = frozenset({"vllm_version", "gonka_poc_version", "dtype", "attention_backend", "gpu"})
+
 Progress = Callable[[int], None]
 """Called with the number of nonces done since the last call."""
 
@@ -53,17 +56,7 @@ class PoCClient:
         self._token, self._api_key = token, api_key
         self.url = url.rstrip("/").removesuffix(data.PREFIX)
         self._socket = socket_path(self.url)
-        base_url = "http://localhost" if self._socket else self.url
-        try:
-            parsed = httpx.URL(base_url)
-        except httpx.InvalidURL:
-            parsed = httpx.URL()
-        if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise ServerAnswerError(f"{url!a} is no address of a server: write it as http://HOST:PORT or unix:PATH")
-        # only connecting is tried again: a request that was sent may have reached the server
-        transport = httpx.HTTPTransport(verify=ssl_context(), retries=2, uds=self._socket)
-        limit = httpx.Timeout(timeout, connect=CONNECT_TIMEOUT_SEC)
-        self._http = httpx.Client(base_url=base_url, timeout=limit, transport=transport)
+        self._http = _http_client(self.url, self._socket, timeout)
 
     def __enter__(self) -> PoCClient:
         return self
@@ -85,14 +78,28 @@ class PoCClient:
             answer = self.versions()
         except ServerAnswerError:
             return {}
-        return {
-            name: str(value)
-            for name, value in answer.model_dump(exclude={"poc_validation_inference", "replay"}).items()
-        }
+        return {name: str(value) for name, value in answer.model_dump(include=set(COMPUTED_BY)).items()}
 
     def status(self) -> answers.StatusAnswer:
         """GET /status."""
         return self._ask(answers.StatusAnswer, "GET", "status")
+
+    def dashboard_data(self) -> dict[str, Any]:
+        """GET /dashboard/data, as the server gives it: releases differ in its fields."""
+        return dict(self._vllm("GET", f"{data.PREFIX}/dashboard/data", None))
+
+    def is_up(self) -> bool:
+        """True once the server answers. Raises ServerAnswerError where it answers that it gives no proofs."""
+        path = f"{data.PREFIX}/status"
+        try:
+            response = self._sent("GET", path, None)
+        except ServerAnswerError:
+            return False
+        if response.status_code in (502, 503, 504):  # a proxy before a server that starts, or its engine does
+            return False
+        if not response.is_success:
+            raise ServerAnswerError(refusal_text(response, self.url, path, bool(self._secret(path))))
+        return True
 
     def total_processed(self) -> int:
         """The number of nonces that the round has processed. Raises ServerAnswerError if no round generates."""
@@ -284,6 +291,21 @@ class PoCClient:
             raise ServerAnswerError(
                 f"{self.url} cannot be reached: {str(error) or type(error).__name__}; is the server running there?"
             ) from error
+
+
+def _http_client(url: str, socket: str | None, timeout: float | None) -> httpx.Client:
+    """A client for requests to `url`, or to a socket. Raises ServerAnswerError for what is neither."""
+    base_url = "http://localhost" if socket else url
+    try:
+        parsed = httpx.URL(base_url)
+    except httpx.InvalidURL:
+        parsed = httpx.URL()
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ServerAnswerError(f"{url!a} is no address of a server: write it as http://HOST:PORT or unix:PATH")
+    # only connecting is tried again: a request that was sent may have reached the server
+    transport = httpx.HTTPTransport(verify=ssl_context(), retries=2, uds=socket)
+    limit = httpx.Timeout(timeout, connect=CONNECT_TIMEOUT_SEC)
+    return httpx.Client(base_url=base_url, timeout=limit, transport=transport)
 
 
 def socket_path(url: str) -> str | None:

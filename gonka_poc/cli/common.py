@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from gonka_poc.errors import for_terminal
 from gonka_poc.validation import Verdict
 
 PASS, ERROR, FRAUD = 0, 1, 2
+DEFAULT_URL, URL_VARIABLE = "http://127.0.0.1:8000", "GONKA_POC_URL"
 MAX_NONCES = 10_000_000
 
 Command = Callable[..., Any]
@@ -63,6 +66,26 @@ class ModelFolder(click.Path):
         return folder
 
 
+class PictureFile(click.Path):
+    """A file to draw a plot into, looked at before anything is measured: its folder, and matplotlib."""
+
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False, writable=True, path_type=Path)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """The path. Fails where nothing could be written there, or no plot be made."""
+        file = Path(str(super().convert(value, param, ctx)))
+        if not os.access(file.parent, os.W_OK):
+            self.fail(f"{str(file)!r}: its folder is not there, or cannot be written to", param, ctx)
+        try:
+            is_missing = find_spec("matplotlib.figure") is None
+        except ModuleNotFoundError:
+            is_missing = True
+        if is_missing:
+            self.fail("plots need matplotlib, which is not installed: pip install matplotlib", param, ctx)
+        return file
+
+
 FilePath = click.Path(dir_okay=False, path_type=Path)
 Share = click.FloatRange(0, 1)
 
@@ -84,9 +107,12 @@ seconds_option = functools.partial(
     click.option, "--seconds", type=click.FloatRange(0.1), show_default=True, help="Length of each measurement."
 )
 server_args_option = functools.partial(click.option, "--server-args", default="")
+token_option = click.option("--token", envvar="POC_API_TOKEN", help="The server's POC_API_TOKEN [env: POC_API_TOKEN]")
+api_key_option = click.option(
+    "--api-key", envvar="VLLM_API_KEY", help="vLLM's own API key, for /v1 [env: VLLM_API_KEY]"
+)
 served_model_options = options(
-    click.option("--model", help="A served model name [default: the one that is served]"),
-    click.option("--api-key", envvar="VLLM_API_KEY", help="vLLM's own API key, for /v1 [env: VLLM_API_KEY]"),
+    click.option("--model", help="A served model name [default: the one that is served]"), api_key_option
 )
 
 
@@ -128,6 +154,23 @@ artifact_options = options(
 """The computation, for commands that make artifacts: `model`, `batch_size` and fields of ArtifactFile."""
 
 
+def _one_url(ctx: click.Context, param: click.Parameter, url: str) -> str:
+    """`url`, where it is one address."""
+    if len(url.split()) > 1 and not url.startswith("unix:"):
+        raise click.UsageError(f"{URL_VARIABLE} names several servers, and this command asks one; give --url", ctx)
+    return url
+
+
+url_option = click.option(
+    "--url",
+    default=DEFAULT_URL,
+    envvar=URL_VARIABLE,
+    show_default=True,
+    callback=_one_url,
+    help=f"Address of the server; unix:PATH for the socket of its --uds [env: {URL_VARIABLE}]",
+)
+
+
 Connect = Callable[..., PoCClient]
 """A PoCClient without its address and secrets: it takes a timeout in seconds, or none."""
 
@@ -139,16 +182,7 @@ def server_options(command: Command) -> Command:
     def with_server(*args: Any, url: str, token: str | None, api_key: str | None = None, **more: Any) -> Any:
         return command(*args, connect=functools.partial(PoCClient, url, token=token, api_key=api_key), **more)
 
-    return options(
-        click.option(
-            "--url",
-            default="http://127.0.0.1:8000",
-            show_default=True,
-            help="Address of the server; unix:PATH for the socket of its --uds.",
-        ),
-        click.option("--token", envvar="POC_API_TOKEN", help="The server's POC_API_TOKEN [env: POC_API_TOKEN]"),
-        json_option,
-    )(with_server)
+    return options(url_option, token_option, json_option)(with_server)
 
 
 class _RateColumn(ProgressColumn):
@@ -181,6 +215,11 @@ def say(text: str) -> None:
 
 def _cell(value: object) -> Text:
     return Text(for_terminal(str(value)))
+
+
+def clear_screen() -> None:
+    """Clear the terminal; nothing where stdout is none."""
+    click.clear()
 
 
 def print_json(value: Any) -> None:

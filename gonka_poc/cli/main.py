@@ -2,44 +2,62 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import signal
 import sys
+from types import MappingProxyType
 
 import click
 
-from gonka_poc.cli.artifacts import generate_command, status_command, stop_command, validate_command
-from gonka_poc.cli.bench import bench_command
-from gonka_poc.cli.calibrate import calibrate_command
-from gonka_poc.cli.coexist import coexist_command
-from gonka_poc.cli.common import ERROR, print_lines, say
-from gonka_poc.cli.demo import demo_command
-from gonka_poc.cli.doctor import doctor
-from gonka_poc.cli.e2e import e2e_command
-from gonka_poc.cli.installer import uninstall_command, update_command
-from gonka_poc.cli.outbox import outbox_group
-from gonka_poc.cli.receive import receive_command
-from gonka_poc.cli.reference import reference_group
-from gonka_poc.cli.replay import replay_command
-from gonka_poc.cli.report import report_command
-from gonka_poc.cli.smoke import smoke_command
+from gonka_poc.cli.lazy import LazyGroup
 from gonka_poc.errors import PoCError
 from gonka_poc.version import __version__
 
-INTERRUPTED = 130
+ERROR, INTERRUPTED = 1, 130
+OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EPIPE)
+
+COMMANDS = MappingProxyType(
+    {
+        # a server, and whether it is all right
+        "serve": "gonka_poc.cli.serve:serve_command",
+        "wait": "gonka_poc.cli.status:wait_command",
+        "status": "gonka_poc.cli.status:status_command",
+        "start": "gonka_poc.cli.status:start_command",
+        "stop": "gonka_poc.cli.status:stop_command",
+        # the work of a prover and of a validator
+        "generate": "gonka_poc.cli.artifacts:generate_command",
+        "validate": "gonka_poc.cli.artifacts:validate_command",
+        "replay": "gonka_poc.cli.replay:replay_command",
+        # upkeep
+        "doctor": "gonka_poc.cli.doctor:doctor",
+        "update": "gonka_poc.cli.installer:update_command",
+        "uninstall": "gonka_poc.cli.installer:uninstall_command",
+        "outbox": "gonka_poc.cli.outbox:outbox_group",
+        "demo": "gonka_poc.cli.demo:demo_command",
+        "completion": "gonka_poc.cli.completion:completion_command",
+        # test tools
+        "smoke": "gonka_poc.cli.smoke:smoke_command",
+        "e2e": "gonka_poc.cli.e2e:e2e_command",
+        "coexist": "gonka_poc.cli.coexist:coexist_command",
+        "calibrate": "gonka_poc.cli.calibrate:calibrate_command",
+        "bench": "gonka_poc.cli.bench:bench_command",
+        "reference": "gonka_poc.cli.reference:reference_group",
+        "receive": "gonka_poc.cli.receive:receive_command",
+        "report": "gonka_poc.cli.report:report_command",
+    }
+)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=LazyGroup,
+    places=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(__version__, prog_name="gonka-poc")
 def app() -> None:
-    """Proof of compute on vLLM: ask a server for artifacts, validate them, see and stop a round."""
-
-
-HOST = (generate_command, validate_command, replay_command, status_command, stop_command)
-UPKEEP = (doctor, update_command, uninstall_command, outbox_group, demo_command)
-CHECKS = (smoke_command, e2e_command, coexist_command, calibrate_command, bench_command, reference_group)
-for command in (*HOST, *UPKEEP, *CHECKS, receive_command, report_command):
-    app.add_command(command)
+    """Proof of compute on vLLM: start a server, see whether it is all right, make artifacts and validate them."""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -54,15 +72,34 @@ def main(args: list[str] | None = None) -> None:
     except click.ClickException as error:
         text = io.StringIO()
         error.show(text)
-        print_lines(*text.getvalue().splitlines(), err=True)
+        _complain(*text.getvalue().splitlines())
         status = ERROR
     except (click.Abort, KeyboardInterrupt):
-        say("stopped")
+        _complain("stopped")
         status = INTERRUPTED
     except PoCError as error:
-        say(f"Error: {error}")
+        _complain(f"Error: {error}")
         status = ERROR
+    except OSError as error:
+        if error.errno not in OUTPUT_ERRORS or error.filename is not None:
+            raise
+        status = _give_up_output(error)
     sys.exit(status)
+
+
+def _give_up_output(error: OSError) -> int:
+    """The exit status where stdout takes no more: its reader left, or the disk is full, which is said."""
+    if error.errno != errno.EPIPE:
+        _complain(f"Error: cannot write the result: {error.strerror}")
+    # what is still buffered would fail again when Python ends
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return ERROR
+
+
+def _complain(*lines: str) -> None:
+    from gonka_poc.cli.common import print_lines  # late: it imports an HTTP client
+
+    print_lines(*lines, err=True)
 
 
 if __name__ == "__main__":

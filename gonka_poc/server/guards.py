@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -25,16 +25,18 @@ SENT_FOR_OTHERS = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-i
 
 
 class TokenGate:
-    """Answers 401 to requests that do not show `token`; None lets all through, and so does GET of `open_path`.
+    """Answers 401 to requests that do not show `token`; None lets all through, and so does GET of `open_paths`.
 
     With `trust_loopback` programs of this machine need no token; what a proxy or a browser sends does.
     """
 
-    def __init__(self, app: ASGIApp, token: str | None, open_path: str, trust_loopback: bool = False) -> None:
+    def __init__(
+        self, app: ASGIApp, token: str | None, open_paths: Collection[str], trust_loopback: bool = False
+    ) -> None:
         self._app = app
         self._trust_loopback = trust_loopback
         self._digest = None if token is None else _digest(token.encode())
-        self._open_path = open_path
+        self._open_paths = frozenset(open_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._may_pass(scope):
@@ -44,7 +46,7 @@ class TokenGate:
             await error_response(error, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
 
     def _may_pass(self, scope: Scope) -> bool:
-        if self._digest is None or (scope["method"] == "GET" and path_of(scope) == self._open_path):
+        if self._digest is None or (scope["method"] == "GET" and path_of(scope) in self._open_paths):
             return True
         if self._trust_loopback and _is_program_here(scope):
             return True

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+from gonka_poc.answers import EngineStatus
 from gonka_poc.data import BatchResult, Params, Spec
 
 ASLEEP_POLL_SEC = 0.5  # between two questions to an engine that sleeps
@@ -14,8 +15,13 @@ class Manager(Protocol):
     """Drives the workers; PoCManagerV1 is one."""
 
     @property
-    def computed_on(self) -> Mapping[str, str]:
-        """dtype, attention_backend and gpu of the first worker; empty before it was reached."""
+    def computed_on(self) -> Mapping[str, Any]:
+        """dtype, attention_backend and gpu of the first worker, the number of workers, and once they are warmed up
+        whether proof runs compiled layers, with the noise floor; empty before they were reached."""
+
+    @property
+    def engine(self) -> EngineStatus:
+        """The served model, its workers, and whether they run compiled layers."""
 
     async def prepare(self) -> None:
         """Reach every worker once, and warm it up."""

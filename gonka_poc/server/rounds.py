@@ -47,6 +47,7 @@ class Round(ABC):
         self.batch_size = request.batch_size or settings.batch_size_default
         # nonces that are done, counted from the node's first
         self._first = self.done = start
+        self.began_at = time.time()  # seconds since 1970
         self._started = time.monotonic()
         self.task: asyncio.Task[None] | None = None
         self._stopping = False

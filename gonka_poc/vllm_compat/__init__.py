@@ -7,7 +7,7 @@ last. Every name used here stands in vllm_contract.py, against which a release i
 The API process and the tools import from here, without torch; the workers import `gonka_poc.vllm_compat.worker`.
 """
 
-from gonka_poc.vllm_compat.api import ApiView, OfflineEngine
+from gonka_poc.vllm_compat.api import ApiView, OfflineEngine, address_of
 from gonka_poc.vllm_compat.release import (
     API_SERVER_MODULE,
     BATCH_INVARIANT,
@@ -34,6 +34,7 @@ from gonka_poc.vllm_compat.replay import (
     ReplayServer,
     has_trace_replay,
 )
+from gonka_poc.vllm_compat.swagger import swagger_file
 
 __all__ = [
     "API_SERVER_MODULE",
@@ -43,6 +44,15 @@ __all__ = [
     "SUPPORTED",
     "WORKER_EXTENSION",
 ]
-__all__ += ["ApiView", "OfflineEngine", "can_skip_compiled", "found_version", "installed_version", "is_cpu_build"]
+__all__ += [
+    "ApiView",
+    "OfflineEngine",
+    "address_of",
+    "can_skip_compiled",
+    "found_version",
+    "installed_version",
+    "is_cpu_build",
+    "swagger_file",
+]
 __all__ += ["EXTRA_FIELD", "REPLAY_IDS", "REPLAY_KEY", "REPLAY_MODE", "TOKEN_IDS_FIELD", "V1_PROCESSOR", "V2_PROCESSOR"]
 __all__ += ["LOGPROBS_MODES", "RETURN_IDS_FIELD", "LogprobsMode", "ReplayServer", "has_trace_replay"]

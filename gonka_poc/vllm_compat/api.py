@@ -14,6 +14,19 @@ from gonka_poc.vllm_compat.replay import ReplayServer, replay_server
 from gonka_poc.vllm_compat.sleep import is_sleep_recorded
 
 
+def address_of(app: Any) -> str | None:
+    """The URL at which vLLM's server `app` listens, unix:PATH for a socket; None where its options are not known."""
+    args: Any = getattr(getattr(app, "state", None), "args", None)
+    port = getattr(args, "port", None)
+    if getattr(args, "uds", None):
+        return f"unix:{args.uds}"
+    if port is None:
+        return None
+    host = getattr(args, "host", None) or "0.0.0.0"
+    host = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    return f"{'https' if getattr(args, 'ssl_certfile', None) else 'http'}://{host}:{port}"
+
+
 class ApiView:
     """The server as its API process sees it: `app` is vLLM's FastAPI application.
 

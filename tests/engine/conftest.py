@@ -7,14 +7,13 @@ on one worker, whatever file its tests are in, and the fixture `server` is a cli
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gonka_poc.cli.trained_model import make_trained_model
 from tests.engine.support import POW, Client, Float16Prover, Servers
 
 
@@ -24,6 +23,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker(pytest.mark.xdist_group(marker.args[0].group))
 
 
+ENGINE_ENDED = "EngineCore encountered a fatal error"
 SERVERS = pytest.StashKey[Servers]()
 
 
@@ -50,14 +50,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     named = os.environ.get("POC_TEST_SMOLLM2")
     if named:
         return Path(named)
-    scratch = tmp_path_factory.mktemp("smollm2")
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(scratch / "packages")]
-    subprocess.run([*pip, "gguf", "accelerate", "psutil"], check=True)
-    paths = os.pathsep.join([str(Path(__file__).parents[2]), str(scratch / "packages")])
-    environment = {**os.environ, "PYTHONPATH": paths}
-    command = [sys.executable, "-m", "tests.smollm2", str(scratch / "model")]
-    subprocess.run(command, check=True, env=environment)
-    return scratch / "model"
+    return make_trained_model(tmp_path_factory.mktemp("smollm2") / "model")
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +65,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Any:
     servers = item.config.stash.get(SERVERS, None)
     if report.failed and servers is not None and servers.process is not None:
         report.sections.append(("end of the server's log", servers.process.log_tail(60)))
-        if servers.process.has_ended:  # for tests/matrix: what the engine said comes before what its parents say
+        log = servers.process.log_tail(500)
+        # for tests/matrix: what the engine said comes before what its parents say, which may still be at their end
+        if servers.process.has_ended or ENGINE_ENDED in log:
             # on the test, as the report of its end is the one whose properties are written down
-            item.user_properties.append(("log of the server that ended", servers.process.log_tail(500)))
+            item.user_properties.append(("log of the server that ended", log))
     return report

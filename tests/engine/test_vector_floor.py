@@ -1,6 +1,7 @@
 """The thresholds that `gonka-poc calibrate --vectors` recommends on a trained model pass honest hosts and catch cheats.
 
-POC_TEST_SMOLLM2 names the folder of a model that `python -m tests.smollm2 FOLDER` made before, which saves a minute.
+POC_TEST_SMOLLM2 names the folder of a model that `python -m gonka_poc.cli.trained_model FOLDER` made before, which
+saves a minute.
 """
 
 from __future__ import annotations

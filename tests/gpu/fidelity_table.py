@@ -2,9 +2,9 @@
 
     python -m tests.gpu.fidelity_table --out DIR [--smollm2 FOLDER] [--only-smollm2] [--nonces 256]
 
-One GPU. SmolLM2 (a folder that `python -m tests.smollm2 FOLDER` makes) and the Qwen3-0.6B shape with random weights of
-normal size, bfloat16: servers of a model start side by side, float32 and bfloat16 torch follow. Rows are written to
-DIR/fidelity.jsonl as they come, the tables to DIR/fidelity.md; exits 1 where a limit is broken.
+One GPU. SmolLM2 (a folder that `python -m gonka_poc.cli.trained_model FOLDER` makes) and the Qwen3-0.6B shape with
+random weights of normal size, bfloat16: servers of a model start side by side, float32 and bfloat16 torch follow. Rows
+are written to DIR/fidelity.jsonl as they come, the tables to DIR/fidelity.md; exits 1 where a limit is broken.
 """
 
 from __future__ import annotations

@@ -316,7 +316,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("/tmp/gonka-poc-speed"))
-    parser.add_argument("--smollm2", type=Path, help="a folder that tests.smollm2 made; measured first")
+    parser.add_argument("--smollm2", type=Path, help="a folder that gonka_poc.cli.trained_model made; measured first")
     parser.add_argument("--quantization", default="", help="vLLM's option, fp8 for example")
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--modes", nargs="+", default=["compiled", "eager"], choices=["eager", "compiled"])
