@@ -34,6 +34,7 @@ SPEC_FIELDS = {
     "k_dim": 3,
     "poc_stronger_rng": True,
     "moved": 0,
+    "cheat": None,
 }
 ROW = np.ones(3, dtype="<f2").tobytes()
 NAN_ROW = np.array([1, np.nan, 1], dtype="<f2").tobytes()
