@@ -16,6 +16,9 @@ from http_receiver import Receiver
 from live_server import LiveServer
 from page_scenes import DASHBOARD, HostView, busy_metrics, round_of
 
+from gonka_poc.answers import RoundStats
+from gonka_poc.server.rounds import Round
+
 WIDTH = 1000
 
 
@@ -24,8 +27,8 @@ def take_picture(file: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = {"POC_OUTBOX_PATH": f"{folder}/outbox", "POC_COMPILE": "always", "POC_CALLBACK_INTERVAL_SEC": "0.5"}
         with patch.dict(os.environ, settings), patch("socket.gethostname", lambda: "host-1"), Receiver(200) as receiver:
-            view = HostView()
-            with LiveServer(metrics=busy_metrics(), view=view) as server:
+            stats = patch.object(Round, "stats", RoundStats(total_processed=262_144, nonces_per_second=139.0))
+            with stats, LiveServer(metrics=busy_metrics(), view=HostView()) as server:
                 round_of(server, receiver.url)
                 with open_page(Path(folder)) as page:
                     page.display(width=WIDTH, height=900)
