@@ -130,7 +130,7 @@ def _of_units(runner: Path | None, folders: tuple[str, ...]) -> list[NamedPython
         if name in seen:  # the one in an earlier folder hides it
             continue
         seen.add(name)
-        drop_ins = [file for folder in folders for file in glob.glob(f"{glob.escape(folder)}/{name}.d/*.conf")]
+        drop_ins = [file for folder in folders for file in glob.glob(glob.escape(f"{folder}/{name}.d") + "/*.conf")]
         text = "\n".join(_text_of(file) for file in [path, *sorted(drop_ins, key=os.path.basename)])
         is_near = runner is not None and any(folder in text for folder in _folders_of(runner))
         python = _set_by(text, read_files=is_near)

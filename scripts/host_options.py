@@ -51,7 +51,7 @@ VALUES = ("--python", "--mlnode-dir", "--profile", "--vllm-version", "--gpus", "
 @dataclass
 class Options:
     action: str = "install"  # or update, uninstall, status, help
-    given: set[str] = field(default_factory=set)  # the fields that the command line sets
+    given: set[str] = field(default_factory=set, compare=False)  # the fields that the command line sets
     yes: bool = False
     dry_run: bool = False
     force: bool = False

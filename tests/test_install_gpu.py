@@ -450,7 +450,7 @@ def test_no_python_from_path_is_taken(host: FakeHost) -> None:
     host.runner.write_text(host.runner.read_text().replace("/opt/venv/bin/python3", "/nowhere/python3"))
     done = host.run("--mlnode-dir", host.mlnode, "--dry-run")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "/nowhere/python3: not found (the default in that MLNode starts vLLM with: --python P" in done.stderr
+    assert f"/nowhere/python3: not found (the default in {host.runner})\nname the one that MLNode" in done.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -1125,12 +1125,13 @@ def test_a_constraint_in_the_way_is_named(packages: FakeHost, monkeypatch: pytes
     settings.parent.mkdir(parents=True)
     settings.write_text(f"[install]\nconstraint = {constraints}\n")
     monkeypatch.setenv("HOME", str(packages.folder))
-    before = tree(packages.folder)
+    before = tree(packages.python.parent.parent)
     with pytest.raises(
         host_target.InstallError, match=r"in the way: Tail<2  # somebody's \(.*constraints\.txt, line 2\)"
     ):
         host_journal.install_packages(make_host(packages), journal, ["head"])
-    assert tree(packages.folder) == before
+    assert tree(packages.python.parent.parent) == before
+    assert not journal.folder.exists()
 
 
 def test_packages_that_others_need_now_stay(packages: FakeHost, journal: object) -> None:

@@ -55,7 +55,7 @@ def test_the_kept_scripts_run_without_the_checkout(journal: Any, tmp_path: Path)
 def test_every_script_that_an_installation_needs_is_kept() -> None:
     """A module that is added to the installer is not forgotten here."""
     kept = {path for pattern in host_kept.SCRIPTS for path in ROOT.glob(pattern)}
-    own = {"bundle.sh", "cpu_venv.sh"}  # for those who have a checkout
+    own = {"bundle.sh", "cpu_venv.sh", "make_docs.py"}  # for those who have a checkout
     assert {path for path in (ROOT / "scripts").iterdir() if path.suffix in (".py", ".sh")} - kept == {
         ROOT / "scripts" / name for name in own
     }
@@ -196,7 +196,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Place, Plac
     return made
 
 
-def test_a_journal_is_found_by_runner_py(places: tuple[Place, Place]) -> None:
+def test_a_journal_is_found_by_runner_py(places: tuple[Place, Place], monkeypatch: pytest.MonkeyPatch) -> None:
     first, _ = places
     assert host_places.state_of(first.host.runner) is None
     first.install()
@@ -205,6 +205,10 @@ def test_a_journal_is_found_by_runner_py(places: tuple[Place, Place]) -> None:
     assert patched.isascii() == (RUNNERS / "direct_2025.py").read_bytes().isascii()
     assert host_places.state_of(first.host.runner) == first.host.state
     assert host_places.find_recorded(host_options.Options(), first.host.runner) is first.target
+    copied = first.host.runner.with_name("copy.py")  # which that journal does not name
+    shutil.copy(first.host.runner, copied)
+    monkeypatch.setattr(host_places, "find_python", lambda *_: "MLNode's own")
+    assert host_places.find_recorded(host_options.Options(), copied) == "MLNode's own"
     original, _ = patch_runner.remove_patch(patched)
     assert original == (RUNNERS / "direct_2025.py").read_bytes()
     assert patch_runner.main(["apply", str(first.host.runner), "--profile", "graphs"]) == 0  # by hand: the note stays
@@ -240,5 +244,18 @@ def test_an_update_takes_the_settings_of_the_last_installation(places: tuple[Pla
     assert (update.profile, update.gpus) == ("standard", "universal")
     found = host_places.find_runner_of(update, host_journal.Journal(first.host.state))
     assert found == first.host.runner
+    first.journal.settings = {}  # as earlier releases left it
+    first.journal.save()
+    for variant, profile, replay in (
+        (patch_runner.Variant(), "standard", False),
+        (patch_runner.Variant("graphs", False, True), "graphs", True),
+        (patch_runner.Variant("hardened", False), "hardened", False),
+        (patch_runner.Variant("hardened", False, True), "hardened", True),
+    ):
+        original, _ = patch_runner.remove_patch(first.host.runner.read_bytes())
+        first.host.runner.write_bytes(patch_runner.make_patched(original, variant))
+        update = first.host.options = host_options.parse_options(["--update"])
+        host_install.take_settings(first.host, host_journal.Journal(first.host.state))
+        assert (update.profile, update.replay) == (profile, replay)
     with pytest.raises(host_target.RefusalError, match="no installation to update"):
         host_install.take_settings(second.host, second.journal)

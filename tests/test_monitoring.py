@@ -19,6 +19,7 @@ from prometheus import MONITORING, dashboard_queries, prometheus, tool
 
 from gonka_poc.callbacks.admin import purge
 from gonka_poc.callbacks.outbox import Outbox
+from gonka_poc.metrics import Metrics
 
 RULES = yaml.safe_load((MONITORING / "alerts.yml").read_text(encoding="utf-8"))["groups"][0]["rules"]
 ALERTS = [rule["alert"] for rule in RULES]
@@ -45,6 +46,16 @@ def test_every_alert_is_described(rule):
     assert rule["labels"]["severity"] in ("warning", "critical")
     assert set(rule["annotations"]) == {"summary", "description"}
     assert f"`{rule['alert']}`" in DOCUMENT.read_text(encoding="utf-8")
+
+
+def test_every_metric_is_in_the_document():
+    """Under its name; of some, several on a line, only the end of it."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    told = set(re.findall(r"`(?:gonka_poc)?(_[a-z_]+)`", text))
+    names = [family.name.removeprefix("gonka_poc") for family in Metrics().collect()]
+    assert len(names) > 20
+    missing = [name for name in names if not any(name.endswith(end.removesuffix("_total")) for end in told)]
+    assert missing == []
 
 
 def test_the_dashboard_asks_for_the_host_that_is_chosen():

@@ -23,6 +23,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker(pytest.mark.xdist_group(marker.args[0].group))
 
 
+ENGINE_ENDED = "EngineCore encountered a fatal error"
 SERVERS = pytest.StashKey[Servers]()
 
 
@@ -64,7 +65,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Any:
     servers = item.config.stash.get(SERVERS, None)
     if report.failed and servers is not None and servers.process is not None:
         report.sections.append(("end of the server's log", servers.process.log_tail(60)))
-        if servers.process.has_ended:  # for tests/matrix: what the engine said comes before what its parents say
+        log = servers.process.log_tail(500)
+        # for tests/matrix: what the engine said comes before what its parents say, which may still be at their end
+        if servers.process.has_ended or ENGINE_ENDED in log:
             # on the test, as the report of its end is the one whose properties are written down
-            item.user_properties.append(("log of the server that ended", servers.process.log_tail(500)))
+            item.user_properties.append(("log of the server that ended", log))
     return report

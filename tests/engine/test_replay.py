@@ -192,12 +192,14 @@ def test_bad_tokens_are_refused_and_the_engine_lives(server: Client) -> None:
 
 
 @pytest.mark.server(REPLAY)
-def test_a_grammar_that_rejects_a_token_shortens_the_replay(server: Client) -> None:
+def test_a_token_that_the_grammar_rejects_is_seen(server: Client) -> None:
+    """vLLM ends the request, and the replay is too short; 0.14 goes on, as the network's servers do."""
     body = {**CHAT, **PARAMETERS["schema"]}
     original = stored(server, body)
-    original.content[2]["token"] = "77"
+    original.content[2]["token"] = original.content[2]["top_logprobs"][0]["token"] = "77"
     verdict = replayed(server, body, original)
-    assert not verdict.passed
+    assert verdict.reason or (verdict.distance or 0) > 1e-3, verdict
+    assert len(server.chat(max_tokens=4)) == 4
 
 
 @pytest.mark.server(REPLAY)

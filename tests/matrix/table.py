@@ -66,6 +66,13 @@ FAULTS = (
         text="vLLM's own: its server for the CPU does not start with a mixture-of-experts model. While it warms up, "
         "`fused_moe/cpu_fused_moe.py` makes an activation where no configuration is set.",
     ),
+    Fault(
+        vllm=("0.14.0",),
+        test=r"::test_a_grammar_among_other_chats$",
+        message=r"RuntimeError: Found no NVIDIA driver.*\(vllm/v1/structured_output/utils\.py:\d+\)",
+        text="vLLM's own: it asks for pinned memory where a request with a grammar is among others, and its engine "
+        "ends on a host without a GPU whose torch was built for CUDA.",
+    ),
 )
 
 
