@@ -12,7 +12,8 @@ from chats import CHAT, END_OF_TURN, EOS, SERVER, TRACE, VOCAB, completion, enfo
 from gonka_poc.errors import PoCError, ToolError, UnsupportedServerError
 from gonka_poc.replay.bodies import asks_for_replay, rewritten
 from gonka_poc.replay.judgement import answer_of, judge, replay_body
-from gonka_poc.vllm_compat import REPLAY_IDS, REPLAY_KEY, REPLAY_MODE, ReplayServer
+from gonka_poc.signatures import is_signed
+from gonka_poc.vllm_compat import REPLAY_IDS, REPLAY_KEY, REPLAY_MODE, REPLAY_SIGNATURE, ReplayServer
 
 # --- bodies -------------------------------------------------------------------------------------------------------
 
@@ -43,6 +44,18 @@ def test_a_name_written_with_escapes_is_the_same_name():
     assert not asks_for_replay(body, False)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-8-sig"])
+def test_a_body_in_another_encoding_is_read_as_starlette_reads_it(encoding):
+    own = {"model": "m", "vllm_xargs": {"own": 1, REPLAY_IDS: [5], REPLAY_KEY: "k"}}
+    done = rewritten(json.dumps(own).encode(encoding), False, SERVER)
+    assert json.loads(done.body) == {"model": "m", "vllm_xargs": {"own": 1}}
+    for fields in ({"enforced_tokens": enforced("7")}, {"enforced_tokens": None}):
+        done = rewritten(json.dumps({**CHAT, **fields}).encode(encoding), True, SERVER)
+        assert (done.numeric, done.replay is None) == (True, fields["enforced_tokens"] is None)
+    other = '{"a":  1}'.encode(encoding)
+    assert rewritten(other, True, SERVER).body == other
+
+
 def test_a_stream_asks_for_ids_so_that_no_token_is_left_out():
     stream = {**CHAT, "stream": True}
     done = rewritten(json.dumps(stream).encode(), True, SERVER)
@@ -63,7 +76,9 @@ def test_a_replay_is_carried_in_vllm_xargs():
     assert not {"enforced_tokens", "stream_options"} & set(sent)
     assert done.replay is not None
     key = done.replay.key
-    assert sent["vllm_xargs"] == {
+    extra = sent["vllm_xargs"]
+    assert is_signed([7, 8, 9], key, "processed_logprobs", extra.pop(REPLAY_SIGNATURE))
+    assert extra == {
         "own": 1, REPLAY_IDS: [7, 8, 9], REPLAY_KEY: key, REPLAY_MODE: "processed_logprobs",
     }  # fmt: skip
     assert len(key) == 32

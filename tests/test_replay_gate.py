@@ -18,6 +18,7 @@ from gonka_poc.config import Settings
 from gonka_poc.middleware import PoCMiddleware
 from gonka_poc.replay.judgement import answer_of
 from gonka_poc.replay.token_ids import EventStream, json_bytes, make_numeric, split_chunk
+from gonka_poc.signatures import SECRET
 
 
 def test_ids_of_an_answer_become_numbers():
@@ -151,6 +152,27 @@ async def test_a_replay_gets_the_recorded_logprobs(client, view):
     assert view.calls[-1][0] == "poc_take_replay"
 
 
+async def test_the_workers_are_given_the_secret_before_the_first_replay(client, view, vllm):
+    body = {**CHAT, "enforced_tokens": enforced("7", "8")}
+    view.failure = RuntimeError("the engine has died")
+    assert (await client.post("/v1/chat/completions", json=body)).status_code == 503
+    assert vllm.bodies == []
+    view.failure = None
+    for _ in range(2):
+        assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+    methods = [method for method, _ in view.calls]
+    assert methods == ["poc_expect_replays", "poc_expect_replays", "poc_take_replay", "poc_take_replay"]
+    assert view.calls[1][1] == (SECRET.hex(),)
+
+
+async def test_a_worker_that_was_started_anew_is_given_the_secret_again(client, view, vllm):
+    body = {**CHAT, "enforced_tokens": enforced("7", "8")}
+    for tokens, status in ((["token_id:7", "token_id:9"], 500), (["token_id:7", "token_id:8"], 200)):
+        vllm.tokens = tokens
+        assert (await client.post("/v1/chat/completions", json=body)).status_code == status
+    assert [method for method, _ in view.calls] == ["poc_expect_replays", "poc_take_replay"] * 2
+
+
 @pytest.mark.parametrize(("rows", "status"), [(None, 503), ([[7, -0.5, [7], [-0.5]]], 503)])
 async def test_a_lost_record_is_no_fault_of_the_payload(client, view, rows, status):
     view.answers = [None, None if rows is None else {"rows": rows, "prompt_tokens": 3}]
@@ -169,7 +191,7 @@ async def test_a_refusal_of_vllm_is_handed_on_and_its_record_dropped(client, vll
     vllm.status = 400
     answer = await client.post("/v1/chat/completions", json={**CHAT, "enforced_tokens": enforced("7", "8")})
     assert answer.status_code == 400
-    assert [method for method, _ in view.calls] == ["poc_take_replay"]
+    assert [method for method, _ in view.calls] == ["poc_expect_replays", "poc_take_replay"]
 
 
 @pytest.mark.parametrize("response_format", [{"type": "json_object"}, {"type": "text"}])

@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from gonka_poc.errors import FieldError, RequestError, UnsupportedServerError
+from gonka_poc.signatures import signature_of
 from gonka_poc.vllm_compat import (
     EXTRA_FIELD,
     LOGPROBS_MODES,
     REPLAY_IDS,
     REPLAY_KEY,
     REPLAY_MODE,
+    REPLAY_PREFIX,
+    REPLAY_SIGNATURE,
     RETURN_IDS_FIELD,
     TOKEN_IDS_FIELD,
     LogprobsMode,
@@ -62,8 +65,8 @@ class Rewritten:
 
 def _fields_of(body: bytes) -> dict[str, Any] | None:
     """The fields of `body` if it may ask for logprobs or for a replay; every other body is handed on byte by byte."""
-    # a name may be written with escapes
-    if not (b'"logprobs' in body or b'"enforced_' in body or b'"gonka_replay' in body or b"\\u" in body):
+    # a name may be written with escapes, or in UTF-16 or UTF-32, which have zero bytes
+    if not any(mark in body for mark in (b'"logprobs', b'"enforced_', b'"gonka_replay', b"\\u", b"\0")):
         return None
     try:
         fields = json.loads(body)
@@ -113,7 +116,7 @@ def _pop_mode(fields: dict[str, Any]) -> LogprobsMode | None:
 def _drop_private_fields(fields: dict[str, Any]) -> None:
     extra = fields.get(EXTRA_FIELD)
     if isinstance(extra, dict):
-        fields[EXTRA_FIELD] = {name: value for name, value in extra.items() if not name.startswith("gonka_replay")}
+        fields[EXTRA_FIELD] = {name: value for name, value in extra.items() if not name.startswith(REPLAY_PREFIX)}
 
 
 def _pop_replay(
@@ -289,4 +292,5 @@ def _prepare(fields: dict[str, Any], replay: Replay, is_masked: bool) -> None:
         REPLAY_IDS: replay.ids,
         REPLAY_KEY: replay.key,
         REPLAY_MODE: replay.mode,
+        REPLAY_SIGNATURE: signature_of(replay.ids, replay.key, replay.mode),
     }

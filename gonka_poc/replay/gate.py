@@ -16,6 +16,7 @@ from gonka_poc.metrics import Metrics
 from gonka_poc.replay.bodies import Replay, asks_for_replay, rewritten
 from gonka_poc.replay.token_ids import EventStream, json_bytes, make_numeric, numeric
 from gonka_poc.server.guards import path_of
+from gonka_poc.signatures import SECRET
 from gonka_poc.vllm_compat import ReplayServer
 
 logger = logging.getLogger("vllm.gonka_poc.replay")
@@ -42,6 +43,7 @@ class ReplayGate:
         self._server = server
         self._metrics = metrics
         self._has_warned = False
+        self._knows_us = not server.records  # the workers have our secret
         self.runner: ReplayRunner = "v1" if server.records else "v2"
 
     def concerns(self, scope: Scope) -> bool:
@@ -76,16 +78,18 @@ class ReplayGate:
         answer = _WholeAnswer()
         record: dict[str, Any] | None = None
         try:
-            await app(scope, receive, answer)
-        finally:  # also when the client has gone: its record goes too
-            if replay.key:
-                record = await self._take(replay.key)
-        status = answer.status
-        try:
+            await self._introduce()
+            try:
+                await app(scope, receive, answer)
+            finally:  # also when the client has gone: its record goes too
+                if replay.key:
+                    record = await self._take(replay.key)
+            status = answer.status
             content = _written(answer, replay, record)
             status = 200 if content is not None else status
         except PoCError as error:
             logger.warning("PoC: a replay was not answered: %s", error)
+            self._knows_us = not self._server.records  # a worker may have been started anew
             self._metrics.replay_refused(error.http_status)
             return await _error(error.http_status, str(error))(scope, receive, send)
         if status == 200:
@@ -94,14 +98,28 @@ class ReplayGate:
             self._metrics.replay_refused(status)
         await answer.send_on(send, status, content)
 
+    async def _introduce(self) -> None:
+        """Hand our secret to the workers, once. Raises EngineUnavailableError."""
+        if not self._knows_us:
+            await self._call("poc_expect_replays", SECRET.hex())
+            self._knows_us = True
+
     async def _take(self, key: str) -> dict[str, Any] | None:
         try:
-            answers = await self._engine.call_workers("poc_take_replay", key)
-            raise_worker_error([answer for answer in answers if isinstance(answer, dict)])
-        except Exception as error:  # also what vLLM raises where its engine has died
-            logger.warning("PoC: the record of a replay was not fetched: %s: %s", type(error).__name__, error)
+            answers = await self._call("poc_take_replay", key)
+        except EngineUnavailableError as error:
+            logger.warning("PoC: the record of a replay was not fetched: %s", error)
             return None
-        return next((answer for answer in answers if isinstance(answer, dict) and "rows" in answer), None)
+        return next((answer for answer in answers if "rows" in answer), None)
+
+    async def _call(self, method: str, *args: Any) -> list[dict[str, Any]]:
+        """The workers' answers that are none of None. Raises EngineUnavailableError."""
+        try:
+            answers = [each for each in await self._engine.call_workers(method, *args) if isinstance(each, dict)]
+            raise_worker_error(answers)
+        except Exception as error:  # also what vLLM raises where its engine has died
+            raise EngineUnavailableError(f"the workers did not answer: {type(error).__name__}: {error}") from error
+        return answers
 
 
 def _written(answer: _WholeAnswer, replay: Replay, record: dict[str, Any] | None) -> bytes | None:
