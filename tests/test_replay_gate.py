@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from chats import CHAT, SERVER, VOCAB, completion, enforced, entry
+from chats import CHAT, SERVER, TRACE, VOCAB, completion, enforced, entry
 from fakes import FakeView
 from prometheus_client import CollectorRegistry
 
@@ -93,11 +93,13 @@ class Vllm:
         self.bodies: list[bytes] = []
         self.status = 200
         self.tokens = ["token_id:7", "token_id:8"]
+        self.finish_reason = "length"
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         message = await receive()
         self.bodies.append(message["body"])
         answer = completion(*(entry(token, (token, 0.0)) for token in self.tokens))
+        answer["choices"][0]["finish_reason"] = self.finish_reason
         body = json.dumps(answer).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": self.status, "headers": headers})
@@ -125,6 +127,7 @@ async def client(vllm, view):
     middleware = PoCMiddleware(vllm, check_release=lambda: None, make_view=lambda app: view)
     middleware._poc = build_app(view, Settings(), registry=CollectorRegistry())
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=middleware), base_url="http://test") as client:
+        client.gate = middleware._poc.replay  # type: ignore[attr-defined]
         client.metrics = middleware._poc.service.metrics  # type: ignore[attr-defined]
         yield client
 
@@ -185,6 +188,20 @@ async def test_another_token_than_was_forced_is_our_fault(client, vllm):
     vllm.tokens = ["token_id:7", "token_id:9"]
     answer = await client.post("/v1/chat/completions", json={**CHAT, "enforced_tokens": enforced("7", "8")})
     assert answer.status_code == 500
+
+
+@pytest.mark.parametrize("server", [SERVER, TRACE], ids=["v1", "v2"])
+@pytest.mark.parametrize("logprobs", [True, False])
+async def test_an_aborted_replay_is_no_short_answer(client, vllm, server, logprobs):
+    """vLLM answers 200 with the tokens so far; the executor would be voted invalid."""
+    client.gate._server = server
+    vllm.finish_reason, vllm.tokens = "abort", ["token_id:7"]
+    body = {**CHAT, "logprobs": logprobs, "top_logprobs": 2 if logprobs else None}
+    answer = await client.post("/v1/chat/completions", json={**body, "enforced_tokens": enforced("7", "8")})
+    assert answer.status_code == 503
+    assert "aborted" in answer.json()["error"]["message"]
+    chat = await client.post("/v1/chat/completions", json=CHAT)  # of a client, who sees the reason
+    assert chat.json()["choices"][0]["finish_reason"] == "abort"
 
 
 async def test_a_refusal_of_vllm_is_handed_on_and_its_record_dropped(client, vllm, view):

@@ -125,7 +125,8 @@ class ReplayGate:
 def _written(answer: _WholeAnswer, replay: Replay, record: dict[str, Any] | None) -> bytes | None:
     """The body of the answer; None for vLLM's own.
 
-    Raises EngineUnavailableError where the record is not whole, and ComputeError for another token than was forced.
+    Raises EngineUnavailableError for an aborted replay and one whose record is not whole, and ComputeError for another
+    token than was forced.
     """
     rows = [] if record is None else record["rows"]
     if record is not None and answer.status == 500 and replay.is_structured and rows:
@@ -137,8 +138,11 @@ def _written(answer: _WholeAnswer, replay: Replay, record: dict[str, Any] | None
         return None
     value = json.loads(answer.body)
     make_numeric(value)
+    choice = value["choices"][0]
+    if choice.get("finish_reason") == "abort":
+        # by a round under POC_PRIORITY=abort, a pause or a sleep: it is too short by no fault of the executor
+        raise EngineUnavailableError("this replay was aborted; send it again")
     if replay.key:
-        choice = value["choices"][0]
         content = (choice.get("logprobs") or {}).get("content") or []
         if len(rows) < len(content):
             raise EngineUnavailableError("the logprobs of this replay were lost; send it again")
