@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import threading
 from typing import Any
 
 import httpx
@@ -16,6 +17,7 @@ from prometheus_client import CollectorRegistry
 from gonka_poc.app import build_app
 from gonka_poc.config import Settings
 from gonka_poc.middleware import PoCMiddleware
+from gonka_poc.replay import bodies, gate
 from gonka_poc.replay.judgement import answer_of
 from gonka_poc.replay.token_ids import EventStream, json_bytes, make_numeric, split_chunk
 from gonka_poc.signatures import SECRET
@@ -251,6 +253,30 @@ async def test_a_chat_in_another_mode_is_answered_and_logged_once(client, caplog
         answer = await client.post("/v1/chat/completions", json={**CHAT, "logprobs_mode": mode})
         assert answer.status_code == 200
     assert [record.getMessage().count("asks for raw_logprobs") for record in caplog.records].count(1) == 1
+
+
+async def test_texts_and_large_bodies_do_not_hold_the_event_loop(client, view, vllm, monkeypatch):
+    threads: dict[str, list[threading.Thread]] = {"text": [], "body": []}
+
+    def tokenize(text: str) -> list[int]:
+        threads["text"].append(threading.current_thread())
+        return [7, 8]
+
+    def fields_of(body: bytes) -> Any:
+        threads["body"].append(threading.current_thread())
+        return bodies.fields_of(body)
+
+    monkeypatch.setattr(view, "tokenize", tokenize)
+    monkeypatch.setattr(gate, "fields_of", fields_of)
+    small = {**CHAT, "enforced_str": "ab"}
+    large = {**CHAT, "enforced_tokens": enforced("7", "8"), "user": "a" * 70_000}
+    refused = {**large, "n": 2}
+    for body, status in ((small, 200), (large, 200), (refused, 400)):
+        vllm.tokens = ["token_id:7", "token_id:8"]
+        assert (await client.post("/v1/chat/completions", json=body)).status_code == status
+    main = threading.main_thread()
+    assert [thread is main for thread in threads["text"]] == [False]
+    assert [thread is main for thread in threads["body"]] == [True, False, False]  # and each body is parsed once
 
 
 async def test_versions_name_the_runner_of_replays(client, view):

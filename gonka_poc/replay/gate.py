@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
-from typing import Any, Protocol
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,8 +16,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gonka_poc.answers import ReplayRunner
 from gonka_poc.errors import ComputeError, EngineUnavailableError, PoCError, raise_worker_error
 from gonka_poc.metrics import Metrics
-from gonka_poc.replay.bodies import Replay, asks_for_replay, rewritten
+from gonka_poc.replay.bodies import (
+    Replay,
+    Rewritten,
+    asks_for_replay,
+    fields_of,
+    rewritten,
+    text_to_force,
+)
 from gonka_poc.replay.token_ids import EventStream, json_bytes, make_numeric, numeric
+from gonka_poc.server.bodies import LARGE_BODY
 from gonka_poc.server.guards import path_of
 from gonka_poc.signatures import SECRET
 from gonka_poc.vllm_compat import ReplayServer
@@ -23,13 +34,14 @@ logger = logging.getLogger("vllm.gonka_poc.replay")
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 LOWEST = -9999.0  # vLLM writes it for -inf
+T = TypeVar("T")
 
 
 class Engine(Protocol):
     """The engine as the gate needs it; ApiView is one."""
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of `text`, without special tokens."""
+        """Token ids of `text`, without special tokens. Called in one thread at a time."""
 
     async def call_workers(self, method: str, *args: Any) -> list[Any]:
         """One answer per worker."""
@@ -43,6 +55,8 @@ class ReplayGate:
         self._server = server
         self._metrics = metrics
         self._has_warned = False
+        self._texts = ThreadPoolExecutor(1, "poc-enforced-str")
+        self._large = asyncio.Lock()
         self._knows_us = not server.records  # the workers have our secret
         self.runner: ReplayRunner = "v1" if server.records else "v2"
 
@@ -55,10 +69,13 @@ class ReplayGate:
         body = await _read(receive)
         if body is None:
             return
+        is_chat, is_replay = path_of(scope) == CHAT, False
         try:
-            request = rewritten(body, path_of(scope) == CHAT, self._server, self._engine.tokenize)
+            fields = await self._call_for(body, lambda: fields_of(body))
+            is_replay = is_chat and asks_for_replay(fields)
+            request = await self._rewritten(body, fields, is_chat)
         except PoCError as error:
-            if asks_for_replay(body, path_of(scope) == CHAT):
+            if is_replay:
                 self._metrics.replay_refused(error.http_status)
             return await _error(error.http_status, str(error))(scope, receive, send)
         scope, receive = _with_body(scope, receive, request.body)
@@ -72,6 +89,19 @@ class ReplayGate:
             await app(scope, receive, _NumericSend(send, request.hides_token_ids))
         else:
             await app(scope, receive, send)
+
+    async def _rewritten(self, body: bytes, fields: dict[str, Any] | None, is_chat: bool) -> Rewritten:
+        text = text_to_force(fields, self._server) if is_chat else None
+        loop = asyncio.get_running_loop()
+        ids = None if text is None else await loop.run_in_executor(self._texts, self._engine.tokenize, text)
+        return await self._call_for(body, lambda: rewritten(body, fields, is_chat, self._server, ids))
+
+    async def _call_for(self, body: bytes, function: Callable[[], T]) -> T:
+        """The value of `function`; where `body` is large from a thread, one at a time, so that chat is served."""
+        if len(body) <= LARGE_BODY:
+            return function()
+        async with self._large:
+            return await asyncio.to_thread(function)
 
     async def _replay(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send, replay: Replay) -> None:
         started = time.monotonic()
