@@ -96,12 +96,15 @@ class Vllm:
         self.status = 200
         self.tokens = ["token_id:7", "token_id:8"]
         self.finish_reason = "length"
+        self.error: str | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         message = await receive()
         self.bodies.append(message["body"])
         answer = completion(*(entry(token, (token, 0.0)) for token in self.tokens))
         answer["choices"][0]["finish_reason"] = self.finish_reason
+        if self.error is not None:
+            answer = {"error": {"message": self.error, "type": "InternalServerError", "param": None, "code": 500}}
         body = json.dumps(answer).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": self.status, "headers": headers})
@@ -186,10 +189,16 @@ async def test_a_lost_record_is_no_fault_of_the_payload(client, view, rows, stat
     assert client.metrics._registry.get_sample_value("gonka_poc_replays_refused_total", {"status": "503"}) == 1
 
 
-async def test_another_token_than_was_forced_is_our_fault(client, vllm):
-    vllm.tokens = ["token_id:7", "token_id:9"]
-    answer = await client.post("/v1/chat/completions", json={**CHAT, "enforced_tokens": enforced("7", "8")})
+@pytest.mark.parametrize("server", [SERVER, TRACE], ids=["v1", "v2"])
+@pytest.mark.parametrize("tokens", [["token_id:7", "token_id:9"], ["token_id:7", "token_id:8", "token_id:7"]])
+async def test_another_token_than_was_forced_is_our_fault(client, vllm, view, server, tokens):
+    client.gate._server = server
+    body = {**CHAT, "enforced_tokens": enforced("7", "8")}
+    assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+    vllm.tokens = tokens
+    answer = await client.post("/v1/chat/completions", json=body)
     assert answer.status_code == 500
+    assert "was forced" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("server", [SERVER, TRACE], ids=["v1", "v2"])
@@ -213,18 +222,43 @@ async def test_a_refusal_of_vllm_is_handed_on_and_its_record_dropped(client, vll
     assert [method for method, _ in view.calls] == ["poc_expect_replays", "poc_take_replay"]
 
 
+@pytest.mark.parametrize("behind", [[], [[9, -0.5, [9, 3], [-0.5, -0.7]]]])
 @pytest.mark.parametrize("response_format", [{"type": "json_object"}, {"type": "text"}])
-async def test_a_grammar_that_ends_a_replay_is_no_fault_of_ours(client, vllm, response_format):
+async def test_a_grammar_that_ends_a_replay_is_no_fault_of_ours(client, vllm, view, response_format, behind):
     """vLLM answers 500; what was forced up to there is an answer that is too short. Another 500 stays one."""
-    vllm.status = 500
+    vllm.status, vllm.error = 500, "Internal server error"
+    view.answers[1]["rows"][1][1] = -math.inf
+    view.answers[1]["rows"] += behind
     body = {**CHAT, "response_format": response_format, "enforced_tokens": enforced("7", "8", "9")}
     answer = await client.post("/v1/chat/completions", json=body)
     if response_format["type"] == "text":
         assert answer.status_code == 500
     else:
         replay = answer_of(answer.json())
-        assert (replay.tokens, replay.completion_tokens, replay.prompt_tokens) == (["7", "8"], 2, 3)
+        tokens = ["7", "8", "9"][: 2 + len(behind)]
+        assert (replay.tokens, replay.completion_tokens, replay.prompt_tokens) == (tokens, len(tokens), 3)
         assert answer.json()["model"] == "m"
+
+
+@pytest.mark.parametrize(
+    ("error", "last", "rows", "dead"),
+    [
+        ("CUDA out of memory", -math.inf, 2, False),
+        (None, -math.inf, 2, False),
+        ("Internal server error", -9.0, 2, False),
+        ("Internal server error", -math.inf, 0, False),
+        ("Internal server error", -math.inf, 2, True),
+    ],
+)
+async def test_a_failure_that_is_ours_is_no_short_answer(client, vllm, view, error, last, rows, dead):
+    """Also of a structured replay; the executor would be voted invalid."""
+    vllm.status, vllm.error, view.dead = 500, error, dead
+    view.answers[1]["rows"][1][1] = last
+    del view.answers[1]["rows"][rows:]
+    body = {**CHAT, "response_format": {"type": "json_object"}, "enforced_tokens": enforced("7", "8", "9")}
+    answer = await client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 503
+    assert "send it again" in answer.json()["error"]["message"]
 
 
 async def test_a_bad_replay_does_not_reach_vllm(client, vllm):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from gonka_poc.replay.bodies import (
     rewritten,
     text_to_force,
 )
-from gonka_poc.replay.token_ids import EventStream, json_bytes, make_numeric, numeric
+from gonka_poc.replay.token_ids import EventStream, json_bytes, make_numeric
 from gonka_poc.server.bodies import LARGE_BODY
 from gonka_poc.server.guards import path_of
 from gonka_poc.signatures import SECRET
@@ -34,6 +35,7 @@ logger = logging.getLogger("vllm.gonka_poc.replay")
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 LOWEST = -9999.0  # vLLM writes it for -inf
+INTERNAL_ERROR = "Internal server error"  # of a request that the engine ended, as where a grammar rejects its token
 T = TypeVar("T")
 
 
@@ -42,6 +44,9 @@ class Engine(Protocol):
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens. Called in one thread at a time."""
+
+    def is_dead(self) -> bool:
+        """True if the engine is gone for good."""
 
     async def call_workers(self, method: str, *args: Any) -> list[Any]:
         """One answer per worker."""
@@ -115,7 +120,7 @@ class ReplayGate:
                 if replay.key:
                     record = await self._take(replay.key)
             status = answer.status
-            content = _written(answer, replay, record)
+            content = _written(answer, replay, record, self._engine.is_dead())
             status = 200 if content is not None else status
         except PoCError as error:
             logger.warning("PoC: a replay was not answered: %s", error)
@@ -152,17 +157,19 @@ class ReplayGate:
         return answers
 
 
-def _written(answer: _WholeAnswer, replay: Replay, record: dict[str, Any] | None) -> bytes | None:
-    """The body of the answer; None for vLLM's own.
+def _written(answer: _WholeAnswer, replay: Replay, record: dict[str, Any] | None, is_dead: bool) -> bytes | None:
+    """The body of the answer; None for vLLM's own. `is_dead`: of the engine.
 
-    Raises EngineUnavailableError for an aborted replay and one whose record is not whole, and ComputeError for another
-    token than was forced.
+    Raises EngineUnavailableError for a replay that was aborted or whose record is not whole, and for a failure that is
+    vLLM's own; ComputeError for another token than was forced.
     """
     rows = [] if record is None else record["rows"]
-    if record is not None and answer.status == 500 and replay.is_structured and rows:
+    if record is not None and answer.status == 500 and replay.is_structured:
+        if is_dead or answer.error != INTERNAL_ERROR or not _is_refused(rows):
+            raise EngineUnavailableError("vLLM failed, and not because of a token of this replay; send it again")
         # vLLM ends a request whose grammar rejects a token; the network's servers go on without the grammar. What was
         # forced up to there is enough to judge: the answer is not one of the model under this grammar.
-        logger.info("PoC: a replay ended at position %d, probably by its grammar", len(rows))
+        logger.info("PoC: a replay ended at position %d by its grammar", len(rows))
         return json_bytes(_cut_answer(rows, record["prompt_tokens"], replay))
     if answer.status != 200:
         return None
@@ -172,13 +179,30 @@ def _written(answer: _WholeAnswer, replay: Replay, record: dict[str, Any] | None
     if choice.get("finish_reason") == "abort":
         # by a round under POC_PRIORITY=abort, a pause or a sleep: it is too short by no fault of the executor
         raise EngineUnavailableError("this replay was aborted; send it again")
+    content = (choice.get("logprobs") or {}).get("content") or []
+    _check_forced([entry["token"] for entry in content], replay.ids)
     if replay.key:
-        content = (choice.get("logprobs") or {}).get("content") or []
         if len(rows) < len(content):
             raise EngineUnavailableError("the logprobs of this replay were lost; send it again")
         for entry, row in zip(content, rows, strict=False):
             _write_entry(entry, row, replay.top_logprobs)
     return json_bytes(value)
+
+
+def _is_refused(rows: list[list[Any]]) -> bool:
+    """True if a replay with these positions ended at a token that could not have been sampled.
+
+    vLLM may have scheduled another position behind it.
+    """
+    return any(logprob == -math.inf for _, logprob, _, _ in rows[-2:])
+
+
+def _check_forced(tokens: list[str], ids: list[int]) -> None:
+    """Raise ComputeError where the answer's `tokens` are not the beginning of `ids`."""
+    for i, token in enumerate(tokens):
+        forced = str(ids[i]) if i < len(ids) else "the end"
+        if token != forced:
+            raise ComputeError(f"token {token} came where {forced} was forced; the server's log may say why")
 
 
 def _cut_answer(rows: list[list[Any]], prompt_tokens: int, replay: Replay) -> dict[str, Any]:
@@ -196,8 +220,6 @@ def _cut_answer(rows: list[list[Any]], prompt_tokens: int, replay: Replay) -> di
 def _write_entry(entry: dict[str, Any], row: list[Any], top: int) -> None:
     """Logprobs of a position as vLLM would have written them: the forced token first, then the best others."""
     forced, logprob, ids, values = row
-    if numeric(entry["token"]) != str(forced):
-        raise ComputeError(f"token {entry['token']} came where {forced} was forced; the server's log may say why")
     others = [(i, value) for i, value in zip(ids, values, strict=True) if i != forced]
     entry["logprob"] = _floor(logprob)
     entry["top_logprobs"] = [
@@ -275,6 +297,14 @@ class _WholeAnswer:
     def status(self) -> int:
         """The HTTP status."""
         return int(self._start["status"])
+
+    @property
+    def error(self) -> str:
+        """The text of vLLM's error; "" where the answer is none."""
+        try:
+            return str(json.loads(self.body)["error"]["message"])
+        except (ValueError, LookupError, TypeError):
+            return ""
 
     async def send_on(self, send: Send, status: int, body: bytes | None) -> None:
         """Send it, with another body if there is one."""
