@@ -200,7 +200,7 @@ def test_help_names_every_option(host: FakeHost, script: str) -> None:
 def test_refusals_reach_the_operator(host: FakeHost, script: str) -> None:
     done = host.bash(script, "--bogus")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: unknown option: --bogus\n    --help tells what there is\n"
+    assert done.stderr == "error: unknown option: --bogus\n    --help lists the options\n"
     (host.bin / "python3").unlink()
     done = host.bash(script, "--status")
     assert (done.returncode, "no Python 3.10 or newer was found" in done.stderr) == (2, True)

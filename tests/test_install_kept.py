@@ -1,4 +1,4 @@
-"""What stays of the installer for `gonka-poc update` and `uninstall`, and how journals are found from each other."""
+"""The part of the installer that stays, for `gonka-poc update` and `uninstall`; journals are found from each other."""
 
 from __future__ import annotations
 

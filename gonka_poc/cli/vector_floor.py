@@ -73,7 +73,7 @@ class Advice:
 
     @property
     def missed(self) -> list[str]:
-        """The cheats that are not caught surely enough."""
+        """The cheats that are not reliably caught."""
         return [name for name, probability in self.caught.items() if not probability > MIN_CAUGHT]
 
 
@@ -164,7 +164,7 @@ class Measurement:
 
 
 def _is_caught(distances: np.ndarray, floor: Floor) -> bool:
-    """True if a cheat with these distances is caught surely enough by the thresholds of `floor`."""
+    """True if a cheat with these distances is reliably caught by the thresholds of `floor`."""
     try:
         return not advise(Floor(floor.honest, {"": distances})).missed
     except ToolError:  # too few honest distances for thresholds
