@@ -762,7 +762,9 @@ def test_retry_still_takes_the_older_name_of_its_option(outbox, capsys):
 
 def test_a_server_that_is_not_there(capsys):
     assert run("status", "--url", f"http://127.0.0.1:{free_port()}") == 1
-    assert "cannot be reached" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "cannot be reached" in printed.err
+    assert printed.out == ""
     for address in ("127.0.0.1:8000", "http://[::1"):
         assert run("status", "--url", address) == 1
         assert "write it as http://HOST:PORT or unix:PATH" in capsys.readouterr().err

@@ -85,7 +85,8 @@ def _show(hosts: list[HostStatus], all_answered: bool, as_json: bool) -> int:
             [{**host.answer, "url": host.url, "problems": host.problems, "host": host.figures} for host in hosts]
         )
     elif len(hosts) == 1:
-        common.print_grid(hosts[0].rows)
+        if hosts[0].rows:  # none of a host that did not answer
+            common.print_grid(hosts[0].rows)
     else:
         _print_table(hosts)
     for host in hosts:
@@ -122,7 +123,7 @@ def _print_table(hosts: list[HostStatus]) -> None:
 
 
 @click.command("wait")
-@click.option("--timeout", type=click.FloatRange(0), default=600.0, show_default=True, help="Seconds to wait at most.")
+@click.option("--timeout", type=click.FloatRange(0), default=1800.0, show_default=True, help="Seconds to wait at most.")
 @common.server_options
 def wait_command(timeout: float, connect: Connect, as_json: bool) -> int:
     """Wait until a server that starts answers. Exit status 1 if it does not in time, or has no proof of compute.

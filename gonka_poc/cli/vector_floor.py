@@ -36,6 +36,8 @@ CHEATS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 
+SAME_VECTORS = "its vectors are the honest ones: another release of gonka_poc, or weights that are rounded already"
+
 Vectors = Mapping[tuple[str, int], np.ndarray]
 """float16 [k_dim] by block hash and nonce."""
 
@@ -140,7 +142,10 @@ class Measurement:
                     raise
                 floor.not_made[name] = error.reason
             else:
-                floor.cheats[name] = distances
+                if distances.any():
+                    floor.cheats[name] = distances
+                else:
+                    floor.not_made[name] = SAME_VECTORS
 
     def _compute(
         self, keys: Sequence[tuple[str, int]], key: str = KEY, size: int | None = None, **calibration: Any
