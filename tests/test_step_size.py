@@ -44,6 +44,15 @@ def test_a_round_at_full_pace_stays_at_full_size():
     assert size.may_prefetch((64, 12), 32, 32, 32)
 
 
+def test_a_prefetched_batch_counts_from_its_begin():
+    """A caller that asks late for batches of 300 ms waits for 10 ms only."""
+    size = BatchSizer(0.2)
+    for _ in range(SETTLED):
+        size.record_batch((64, 12), 32, 0.01, 0.3)
+    assert size.limit((64, 12), 32, 32) == 16
+    assert not size.may_prefetch((64, 12), 32, 32, 32)
+
+
 def test_a_full_batch_is_tried_where_smaller_ones_are_as_slow():
     size = BatchSizer(0.2)
     for _ in range(MEASUREMENTS):
