@@ -295,7 +295,7 @@ def launched(request: pytest.FixtureRequest, with_engine: HostTree) -> Iterator[
 
 def answers(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200
+        return httpx.get(f"{url}/health", timeout=5, trust_env=False, verify=False).status_code == 200
     except httpx.HTTPError:
         return False
 
