@@ -80,7 +80,7 @@ def _folders_of(runner: Path) -> list[str]:
 
 
 def _of_processes(runner: Path, proc: str) -> list[NamedPython]:
-    """What the environment of MLNode's processes names; where none does, the Python of the vLLM servers among them."""
+    """The Python that MLNode's processes name in their environment; where none does, that of vLLM servers."""
     by_environment, by_command = [], []
     for folder in sorted(glob.glob(f"{proc}/[0-9]*"), key=lambda path: int(os.path.basename(path))):
         with contextlib.suppress(OSError):
@@ -122,7 +122,7 @@ def _pairs(texts: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _of_units(runner: Path | None, folders: tuple[str, ...]) -> list[NamedPython]:
-    """What systemd services set; if several, those that speak of MLNode's folder count."""
+    """The Python that systemd services set; if several, those that speak of MLNode's folder count."""
     every, near = [], []
     seen = set()
     for path in (path for folder in folders for path in sorted(glob.glob(f"{glob.escape(folder)}/*.service"))):
@@ -130,7 +130,7 @@ def _of_units(runner: Path | None, folders: tuple[str, ...]) -> list[NamedPython
         if name in seen:  # the one in an earlier folder hides it
             continue
         seen.add(name)
-        drop_ins = [file for folder in folders for file in glob.glob(f"{glob.escape(folder)}/{name}.d/*.conf")]
+        drop_ins = [file for folder in folders for file in glob.glob(glob.escape(f"{folder}/{name}.d") + "/*.conf")]
         text = "\n".join(_text_of(file) for file in [path, *sorted(drop_ins, key=os.path.basename)])
         is_near = runner is not None and any(folder in text for folder in _folders_of(runner))
         python = _set_by(text, read_files=is_near)

@@ -11,6 +11,7 @@ from scipy.special import betainc
 from gonka_poc.data import StatTest, decode_vector
 from gonka_poc.threshold_data import ProofBatch, ValidatedBatch
 
+LEAST_P_VALUE = 1e-300
 P_INVALID = 5e-4  # rate at which nonces of an honest host are invalid to another: of a threshold round
 
 
@@ -24,6 +25,11 @@ class Verdict:
     not_computed_nonces: list[int]
     p_value: float
     fraud_detected: bool
+
+
+def p_value_text(p_value: float, digits: int = 2) -> str:
+    """A p-value to read; where the arithmetic of float64 ends, its bound: it is never 0."""
+    return f"{p_value:.{digits}g}" if p_value >= LEAST_P_VALUE else f"< {LEAST_P_VALUE:g}"
 
 
 def binomial_p_value(n_mismatch: int, n_total: int, p_mismatch: float) -> float:

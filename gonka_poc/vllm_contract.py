@@ -233,6 +233,7 @@ CONTRACT = (
     *_names("sampling_params.py", "SamplingParams: presence_penalty frequency_penalty repetition_penalty"),
     *_names("sampling_params.py", "SamplingParams.trace_decode_token_ids", first="0.29"),
     *_names(PROCESSORS, "LogitsProcessor: update_state(batch_update) apply(logits) is_argmax_invariant()"),
+    *_names(PROCESSORS, "LogitsProcessor.validate_params(sampling_params)"),
     *_names(PROCESSORS, "BatchUpdate: removed added moved"),
     *_names("v1/sample/logits_processor/state.py", "LogitsProcessors.non_argmax_invariant"),
     *_names("v1/worker/gpu_model_runner.py", "GPUModelRunner.input_batch"),

@@ -57,6 +57,10 @@ class PoCWorkerExtension:
         """bench_worker.measure_parts: seconds of the parts of a batch."""
         return poc_answer(lambda: poc_bench().measure_parts(poc_runner_of(self), VectorSpec(**spec), nonces))
 
+    def poc_expect_replays(self, secret: str) -> dict[str, Any] | None:
+        """Force the replays that are signed with `secret` (hexadecimal digits), and no others."""
+        return poc_answer(lambda: poc_expect_signed(self, secret))
+
     def poc_take_replay(self, key: str) -> dict[str, Any] | None:
         """The record of a replay, which is forgotten: {"rows": [[id, logprob, best ids, their logprobs], ..],
         "prompt_tokens"}. None on a worker that has none.
@@ -92,6 +96,15 @@ def poc_bench() -> Any:
     from gonka_poc import bench_worker
 
     return bench_worker
+
+
+def poc_expect_signed(worker: Any, secret: str) -> None:
+    """Hand `secret` to this worker's logits processor."""
+    from gonka_poc.replay.processor import ReplayProcessor
+    from gonka_poc.vllm_compat.logits_processors import custom_processors
+
+    for processor in custom_processors(worker, ReplayProcessor):
+        processor.secret = bytes.fromhex(secret)
 
 
 def poc_replay_record(worker: Any, key: str) -> dict[str, Any] | None:

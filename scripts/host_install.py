@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from host_kept import keep_installer
 from host_look import differences, look_at
 from host_options import HELP, Options, parse_options
 from host_places import find_recorded, find_runner_of, introduce, tell_others
-from host_runners import stray_patches, take_out
+from host_runners import marks_of, stray_patches, take_out
 from host_steps import (
     STEPS,
     DoctorStep,
@@ -111,9 +112,16 @@ def take_settings(host: Host, journal: Journal) -> None:
     if not journal.changes:
         problem = f"nothing is recorded in {journal.folder}: there is no installation to update"
         raise RefusalError(f"{problem}\ninstall it: bash install.sh, from a checkout")
+    settings = journal.settings or settings_in(host.runner)
     for name in KEPT_OPTIONS:
-        if not {name, f"no_{name}"} & host.options.given and name in journal.settings:
-            setattr(host.options, name, journal.settings[name])
+        if not {name, f"no_{name}"} & host.options.given and name in settings:
+            setattr(host.options, name, settings[name])
+
+
+def settings_in(runner: Path | None) -> dict[str, Any]:
+    """The options by the markers in runner.py, for the journals of earlier releases, which have none."""
+    found = re.search(r"v\d+ (standard|graphs|hardened)\S*?(-replay)?(,|$)", marks_of(runner) if runner else "")
+    return {"profile": found[1], "replay": bool(found[2])} if found else {}
 
 
 def find_host(options: Options, script: str) -> Host:
@@ -235,11 +243,13 @@ def uninstall(host: Host) -> int:
         except InstallError as error:
             raise InstallError(f"{error}\nwhat is not taken back yet stays recorded in {journal.path}") from error
     take_out(host, journal)
-    left = differences(before, host) if before else ["not known: it was not looked at before the installation"]
+    left = differences(before, host) if before else []
     if left:
         say("\n    ".join(["All that was recorded is taken back. Not as before the installation:", *left]))
-    else:
+    elif before:
         say("Everything is as it was before the installation.")
+    else:
+        say("All that was recorded is taken back. Nobody looked at the host before that installation.")
     say("Restart MLNode.")
     return DONE
 

@@ -51,7 +51,7 @@ VALUES = ("--python", "--mlnode-dir", "--profile", "--vllm-version", "--gpus", "
 @dataclass
 class Options:
     action: str = "install"  # or update, uninstall, status, help
-    given: set[str] = field(default_factory=set)  # the fields that the command line sets
+    given: set[str] = field(default_factory=set, compare=False)  # the fields that the command line sets
     yes: bool = False
     dry_run: bool = False
     force: bool = False
@@ -84,7 +84,7 @@ def parse_options(words: Sequence[str]) -> Options:
                 raise RefusalError(f"{name} needs a value")
             setattr(options, attribute, value)
         elif name not in (*ACTIONS, *FLAGS):
-            raise RefusalError(f"unknown option: {word}\n    --help tells what there is")
+            raise RefusalError(f"unknown option: {word}\n    --help lists the options")
         elif equals:
             raise RefusalError(f"{name} takes no value")
         elif name in ACTIONS:

@@ -31,7 +31,11 @@ def state_of(runner: Path | None) -> Path | None:
 def find_recorded(options: Options, runner: Path | None) -> Target:
     """The Python of an installation: as named, else by the journal that runner.py names, else MLNode's."""
     state = state_of(runner) if options.python is None else None
-    python = Journal(state).settings.get("python") if state else None
+    journal = Journal(state) if state else None
+    # a runner.py that names a journal which does not name it was copied, or written by somebody else
+    if journal and not any(change.get("path") == str(runner) for change in journal.changes):
+        journal = None
+    python = journal.settings.get("python") if journal else None
     if python and shutil.which(python):
         found = Target(python, source=f"the journal that {runner} names").look()
         if state_folder(found) == state:

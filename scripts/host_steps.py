@@ -237,8 +237,11 @@ class PackageStep(Step):
 
     def check(self) -> str:
         target = self.host.target
-        if is_kept() and given_wheel(self.host.options) is None:
-            problem = f"{ROOT} has no wheel of gonka_poc: it was installed before it was kept"
+        if is_kept() and given_wheel(self.host.options) is None:  # killed before it was put there
+            found = target.own().get(PACKAGE)
+            if found and not edited_files(found):
+                return f"{found.version} is installed, as pip put it there; kept"
+            problem = f"{ROOT} has no wheel of gonka_poc to put it in order with"
             raise RefusalError(f"{problem}\ntake a checkout: bash install.sh --update, or gonka-poc update CHECKOUT")
         refuse_others(target, self.host.options.replace_other)
         found, wanted = target.own().get(PACKAGE), wanted_version(self.host.options)

@@ -195,3 +195,19 @@ def test_what_was_kept_goes_after_its_record(host: Any, tmp_path: Path) -> None:
     assert hashlib.sha256(Path(host.target.purelib, "tail/__init__.py").read_bytes()).digest() == digest.digest()
     again.sweep()
     assert not kept.exists()
+
+
+def test_a_run_that_failed_says_what_it_leaves(host: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for left in (False, True):
+        host.pip, before = pip_of(host), host_look.look_at(host)
+        journal = host_journal.Journal(host.state)
+        host_journal.install_packages(host, journal, ["head"])
+        if left:
+            Path(host.target.purelib, "head.py").write_text("")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(host_install.signal, "signal", lambda *_: None)
+            host_install.roll_back(host, journal, 0, before, host_target.InstallError("no room"))
+        told = capsys.readouterr().err
+        assert ("The host is as it was before this run." in told) == (not left)
+        assert ("Not as before it:\n    " + host.target.purelib + "/head.py came since\n" in told) == left
+        assert "then run the same command again" in told

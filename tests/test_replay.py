@@ -9,12 +9,21 @@ from typing import Any
 import pytest
 from chats import CHAT, END_OF_TURN, EOS, SERVER, TRACE, VOCAB, completion, enforced, entry
 
-from gonka_poc.errors import PoCError, ToolError, UnsupportedServerError
-from gonka_poc.replay.bodies import asks_for_replay, rewritten
+from gonka_poc.errors import PoCError, RequestError, ToolError, UnsupportedServerError
+from gonka_poc.replay import bodies
+from gonka_poc.replay.bodies import Rewritten, asks_for_replay, fields_of, text_to_force
 from gonka_poc.replay.judgement import answer_of, judge, replay_body
-from gonka_poc.vllm_compat import REPLAY_IDS, REPLAY_KEY, REPLAY_MODE, ReplayServer
+from gonka_poc.signatures import is_signed
+from gonka_poc.vllm_compat import REPLAY_IDS, REPLAY_KEY, REPLAY_MODE, REPLAY_SIGNATURE, ReplayServer
 
 # --- bodies -------------------------------------------------------------------------------------------------------
+
+
+def rewritten(body: bytes, is_chat: bool, server: ReplayServer, text_ids: list[int] | None = None) -> Rewritten:
+    fields = fields_of(body)
+    if is_chat and text_ids is None:
+        assert text_to_force(fields, server) is None
+    return bodies.rewritten(body, fields, is_chat, server, text_ids)
 
 
 OTHERS = [b'{"model": "m",  "temperature":1e0}', b"no json", b'{"a": "logprobs"}', b"", b'["logprobs"]']
@@ -39,8 +48,20 @@ def test_a_name_written_with_escapes_is_the_same_name():
     done = rewritten(body, True, SERVER)
     assert done.numeric
     assert done.replay is not None
-    assert asks_for_replay(body, True)
-    assert not asks_for_replay(body, False)
+    assert asks_for_replay(fields_of(body))
+    assert not asks_for_replay(fields_of(b'{"logprobs": true, "enforced_str": null}'))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-8-sig"])
+def test_a_body_in_another_encoding_is_read_as_starlette_reads_it(encoding):
+    own = {"model": "m", "vllm_xargs": {"own": 1, REPLAY_IDS: [5], REPLAY_KEY: "k"}}
+    done = rewritten(json.dumps(own).encode(encoding), False, SERVER)
+    assert json.loads(done.body) == {"model": "m", "vllm_xargs": {"own": 1}}
+    for fields in ({"enforced_tokens": enforced("7")}, {"enforced_tokens": None}):
+        done = rewritten(json.dumps({**CHAT, **fields}).encode(encoding), True, SERVER)
+        assert (done.numeric, done.replay is None) == (True, fields["enforced_tokens"] is None)
+    other = '{"a":  1}'.encode(encoding)
+    assert rewritten(other, True, SERVER).body == other
 
 
 def test_a_stream_asks_for_ids_so_that_no_token_is_left_out():
@@ -63,7 +84,9 @@ def test_a_replay_is_carried_in_vllm_xargs():
     assert not {"enforced_tokens", "stream_options"} & set(sent)
     assert done.replay is not None
     key = done.replay.key
-    assert sent["vllm_xargs"] == {
+    extra = sent["vllm_xargs"]
+    assert is_signed([7, 8, 9], key, "processed_logprobs", extra.pop(REPLAY_SIGNATURE))
+    assert extra == {
         "own": 1, REPLAY_IDS: [7, 8, 9], REPLAY_KEY: key, REPLAY_MODE: "processed_logprobs",
     }  # fmt: skip
     assert len(key) == 32
@@ -226,10 +249,29 @@ def test_the_mode_of_an_answer_is_guessed_where_none_is_given(top_ids, positions
 def test_a_text_is_made_into_tokens():
     for ids in ([65, 66], [65, 66, EOS]):
         body = json.dumps({**CHAT, "enforced_str": "AB", "enforced_tokens": "not looked at"}).encode()
-        done = rewritten(body, True, SERVER, lambda text, ids=ids: ids)
+        assert text_to_force(fields_of(body), SERVER) == "AB"
+        done = rewritten(body, True, SERVER, ids)
         assert done.replay is not None
         assert done.replay.ids == [65, 66, EOS]  # the text does not show the end
         assert json.loads(done.body)["max_tokens"] == 3
+
+
+def test_no_text_is_tokenised_that_is_too_long_at_any_number_of_tokens():
+    longest = "a" * 128 * SERVER.max_model_len
+    assert text_to_force({"enforced_str": longest}, SERVER) == longest
+    with pytest.raises(RequestError, match="8193 characters"):
+        text_to_force({"enforced_str": longest + "a"}, SERVER)
+
+
+def test_too_many_tokens_are_refused_before_they_are_read():
+    for token in ("x", "7"):
+        with pytest.raises(RequestError, match="64 tokens and a prompt"):
+            rewritten(json.dumps({**CHAT, "enforced_tokens": enforced(*[token] * 64)}).encode(), True, SERVER)
+
+
+def test_a_large_body_is_read_as_a_small_one():
+    body = {**CHAT, "n": 1, "temperature": 0.5, "messages": [{"role": "user", "content": "é" * 70_000}]}
+    assert fields_of(json.dumps(body).encode()) == body
 
 
 # --- the judgement ----------------------------------------------------------------------------------------------

@@ -5,19 +5,22 @@ from __future__ import annotations
 import copy
 import json
 import math
+import threading
 from typing import Any
 
 import httpx
 import pytest
-from chats import CHAT, SERVER, VOCAB, completion, enforced, entry
+from chats import CHAT, SERVER, TRACE, VOCAB, completion, enforced, entry
 from fakes import FakeView
 from prometheus_client import CollectorRegistry
 
 from gonka_poc.app import build_app
 from gonka_poc.config import Settings
 from gonka_poc.middleware import PoCMiddleware
+from gonka_poc.replay import bodies, gate
 from gonka_poc.replay.judgement import answer_of
 from gonka_poc.replay.token_ids import EventStream, json_bytes, make_numeric, split_chunk
+from gonka_poc.signatures import SECRET
 
 
 def test_ids_of_an_answer_become_numbers():
@@ -92,11 +95,16 @@ class Vllm:
         self.bodies: list[bytes] = []
         self.status = 200
         self.tokens = ["token_id:7", "token_id:8"]
+        self.finish_reason = "length"
+        self.error: str | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         message = await receive()
         self.bodies.append(message["body"])
         answer = completion(*(entry(token, (token, 0.0)) for token in self.tokens))
+        answer["choices"][0]["finish_reason"] = self.finish_reason
+        if self.error is not None:
+            answer = {"error": {"message": self.error, "type": "InternalServerError", "param": None, "code": 500}}
         body = json.dumps(answer).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": self.status, "headers": headers})
@@ -124,6 +132,7 @@ async def client(vllm, view):
     middleware = PoCMiddleware(vllm, check_release=lambda: None, make_view=lambda app: view)
     middleware._poc = build_app(view, Settings(), registry=CollectorRegistry())
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=middleware), base_url="http://test") as client:
+        client.gate = middleware._poc.replay  # type: ignore[attr-defined]
         client.metrics = middleware._poc.service.metrics  # type: ignore[attr-defined]
         yield client
 
@@ -151,6 +160,27 @@ async def test_a_replay_gets_the_recorded_logprobs(client, view):
     assert view.calls[-1][0] == "poc_take_replay"
 
 
+async def test_the_workers_are_given_the_secret_before_the_first_replay(client, view, vllm):
+    body = {**CHAT, "enforced_tokens": enforced("7", "8")}
+    view.failure = RuntimeError("the engine has died")
+    assert (await client.post("/v1/chat/completions", json=body)).status_code == 503
+    assert vllm.bodies == []
+    view.failure = None
+    for _ in range(2):
+        assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+    methods = [method for method, _ in view.calls]
+    assert methods == ["poc_expect_replays", "poc_expect_replays", "poc_take_replay", "poc_take_replay"]
+    assert view.calls[1][1] == (SECRET.hex(),)
+
+
+async def test_a_worker_that_was_started_anew_is_given_the_secret_again(client, view, vllm):
+    body = {**CHAT, "enforced_tokens": enforced("7", "8")}
+    for tokens, status in ((["token_id:7", "token_id:9"], 500), (["token_id:7", "token_id:8"], 200)):
+        vllm.tokens = tokens
+        assert (await client.post("/v1/chat/completions", json=body)).status_code == status
+    assert [method for method, _ in view.calls] == ["poc_expect_replays", "poc_take_replay"] * 2
+
+
 @pytest.mark.parametrize(("rows", "status"), [(None, 503), ([[7, -0.5, [7], [-0.5]]], 503)])
 async def test_a_lost_record_is_no_fault_of_the_payload(client, view, rows, status):
     view.answers = [None, None if rows is None else {"rows": rows, "prompt_tokens": 3}]
@@ -159,31 +189,76 @@ async def test_a_lost_record_is_no_fault_of_the_payload(client, view, rows, stat
     assert client.metrics._registry.get_sample_value("gonka_poc_replays_refused_total", {"status": "503"}) == 1
 
 
-async def test_another_token_than_was_forced_is_our_fault(client, vllm):
-    vllm.tokens = ["token_id:7", "token_id:9"]
-    answer = await client.post("/v1/chat/completions", json={**CHAT, "enforced_tokens": enforced("7", "8")})
+@pytest.mark.parametrize("server", [SERVER, TRACE], ids=["v1", "v2"])
+@pytest.mark.parametrize("tokens", [["token_id:7", "token_id:9"], ["token_id:7", "token_id:8", "token_id:7"]])
+async def test_another_token_than_was_forced_is_our_fault(client, vllm, view, server, tokens):
+    client.gate._server = server
+    body = {**CHAT, "enforced_tokens": enforced("7", "8")}
+    assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+    vllm.tokens = tokens
+    answer = await client.post("/v1/chat/completions", json=body)
     assert answer.status_code == 500
+    assert "was forced" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("server", [SERVER, TRACE], ids=["v1", "v2"])
+@pytest.mark.parametrize("logprobs", [True, False])
+async def test_an_aborted_replay_is_no_short_answer(client, vllm, server, logprobs):
+    """vLLM answers 200 with the tokens so far; the executor would be voted invalid."""
+    client.gate._server = server
+    vllm.finish_reason, vllm.tokens = "abort", ["token_id:7"]
+    body = {**CHAT, "logprobs": logprobs, "top_logprobs": 2 if logprobs else None}
+    answer = await client.post("/v1/chat/completions", json={**body, "enforced_tokens": enforced("7", "8")})
+    assert answer.status_code == 503
+    assert "aborted" in answer.json()["error"]["message"]
+    chat = await client.post("/v1/chat/completions", json=CHAT)  # of a client, who sees the reason
+    assert chat.json()["choices"][0]["finish_reason"] == "abort"
 
 
 async def test_a_refusal_of_vllm_is_handed_on_and_its_record_dropped(client, vllm, view):
     vllm.status = 400
     answer = await client.post("/v1/chat/completions", json={**CHAT, "enforced_tokens": enforced("7", "8")})
     assert answer.status_code == 400
-    assert [method for method, _ in view.calls] == ["poc_take_replay"]
+    assert [method for method, _ in view.calls] == ["poc_expect_replays", "poc_take_replay"]
 
 
+@pytest.mark.parametrize("behind", [[], [[9, -0.5, [9, 3], [-0.5, -0.7]]]])
 @pytest.mark.parametrize("response_format", [{"type": "json_object"}, {"type": "text"}])
-async def test_a_grammar_that_ends_a_replay_is_no_fault_of_ours(client, vllm, response_format):
+async def test_a_grammar_that_ends_a_replay_is_no_fault_of_ours(client, vllm, view, response_format, behind):
     """vLLM answers 500; what was forced up to there is an answer that is too short. Another 500 stays one."""
-    vllm.status = 500
+    vllm.status, vllm.error = 500, "Internal server error"
+    view.answers[1]["rows"][1][1] = -math.inf
+    view.answers[1]["rows"] += behind
     body = {**CHAT, "response_format": response_format, "enforced_tokens": enforced("7", "8", "9")}
     answer = await client.post("/v1/chat/completions", json=body)
     if response_format["type"] == "text":
         assert answer.status_code == 500
     else:
         replay = answer_of(answer.json())
-        assert (replay.tokens, replay.completion_tokens, replay.prompt_tokens) == (["7", "8"], 2, 3)
+        tokens = ["7", "8", "9"][: 2 + len(behind)]
+        assert (replay.tokens, replay.completion_tokens, replay.prompt_tokens) == (tokens, len(tokens), 3)
         assert answer.json()["model"] == "m"
+
+
+@pytest.mark.parametrize(
+    ("error", "last", "rows", "dead"),
+    [
+        ("CUDA out of memory", -math.inf, 2, False),
+        (None, -math.inf, 2, False),
+        ("Internal server error", -9.0, 2, False),
+        ("Internal server error", -math.inf, 0, False),
+        ("Internal server error", -math.inf, 2, True),
+    ],
+)
+async def test_a_failure_that_is_ours_is_no_short_answer(client, vllm, view, error, last, rows, dead):
+    """Also of a structured replay; the executor would be voted invalid."""
+    vllm.status, vllm.error, view.dead = 500, error, dead
+    view.answers[1]["rows"][1][1] = last
+    del view.answers[1]["rows"][rows:]
+    body = {**CHAT, "response_format": {"type": "json_object"}, "enforced_tokens": enforced("7", "8", "9")}
+    answer = await client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 503
+    assert "send it again" in answer.json()["error"]["message"]
 
 
 async def test_a_bad_replay_does_not_reach_vllm(client, vllm):
@@ -212,6 +287,30 @@ async def test_a_chat_in_another_mode_is_answered_and_logged_once(client, caplog
         answer = await client.post("/v1/chat/completions", json={**CHAT, "logprobs_mode": mode})
         assert answer.status_code == 200
     assert [record.getMessage().count("asks for raw_logprobs") for record in caplog.records].count(1) == 1
+
+
+async def test_texts_and_large_bodies_do_not_hold_the_event_loop(client, view, vllm, monkeypatch):
+    threads: dict[str, list[threading.Thread]] = {"text": [], "body": []}
+
+    def tokenize(text: str) -> list[int]:
+        threads["text"].append(threading.current_thread())
+        return [7, 8]
+
+    def fields_of(body: bytes) -> Any:
+        threads["body"].append(threading.current_thread())
+        return bodies.fields_of(body)
+
+    monkeypatch.setattr(view, "tokenize", tokenize)
+    monkeypatch.setattr(gate, "fields_of", fields_of)
+    small = {**CHAT, "enforced_str": "ab"}
+    large = {**CHAT, "enforced_tokens": enforced("7", "8"), "user": "a" * 70_000}
+    refused = {**large, "n": 2}
+    for body, status in ((small, 200), (large, 200), (refused, 400)):
+        vllm.tokens = ["token_id:7", "token_id:8"]
+        assert (await client.post("/v1/chat/completions", json=body)).status_code == status
+    main = threading.main_thread()
+    assert [thread is main for thread in threads["text"]] == [False]
+    assert [thread is main for thread in threads["body"]] == [True, False, False]  # and each body is parsed once
 
 
 async def test_versions_name_the_runner_of_replays(client, view):

@@ -13,9 +13,18 @@ from chats import END_OF_TURN, EOS, SERVER, TRACE, VOCAB
 from gonka_poc.errors import UnsupportedServerError
 from gonka_poc.replay import processor
 from gonka_poc.replay.processor import ReplayProcessor
-from gonka_poc.vllm_compat import REPLAY_IDS, REPLAY_KEY, REPLAY_MODE, V1_PROCESSOR, V2_PROCESSOR
+from gonka_poc.signatures import SECRET, signature_of
+from gonka_poc.vllm_compat import (
+    REPLAY_IDS,
+    REPLAY_KEY,
+    REPLAY_MODE,
+    REPLAY_SIGNATURE,
+    V1_PROCESSOR,
+    V2_PROCESSOR,
+)
 from gonka_poc.vllm_compat.logits_processors import SamplingRules, TraceProcessor
 from gonka_poc.vllm_compat.replay import replay_server
+from gonka_poc.worker import PoCWorkerExtension
 
 
 def tokenizer() -> SimpleNamespace:
@@ -53,13 +62,20 @@ def test_what_replays_do_not_work_with_is_refused_at_start(changes):
 @pytest.fixture
 def forcing(monkeypatch):
     monkeypatch.setattr(processor, "is_recording_rank", lambda: True)
-    return ReplayProcessor(config(), torch.device("cpu"), False)
+    forcing = ReplayProcessor(config(), torch.device("cpu"), False)
+    forcing.secret = SECRET
+    return forcing
+
+
+def fields(ids: list[int], key: str = "k", mode: str = "processed_logprobs", **changes: Any) -> dict[str, Any]:
+    signed = {REPLAY_IDS: ids, REPLAY_KEY: key, REPLAY_MODE: mode, REPLAY_SIGNATURE: signature_of(ids, key, mode)}
+    return {**signed, **changes}
 
 
 def params(ids: Any = None, key: str = "k", mode: str = "processed_logprobs", **changes: Any) -> SimpleNamespace:
     names = SamplingRules.__dataclass_fields__
     rules = dict.fromkeys(names, 0.0) | {"top_p": 1.0, "repetition_penalty": 1.0, "top_k": 0, "temperature": 1.0}
-    extra = None if ids is None else {REPLAY_IDS: ids, REPLAY_KEY: key, REPLAY_MODE: mode}
+    extra = None if ids is None else fields(ids, key, mode)
     return SimpleNamespace(**{**rules, "logprobs": 2, "extra_args": extra, "n": 1, **changes})
 
 
@@ -112,11 +128,68 @@ def test_rows_follow_their_requests(forcing):
     assert got == [11, logits[1].argmax()]
 
 
-@pytest.mark.parametrize("ids", [[VOCAB], [-1], ["5"], [1.0], []])
-def test_ids_that_went_around_the_gate_do_not_reach_the_sampler(forcing, ids):
+BAD_IDS = [5, 0.5, "5", {}, {"a": 1}, None, True, [VOCAB], [-1], ["5"], [1.0], [True], [None], [[5]], [2**70], []]
+BAD_IDS += [[5] * 1000]
+AROUND: list[Any] = [{REPLAY_IDS: ids, REPLAY_KEY: "k"} for ids in BAD_IDS]  # as a client may write it
+AROUND += [fields([5], **{REPLAY_IDS: ids}) for ids in BAD_IDS]
+AROUND += [fields([5], **{name: text}) for name in (REPLAY_KEY, REPLAY_MODE) for text in ("\ud800", 5, None, ["k"])]
+AROUND += [fields([5], **{REPLAY_SIGNATURE: text}) for text in ("", "\ud800", "é", 5, None, [1])]
+AROUND += [fields([5, 6], **{REPLAY_IDS: [5]}), fields([5], **{REPLAY_KEY: "other"}), {REPLAY_SIGNATURE: "x"}]
+
+
+@pytest.mark.parametrize("extra", AROUND, ids=lambda extra: ascii(extra)[:80])
+def test_what_went_around_the_gate_is_refused_and_cannot_end_the_engine(forcing, extra):
+    """vLLM hands the fields of a client to the workers on more routes than the gate stands before."""
+    asked = params(extra_args=extra)
+    for kind in (ReplayProcessor, TraceProcessor):
+        with pytest.raises(ValueError, match="the server's own"):
+            kind.validate_params(asked)
+    assert not hasattr(asked, "trace_decode_token_ids")
+    forcing.update_state(update(added=[(0, asked, [1], [])]))
+    got, logits = sampled(forcing)
+    assert got == logits.argmax(dim=-1).tolist()
+
+
+@pytest.mark.parametrize("ids", [[VOCAB], [5] * 65])
+def test_signed_ids_are_looked_at_again(forcing, ids):
     forcing.update_state(update(added=[(0, params(ids), [1], [])]))
     got, logits = sampled(forcing)
     assert got == logits.argmax(dim=-1).tolist()
+
+
+@pytest.mark.parametrize("secret", [None, b"of another server"])
+def test_without_the_secret_nothing_is_forced(forcing, secret):
+    forcing.secret = secret
+    forcing.update_state(update(added=[(0, params([5]), [1], [])]))
+    got, logits = sampled(forcing)
+    assert got == logits.argmax(dim=-1).tolist()
+
+
+def test_a_worker_hands_the_secret_to_its_logits_processor(forcing):
+    forcing.secret = None
+    batch = SimpleNamespace(logitsprocs=SimpleNamespace(non_argmax_invariant=[object(), forcing]))
+    worker = SimpleNamespace(model_runner=SimpleNamespace(input_batch=batch))
+    assert PoCWorkerExtension.poc_expect_replays(worker, SECRET.hex()) is None
+    assert forcing.secret == SECRET
+    assert PoCWorkerExtension.poc_expect_replays(worker, "x")["error"]["type"] == "ComputeError"
+    assert PoCWorkerExtension.poc_expect_replays(SimpleNamespace(model_runner=object()), SECRET.hex()) is None
+
+
+@pytest.mark.parametrize("extra", [None, {}, {"own": 1}, {"own": [1], 5: 6}])
+def test_other_requests_are_admitted(extra):
+    for kind in (ReplayProcessor, TraceProcessor):
+        kind.validate_params(params(extra_args=extra))
+    ReplayProcessor.validate_params(params([5]))
+
+
+def test_a_record_is_of_one_replay(forcing):
+    """Another one under its key is forced all the same, and writes nothing into it."""
+    added = [(0, params([5]), [1], []), (1, params([6, 7]), [1], output := [6])]
+    forcing.update_state(update(added=added))
+    assert sampled(forcing)[0][:2] == [5, 7]
+    output.append(7)
+    sampled(forcing)
+    assert [row[0] for row in forcing.take("k").rows()] == [5]
 
 
 def test_a_preempted_replay_goes_on_with_its_record(forcing):

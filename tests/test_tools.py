@@ -32,7 +32,7 @@ from gonka_poc.cli.e2e import least_fraud
 from gonka_poc.cli.plots import as_svg
 from gonka_poc.cli.prover import RoundSizes, is_gapless
 from gonka_poc.cli.receive import ReceivedCallback, Receiver
-from gonka_poc.cli.report import plot_of
+from gonka_poc.cli.report import distinct_names, plot_of
 from gonka_poc.cli.server_process import wait_until
 from gonka_poc.cli.smoke import smoke
 from gonka_poc.data import VECTOR_DTYPE, DistanceSpec, StatTest, VectorSpec, encode_vector
@@ -404,6 +404,44 @@ def test_report_of_one_file_says_what_is_missing(files, capsys):
     assert "one file or more to compare" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        (["a/x.json", "b/y.json"], ["x", "y"]),
+        (["a/x.json", "b/x.json", "y.json"], ["a/x.json", "b/x.json", "y"]),
+        (["x.json", "x.json"], ["x.json (1)", "x.json (2)"]),
+    ],
+    ids=str,
+)
+def test_files_of_one_name_are_told_apart(files, names):
+    assert distinct_names([Path(file) for file in files]) == names
+
+
+def test_two_files_of_one_name_are_two_rows(files, tmp_path, capsys):
+    """In the plot, too, where a name stands for its row."""
+    pytest.importorskip("matplotlib")
+    other = tmp_path / "other" / files[1].name
+    other.parent.mkdir()
+    other.write_bytes(files[2].read_bytes())
+    page = tmp_path / "page.html"
+    assert run("report", files[0], files[1], other, "--html", page) == 0
+    text = page.read_text()
+    assert f"<td>{files[1]}</td>" in text
+    assert f"<td>{other}</td>" in text
+
+
+def test_equal_vectors_are_drawn_apart():
+    """A logarithmic axis has no place for 0, and what is far below the threshold is not the same."""
+    pytest.importorskip("matplotlib")
+    series = {"a": np.array([0.0, 0.0, 1e-7, 0.1]), "b": np.array([0.1, 0.2])}
+    figure = plots.distance_histogram(series, {"t": 0.02}, "title", plots.LIGHT)
+    first, second = figure.axes
+    assert first.get_title("right").startswith("2 at distance 0")
+    assert first.get_title("left") == "a (4)"
+    assert sum(patch.get_height() for patch in first.patches) == 2
+    assert second.get_title("right") == ""
+
+
 def test_nothing_to_draw_is_drawn():
     pytest.importorskip("matplotlib")
     file, _ = honest_file(3)
@@ -487,13 +525,15 @@ def test_calibrate_on_the_command_line(server, tmp_path, capsys):
     assert [block["nonces"] for block in found["blocks"]] == [100] * 4
 
 
-def test_calibrate_without_matplotlib_loses_no_measurement(server, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("command", ["calibrate", "bench"])
+def test_what_a_plot_needs_is_looked_at_before_a_measurement(server, tmp_path, capsys, monkeypatch, command):
+    for png in (tmp_path / "nowhere" / "d.png", tmp_path):
+        assert run(command, "--url", server.url, "--png", png) == 1
+        assert str(png) in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    args = ("calibrate", "--url", server.url, "--rate", "0.2", "--nonces", "40", "--blocks", "2")
-    assert run(*args, "--png", tmp_path / "d.png") == 1
-    captured = capsys.readouterr()
-    assert "r_target 1.4" in captured.out
-    assert "pip install matplotlib" in captured.err
+    assert run(command, "--url", server.url, "--png", tmp_path / "d.png") == 1
+    assert "pip install matplotlib" in capsys.readouterr().err
+    assert server.manager.asked == []
 
 
 @pytest.mark.parametrize("command", ["smoke --model", "e2e --models", "bench --offline"])
@@ -713,8 +753,8 @@ class BesideChat(FakeManager):
 SMALL_LOAD = Load(MODEL, seq_len=4, k_dim=3, batch_size=4, max_tokens=64, seconds=0.5)
 
 
-YIELDS = "a round that starts beside chats yields until they end"
-BACKS_OFF = "a round beside chats backs off (no busy spin)"
+YIELDS = "a round that starts while chats run yields until they end"
+BACKS_OFF = "a round that waits for chats backs off (no busy spin)"
 
 
 @pytest.mark.parametrize(
@@ -750,11 +790,18 @@ def test_coexist_on_the_command_line(capsys):
         assert run("coexist", "--url", server.url, *sizes) == 0
         shown = capsys.readouterr().out.splitlines()
         assert [line[:4] for line in shown[:-1]] == ["PASS"] * 7
+        assert sum("at least 50% of" in line or "at most 10% of" in line for line in shown) == 3
         assert shown[-1] == "7 of 7 passed"
         assert httpx.post(f"{server.url}/api/v1/pow/init/generate", json=round_body()).is_success
         assert run("coexist", "--url", server.url, *sizes) == 1
         assert "generates; `gonka-poc stop`" in capsys.readouterr().err
         assert httpx.get(f"{server.url}/api/v1/pow/status").json()["status"] == "GENERATING"
+
+
+def test_coexist_says_that_the_machine_was_busy(server, monkeypatch, capsys):
+    monkeypatch.setattr("gonka_poc.cli.coexist.busy_share", lambda: 0.8)
+    run("coexist", "--url", server.url, "--seq-len", "4", "--k-dim", "3", "--seconds", "0.1", "--json")
+    assert "this machine was busy (80% of its cores)" in capsys.readouterr().err
 
 
 def test_coexist_over_a_socket(tmp_path, monkeypatch, capsys):

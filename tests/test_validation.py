@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import binomtest
 
 from gonka_poc.data import StatTest, encode_vector
-from gonka_poc.validation import binomial_p_value, is_mismatch, validate_artifacts
+from gonka_poc.validation import binomial_p_value, is_mismatch, p_value_text, validate_artifacts
 
 K_DIM = 12
 
@@ -96,6 +96,11 @@ def test_p_values_are_those_of_the_binomial_test():
         p_mismatch = draw.choice([0.0, 5e-4, 1e-3, 0.07, draw.random(), 1.0])
         expected = binomtest(n_mismatch, n_total, p_mismatch, alternative="greater").pvalue
         assert binomial_p_value(n_mismatch, n_total, p_mismatch) == pytest.approx(expected, rel=1e-15, abs=0)
+
+
+def test_a_p_value_is_never_shown_as_0():
+    assert p_value_text(0.0) == p_value_text(1e-301) == "< 1e-300"
+    assert (p_value_text(1e-300), p_value_text(0.00117, 3), p_value_text(1.0)) == ("1e-300", "0.00117", "1")
 
 
 def test_p_value_of_nothing_compared():

@@ -52,7 +52,8 @@ OTHERS = """
     prod read_text record ReduceOp repeat repeat_interleave restricted_registry rpartition samples shape signature
     state storage_offset stride suppress synchronize Tensor tensor to type uint8 unsqueeze untyped_storage update util
     values version view vision_n_layers vocab_size zeros
-    __dataclass_fields__ amax cat contiguous div_ float32 inf LogitsProcessor masked_fill_ scatter_ softmax split T
+    __dataclass_fields__ amax cat contiguous deepcopy div_ float32 inf LogitsProcessor masked_fill_ scatter_ softmax
+    split startswith T
 """
 # options of the server that serve.py gives or looks for
 IMPLIED = {"middleware", "enable_chunked_prefill", "runner", "convert", "nnodes"}

@@ -16,6 +16,7 @@ from gonka_poc.cli.floor_file import floor_option, floor_warnings
 from gonka_poc.cli.thresholds import choose_thresholds, threshold_options
 from gonka_poc.errors import ArtifactFileError
 from gonka_poc.request_fields import Artifact
+from gonka_poc.validation import p_value_text
 
 # the file is written again after at least this many more artifacts, so that a killed command loses little
 SAVE_EVERY = 2_000
@@ -126,7 +127,7 @@ def validate_command(
         with common.progress_bar("validating", len(content.artifacts)) as progress:
             verdict = client.validate(content, thresholds.stat_test, batch_size, progress)
     name = "FRAUD" if verdict.fraud_detected else "pass" if verdict.n_total else "nothing could be compared"
-    lines = [f"{name}: {verdict.n_mismatch} of {verdict.n_total} differ, p = {verdict.p_value:.3g}"]
+    lines = [f"{name}: {verdict.n_mismatch} of {verdict.n_total} differ, p = {p_value_text(verdict.p_value, 3)}"]
     if verdict.not_computed_nonces:
         lines.append(f"not computed here, so not compared: {verdict.not_computed_nonces}")
     common.show({**dataclasses.asdict(verdict), **thresholds.figures}, as_json, *lines, *thresholds.lines)

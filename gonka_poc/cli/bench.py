@@ -94,7 +94,7 @@ def plot_of(found: Bench, theme: plots.Theme) -> plots.Figure:
 @common.size_options(1024)
 @common.seconds_option(default=10.0)
 @common.count_option("--repeat", 1, "Measure so often; the run of the median rate is shown, and the spread.")
-@click.option("--png", type=common.FilePath, help="Write the phases as a bar here (needs matplotlib).")
+@click.option("--png", type=common.PictureFile(), help="Write the phases as a bar here (needs matplotlib).")
 @common.theme_option
 @common.server_options
 @click.pass_context
@@ -141,7 +141,7 @@ def bench_command(
         common.print_table(("phase", "ms per batch", "share", "meaning"), phase_rows(found))
         if found.not_measured:
             common.print_lines(f"only --offline measures: {', '.join(found.not_measured)}; model flops, memory")
-    if png is not None:  # last, so that a missing matplotlib costs no measurement
+    if png is not None:
         plots.save_png(plot_of(found, plots.theme_of(theme)), png)
     return common.PASS
 

@@ -132,7 +132,7 @@ def _block_rate(block_hash: str, distances: np.ndarray, r_target: float) -> Bloc
 @click.option("--cheat", type=common.FilePath, multiple=True, help="A file of `generate` on a server that cheats.")
 @click.option("--out", type=common.FilePath, help="Write the floor here, for `validate --floor` and `report --floor`.")
 @common.served_model_options
-@click.option("--png", type=common.FilePath, help="Write a histogram here (needs matplotlib).")
+@click.option("--png", type=common.PictureFile(), help="Write a histogram here (needs matplotlib).")
 @common.theme_option
 @common.server_options
 def calibrate_command(
@@ -194,7 +194,7 @@ def calibrate_command(
         common.print_json({**asdict(found), "standard_errors_from_sqrt2": found.standard_errors_from_sqrt2})
     else:
         _print_calibration(found, pooled)
-    if png is not None:  # last, so that a missing matplotlib costs no measurement
+    if png is not None:
         marks = {f"r_target ({rate:.0%} valid)": found.r_target, "mean": found.mean}
         save_png(value_histogram(pooled, marks, "Distances of the served model", theme_of(theme)), png)
     return common.PASS
@@ -223,7 +223,7 @@ def _show_floor(
         for name, reason in floor.not_made.items():
             common.print_lines(f"this server cannot compute the cheat {name}: {reason}")
         for name in advice.missed:
-            common.print_lines(f"NOT told from an honest host surely enough: {name} (caught {advice.caught[name]:.4f})")
+            common.print_lines(f"NOT reliably caught: {name} (with probability {advice.caught[name]:.4f})")
     if png is not None:
         series = {f"honest: {name}": values for name, values in floor.honest.items()}
         series |= {f"cheat: {name}": values for name, values in floor.cheats.items()}

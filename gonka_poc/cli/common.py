@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,26 @@ class ModelFolder(click.Path):
         if not any((folder / name).is_file() for name in ("config.json", "params.json")):
             self.fail(f"{str(folder)!r} holds no model: there is no config.json in it", param, ctx)
         return folder
+
+
+class PictureFile(click.Path):
+    """A file to draw a plot into, looked at before anything is measured: its folder, and matplotlib."""
+
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False, writable=True, path_type=Path)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """The path. Fails where nothing could be written there, or no plot be made."""
+        file = Path(str(super().convert(value, param, ctx)))
+        if not os.access(file.parent, os.W_OK):
+            self.fail(f"{str(file)!r}: its folder is not there, or cannot be written to", param, ctx)
+        try:
+            is_missing = find_spec("matplotlib.figure") is None
+        except ModuleNotFoundError:
+            is_missing = True
+        if is_missing:
+            self.fail("plots need matplotlib, which is not installed: pip install matplotlib", param, ctx)
+        return file
 
 
 FilePath = click.Path(dir_okay=False, path_type=Path)

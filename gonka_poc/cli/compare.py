@@ -12,7 +12,7 @@ from gonka_poc.cli.artifact_file import ArtifactFile
 from gonka_poc.data import VECTOR_DTYPE, StatTest, decode_vector, encode_vector
 from gonka_poc.errors import ToolError
 from gonka_poc.request_fields import Artifact
-from gonka_poc.validation import Verdict, validate_artifacts
+from gonka_poc.validation import Verdict, p_value_text, validate_artifacts
 
 HEAD = ("file", "compared", "differ", "median L2", "largest L2", "p-value", "verdict")
 
@@ -40,7 +40,7 @@ class Comparison:
         """The row of a table under HEAD."""
         found = self.verdict
         word = "FRAUD" if found.fraud_detected else "pass" if found.n_total else "nothing to compare"
-        figures = (f"{self.median:.2e}", f"{self.largest:.2e}", f"{found.p_value:.2g}")
+        figures = (f"{self.median:.2e}", f"{self.largest:.2e}", p_value_text(found.p_value))
         return self.name, str(found.n_total), str(found.n_mismatch), *figures, word
 
     @property

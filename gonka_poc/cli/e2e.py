@@ -23,7 +23,7 @@ from gonka_poc.cli.compare import fabricated, with_turned_vectors
 from gonka_poc.cli.prover import R_TARGET, Prover, RoundSizes, client_of, is_gapless, server_of, tool_options
 from gonka_poc.data import StatTest
 from gonka_poc.threshold_data import ProofBatch
-from gonka_poc.validation import binomial_p_value
+from gonka_poc.validation import binomial_p_value, p_value_text
 
 OTHER_BLOCK, OTHER_KEY = "another-block", "another-host"
 TAMPERED_SHARE = 0.01
@@ -111,7 +111,7 @@ def _distance_cases(prover: Prover, honest: ProofBatch) -> Iterator[tuple[str, C
 def _judge_distances(prover: Prover, claim: ProofBatch, is_fraud: bool) -> Finding:
     verdict = prover.judge_distances(claim)
     word, p_value = "fraud" if verdict.fraud_detected else "pass", verdict.probability_honest
-    result = f"{word}: {verdict.n_invalid} of {len(claim.nonces)} invalid, p = {p_value:.2g}"
+    result = f"{word}: {verdict.n_invalid} of {len(claim.nonces)} invalid, p = {p_value_text(p_value)}"
     return Finding(verdict.fraud_detected == is_fraud, result, p_value)
 
 
@@ -119,7 +119,7 @@ def judge(client: PoCClient, claim: ArtifactFile, batch_size: int, is_fraud: boo
     """The server's verdict on all of `claim`; ok if it is fraud where `is_fraud` says so, and a pass otherwise."""
     verdict = client.validate(claim, StatTest(), batch_size)
     word = "fraud" if verdict.fraud_detected else "pass"
-    result = f"{word}: {verdict.n_mismatch} of {verdict.n_total} differ, p = {verdict.p_value:.2g}"
+    result = f"{word}: {verdict.n_mismatch} of {verdict.n_total} differ, p = {p_value_text(verdict.p_value)}"
     ok = verdict.fraud_detected == is_fraud and verdict.n_total == len(claim.artifacts)
     return Finding(ok, result, verdict.p_value)
 

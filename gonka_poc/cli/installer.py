@@ -60,7 +60,7 @@ def update_command(source: Path | None, yes: bool, dry_run: bool, profile: str |
     if source is None:
         pass
     elif (source / "install.sh").is_file():
-        script = trusted(source.absolute() / "install.sh")
+        script = source.absolute() / "install.sh"
     elif (source / SUMS).is_file():
         words += ["--wheels", str(source.absolute())]
     elif source.suffix == ".whl" and source.is_file():

@@ -55,7 +55,7 @@ def distance_histogram(
     Series of the same of `kinds` have the same colour; without them each has its own.
     """
     figure, rows = _empty(title, len(series), theme)
-    drawn = [np.maximum(values, SAME) for values in series.values()]
+    drawn = [np.maximum(values[values != 0], SAME) for values in series.values()]
     ends = [*(float(values.max()) for values in drawn if len(values)), *thresholds.values(), 10 * SAME]
     bins = np.geomspace(SAME / 1.5, 1.5 * max(ends), NUM_BINS)
     for i, (axes, name, values) in enumerate(zip(rows, series, drawn, strict=True)):
@@ -65,8 +65,12 @@ def distance_histogram(
         axes.set_xscale("log")
         axes.set_yscale("symlog", linthresh=1)
         axes.set_ylim(0, 2 * max(len(values), 5))
-        axes.set_title(f"{_plain(name)} ({len(values)})", color=colour, loc="left", fontsize="medium")
+        axes.set_title(f"{_plain(name)} ({len(series[name])})", color=colour, loc="left", fontsize="medium")
         _mark(axes, thresholds, theme)
+        num_same = int((series[name] == 0).sum())
+        if num_same:
+            text = f"{num_same} at distance 0, which has no place on this axis"
+            axes.set_title(text, color=theme.ink, loc="right", fontsize="small")
     rows[-1].set_xlabel("L2 distance", color=theme.ink)
     _legend(rows[0], theme)
     return figure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,10 +81,23 @@ def as_html(reference: ArtifactFile, comparisons: Sequence[Comparison], stat_tes
     )
 
 
+def distinct_names(files: Sequence[Path]) -> list[str]:
+    """A name for each file: its own without the suffix, its path where another has that too, and a number where it was
+    named twice."""
+    stems, paths = Counter(file.stem for file in files), Counter(files)
+    seen: Counter[Path] = Counter()
+    names = []
+    for file in files:
+        seen[file] += 1
+        name = file.stem if stems[file.stem] == 1 else str(file)
+        names.append(name if paths[file] == 1 else f"{name} ({seen[file]})")
+    return names
+
+
 @click.command("report")
 @click.argument("files", metavar="REFERENCE FILE...", type=FilePath, nargs=-1, required=True)
-@click.option("--png", type=FilePath, help="Write the histogram here (needs matplotlib).")
-@click.option("--html", "doc", type=FilePath, help="Write one self-contained page here (needs matplotlib).")
+@click.option("--png", type=common.PictureFile(), help="Write the histogram here (needs matplotlib).")
+@click.option("--html", "doc", type=common.PictureFile(), help="Write one self-contained page here (needs matplotlib).")
 @common.renamed_model_option
 @common.file_options
 @threshold_options("[default: REFERENCE's, else the protocol's]")
@@ -116,12 +130,12 @@ def report_command(
     for sentence in floor_warnings(floor, stat_test, first):
         common.say(sentence)
     comparisons = []
-    for path, other in zip(files[1:], others, strict=True):
-        different = [name for name in first.differences(other) if name != "model"]  # a name may differ between hosts
+    for path, name, other in zip(files[1:], distinct_names(files[1:]), others, strict=True):
+        different = [field for field in first.differences(other) if field != "model"]  # a name may differ between hosts
         if different:
             they = f"{path} and {files[0]}"
             raise ArtifactFileError(f"{they} cannot be compared: they have another {', '.join(different)}")
-        comparisons.append(compare(path.stem, other, first, stat_test))
+        comparisons.append(compare(name, other, first, stat_test))
     if as_json:
         shown = zip(files[1:], comparisons, strict=True)
         common.print_json([{"file": str(path), **found.figures, **thresholds.figures} for path, found in shown])

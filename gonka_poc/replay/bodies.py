@@ -9,18 +9,23 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from gonka_poc.errors import FieldError, RequestError, UnsupportedServerError
+from gonka_poc.server.bodies import LARGE_BODY
+from gonka_poc.signatures import signature_of
 from gonka_poc.vllm_compat import (
     EXTRA_FIELD,
     LOGPROBS_MODES,
     REPLAY_IDS,
     REPLAY_KEY,
     REPLAY_MODE,
+    REPLAY_PREFIX,
+    REPLAY_SIGNATURE,
     RETURN_IDS_FIELD,
     TOKEN_IDS_FIELD,
     LogprobsMode,
     ReplayServer,
 )
 
+MAX_TOKEN_CHARS = 128  # characters of the longest tokens that models have: runs of spaces
 MAX_TOP_LOGPROBS = 20
 # of the ids of `top_tokens`: under a top-k or top-p the places without a token are filled with the smallest ids
 FILLER_IDS, FILLER_SHARE, MIN_TOP_TOKENS = 4, 0.1, 10
@@ -29,9 +34,11 @@ NUMBER = re.compile(r"[+-]?[0-9]+")
 MAX_DIGITS = 19
 MAX_TOKENS_FIELDS = ("max_tokens", "max_completion_tokens")
 STRUCTURED = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
-# what vLLM's trace replay does not take beside structured outputs (0.31 to 0.33); `echo` asks for prompt_logprobs
-NOT_IN_TRACE: tuple[str, ...] = ("bad_words", "prompt_logprobs", "prompt_logprob_token_ids", "repetition_detection")
-NOT_IN_TRACE += ("thinking_token_budget", "echo")
+# what vLLM's trace replay does not take, as it does not take structured outputs (0.31 to 0.33)
+NOT_IN_TRACE = (
+    *("bad_words", "prompt_logprobs", "prompt_logprob_token_ids", "repetition_detection", "thinking_token_budget"),
+    "echo",  # asks for prompt_logprobs
+)
 
 
 @dataclass(frozen=True)
@@ -60,37 +67,57 @@ class Rewritten:
     mode: LogprobsMode | None = None
 
 
-def _fields_of(body: bytes) -> dict[str, Any] | None:
+def fields_of(body: bytes) -> dict[str, Any] | None:
     """The fields of `body` if it may ask for logprobs or for a replay; every other body is handed on byte by byte."""
-    # a name may be written with escapes
-    if not (b'"logprobs' in body or b'"enforced_' in body or b'"gonka_replay' in body or b"\\u" in body):
+    # a name may be written with escapes, or in UTF-16 or UTF-32, which have zero bytes
+    if not any(mark in body for mark in (b'"logprobs', b'"enforced_', b'"gonka_replay', b"\\u", b"\0")):
         return None
     try:
-        fields = json.loads(body)
+        # functions of Python, at which other threads get their turn: the parser itself leaves none
+        hooks: dict[str, Any] = {"object_hook": _same, "parse_int": lambda text: int(text)}
+        fields = json.loads(body, **(hooks if len(body) > LARGE_BODY else {}))
     except (ValueError, RecursionError):
         return None  # vLLM has its own words for that
     return fields if isinstance(fields, dict) else None
 
 
-def asks_for_replay(body: bytes, is_chat: bool) -> bool:
-    """True if `body` is a chat with tokens to force, also where they are none that can be forced."""
-    fields = (_fields_of(body) or {}) if is_chat else {}
+def _same(value: Any) -> Any:
+    return value
+
+
+def asks_for_replay(fields: dict[str, Any] | None) -> bool:
+    """True if a chat with these fields has tokens to force, also where they are none that can be forced."""
+    fields = fields or {}
     return fields.get("enforced_tokens") is not None or fields.get("enforced_str") is not None
 
 
-def rewritten(body: bytes, is_chat: bool, server: ReplayServer, tokenize: Any = None) -> Rewritten:
-    """The request that vLLM gets for `body`. `tokenize` makes ids of a text, for `enforced_str`.
+def text_to_force(fields: dict[str, Any] | None, server: ReplayServer) -> str | None:
+    """The `enforced_str` of a chat, of which the tokens are to be made; None for none.
+
+    Raises RequestError for what is no text, and for one that is too long at any number of tokens.
+    """
+    text = (fields or {}).get("enforced_str")
+    if text is not None and (not isinstance(text, str) or not text):
+        raise RequestError("enforced_str is not a text, or empty; send enforced_tokens, or leave it out")
+    if text is not None and len(text) > server.max_model_len * MAX_TOKEN_CHARS:
+        raise RequestError(f"enforced_str has {len(text)} characters; the model has {server.max_model_len} tokens")
+    return text
+
+
+def rewritten(
+    body: bytes, given: dict[str, Any] | None, is_chat: bool, server: ReplayServer, text_ids: list[int] | None = None
+) -> Rewritten:
+    """The request that vLLM gets for `body`, which has the fields `given`. `text_ids`: the tokens of `enforced_str`.
 
     Raises RequestError or FieldError for what the payload cannot have, and UnsupportedServerError for what this server
     does not do.
     """
-    fields = _fields_of(body)
-    if fields is None:
+    if given is None:
         return Rewritten(body, numeric=False)
-    given = dict(fields)
+    fields = dict(given)
     mode = _pop_mode(fields)
     _drop_private_fields(fields)
-    replay = _pop_replay(fields, mode, server, tokenize) if is_chat else None
+    replay = _pop_replay(fields, mode, server, text_ids) if is_chat else None
     asks = fields.get("logprobs")
     numeric = asks is not None and asks is not False
     hides = False
@@ -113,20 +140,19 @@ def _pop_mode(fields: dict[str, Any]) -> LogprobsMode | None:
 def _drop_private_fields(fields: dict[str, Any]) -> None:
     extra = fields.get(EXTRA_FIELD)
     if isinstance(extra, dict):
-        fields[EXTRA_FIELD] = {name: value for name, value in extra.items() if not name.startswith("gonka_replay")}
+        fields[EXTRA_FIELD] = {name: value for name, value in extra.items() if not name.startswith(REPLAY_PREFIX)}
 
 
 def _pop_replay(
-    fields: dict[str, Any], mode: LogprobsMode | None, server: ReplayServer, tokenize: Any
+    fields: dict[str, Any], mode: LogprobsMode | None, server: ReplayServer, text_ids: list[int] | None
 ) -> Replay | None:
-    tokens, text = fields.pop("enforced_tokens", None), fields.pop("enforced_str", None)
+    tokens = fields.pop("enforced_tokens", None)
+    fields.pop("enforced_str", None)
     top_ids: list[int] = []
-    if text is not None:
-        if not isinstance(text, str) or not text:
-            raise RequestError("enforced_str is not a text, or empty; send enforced_tokens, or leave it out")
-        ids = _with_end(tokenize(text), server)  # a text does not show the end of its answer
+    if text_ids is not None:
+        ids = _with_end(text_ids, server)  # a text does not show the end of its answer
     elif tokens is not None:
-        ids, top_ids = _enforced_ids(tokens)
+        ids, top_ids = _enforced_ids(tokens, server)
     else:
         return None
     _check_ids(ids, server)
@@ -147,11 +173,12 @@ def _pop_replay(
     return replay
 
 
-def _enforced_ids(value: Any) -> tuple[list[int], list[int]]:
+def _enforced_ids(value: Any, server: ReplayServer) -> tuple[list[int], list[int]]:
     """The ids in `enforced_tokens`, and all ids in its `top_tokens`."""
     tokens = value.get("tokens") if isinstance(value, dict) else None
     if not isinstance(tokens, list) or not tokens:
         raise RequestError('enforced_tokens must be {"tokens": [{"token": "ID", "top_tokens": ["ID"]}, ..]}, not empty')
+    _check_length(tokens, server)
     ids: list[int] = []
     top_ids: list[int] = []
     for i, token in enumerate(tokens):
@@ -210,10 +237,14 @@ def _whole(value: Any) -> int | None:
 def _check_ids(ids: list[int], server: ReplayServer) -> None:
     if not ids:
         raise RequestError("there are no tokens to force; send at least one")
-    if len(ids) >= server.max_model_len:
-        raise RequestError(f"{len(ids)} tokens and a prompt are over the model's {server.max_model_len} tokens")
+    _check_length(ids, server)
     if max(ids) >= server.vocab_size:
         raise RequestError(f"token id {max(ids)} is not in the vocabulary of {server.vocab_size}")
+
+
+def _check_length(tokens: list[Any], server: ReplayServer) -> None:
+    if len(tokens) >= server.max_model_len:
+        raise RequestError(f"{len(tokens)} tokens and a prompt are over the model's {server.max_model_len} tokens")
 
 
 def _check_fields(fields: dict[str, Any]) -> None:
@@ -289,4 +320,5 @@ def _prepare(fields: dict[str, Any], replay: Replay, is_masked: bool) -> None:
         REPLAY_IDS: replay.ids,
         REPLAY_KEY: replay.key,
         REPLAY_MODE: replay.mode,
+        REPLAY_SIGNATURE: signature_of(replay.ids, replay.key, replay.mode),
     }

@@ -95,7 +95,8 @@ class ReplayProcessor(ForcingProcessor):
                 dropped, _ = self._records.popitem(last=False)
                 logger.warning("PoC: the record of a replay was dropped to make room (%s)", dropped)
             self._records[key] = Record(ids, min(top, self.vocab_size), self.device, len(request.prompt_ids))
-        return self._records[key]
+        record = self._records[key]
+        return record if record.ids == ids else None
 
     def _drop_old(self) -> None:
         """Forget what aborted requests left: their API process asks for it, but may do so before the engine knows."""

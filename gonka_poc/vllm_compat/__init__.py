@@ -26,6 +26,8 @@ from gonka_poc.vllm_compat.replay import (
     REPLAY_IDS,
     REPLAY_KEY,
     REPLAY_MODE,
+    REPLAY_PREFIX,
+    REPLAY_SIGNATURE,
     RETURN_IDS_FIELD,
     TOKEN_IDS_FIELD,
     V1_PROCESSOR,
@@ -55,4 +57,12 @@ __all__ += [
     "swagger_file",
 ]
 __all__ += ["EXTRA_FIELD", "REPLAY_IDS", "REPLAY_KEY", "REPLAY_MODE", "TOKEN_IDS_FIELD", "V1_PROCESSOR", "V2_PROCESSOR"]
-__all__ += ["LOGPROBS_MODES", "RETURN_IDS_FIELD", "LogprobsMode", "ReplayServer", "has_trace_replay"]
+__all__ += [
+    "LOGPROBS_MODES",
+    "REPLAY_PREFIX",
+    "REPLAY_SIGNATURE",
+    "RETURN_IDS_FIELD",
+    "LogprobsMode",
+    "ReplayServer",
+    "has_trace_replay",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +57,7 @@ class ApiView:
                 f"--model {named}"
             )
         self._config = config
+        self._own_tokenizer: Any = None
         self._serving_models = getattr(state, "openai_serving_models", None)
         self.max_model_len: int = config.model_config.max_model_len
         self.max_num_batched_tokens: int = config.scheduler_config.max_num_batched_tokens
@@ -76,11 +78,16 @@ class ApiView:
         return replay_server(self._config, self._tokenizer)
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of `text`, without special tokens. Raises UnsupportedServerError where there is no tokenizer."""
-        tokenizer = self._tokenizer()
-        if tokenizer is None:
+        """Token ids of `text`, without special tokens, by one thread at a time.
+
+        Raises UnsupportedServerError where there is no tokenizer.
+        """
+        if self._own_tokenizer is None:
+            # vLLM uses its own in other threads; two at a time fail in tokenizers that keep a state
+            self._own_tokenizer = copy.deepcopy(self._tokenizer())
+        if self._own_tokenizer is None:
             raise UnsupportedServerError("this server has no tokenizer (--skip-tokenizer-init); send enforced_tokens")
-        return list(tokenizer.encode(text, add_special_tokens=False))
+        return list(self._own_tokenizer.encode(text, add_special_tokens=False))
 
     def _tokenizer(self) -> Any:
         from vllm.tokenizers.registry import cached_tokenizer_from_config

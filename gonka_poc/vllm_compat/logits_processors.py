@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from gonka_poc.vllm_compat.replay import REPLAY_IDS, REPLAY_KEY, REPLAY_MODE
+from gonka_poc.signatures import SECRET, is_signed
+from gonka_poc.vllm_compat.replay import REPLAY_IDS, REPLAY_KEY, REPLAY_MODE, REPLAY_PREFIX, REPLAY_SIGNATURE
 
 
 def _interface(module: str) -> Any:
@@ -31,7 +32,7 @@ GREEDY_BELOW = 1e-5  # vLLM's sampler takes a smaller temperature for none
 
 @dataclass(frozen=True)
 class SamplingRules:
-    """What the sampler does with the logits of a request behind its logits processors."""
+    """The steps of the sampler behind the logits processors of a request."""
 
     temperature: float
     top_p: float
@@ -65,13 +66,52 @@ class ForcedRequest:
     output: list[int]
 
 
+def signed_ids(extra: Any, secret: bytes) -> list[int] | None:
+    """The ids of the replay in a request's `extra_args`; None where there is none that was signed with `secret`.
+
+    Raises nothing: a client can put anything there.
+    """
+    ids = extra.get(REPLAY_IDS) if isinstance(extra, dict) else None
+    if not ids:
+        return None
+    key, mode, signature = (extra.get(name) for name in (REPLAY_KEY, REPLAY_MODE, REPLAY_SIGNATURE))
+    return ids if is_signed(ids, key, mode, signature, secret) else None
+
+
+def admitted_ids(sampling_params: Any) -> list[int] | None:
+    """The ids of the replay that a request is, which the API process admits; None for another request.
+
+    Raises ValueError for the fields of a replay that the gate of this process has not signed.
+    """
+    extra = sampling_params.extra_args
+    if not isinstance(extra, dict) or not any(str(name).startswith(REPLAY_PREFIX) for name in extra):
+        return None
+    ids = signed_ids(extra, SECRET)
+    if ids is None:
+        raise ValueError(f"{REPLAY_PREFIX}_* in vllm_xargs is the server's own; a replay has enforced_tokens instead")
+    return ids
+
+
 class ForcingProcessor(V1LogitsProcessor):
-    """A logits processor of the V1 runner that follows the replays in the batch; a subclass acts on their logits."""
+    """A logits processor of the V1 runner that follows the replays in the batch; a subclass acts on their logits.
+
+    `secret` is that of the API process, which hands it over before the first replay. Without it nothing is forced.
+    """
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self.device = device
         self.vocab_size = int(vllm_config.model_config.get_vocab_size())
+        self.max_model_len = int(vllm_config.model_config.max_model_len)
+        self.secret: bytes | None = None
         self.requests: dict[int, Any] = {}
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        """Refuse a replay that did not come through the gate, with ValueError.
+
+        vLLM asks this in the API process: 0.14 for chats and completions, later releases for every route.
+        """
+        admitted_ids(sampling_params)
 
     def enter(self, request: ForcedRequest) -> Any:
         """A replay comes into the batch; what is to be kept for it under its row in `requests`."""
@@ -100,14 +140,13 @@ class ForcingProcessor(V1LogitsProcessor):
                 self.requests[source] = replaced
 
     def _request(self, params: Any, prompt_ids: list[int] | None, output: list[int]) -> ForcedRequest | None:
-        extra = params.extra_args or {}
-        ids = extra.get(REPLAY_IDS)
-        # the API process has checked them; a request that went around it must not end the engine
-        if not ids or not all(isinstance(i, int) and 0 <= i < self.vocab_size for i in ids):
+        extra = params.extra_args
+        # an exception here would end the engine, so nothing that a client wrote is looked at any further
+        ids = signed_ids(extra, self.secret) if extra and self.secret is not None else None
+        if ids is None or len(ids) > self.max_model_len or max(ids) >= self.vocab_size:
             return None
-        is_raw = extra.get(REPLAY_MODE) == "raw_logprobs"
-        rules, key = SamplingRules.of(params), str(extra.get(REPLAY_KEY) or "")
-        return ForcedRequest(ids, key, is_raw, rules, params.logprobs, prompt_ids or [], output)
+        is_raw, key = extra[REPLAY_MODE] == "raw_logprobs", extra[REPLAY_KEY]
+        return ForcedRequest(ids, key, is_raw, SamplingRules.of(params), params.logprobs, prompt_ids or [], output)
 
 
 class TraceProcessor(V2LogitsProcessor):
@@ -118,14 +157,15 @@ class TraceProcessor(V2LogitsProcessor):
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Set the trace. vLLM has made its own checks of it already; `bodies` makes them. Raises ValueError."""
-        ids = (sampling_params.extra_args or {}).get(REPLAY_IDS)
+        """Set the trace. vLLM has made its own checks of it already, so `bodies` makes them before it signs.
+
+        Raises ValueError for a replay that did not come through the gate.
+        """
+        ids = admitted_ids(sampling_params)
         if ids is None:
             return
         if sampling_params.n != 1:
             raise ValueError("a replay has one answer; leave n out, or send 1")
-        if not ids or not all(isinstance(i, int) and i >= 0 for i in ids):
-            raise ValueError("a replay has token ids of the vocabulary, and at least one")
         # SamplingParams has it from 0.29 on
         sampling_params.trace_decode_token_ids = list(ids)
 

@@ -13,7 +13,9 @@ from gonka_poc.errors import UnsupportedServerError
 V1_PROCESSOR = "gonka_poc.replay.processor:ReplayProcessor"
 V2_PROCESSOR = "gonka_poc.vllm_compat.logits_processors:TraceProcessor"
 # in SamplingParams.extra_args, which a request fills by `vllm_xargs`
-REPLAY_IDS, REPLAY_KEY, REPLAY_MODE = "gonka_replay_ids", "gonka_replay_key", "gonka_replay_mode"
+REPLAY_PREFIX = "gonka_replay"
+REPLAY_IDS, REPLAY_KEY, REPLAY_MODE = f"{REPLAY_PREFIX}_ids", f"{REPLAY_PREFIX}_key", f"{REPLAY_PREFIX}_mode"
+REPLAY_SIGNATURE = f"{REPLAY_PREFIX}_signature"
 # fields of a request: token ids in place of texts, and what a request carries to a logits processor
 TOKEN_IDS_FIELD, EXTRA_FIELD = "return_tokens_as_token_ids", "vllm_xargs"
 RETURN_IDS_FIELD = "return_token_ids"  # the answer's ids as fields of their own

@@ -156,6 +156,10 @@ def test_metrics_are_in_vllms_own(process: ServerProcess) -> None:
     text = Client(process.url).get("/metrics").text
     for name in ("nonces_total", "batch_seconds_count", "nan_total", "outbox_pending", "queue_nonces", "state"):
         assert f"\ngonka_poc_{name}" in text
+    info = re.search(r"\ngonka_poc_build_info\{(.*)\} 1.0", text)
+    assert info
+    for label in ("vllm_version", "model", "gpu", "dtype", "attention_backend"):
+        assert re.search(rf'\b{label}="[^"]+"', info[1]), info[1]
     assert "\nvllm:num_requests_running" in text
 
 

@@ -292,7 +292,9 @@ def test_schema_and_docs_are_served(server: Client) -> None:
     }
     docs = server.get(f"{POW}/docs")
     assert docs.status_code == 200
-    assert f"{POW}/openapi.json" in docs.text
+    assert 'fetch("openapi.json"' in docs.text
+    for name in ("swagger-ui-bundle.js", "swagger-ui.css"):
+        assert server.get(f"{POW}/docs/{name}").status_code == 200
 
 
 def test_versions_are_those_installed(server: Client) -> None:
