@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up gonka_poc. Run it from a checkout; `bash install.sh --help` tells what it can do.
+# Sets up gonka_poc. Run it from a checkout; `bash install.sh --help` lists its options.
 #
 # With --cpu it asks no questions, needs no root and writes nothing outside this checkout (all of it is in .venv; `rm -rf
 # .venv` takes it back). On a GPU host it finds out which GPUs there are and goes on as install_b300.sh or
@@ -37,7 +37,7 @@ TEXT
 
 wrong_usage() {
     err "$1"
-    note "bash install.sh --help tells what there is"
+    note "bash install.sh --help lists the options"
     exit 2
 }
 

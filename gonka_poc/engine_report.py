@@ -25,7 +25,7 @@ def warmed_up(engine: EngineStatus, answers: Sequence[Mapping[str, Any]]) -> Eng
 
 
 def computed_on(engine: EngineStatus) -> dict[str, Any]:
-    """What GET /versions says of an engine, by the names of VersionsAnswer; empty before its workers were reached."""
+    """The fields of GET /versions about an engine, by name; empty before its workers were reached."""
     if not engine.workers:
         return {}
     first = engine.workers[0]

@@ -31,7 +31,10 @@ class EngineWatch:
     def ensure_alive(self) -> None:
         """Raise EngineUnavailableError where the engine is gone for good."""
         if self._engine.is_dead():
-            raise EngineUnavailableError("the engine is dead; restart the server (its log says why it died)")
+            # it also goes first where the whole process group is told to end, as systemd and a terminal do
+            raise EngineUnavailableError(
+                "the engine is dead: the server is stopping, or has to be restarted (its log says why)"
+            )
 
     async def answered(self, call: Coroutine[Any, Any, Answer], failed: str) -> Answer:
         """The engine's answer; whatever vLLM raises becomes a ComputeError that begins with `failed`."""

@@ -166,3 +166,8 @@ def for_terminal(text: str) -> str:
 def printable(text: str) -> str:
     """`text` in printable ASCII: everything else escaped, so that it cannot look like another line of a log."""
     return "".join(char if " " <= char <= "~" else ascii(char)[1:-1] for char in text)
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun: 1 artifact, 2 artifacts. `plural`: where it is not `noun` with an s."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"

@@ -58,11 +58,11 @@ class BatchSizer:
 
     Full size while chat is idle; within a time budget, by measured speed, once chat was seen in the last seconds.
     While chat is idle a second batch is computed behind the first, and the first chat waits for both: batches that
-    take longer than half of the budget have half of the full size. That is judged by the quickest batch of that size,
-    because a smaller one, or one that was not prefetched, takes longer per nonce: judged by those, a round would never
-    come back to full size. Nonces of one `Spec.cost_key` have one speed. Two sizes are full: `full` is as many tokens
-    as the engine's own steps have, and `safe` of them, where it is less, have no more random values than an unknown
-    device draws in a small part of the budget.
+    take longer than half of the budget have half of the full size. That is judged by the quickest of the last batches
+    of that size, because a smaller one, or one that was not prefetched, takes longer per nonce: judged by those, a
+    round would never come back to full size. Nonces of one `Spec.cost_key` have one speed. Two sizes are full: `full`
+    is as many tokens as the engine's own steps have, and `safe` of them, where it is less, have no more random values
+    than an unknown device draws in a small part of the budget.
     """
 
     def __init__(self, max_step_sec: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -116,10 +116,11 @@ class BatchSizer:
         """Chat has been ended, so proof need not leave time for it."""
         self._chat_seen = None
 
-    def record_batch(self, key: CostKey, nonces: int, seconds: float) -> None:
-        """A micro-batch took `seconds`."""
+    def record_batch(self, key: CostKey, nonces: int, seconds: float, device_sec: float | None = None) -> None:
+        """A micro-batch was answered after `seconds`. `device_sec` is no less than what the device took for it, where
+        that is more: a prefetched batch was begun before it was asked for."""
         _append(self._sec_per_nonce, key, max(seconds, 1e-6) / nonces)
-        _append(self._sec_of_size, (key, nonces), seconds)
+        _append(self._sec_of_size, (key, nonces), max(seconds, device_sec or 0.0))
 
     def record_out_of_memory(self, key: CostKey, nonces: int) -> int:
         """A micro-batch did not fit; returns the size of the next ones."""
@@ -168,6 +169,12 @@ class EngineView(Protocol):
         """One answer per worker. Raises EngineUnavailableError where the workers cannot be called."""
 
 
+def full_sizes(view: EngineView, spec: Spec) -> tuple[int, int]:
+    """Nonces of a micro-batch by what the engine's own steps take, and of them by the random values too."""
+    full = max(1, min(view.max_num_batched_tokens // spec.seq_len, view.max_num_seqs))
+    return full, max(1, min(full, MAX_DRAWN // spec.num_drawn(view.hidden_size, view.vocab_size)))
+
+
 class PoCManagerV1:
     """Drives the workers through `collective_rpc`, one micro-batch at a time; chat goes first."""
 
@@ -179,10 +186,12 @@ class PoCManagerV1:
         self._watch = EngineWatch(view, self._settings.batch_timeout_sec)
         self._lock = asyncio.Lock()
         self._reached = self._must_warm_up = False
+        self._begun: tuple[list[int], float] = ([], 0.0)  # what was prefetched last, and since when it is computed
         self._prepared_for: str | None = None  # the block hash whose random head the workers have
         self._unsupported: UnsupportedServerError | None = None
         self._warming_up: asyncio.Task[None] | None = None
-        self.engine, self.computed_on = EngineStatus(), dict[str, Any]()
+        self.engine = EngineStatus()
+        self.computed_on: dict[str, Any] = {}
         # set from each call of the workers until their release; while there is none they keep nothing
         self._release_timer: asyncio.TimerHandle | None = None
         self._releasing: asyncio.Task[None] | None = None
@@ -273,7 +282,8 @@ class PoCManagerV1:
         view = self._view
         seq_len = min(WARM_UP_SEQ_LEN, view.max_model_len, view.max_num_batched_tokens)
         num_nonces = min(view.max_num_batched_tokens // seq_len, view.max_num_seqs)
-        deadline, checked, compiled, answers = float("inf"), 0, True, list[Any]()
+        deadline, checked, compiled = float("inf"), 0, True
+        answers: list[Any] = []
         try:
             while checked == 0 or (compiled and checked < WARM_UP_NONCES and time.monotonic() < deadline):
                 if checked and view.has_unfinished_requests():
@@ -287,19 +297,14 @@ class PoCManagerV1:
                 compiled = all(answer["compiled"] for answer in answers)
             logger.info("PoC warmed up with %d nonces of %d tokens: %s", checked, seq_len, answers)
         except WorkerMemoryError as error:
+            answers = []  # the workers use the plain forward, whatever they said before
             logger.warning("PoC could not warm up with %d nonces of %d tokens: %a", num_nonces, seq_len, str(error))
         self._must_warm_up, self.engine = False, warmed_up(self.engine, answers)
         self.computed_on = computed_on(self.engine)
 
     def micro_batch_size(self, spec: Spec) -> int:
         """Nonces of the next micro-batch: what fits, and less where chat was seen lately or memory was short."""
-        return self._sizer.limit(spec.cost_key, *self._full_sizes(spec))
-
-    def _full_sizes(self, spec: Spec) -> tuple[int, int]:
-        """Nonces of a micro-batch by what the engine's own steps take, and of them by the random values too."""
-        view = self._view
-        full = max(1, min(view.max_num_batched_tokens // spec.seq_len, view.max_num_seqs))
-        return full, max(1, min(full, MAX_DRAWN // spec.num_drawn(view.hidden_size, view.vocab_size)))
+        return self._sizer.limit(spec.cost_key, *full_sizes(self._view, spec))
 
     async def compute(self, spec: Spec, nonces: list[int], next_nonces: Sequence[int] = ()) -> BatchResult | None:
         """The vectors or distances of at most one micro-batch; None if the same nonces are to be tried again.
@@ -321,7 +326,7 @@ class PoCManagerV1:
                 raise EngineAsleepError()
             if not await self._prepare(spec):
                 return None
-            sizes = len(nonces), len(next_nonces), self._full_sizes(spec)[1]
+            sizes = len(nonces), len(next_nonces), full_sizes(self._view, spec)[1]
             prefetched = list(next_nonces) if self._sizer.may_prefetch(spec.cost_key, *sizes) else []
             started = time.monotonic()
             try:
@@ -334,8 +339,11 @@ class PoCManagerV1:
                 text = "PoC: %d nonces did not fit into memory, going on with %d: %a"
                 logger.warning(text, len(nonces), size, str(error))
                 return None
-            seconds = time.monotonic() - started
-            self._sizer.record_batch(spec.cost_key, len(nonces), seconds)
+            ended = time.monotonic()
+            seconds, (begun, begun_at) = ended - started, self._begun
+            # a prefetched batch was begun when the one before it ended, which may be long before it is asked for
+            self._sizer.record_batch(spec.cost_key, len(nonces), seconds, ended - begun_at if nonces == begun else None)
+            self._begun = prefetched, ended
             result = _batch_result(spec, nonces, answers)
             if result.not_computed_nonces:
                 # a NaN left in a scratch cache could reach other nonces through masked attention (0 * NaN)

@@ -80,7 +80,7 @@ def _folders_of(runner: Path) -> list[str]:
 
 
 def _of_processes(runner: Path, proc: str) -> list[NamedPython]:
-    """What the environment of MLNode's processes names; where none does, the Python of the vLLM servers among them."""
+    """The Python that MLNode's processes name in their environment; where none does, that of vLLM servers."""
     by_environment, by_command = [], []
     for folder in sorted(glob.glob(f"{proc}/[0-9]*"), key=lambda path: int(os.path.basename(path))):
         with contextlib.suppress(OSError):
@@ -122,7 +122,7 @@ def _pairs(texts: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _of_units(runner: Path | None, folders: tuple[str, ...]) -> list[NamedPython]:
-    """What systemd services set; if several, those that speak of MLNode's folder count."""
+    """The Python that systemd services set; if several, those that speak of MLNode's folder count."""
     every, near = [], []
     seen = set()
     for path in (path for folder in folders for path in sorted(glob.glob(f"{glob.escape(folder)}/*.service"))):

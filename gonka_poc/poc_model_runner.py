@@ -195,11 +195,8 @@ class PoCModelRunner:
 
     def _probe_inputs(self, num_tokens: int) -> tuple[torch.Tensor | None, EmbeddingInjectionHook]:
         keys = NonceKeys("probe", "probe", [0])
-        return self._token_ids(keys, num_tokens), EmbeddingInjectionHook(
-            self.view.model, self._embeddings(keys, num_tokens)
-        )
-
-    # -- batches --
+        hook = EmbeddingInjectionHook(self.view.model, self._embeddings(keys, num_tokens))
+        return self._token_ids(keys, num_tokens), hook
 
     def _values(self, spec: Spec, nonces: Sequence[int], next_nonces: Sequence[int] = ()) -> np.ndarray | None:
         """The values of `nonces` on the host, on the output rank. Nothing stays behind where it fails."""

@@ -69,7 +69,7 @@ PY
 
 wrong_usage() {
     err "$1"
-    note "bash scripts/bundle.sh --help tells what there is"
+    note "bash scripts/bundle.sh --help lists the options"
     exit 2
 }
 

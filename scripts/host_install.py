@@ -243,11 +243,13 @@ def uninstall(host: Host) -> int:
         except InstallError as error:
             raise InstallError(f"{error}\nwhat is not taken back yet stays recorded in {journal.path}") from error
     take_out(host, journal)
-    left = differences(before, host) if before else ["not known: it was not looked at before the installation"]
+    left = differences(before, host) if before else []
     if left:
         say("\n    ".join(["All that was recorded is taken back. Not as before the installation:", *left]))
-    else:
+    elif before:
         say("Everything is as it was before the installation.")
+    else:
+        say("All that was recorded is taken back. Nobody looked at the host before that installation.")
     say("Restart MLNode.")
     return DONE
 

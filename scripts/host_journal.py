@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from host_common import PACKAGE, InstallError, say, sha256
+from host_common import KEPT_INSTALLER, PACKAGE, InstallError, say, sha256
 from host_target import Distribution, Host
 from host_trust import refuse_foreign_journal
 from patch_runner import PatchError, is_cut_short, remove_patch
@@ -115,7 +115,11 @@ class Journal:
                 shutil.rmtree(left)
         if not self.folder.is_dir():
             return
-        patterns = ("kept-*", f".{self.path.name}.*.tmp", ".installer.*", *([] if self.changes else ["installer"]))
+        installer, old = (self.folder / name for name in (KEPT_INSTALLER, f".{KEPT_INSTALLER}.old"))
+        if old.is_dir() and not installer.exists():
+            old.rename(installer)
+        patterns = ["kept-*", f".{self.path.name}.*.tmp", f".{KEPT_INSTALLER}.*"]
+        patterns += [] if self.changes else [KEPT_INSTALLER]
         for left in (path for pattern in patterns for path in self.folder.glob(pattern)):
             if str(left) not in named:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import secrets
 import shutil
 from pathlib import Path
 
-from host_common import ROOT
+from host_common import KEPT_INSTALLER, ROOT
 from host_journal import Journal
 
-FOLDER = "installer"  # gonka_poc.cli.installer starts its install.sh
 WHEELS = "wheel"
 SCRIPTS = ("install.sh", "scripts/common.sh", "scripts/gpu_host.sh", "scripts/host_*.py", "scripts/mlnode_python.py")
 SCRIPTS += ("patches/*.py", "patches/runner_patch.md")
@@ -27,13 +25,13 @@ def kept_wheel() -> Path | None:
 
 def keep_installer(journal: Journal) -> None:
     """Put these scripts into the journal's folder, with the wheel that is there."""
-    wheels = _files(journal.folder / FOLDER, (f"{WHEELS}/*.whl",))
+    wheels = _files(journal.folder / KEPT_INSTALLER, (f"{WHEELS}/*.whl",))
     _replace(journal, {**_files(ROOT, SCRIPTS), **wheels})
 
 
 def keep_wheel(journal: Journal, wheel: Path) -> None:
     """Put the wheel that was installed beside the kept scripts, in place of an earlier one."""
-    scripts = _files(journal.folder / FOLDER, SCRIPTS)
+    scripts = _files(journal.folder / KEPT_INSTALLER, SCRIPTS)
     _replace(journal, {**scripts, f"{WHEELS}/{wheel.name}": wheel.read_bytes()})
 
 
@@ -43,11 +41,12 @@ def _files(root: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:
 
 
 def _replace(journal: Journal, files: dict[str, bytes]) -> None:
-    """The folder with these files in it, whole at any moment."""
-    folder = journal.folder / FOLDER
+    """The folder with these files in it. Killed in between, it is the old one or can be put back (Journal.sweep)."""
+    folder = journal.folder / KEPT_INSTALLER
     if _files(folder, (*SCRIPTS, f"{WHEELS}/*.whl")) == files:
         return
-    new, old = (journal.folder / f".{FOLDER}.{secrets.token_hex(6)}" for _ in range(2))
+    new, old = (journal.folder / f".{KEPT_INSTALLER}.{name}" for name in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)
     for name, data in files.items():
         (new / name).parent.mkdir(parents=True, exist_ok=True)
         (new / name).write_bytes(data)

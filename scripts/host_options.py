@@ -84,7 +84,7 @@ def parse_options(words: Sequence[str]) -> Options:
                 raise RefusalError(f"{name} needs a value")
             setattr(options, attribute, value)
         elif name not in (*ACTIONS, *FLAGS):
-            raise RefusalError(f"unknown option: {word}\n    --help tells what there is")
+            raise RefusalError(f"unknown option: {word}\n    --help lists the options")
         elif equals:
             raise RefusalError(f"{name} takes no value")
         elif name in ACTIONS:

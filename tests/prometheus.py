@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import pytest
 from gonka_poc.cli.server_process import free_port
 
 MONITORING = Path(__file__).parent.parent / "monitoring"
-WINDOW_SEC, HOLD_SEC, SCRAPE_SEC = 5, 1, 0.5  # in place of minutes
+WINDOW_SEC, LONG_WINDOW_SEC, HOLD_SEC, SCRAPE_SEC = 5, 600, 1, 0.5  # in place of minutes, and of a day
 WAIT_SEC = 60.0
 
 
@@ -31,11 +31,13 @@ def tool(name: str) -> str:
 
 
 def fast_rules(rules: str) -> str:
-    """Alert rules whose times are seconds: each `for` is HOLD_SEC, each range WINDOW_SEC."""
+    """Alert rules whose times are seconds: each `for` is HOLD_SEC, each range WINDOW_SEC; of a day, LONG_WINDOW_SEC."""
     fast, held = re.subn(r"(?m)^( *for: )\d+m$", rf"\g<1>{HOLD_SEC}s", rules)
     fast, windows = re.subn(r"\[\d+m\]", f"[{WINDOW_SEC}s]", fast)
+    fast, days = re.subn(r"\[1d\]", f"[{LONG_WINDOW_SEC}s]", fast)
     assert held
     assert windows
+    assert days
     return fast
 
 
@@ -58,13 +60,14 @@ class Prometheus:
 
     def until_firing(self, *names: str) -> None:
         """Wait until all these alerts fire."""
-        self._until(lambda: set(names) <= self.firing(), f"{names} do not all fire")
+        self.until(lambda: set(names) <= self.firing(), f"{names} do not all fire")
 
     def until_clear(self, *names: str) -> None:
         """Wait until none of these alerts fires."""
-        self._until(lambda: not set(names) & self.firing(), f"one of {names} still fires")
+        self.until(lambda: not set(names) & self.firing(), f"one of {names} still fires")
 
-    def _until(self, condition: Any, text: str) -> None:
+    def until(self, condition: Callable[[], bool], text: str) -> None:
+        """Wait until `condition` is true; `text` is what is wrong where it does not become so."""
         deadline = time.monotonic() + WAIT_SEC
         while not condition():
             assert time.monotonic() < deadline, f"{text}; firing: {self.firing()}"
@@ -107,7 +110,6 @@ def _is_ready(port: int) -> bool:
 
 def dashboard_queries() -> list[tuple[str, str]]:
     """Panel and expression of each query of the Grafana dashboard, for all instances."""
-    panels = json.loads((MONITORING / "grafana.json").read_text(encoding="utf-8"))["panels"]
-    return [
-        (panel["title"], target["expr"].replace("$instance", ".*")) for panel in panels for target in panel["targets"]
-    ]
+    text = (MONITORING / "grafana.json").read_text(encoding="utf-8")
+    panels = json.loads(text.replace("$instance", ".*").replace("$__rate_interval", "1m"))["panels"]
+    return [(panel["title"], target["expr"]) for panel in panels for target in panel["targets"]]

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import pytest
-from fakes import FakeManager, generate_body, make_poc, round_body
+from fakes import FakeManager, generate_body, make_poc, round_body, until
 
 from gonka_poc.config import Settings
 from gonka_poc.data import PREFIX
@@ -51,13 +51,13 @@ async def test_all_bodies_share_one_budget(poc):
     clients = [Client(poc.http) for _ in range(40)]
     for client in clients:
         client.send(b" " * 999_000)
-    await asyncio.sleep(0.05)
+    await until(lambda: sum(client.task.done() for client in clients) >= 40 - BODIES)
     refused = [client for client in clients if client.task.done()]
     assert len(refused) == 40 - BODIES
     assert {(client.status, client.headers[b"retry-after"]) for client in refused} == {(503, b"5")}
     assert poc.http.in_flight <= BODIES * 1_000_000
     clients[0].pieces.put_nowait({"type": "http.disconnect"})  # one hangs up, so another one has room
-    await asyncio.sleep(0.01)
+    await until(clients[0].task.done)
     another = Client(poc.http)
     another.send(json.dumps(generate_body([1])).encode(), more=False)
     await another.task

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,8 @@ from gonka_poc.callbacks.admin import summary
 from gonka_poc.callbacks.outbox import Outbox
 from gonka_poc.cli import artifacts, demo, server_process, status
 from gonka_poc.cli import common as cli_common
-from gonka_poc.cli.client import PoCClient, socket_path
+from gonka_poc.cli.client import PoCClient
+from gonka_poc.cli.connection import socket_path
 from gonka_poc.cli.demo import Step
 from gonka_poc.cli.receive import Receiver
 from gonka_poc.cli.refusals import refusal_text
@@ -385,7 +387,7 @@ def test_stop_counts_what_it_ended(server, capsys):
 
 def test_status_for_machines(server, capsys):
     assert run("status", "--url", server.url, "--json") == 0
-    value = json.loads(capsys.readouterr().out)
+    (value,) = json.loads(capsys.readouterr().out)
     assert {"status": "IDLE", "config": None, "stats": None, "url": server.url, "problems": []}.items() <= value.items()
     assert value["host"]["model"] == MODEL
 
@@ -397,11 +399,13 @@ def test_status_shows_the_receivers_of_callbacks(server, monkeypatch, capsys):
     assert run("status", "--url", server.url) == 3
     printed = capsys.readouterr()
     shown = " ".join(printed.out.split())
-    assert "receiver http://r: waiting 7, oldest_sec 3.5, delivered 9, refused 2, parked 1, expired 4" in shown
+    counts = "9 delivered, 7 waiting (the oldest for 3 s), 2 tries answered with an error, 1 parked, 4 expired"
+    assert f"receiver http://r: {counts}" in shown
     assert "7 artifacts wait, the oldest for 3 s" in shown
-    assert printed.err.startswith("http://r refused 1 artifacts for good")
+    assert printed.err.startswith("http://r refused 1 artifact for good")
+    assert f"gonka-poc outbox --server {server.url} list" in printed.err
     assert run("status", "--url", server.url, "--json") == 3
-    assert json.loads(capsys.readouterr().out)["callbacks"] == [one.model_dump()]
+    assert json.loads(capsys.readouterr().out)[0]["callbacks"] == [one.model_dump()]
 
 
 @pytest.mark.parametrize(
@@ -497,6 +501,24 @@ def test_a_receiver_that_takes_nothing_is_a_problem(server, monkeypatch, capsys)
     assert run("status", "--url", server.url) == 0
 
 
+def test_status_says_that_the_engine_is_gone_and_needs_no_key_of_vllm(server, monkeypatch, capsys):
+    figures = {"engine": {"model": "served"}, "engine_problem": "the engine is dead"}
+    monkeypatch.setattr(PoCClient, "dashboard_data", lambda self: figures)
+    monkeypatch.setattr(PoCClient, "model_name", lambda self: pytest.fail("asked /v1/models"))
+    assert run("status", "--url", server.url) == 3
+    printed = capsys.readouterr()
+    assert "model served" in " ".join(printed.out.split())
+    assert printed.err == "the engine is dead\n"
+
+
+def test_several_hosts_are_asked_at_the_same_time(server, monkeypatch, capsys):
+    both = threading.Barrier(2, timeout=30)
+    look = status.look_at
+    monkeypatch.setattr(status, "look_at", lambda client: (both.wait(), look(client))[1])
+    assert run("status", "--url", server.url, "--url", f"{server.url}/") == 0
+    assert capsys.readouterr().out.count(MODEL) == 2
+
+
 def test_status_of_several_hosts_is_one_table(server, monkeypatch, capsys):
     nowhere = f"http://127.0.0.1:{free_port()}"
     monkeypatch.setenv("COLUMNS", "160")
@@ -573,7 +595,7 @@ def test_wait_gives_up(server, capsys):
 
 
 def test_little_is_imported_for_the_version():
-    """What takes long is imported where it is used."""
+    """Slow packages are imported where they are used."""
     code = "import sys; sys.argv[1:] = ['--version']; import gonka_poc.cli.main as m; m.main()"
     heavy = ["scipy", "numpy", "torch", "vllm", "httpx", "rich", "pydantic", "fastapi"]
     program = f"import sys, atexit; atexit.register(lambda: print(sorted(set({heavy}) & set(sys.modules)))); {code}"
@@ -584,6 +606,19 @@ def test_little_is_imported_for_the_version():
 def test_the_package_is_a_program():
     done = subprocess.run([sys.executable, "-m", "gonka_poc", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"gonka-poc, version {__version__}\n"
+
+
+@pytest.mark.parametrize(("begin", "left"), [([], "SIG_DFL"), (["nohup"], "SIG_IGN")], ids=["alone", "nohup"])
+def test_a_server_under_nohup_outlives_its_terminal(begin, left):
+    """`serve` becomes vLLM's server, which keeps what is ignored and has the default of what is caught."""
+    look = "import signal; print(signal.getsignal(signal.SIGHUP).name)"
+    program = (
+        "import os, sys; from gonka_poc import serve; from gonka_poc.cli.main import main; "
+        f"serve.main = lambda args: os.execv(sys.executable, [sys.executable, '-c', {look!r}]); main(['serve'])"
+    )
+    command = [*begin, sys.executable, "-c", program]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{left}\n"
 
 
 @pytest.mark.parametrize("words", [["--version"], ["serve", "--help"]], ids=" ".join)
@@ -670,7 +705,7 @@ def test_nothing_undelivered_is_purged_unasked(outbox, capsys):
     purge = ("outbox", "--path", outbox, "purge", "--undelivered")
     assert run(*purge, "--receiver", "http://a") == 1
     said = capsys.readouterr().err
-    assert "2 callbacks with 6 artifacts that are still to be sent, to http://a" in said
+    assert "2 callbacks with 6 artifacts still to be sent, to http://a" in said
     assert "nothing was deleted" in said
     assert len(summary(outbox)) == 3
     assert run(*purge, "--receiver", "http://a", "--yes", "--json") == 0
@@ -686,7 +721,7 @@ def test_who_purges_is_asked(outbox, monkeypatch, capsys, answer, status, left):
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr("sys.stdin", terminal)
     assert run("outbox", "--path", outbox, "purge", "--undelivered") == status
-    assert "3 callbacks with 9 artifacts that are still to be sent, to http://a, http://b" in capsys.readouterr().err
+    assert "3 callbacks with 9 artifacts still to be sent, to http://a, http://b" in capsys.readouterr().err
     assert len(summary(outbox)) == left
 
 
@@ -712,7 +747,9 @@ def test_retry_still_takes_the_older_name_of_its_option(outbox, capsys):
 
 def test_a_server_that_is_not_there(capsys):
     assert run("status", "--url", f"http://127.0.0.1:{free_port()}") == 1
-    assert "cannot be reached" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "cannot be reached" in printed.err
+    assert printed.out == ""
     for address in ("127.0.0.1:8000", "http://[::1"):
         assert run("status", "--url", address) == 1
         assert "write it as http://HOST:PORT or unix:PATH" in capsys.readouterr().err
@@ -831,7 +868,7 @@ INVALID = {"detail": [{"type": "x", "loc": ["body", "params", "k_dim"], "msg": "
         (502, STATUS, PAGE, ["answered 502: a page of HTML; a proxy in front", "is the server running?"]),
         (503, STATUS, OURS, ["answered 503: what is wrong; try again when GET /health answers 200"]),
         (504, STATUS, "", ["answered 504: no text; a proxy in front"]),
-        (507, STATUS, OURS, ["answered 507: what is wrong; `gonka-poc outbox list`"]),
+        (507, STATUS, OURS, ["answered 507: what is wrong; `gonka-poc outbox --server URL list`"]),
         (418, STATUS, [], ["answered 418: []; is it a vLLM server with gonka_poc?"]),
         (400, STATUS, {"detail": {"odd": 1}}, ["answered 400: {", "odd"]),
         (400, STATUS, "two\nlines\x1b[31m", ["answered 400: two lines[31m; "]),

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from fakes import MODEL, FakeView, generate_body, round_body, until
 from prometheus_client import CollectorRegistry
-from status_picture import WIDTH
+from status_picture import ROOT, WIDTH, page_digest, stamp_of
 
 from gonka_poc.app import PoCApp, build_app
 from gonka_poc.config import Settings
@@ -192,3 +192,8 @@ async def test_a_dead_engine_is_said():
     view.dead = True
     found = await figures(build_app(view, Settings(outbox_path=":memory:")))
     assert "engine" in found["engine_problem"]
+
+
+def test_the_picture_in_the_readme_is_of_this_page():
+    """Otherwise: python tests/status_picture.py docs/images/status.png"""
+    assert stamp_of((ROOT / "docs" / "images" / "status.png").read_bytes()) == page_digest()

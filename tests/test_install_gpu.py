@@ -193,14 +193,14 @@ def test_help_names_every_option(host: FakeHost, script: str) -> None:
     assert done.returncode == 0
     named = set(re.findall(r"^  (--[\w-]+)", done.stdout, flags=re.MULTILINE))
     every = {*host_options.ACTIONS, *host_options.FLAGS, *host_options.VALUES, "--help"}
-    assert named == every | ({"--cpu", "--setup-only"} if script == "install.sh" else set())
+    assert named == every | ({"--cpu", "--setup-only", "--model"} if script == "install.sh" else set())
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_refusals_reach_the_operator(host: FakeHost, script: str) -> None:
     done = host.bash(script, "--bogus")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: unknown option: --bogus\n    --help tells what there is\n"
+    assert done.stderr == "error: unknown option: --bogus\n    --help lists the options\n"
     (host.bin / "python3").unlink()
     done = host.bash(script, "--status")
     assert (done.returncode, "no Python 3.10 or newer was found" in done.stderr) == (2, True)
@@ -420,25 +420,25 @@ def test_the_python_of_the_running_mlnode_is_taken(host: FakeHost, with_vllm: Pa
     """sudo drops the variable; MLNode, which runs, has it."""
     host.nvidia_smi(H200)
     where, sleep = ["--mlnode-dir", host.mlnode, "--dry-run"], shutil.which("sleep")
-    with subprocess.Popen(
-        [sleep, "60"], cwd=host.mlnode, env={**os.environ, "VLLM_PYTHON_PATH": str(with_vllm)}
-    ) as one:
+    with contextlib.ExitStack() as stack:
+
+        def start(python: str) -> int:
+            environment = {"PATH": "", "VLLM_PYTHON_PATH": python}
+            process = stack.enter_context(subprocess.Popen([sleep, "600"], cwd=host.mlnode, env=environment))
+            stack.callback(process.kill)
+            return process.pid
+
+        source = f"VLLM_PYTHON_PATH of process {start(str(with_vllm))} (sleep)"
         done = host.run(*where)
-        told = done.stdout if sys.version_info >= (3, 12) else done.stderr
-        source = f"VLLM_PYTHON_PATH of process {one.pid} (sleep)"
         if sys.version_info >= (3, 12):
-            assert f"Plan for {with_vllm}" in told
-            assert source in told
+            assert f"Plan for {with_vllm}" in done.stdout
+            assert source in done.stdout
         else:
-            assert f"{with_vllm}: is Python 3.11" in told
+            assert f"{with_vllm}: is Python 3.11" in done.stderr
         warned = host.run(*where, "--python", sys.executable).stdout
         assert f"warning: MLNode here starts {with_vllm} ({source})" in warned
-        with subprocess.Popen(
-            [sleep, "600"], cwd=host.mlnode, env={"PATH": "", "VLLM_PYTHON_PATH": "/b/python"}
-        ) as two:
-            refused = host.run(*where)
-            two.kill()
-        one.kill()
+        start("/b/python")
+        refused = host.run(*where)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert f"more than one Python: {with_vllm} ({source}); /b/python (" in refused.stderr
     assert "--python P" in refused.stderr
@@ -1116,6 +1116,9 @@ def test_as_it_was_is_said_after_a_look(
         assert ("Everything is as it was before the installation." in told) == (stray is None)
         assert ("Not as before the installation:\n" in told) == (stray is not None)
         assert (f"{Path(host.target.purelib, 'left.py')} came since" in told) == (stray is not None)
+    host_journal.install_packages(host, host_journal.Journal(host.state), ["body"])  # as earlier releases did
+    assert host_install.uninstall(host) == 0
+    assert "Nobody looked at the host before that installation." in capsys.readouterr().out
 
 
 def test_a_constraint_in_the_way_is_named(packages: FakeHost, monkeypatch: pytest.MonkeyPatch, journal: object) -> None:

@@ -1,4 +1,4 @@
-"""What stays of the installer for `gonka-poc update` and `uninstall`, and how journals are found from each other."""
+"""The part of the installer that stays, for `gonka-poc update` and `uninstall`; journals are found from each other."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def journal(tmp_path: Path) -> Any:
 
 def test_the_kept_scripts_run_without_the_checkout(journal: Any, tmp_path: Path) -> None:
     host_kept.keep_installer(journal)
-    kept = journal.folder / host_kept.FOLDER
+    kept = journal.folder / host_kept.KEPT_INSTALLER
     assert not any(path.is_symlink() for path in kept.rglob("*"))
     before = {path: path.stat().st_mtime_ns for path in kept.rglob("*")}
     host_kept.keep_installer(journal)  # a second time writes nothing
@@ -68,7 +68,7 @@ def test_the_wheel_that_was_installed_is_kept_beside_them(journal: Any, tmp_path
         make_wheel(tmp_path, "gonka_poc_vllm", version, {"gonka_poc/__init__.py": version, "gonka_poc/a/b.py": ""})
         host_kept.keep_wheel(journal, tmp_path / f"gonka_poc_vllm-{version}-py3-none-any.whl")
         host_kept.keep_installer(journal)
-    kept = journal.folder / host_kept.FOLDER
+    kept = journal.folder / host_kept.KEPT_INSTALLER
     assert [path.name for path in (kept / "wheel").iterdir()] == ["gonka_poc_vllm-0.3.0-py3-none-any.whl"]
     for module in (host_kept, host_steps):
         monkeypatch.setattr(module, "ROOT", kept)
@@ -86,10 +86,20 @@ def test_the_wheel_that_was_installed_is_kept_beside_them(journal: Any, tmp_path
         step.check()
 
 
-def test_they_go_with_the_last_change(journal: Any, tmp_path: Path) -> None:
-    host_kept.keep_installer(journal)
-    (journal.folder / ".installer.0123456789ab").mkdir()  # by a run that was killed
+def test_they_go_with_the_last_change(tmp_path: Path) -> None:
+    journal = host_journal.Journal(tmp_path / "var" / "gonka-poc")
+    journal.open()
+    for _ in range(2):  # they are there before the first change is
+        host_kept.keep_installer(journal)
+        assert {path.name for path in journal.folder.iterdir()} == {"installer", "journal.json"}
+        (journal.folder / "installer" / "install.sh").write_text("of an earlier release")
+    journal.begin({"kind": "file", "path": str(tmp_path / "runner.py")})
+    (journal.folder / ".installer.new").mkdir()  # by a run that was killed
     journal.sweep()
+    (journal.folder / "installer").rename(journal.folder / ".installer.old")  # by another, later
+    (journal.folder / ".installer.new").mkdir()
+    journal.sweep()
+    assert (journal.folder / "installer" / "install.sh").is_file()
     assert {path.name for path in journal.folder.iterdir()} == {"installer", "journal.json"}
     journal.forget(journal.changes[0])
     assert list(tmp_path.iterdir()) == []
@@ -159,6 +169,7 @@ def test_where_nothing_is_kept_the_way_is_named(started: list[list[str]], tmp_pa
 def test_the_command_looks_where_the_installer_writes(prefix: str) -> None:
     target = host_target.Target("python", prefix=prefix)
     assert installer.state_folder(prefix) == host_target.state_folder(target)
+    assert f"{host_kept.KEPT_INSTALLER}/install.sh" == installer.KEPT
 
 
 # --- settings, and journals that lead to each other

@@ -14,7 +14,7 @@ from gonka_poc.answers import VersionsAnswer
 from gonka_poc.cli import live
 from gonka_poc.cli.client import PoCClient
 from gonka_poc.cli.server_process import free_port
-from gonka_poc.data import encode_vector
+from gonka_poc.data import InitGenerateRequest, encode_vector
 from gonka_poc.errors import ComputeError
 from gonka_poc.request_fields import Artifact
 
@@ -38,7 +38,7 @@ def test_a_server_in_order(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_round_is_left_alone() -> None:
     with engineless_server(manager := FakeManager(batches=0)) as server, PoCClient(server.url, 30.0) as client:
-        client._response("POST", "/api/v1/pow/init/generate", round_body())
+        client.init_generate(InitGenerateRequest(**round_body()))
         assert checks(server.url) == [("versions", "ok"), ("status", "ok"), (live.PROOF, "warn")]
         assert [0, 1] not in manager.asked
         manager.allow(1000)

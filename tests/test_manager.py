@@ -34,6 +34,7 @@ SPEC_FIELDS = {
     "k_dim": 3,
     "poc_stronger_rng": True,
     "moved": 0,
+    "cheat": None,
 }
 ROW = np.ones(3, dtype="<f2").tobytes()
 NAN_ROW = np.array([1, np.nan, 1], dtype="<f2").tobytes()
@@ -230,7 +231,7 @@ async def test_an_exception_in_a_worker_is_a_compute_error():
 async def test_a_dead_engine_is_said_to_be_dead():
     view = FakeView()
     view.failure, view.dead = RuntimeError("EngineCore died"), True
-    with pytest.raises(EngineUnavailableError, match="the engine is dead; restart"):
+    with pytest.raises(EngineUnavailableError, match="the engine is dead: the server is stopping, or"):
         await PoCManagerV1(view).compute(SPEC, [5])
 
 
@@ -501,6 +502,18 @@ async def test_no_batch_is_prefetched_that_makes_two_of_full_size_for_the_first_
         await manager.compute(SPEC, [1, 2, 3], [5, 6, 7])
         await manager.compute(SPEC, [1, 2], [5, 6, 7])
     assert [args[2] for _, args in view.calls] == [[], [5, 6, 7], [], [5, 6, 7]]
+
+
+async def test_a_batch_that_is_asked_for_late_does_not_look_quick():
+    view = FakeView(call_sec=0.03)
+    manager = PoCManagerV1(view, Settings(max_step_ms=50))
+    full = manager.micro_batch_size(SPEC)
+    for i in range(4):
+        view.call_sec = 0.03 if i < 2 else 0.0  # the first two were not prefetched
+        first = i * full
+        await manager.compute(SPEC, list(range(first, first + full)), list(range(first + full, first + 2 * full)))
+        await asyncio.sleep(0.03)
+    assert manager.micro_batch_size(SPEC) == full // 2
 
 
 async def test_a_random_head_is_made_in_steps_before_the_first_batch_of_a_round():

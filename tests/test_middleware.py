@@ -714,7 +714,7 @@ async def test_the_log_has_a_block_once_the_server_is_up(parts, caplog):
     await lifespan_of(host, lambda: True)
     (block,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("PoC is served")]
     assert "page      http://127.0.0.1:5001/api/v1/pow/dashboard" in block
-    assert "the plain forward, on 1 worker(s)" in block  # one of the two that it has described itself
+    assert "the plain forward, on 1 worker" in block  # one of the two that it has described itself
 
 
 # --- the end ----------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ async def test_the_block_of_a_server_with_its_defaults():
         "outbox": ":memory:, 0 callbacks with 0 artifacts wait",
         "callbacks": "to every host but link-local and cloud metadata addresses (POC_CALLBACK_ALLOW)",
         "priority": "chat: proof waits while a chat is served",
-        "proof": "the plain forward, on 1 worker(s)",
+        "proof": "the plain forward, on 1 worker",
     }
 
 
@@ -66,7 +66,7 @@ async def test_the_block_says_what_was_set():
     assert rows["token"] == "asked for"
     assert rows["callbacks"] == "only to receiver.example:9000"
     assert rows["priority"].startswith("abort: while a round generates")
-    assert rows["proof"] == "compiled layers; noise floor 0.023, on 2 worker(s)"
+    assert rows["proof"] == "compiled layers; noise floor 0.023, on 2 workers"
     rows = await shown(api_token="very-secret", trust_loopback=True)
     assert rows["token"] == "asked for, not of callers on this machine (POC_TRUST_LOOPBACK)"
     assert rows["proof"].startswith("not ready")
@@ -77,5 +77,5 @@ async def test_the_block_says_what_waits_in_the_outbox(tmp_path):
     settings = Settings(outbox_path=path, callback_allow="127.0.0.1")
     service = make_poc(FakeManager(), settings).service
     await service.callbacks.add_artifacts("http://127.0.0.1:1", {"block_height": 1}, [{"nonce": 1, "vector_b64": "AA"}])
-    assert f"{path}, 1 callbacks with 1 artifacts wait" in startup_text(settings, service, None)
+    assert f"{path}, 1 callback with 1 artifact waits" in startup_text(settings, service, None)
     await service.close()

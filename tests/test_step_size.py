@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fakes import Clock
 
+from gonka_poc.data import DistanceSpec, VectorSpec
 from gonka_poc.manager import CHAT_MEMORY_SEC, MAX_KINDS, MEASUREMENTS, SETTLED, BatchSizer
 
 
@@ -41,6 +42,15 @@ def test_a_round_at_full_pace_stays_at_full_size():
     clock.now += CHAT_MEMORY_SEC
     assert size.limit((64, 12), 32, 32) == 32
     assert size.may_prefetch((64, 12), 32, 32, 32)
+
+
+def test_a_prefetched_batch_counts_from_its_begin():
+    """A caller that asks late for batches of 300 ms waits for 10 ms only."""
+    size = BatchSizer(0.2)
+    for _ in range(SETTLED):
+        size.record_batch((64, 12), 32, 0.01, 0.3)
+    assert size.limit((64, 12), 32, 32) == 16
+    assert not size.may_prefetch((64, 12), 32, 32, 32)
 
 
 def test_a_full_batch_is_tried_where_smaller_ones_are_as_slow():
@@ -104,6 +114,13 @@ def test_vectors_of_another_length_have_a_speed_of_their_own():
     size.record_chat()
     assert size.limit((1, 2048), 32, 32) == 1
     assert size.limit((1, 12), 32, 32) == 32
+
+
+def test_specs_with_another_cost_have_a_speed_of_their_own():
+    vectors = {VectorSpec("b", "k", seq_len, k_dim).cost_key for seq_len in (1, 64) for k_dim in (12, 2048)}
+    kinds = ("sign_flips", "layer_hooks", "permutation")
+    distances = {DistanceSpec("b", "k", seq_len, kind).cost_key for seq_len in (1, 64) for kind in kinds}
+    assert len(vectors | distances) == 4 + 6
 
 
 def test_an_unknown_speed_is_measured_with_few_random_values():

@@ -1,4 +1,4 @@
-"""What the documents say is what the code has: errors, settings, routes, docstrings."""
+"""The documents agree with the code: errors, settings, routes, docstrings."""
 
 from __future__ import annotations
 
@@ -115,6 +115,25 @@ def test_everything_public_has_a_docstring(file):
 def test_a_missing_docstring_is_found():
     tree = ast.parse("class A:\n    'doc'\n    def b(self): ...\n    def _c(self): ...\ndef d(): ...")
     assert list(undocumented(tree.body, "")) == ["A.b", "d"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_files_and_classes_are_short(file):
+    text = file.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 500
+    classes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ClassDef)]
+    assert [node.name for node in classes if node.end_lineno - node.lineno >= 250] == []
+
+
+@pytest.mark.parametrize(
+    "file",
+    [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted((ROOT / "tests" / "gpu").glob("*.py"))],
+    ids=lambda file: file.name,
+)
+def test_every_module_that_is_named_is_there(file):
+    named = re.findall(r"python -m ((?:tests|gonka_poc)[.\w]*)", file.read_text(encoding="utf-8"))
+    parts = [ROOT.joinpath(*name.split(".")) for name in named]
+    assert [str(part) for part in parts if not part.with_suffix(".py").is_file() and not part.is_dir()] == []
 
 
 # --- the README -------------------------------------------------------------------------------------------------

@@ -753,8 +753,8 @@ class BesideChat(FakeManager):
 SMALL_LOAD = Load(MODEL, seq_len=4, k_dim=3, batch_size=4, max_tokens=64, seconds=0.5)
 
 
-YIELDS = "a round that starts beside chats yields until they end"
-BACKS_OFF = "a round beside chats backs off (no busy spin)"
+YIELDS = "a round that starts while chats run yields until they end"
+BACKS_OFF = "a round that waits for chats backs off (no busy spin)"
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,15 @@ def test_cheats_that_a_server_cannot_compute(capsys: pytest.CaptureFixture[str])
     assert f"this server cannot compute the cheat int4 weights: {reason}" in capsys.readouterr().out
 
 
+def test_a_server_that_does_not_know_the_cheats(capsys: pytest.CaptureFixture[str]) -> None:
+    """An earlier release ignores the field; that is no cheat which is not caught."""
+    manager = ChangedManager(lambda spec, size: replace(spec, cheat=None))
+    status, found = calibrated(manager, capsys)
+    assert (status, list(found["cheats"]), found["missed"]) == (0, ["other public key"], [])
+    assert all("another release" in reason for reason in found["not_made"].values())
+    assert found["not_made"].keys() == {"fp8 weights", "int4 weights", "a layer less"}
+
+
 def test_a_cheat_that_fails_fails_the_calibration(capsys: pytest.CaptureFixture[str]) -> None:
     def fail(spec: VectorSpec, size: int) -> VectorSpec:
         if spec.cheat:
@@ -223,7 +232,7 @@ def test_files_of_other_servers(server: SimpleNamespace, tmp_path: Path, capsys:
     assert found["honest"]["same"]["max"] == 0
     assert found["caught"]["other-key"] > 0.999
     run("calibrate", "--vectors", "--url", server.url, *SIZES, "--cheat", same)
-    assert "NOT told from an honest host surely enough: same" in capsys.readouterr().out
+    assert "NOT reliably caught: same" in capsys.readouterr().out
 
 
 def test_a_server_that_makes_no_calibration(capsys: pytest.CaptureFixture[str]) -> None:

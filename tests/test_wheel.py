@@ -129,6 +129,7 @@ def test_commands_that_need_no_engine(program, tmp_path):
     assert "holds no artifacts; there is nothing to validate" in shown
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "args", [["demo"], ["doctor", "--json"], ["serve", "MODEL", "--enable-poc"]], ids=lambda args: args[0]
 )

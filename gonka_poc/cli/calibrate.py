@@ -223,7 +223,7 @@ def _show_floor(
         for name, reason in floor.not_made.items():
             common.print_lines(f"this server cannot compute the cheat {name}: {reason}")
         for name in advice.missed:
-            common.print_lines(f"NOT told from an honest host surely enough: {name} (caught {advice.caught[name]:.4f})")
+            common.print_lines(f"NOT reliably caught: {name} (with probability {advice.caught[name]:.4f})")
     if png is not None:
         series = {f"honest: {name}": values for name, values in floor.honest.items()}
         series |= {f"cheat: {name}": values for name, values in floor.cheats.items()}

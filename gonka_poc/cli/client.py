@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Literal, TypeVar
-from urllib.parse import unquote
+from typing import Any, Literal
 
-import httpx
-from prometheus_client.parser import text_string_to_metric_families
-from pydantic import BaseModel, RootModel, ValidationError
+from pydantic import RootModel
 
 from gonka_poc import answers, data
-from gonka_poc.certificates import ssl_context
 from gonka_poc.cli.artifact_file import ArtifactFile
-from gonka_poc.cli.refusals import NO_POC_SERVER, reason_of, refusal_text
+from gonka_poc.cli.connection import Answer, Connection
 from gonka_poc.cli.server_process import wait_until
-from gonka_poc.errors import ServerAnswerError, printable
+from gonka_poc.errors import ServerAnswerError
 from gonka_poc.request_fields import MAX_LISTED, Artifact
 from gonka_poc.threshold_data import ProofBatch, ProofVerdict, ThresholdRequest, ThresholdStatusAnswer
 from gonka_poc.validation import Verdict, judge
 
-CONNECT_TIMEOUT_SEC = 10.0
 PROGRESS_TIMEOUT_SEC = 120.0  # for the next nonces of a round
 # distances lie in [0, 2], so with these every one is valid and no placeholder is called a fraud
 ANY_DISTANCE, PLACEHOLDER = 2.0, 0.0
@@ -39,7 +32,6 @@ def ignore_progress(nonces: int) -> None:
     """A Progress that shows none."""
 
 
-Answer = TypeVar("Answer", bound=BaseModel)
 Polled = answers.PendingAnswer | answers.ArtifactsAnswer | answers.ValidationAnswer | answers.FailedAnswer
 
 
@@ -53,24 +45,22 @@ class PoCClient:
     def __init__(
         self, url: str, timeout: float | None = None, token: str | None = None, api_key: str | None = None
     ) -> None:
-        self._token, self._api_key = token, api_key
-        self.url = url.rstrip("/").removesuffix(data.PREFIX)
-        self._socket = socket_path(self.url)
-        self._http = _http_client(self.url, self._socket, timeout)
+        self._server = Connection(url, timeout, token, api_key)
+        self.url = self._server.url
 
     def __enter__(self) -> PoCClient:
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
-        self._http.close()
+        self._server.close()
 
     def model_name(self) -> str:
         """The name of the model that is served."""
-        return str(self._vllm("GET", "/v1/models", None, "data", 0, "id"))
+        return str(self._server.vllm("GET", "/v1/models", None, "data", 0, "id"))
 
     def versions(self) -> answers.VersionsAnswer:
         """GET /versions."""
-        return self._ask(answers.VersionsAnswer, "GET", "versions")
+        return self._server.ask(answers.VersionsAnswer, "GET", "versions")
 
     def computed_by(self) -> dict[str, str]:
         """Releases, dtype, attention backend and GPU of the server; empty where it does not say."""
@@ -82,24 +72,15 @@ class PoCClient:
 
     def status(self) -> answers.StatusAnswer:
         """GET /status."""
-        return self._ask(answers.StatusAnswer, "GET", "status")
+        return self._server.ask(answers.StatusAnswer, "GET", "status")
 
     def dashboard_data(self) -> dict[str, Any]:
         """GET /dashboard/data, as the server gives it: releases differ in its fields."""
-        return dict(self._vllm("GET", f"{data.PREFIX}/dashboard/data", None))
+        return dict(self._server.vllm("GET", f"{data.PREFIX}/dashboard/data", None))
 
     def is_up(self) -> bool:
         """True once the server answers. Raises ServerAnswerError where it answers that it gives no proofs."""
-        path = f"{data.PREFIX}/status"
-        try:
-            response = self._sent("GET", path, None)
-        except ServerAnswerError:
-            return False
-        if response.status_code in (502, 503, 504):  # a proxy before a server that starts, or its engine does
-            return False
-        if not response.is_success:
-            raise ServerAnswerError(refusal_text(response, self.url, path, bool(self._secret(path))))
-        return True
+        return self._server.is_up()
 
     def total_processed(self) -> int:
         """The number of nonces that the round has processed. Raises ServerAnswerError if no round generates."""
@@ -124,7 +105,7 @@ class PoCClient:
 
     def stop(self) -> answers.StopAnswer:
         """POST /stop."""
-        return self._ask(answers.StopAnswer, "POST", "stop")
+        return self._server.ask(answers.StopAnswer, "POST", "stop")
 
     @contextmanager
     def round(self, file: ArtifactFile, batch_size: int, url: str | None = None) -> Iterator[None]:
@@ -137,15 +118,17 @@ class PoCClient:
 
     def init_generate(self, request: data.InitGenerateRequest) -> answers.OkAnswer:
         """POST /init/generate."""
-        return self._ask(answers.OkAnswer, "POST", "init/generate", request.model_dump())
+        return self._server.ask(answers.OkAnswer, "POST", "init/generate", request.model_dump())
 
     def init_threshold(self, request: ThresholdRequest, phase: Literal["generate", "validate"]) -> answers.OkAnswer:
         """POST /init/generate or /init/validate of a threshold round."""
-        return self._ask(answers.OkAnswer, "POST", f"init/{phase}", request.model_dump(mode="json", exclude_none=True))
+        return self._server.ask(
+            answers.OkAnswer, "POST", f"init/{phase}", request.model_dump(mode="json", exclude_none=True)
+        )
 
     def validate_distances(self, proof: ProofBatch) -> ProofVerdict:
         """POST /validate: the server recomputes the distances of `proof` in the threshold round that is set."""
-        return self._ask(ProofVerdict, "POST", "validate", proof.model_dump())
+        return self._server.ask(ProofVerdict, "POST", "validate", proof.model_dump())
 
     def distances(
         self, request: ThresholdRequest, nonces: Sequence[int], progress: Progress = ignore_progress
@@ -165,7 +148,7 @@ class PoCClient:
 
     def threshold_status(self) -> ThresholdStatusAnswer:
         """GET /status while a threshold round is set."""
-        return self._ask(ThresholdStatusAnswer, "GET", "status")
+        return self._server.ask(ThresholdStatusAnswer, "GET", "status")
 
     def queue(self, file: ArtifactFile, nonces: Sequence[int], batch_size: int) -> answers.QueuedAnswer:
         """POST /generate without waiting."""
@@ -173,38 +156,32 @@ class PoCClient:
 
     def poll(self, request_id: str) -> Polled:
         """GET /generate/{request_id}."""
-        return self._ask(RootModel[Polled], "GET", f"generate/{request_id}").root
+        return self._server.ask(RootModel[Polled], "GET", f"generate/{request_id}").root
 
     def chat(self, model: str, text: str, max_tokens: int) -> str:
         """The answer of a greedy chat, `max_tokens` long."""
         messages = [{"role": "user", "content": text}]
         body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
-        return str(self._vllm("POST", "/v1/chat/completions", body, "choices", 0, "message", "content") or "")
+        return str(self._server.vllm("POST", "/v1/chat/completions", body, "choices", 0, "message", "content") or "")
 
     def chat_answer(self, body: Any) -> Any:
         """The whole answer to a chat request."""
-        return self._vllm("POST", "/v1/chat/completions", body)
+        return self._server.vllm("POST", "/v1/chat/completions", body)
 
     def chat_status(self, body: Any) -> int:
         """The HTTP status of a chat request, refused or not."""
-        return self._sent("POST", "/v1/chat/completions", body).status_code
+        return self._server.sent("POST", "/v1/chat/completions", body).status_code
 
     def prefill(self, model: str, prompts: Sequence[Sequence[int]]) -> None:
         """Let the server prefill `prompts` (token ids): completions of one token each, in one request."""
         body = {"model": model, "prompt": prompts, "max_tokens": 1, "temperature": 0, "ignore_eos": True}
-        num_choices = len(self._vllm("POST", "/v1/completions", body, "choices"))
+        num_choices = len(self._server.vllm("POST", "/v1/completions", body, "choices"))
         if num_choices != len(prompts):
             raise ServerAnswerError(f"{self.url} completed {num_choices} of {len(prompts)} prompts")
 
     def metrics(self) -> dict[str, float]:
         """GET /metrics: the values of gonka_poc by name; with labels as `name{label="value"}`."""
-        found = {}
-        for family in text_string_to_metric_families(self._response("GET", "/metrics", None).text):
-            for sample in family.samples:
-                labels = ",".join(f'{name}="{value}"' for name, value in sample.labels.items())
-                if sample.name.startswith("gonka_poc_"):
-                    found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
-        return found
+        return self._server.metrics()
 
     def generate(
         self,
@@ -249,73 +226,7 @@ class PoCClient:
         self, answer: type[Answer], file: ArtifactFile, nonces: Sequence[int], batch_size: int, **more: Any
     ) -> Answer:
         body = {**_round_fields(file, batch_size), "nonces": list(nonces), "wait": True, **more}
-        return self._ask(answer, "POST", "generate", body)
-
-    def _ask(self, answer: type[Answer], method: str, name: str, body: Any = None) -> Answer:
-        path = f"{data.PREFIX}/{name}"
-        try:
-            return answer.model_validate_json(self._response(method, path, body).content)
-        except ValidationError as error:
-            raise self._unexpected(path) from error
-
-    def _vllm(self, method: str, path: str, body: Any, *keys: str | int) -> Any:
-        try:
-            return functools.reduce(lambda value, key: value[key], keys, self._response(method, path, body).json())
-        except (ValueError, LookupError, TypeError) as error:
-            raise self._unexpected(path) from error
-
-    def _unexpected(self, path: str) -> ServerAnswerError:
-        return ServerAnswerError(f"{self.url}{path} answered something else than expected; {NO_POC_SERVER}")
-
-    def _response(self, method: str, path: str, body: Any) -> httpx.Response:
-        response = self._sent(method, path, body)
-        if not response.is_success:
-            text = refusal_text(response, self.url, path, bool(self._secret(path)))
-            raise ServerAnswerError(text, response.status_code, reason_of(response))
-        return response
-
-    def _secret(self, path: str) -> str | None:
-        return self._token if path.startswith(data.PREFIX) else self._api_key
-
-    def _sent(self, method: str, path: str, body: Any) -> httpx.Response:
-        secret = self._secret(path)
-        headers = {"Authorization": f"Bearer {secret}"} if secret else {}
-        try:
-            return self._http.request(method, path, json=body, headers=headers)
-        except httpx.HTTPError as error:
-            if self._socket and not Path(self._socket).is_socket():
-                there = "is no socket" if Path(self._socket).exists() else "does not exist"
-                raise ServerAnswerError(
-                    f"{printable(self._socket)} {there}; is the server running with --uds {printable(self._socket)}?"
-                ) from error
-            raise ServerAnswerError(
-                f"{self.url} cannot be reached: {str(error) or type(error).__name__}; is the server running there?"
-            ) from error
-
-
-def _http_client(url: str, socket: str | None, timeout: float | None) -> httpx.Client:
-    """A client for requests to `url`, or to a socket. Raises ServerAnswerError for what is neither."""
-    base_url = "http://localhost" if socket else url
-    try:
-        parsed = httpx.URL(base_url)
-    except httpx.InvalidURL:
-        parsed = httpx.URL()
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ServerAnswerError(f"{url!a} is no address of a server: write it as http://HOST:PORT or unix:PATH")
-    # only connecting is tried again: a request that was sent may have reached the server
-    transport = httpx.HTTPTransport(verify=ssl_context(), retries=2, uds=socket)
-    limit = httpx.Timeout(timeout, connect=CONNECT_TIMEOUT_SEC)
-    return httpx.Client(base_url=base_url, timeout=limit, transport=transport)
-
-
-def socket_path(url: str) -> str | None:
-    """The path in unix:PATH, unix://PATH, or http+unix://PATH (there / is written %2F); None if it is another URL."""
-    scheme, colon, rest = url.partition(":")
-    if scheme == "unix" and colon:
-        return rest.removeprefix("//") or None
-    if scheme == "http+unix" and rest.startswith("//"):
-        return unquote(rest.removeprefix("//")) or None
-    return None
+        return self._server.ask(answer, "POST", "generate", body)
 
 
 def round_request(file: ArtifactFile, batch_size: int, url: str | None = None) -> data.InitGenerateRequest:

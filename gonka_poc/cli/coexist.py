@@ -55,8 +55,8 @@ def coexist(client: PoCClient, load: Load) -> Iterator[CaseResult]:
         ("chat while generating completes", one_chat),
         ("generating resumes after chat", run.resumes),
         ("/generate waits for a round, no 409", run.generate_waits),
-        ("a round that starts beside chats yields until they end", run.yields),
-        ("a round beside chats backs off (no busy spin)", run.backs_off),
+        ("a round that starts while chats run yields until they end", run.yields),
+        ("a round that waits for chats backs off (no busy spin)", run.backs_off),
     ]
     try:
         yield from run_cases(cases)

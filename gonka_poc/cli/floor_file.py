@@ -49,7 +49,7 @@ def floor_warnings(path: Path | None, stat_test: StatTest, file: ArtifactFile) -
 
 
 def _differences(figures: Any, file: ArtifactFile) -> dict[str, tuple[Any, Any]]:
-    """What moves the floor, by name, where it is known and different: (measured, made).
+    """The values that move the floor, by name, where both are known and differ: (measured, made).
 
     Not the dtype and the GPU: honest hosts may differ in them, and the floor is there to judge such.
     """

@@ -9,7 +9,7 @@ from typing import Any
 
 from gonka_poc.answers import ReceiverStatus, StatusAnswer, VersionsAnswer
 from gonka_poc.cli.client import PoCClient
-from gonka_poc.errors import ServerAnswerError
+from gonka_poc.errors import ServerAnswerError, counted
 
 LATE_SEC = 60.0  # a receiver that works takes artifacts within a few callback intervals
 STILL_BUCKETS = 3  # of 10 seconds: a batch is shorter, unless the server is hard at work on something else
@@ -37,7 +37,7 @@ def look_at(client: PoCClient) -> HostStatus:
     status = client.status()
     figures = client.dashboard_data()
     host = HostStatus(client.url, answer=status.model_dump())
-    _add_server(host, client)
+    _add_server(host, client, figures)
     if figures.get("started_at"):
         host.rows.append(("up for", duration(figures["time"] - figures["started_at"])))
     _add_round(host, status, figures)
@@ -53,12 +53,15 @@ def look_at(client: PoCClient) -> HostStatus:
     return host
 
 
-def _add_server(host: HostStatus, client: PoCClient) -> None:
-    """The model, the releases, and how proof is computed."""
-    model = "unknown"
+def _add_server(host: HostStatus, client: PoCClient, figures: Mapping[str, Any]) -> None:
+    """The model, the releases, how proof is computed, and why it is not."""
+    if figures.get("engine_problem"):
+        host.problems.append(str(figures["engine_problem"]))
+    model = (figures.get("engine") or {}).get("model")
     try:
-        model = client.model_name()
-    except ServerAnswerError as error:  # vLLM's own key, which status needs not
+        model = model or client.model_name()  # which may ask for vLLM's own key
+    except ServerAnswerError as error:
+        model = "unknown"
         host.rows.append(("model", f"unknown: {error}"))
     else:
         host.rows.append(("model", model))
@@ -165,28 +168,44 @@ def _add_outbox(host: HostStatus, status: StatusAnswer, figures: Mapping[str, An
     waiting = sum(receiver.waiting for receiver in receivers)
     oldest = max((receiver.oldest_sec or 0.0 for receiver in receivers), default=0.0)
     host.figures |= {"waiting": waiting, "oldest_sec": oldest}
-    text = f"{waiting} artifacts wait" + (f", the oldest for {duration(oldest)}" if waiting else "")
+    text = f"{counted(waiting, 'artifact')} {'waits' if waiting == 1 else 'wait'}"
+    if waiting:
+        text += f", the oldest for {duration(oldest)}"
     if figures.get("outbox_path"):
         text += f"; {figures['outbox_path']}"
     host.rows.append(("outbox", text))
     for receiver in receivers:
-        counts = receiver.model_dump(exclude={"receiver"})
-        host.rows.append(
-            ("receiver", f"{receiver.receiver}: " + ", ".join(f"{name} {value}" for name, value in counts.items()))
-        )
-        host.problems += _receiver_problems(receiver)
+        host.rows.append(("receiver", f"{receiver.receiver}: {_receiver_text(receiver)}"))
+        host.problems += _receiver_problems(receiver, host.url)
 
 
-def _receiver_problems(receiver: ReceiverStatus) -> list[str]:
+def _receiver_text(receiver: ReceiverStatus) -> str:
+    """The counts of a receiver in words; of those that are 0, only what waits and what was delivered."""
+    parts = [f"{receiver.delivered} delivered", f"{receiver.waiting} waiting"]
+    if receiver.waiting and receiver.oldest_sec is not None:
+        parts[-1] += f" (the oldest for {duration(receiver.oldest_sec)})"
+    if receiver.refused:
+        parts.append(f"{counted(receiver.refused, 'try', 'tries')} answered with an error")
+    if receiver.parked:
+        parts.append(f"{receiver.parked} parked")
+    if receiver.expired:
+        parts.append(f"{receiver.expired} expired")
+    return ", ".join(parts) + (f"; last error: {receiver.error}" if receiver.error else "")
+
+
+def _receiver_problems(receiver: ReceiverStatus, url: str) -> list[str]:
     found = []
     if receiver.waiting and (receiver.oldest_sec or 0.0) > LATE_SEC:
         why = f": {receiver.error}" if receiver.error else ""
         found.append(
-            f"{receiver.receiver} does not take what it is sent; the oldest of {receiver.waiting} artifacts waits for "
-            f"{duration(receiver.oldest_sec or 0.0)}{why}"
+            f"{receiver.receiver} does not take what it is sent; the oldest of {counted(receiver.waiting, 'artifact')} "
+            f"waits for {duration(receiver.oldest_sec or 0.0)}{why}"
         )
     if receiver.parked:
-        found.append(f"{receiver.receiver} refused {receiver.parked} artifacts for good; see `gonka-poc outbox list`")
+        found.append(
+            f"{receiver.receiver} refused {counted(receiver.parked, 'artifact')} for good; see `gonka-poc outbox "
+            f"--server {url} list`, on that host"
+        )
     return found
 
 

@@ -63,10 +63,12 @@ def app() -> None:
 def main(args: list[str] | None = None) -> None:
     """Run a command and exit with its status; wrong usage is 1, because 2 means fraud.
 
-    SIGTERM and SIGHUP are handled as Ctrl-C, so that a server that the command started is stopped.
+    SIGTERM and SIGHUP are handled as Ctrl-C, so that a server that the command started is stopped. One that is
+    ignored stays so: that is what nohup is for, and `serve` hands it on to vLLM.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     try:
         status = app.main(args, prog_name="gonka-poc", standalone_mode=False)
     except click.ClickException as error:

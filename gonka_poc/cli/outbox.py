@@ -17,7 +17,7 @@ from gonka_poc.callbacks.locks import IN_MEMORY
 from gonka_poc.cli.client import PoCClient
 from gonka_poc.cli.common import ERROR, PASS, json_option, options, print_json, print_table, say, show
 from gonka_poc.config import load_settings
-from gonka_poc.errors import ToolError
+from gonka_poc.errors import ToolError, counted
 
 TIMEOUT_SEC = 30.0
 
@@ -125,9 +125,9 @@ def _is_chosen(batch: BatchInfo, receiver: str | None, ids: tuple[int, ...]) -> 
 def _ask_before_loss(lost: Sequence[BatchInfo]) -> None:
     """Ask whether batches that are still to be sent shall be deleted. Raises click.Abort for no, ToolError where nobody
     can be asked."""
-    artifacts = sum(batch.num_artifacts for batch in lost)
+    artifacts = counted(sum(batch.num_artifacts for batch in lost), "artifact")
     receivers = ", ".join(sorted({shown_url(batch.url) for batch in lost}))
-    say(f"{len(lost)} callbacks with {artifacts} artifacts that are still to be sent, to {receivers}")
+    say(f"{counted(len(lost), 'callback')} with {artifacts} still to be sent, to {receivers}")
     if not sys.stdin.isatty():
         raise ToolError("nothing was deleted: these artifacts would never be paid for; --yes deletes them unasked")
     click.confirm("Delete them for good?", abort=True, err=True)

@@ -27,7 +27,7 @@ ADVICE: Mapping[int, str] = MappingProxyType(
         502: NO_ANSWER_BEHIND_PROXY,
         503: "try again when GET /health answers 200; if it does not, see the server's log",
         504: NO_ANSWER_BEHIND_PROXY,
-        507: "`gonka-poc outbox list` on the server's host shows what fills the outbox",
+        507: "`gonka-poc outbox --server URL list` on the server's host shows what fills the outbox",
     }
 )
 FROM_PROXIES = (403, 413, 429, 502, 503, 504)

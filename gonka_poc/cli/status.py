@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import click
@@ -19,6 +20,7 @@ from gonka_poc.errors import PoCError, ServerAnswerError
 
 TIMEOUT_SEC = 30.0
 NEEDS_A_LOOK = 3
+MAX_THREADS = 32
 
 
 @click.command("status")
@@ -41,7 +43,7 @@ def status_command(
 ) -> int:
     """Show whether a host is all right: what computes there, how fast, and whether its artifacts are taken.
 
-    Exit status: 0 all right, 3 something needs a look, 1 a server did not answer.
+    Exit status: 0 all right, 3 something needs a look, 1 a server did not answer. --json is always a list of hosts.
 
     \b
     gonka-poc status --url http://127.0.0.1:8000
@@ -61,25 +63,30 @@ def status_command(
 
 
 def _ask(urls: tuple[str, ...], connect: Callable[[str], PoCClient]) -> tuple[list[HostStatus], bool]:
-    """The hosts at `urls`, and True if all of them answered."""
-    hosts, all_answered = [], True
-    for url in urls:
+    """The hosts at `urls`, in their order, and True if all of them answered. They are asked at the same time: one that
+    hangs keeps none of the others waiting."""
+
+    def asked(url: str) -> tuple[HostStatus, bool]:
         try:
             with connect(url) as client:
-                hosts.append(look_at(client))
+                return look_at(client), True
         except PoCError as error:
-            hosts.append(unreachable(url, error))
-            all_answered = False
-    return hosts, all_answered
+            return unreachable(url, error), False
+
+    with ThreadPoolExecutor(min(len(urls), MAX_THREADS)) as threads:
+        found = list(threads.map(asked, urls))
+    return [host for host, _ in found], all(answered for _, answered in found)
 
 
 def _show(hosts: list[HostStatus], all_answered: bool, as_json: bool) -> int:
     """Print the hosts; the exit status."""
     if as_json:
-        values = [{**host.answer, "url": host.url, "problems": host.problems, "host": host.figures} for host in hosts]
-        common.print_json(values[0] if len(values) == 1 else values)
+        common.print_json(
+            [{**host.answer, "url": host.url, "problems": host.problems, "host": host.figures} for host in hosts]
+        )
     elif len(hosts) == 1:
-        common.print_grid(hosts[0].rows)
+        if hosts[0].rows:  # none of a host that did not answer
+            common.print_grid(hosts[0].rows)
     else:
         _print_table(hosts)
     for host in hosts:
@@ -116,7 +123,7 @@ def _print_table(hosts: list[HostStatus]) -> None:
 
 
 @click.command("wait")
-@click.option("--timeout", type=click.FloatRange(0), default=600.0, show_default=True, help="Seconds to wait at most.")
+@click.option("--timeout", type=click.FloatRange(0), default=1800.0, show_default=True, help="Seconds to wait at most.")
 @common.server_options
 def wait_command(timeout: float, connect: Connect, as_json: bool) -> int:
     """Wait until a server that starts answers. Exit status 1 if it does not in time, or has no proof of compute.

@@ -61,7 +61,7 @@ def make_trained_model(folder: Path, gguf: Path | None = None) -> Path:
 
 
 def _python_path(packages: Path) -> str:
-    """Where a child finds `packages`, and this package, however it was found here."""
+    """PYTHONPATH for a child: it finds `packages` there, and this package, however it was found here."""
     ours = Path(__file__).resolve().parents[2]
     return os.pathsep.join(filter(None, [str(packages), str(ours), os.environ.get("PYTHONPATH")]))
 

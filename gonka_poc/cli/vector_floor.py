@@ -37,6 +37,8 @@ CHEATS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 
+SAME_VECTORS = "its vectors are the honest ones: another release of gonka_poc, or weights that are rounded already"
+
 Vectors = Mapping[tuple[str, int], np.ndarray]
 """float16 [k_dim] by block hash and nonce."""
 
@@ -71,7 +73,7 @@ class Advice:
 
     @property
     def missed(self) -> list[str]:
-        """The cheats that are not caught surely enough."""
+        """The cheats that are not reliably caught."""
         return [name for name, probability in self.caught.items() if not probability > MIN_CAUGHT]
 
 
@@ -141,7 +143,10 @@ class Measurement:
                     raise
                 floor.not_made[name] = error.reason
             else:
-                floor.cheats[name] = distances
+                if distances.any():
+                    floor.cheats[name] = distances
+                else:
+                    floor.not_made[name] = SAME_VECTORS
 
     def _compute(
         self, keys: Sequence[tuple[str, int]], key: str = KEY, size: int | None = None, **calibration: Any
@@ -159,7 +164,7 @@ class Measurement:
 
 
 def _is_caught(distances: np.ndarray, floor: Floor) -> bool:
-    """True if a cheat with these distances is caught surely enough by the thresholds of `floor`."""
+    """True if a cheat with these distances is reliably caught by the thresholds of `floor`."""
     try:
         return not advise(Floor(floor.honest, {"": distances})).missed
     except ToolError:  # too few honest distances for thresholds

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from gonka_poc.config import Settings
 from gonka_poc.data import PREFIX
-from gonka_poc.errors import printable
+from gonka_poc.errors import counted, printable
 from gonka_poc.server.service import PoCService
 
 PRIORITIES: Mapping[str, str] = MappingProxyType(
@@ -42,8 +42,9 @@ def _outbox(service: PoCService) -> str:
     counts, path = service.callbacks.counts, service.callbacks.outbox_path
     if service.callbacks.problem:
         return f"{path}, {service.callbacks.problem}"
-    waits = f"{counts.pending_batches} callbacks with {counts.pending_artifacts} artifacts wait"
-    parked = f", {counts.parked_artifacts} artifacts are parked" if counts.parked_artifacts else ""
+    callbacks, artifacts = counted(counts.pending_batches, "callback"), counted(counts.pending_artifacts, "artifact")
+    waits = f"{callbacks} with {artifacts} {'waits' if counts.pending_batches == 1 else 'wait'}"
+    parked = f"; parked: {counted(counts.parked_artifacts, 'artifact')}" if counts.parked_artifacts else ""
     return f"{path}, {waits}{parked}"
 
 
@@ -62,4 +63,4 @@ def _proof(service: PoCService) -> str:
     else:
         path = "compiled layers" if engine.compiled else "the plain forward"
     floor = "" if engine.floor is None else f"; noise floor {engine.floor:.2g}"
-    return f"{path}{floor}, on {len(engine.workers)} worker(s)"
+    return f"{path}{floor}, on {counted(len(engine.workers), 'worker')}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+# no source, so vllm_contract does not have it; without these files only the page is missing, and says so (0.14 to 0.33
+# have them)
 FOLDER = "entrypoints/serve/instrumentator/static"
 
 

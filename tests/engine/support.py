@@ -190,7 +190,7 @@ class Float16Prover:
     `vectors` [NUM_VECTORS, 12] of the nonces from 0 on, `distances` [NUM_DISTANCES].
     """
 
-    NUM_VECTORS, NUM_DISTANCES = 500, 6000
+    NUM_VECTORS, NUM_DISTANCES = 500, 1200
     ARTIFACTS: ClassVar[dict[str, Any]] = {
         **{"block_hash": "cheat", "public_key": "prover"},
         **{"seq_len": 16, "k_dim": 12, "poc_stronger_rng": False},

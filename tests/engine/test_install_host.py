@@ -201,7 +201,7 @@ def test_a_run_that_is_ended_while_pip_is_at_work(number: signal.Signals, with_e
     with subprocess.Popen(
         with_engine.command("--yes"), env=with_engine.environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     ) as process:
-        wait_until(journal.exists, process)
+        wait_until(lambda: journal.exists() and b'"kind"' in journal.read_bytes(), process)  # of the first change
         process.send_signal(number)
         code = process.wait(120)
     assert code == (1 if number == signal.SIGTERM else -number)

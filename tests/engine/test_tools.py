@@ -10,7 +10,7 @@ import pytest
 
 from gonka_poc.cli import main as cli
 from gonka_poc.cli.artifact_file import ArtifactFile
-from gonka_poc.cli.client import PoCClient
+from gonka_poc.cli.client import COMPUTED_BY, PoCClient
 from gonka_poc.cli.coexist import Load, coexist
 from gonka_poc.cli.compare import with_turned_vectors
 from gonka_poc.cli.prover import Prover, RoundSizes
@@ -153,7 +153,7 @@ def test_the_noise_floor_of_a_server(
     assert computed_by["attention_backend"]
     assert computed_by["vllm_version"] == installed_version()
     versions = server.get(f"{POW}/versions").json()
-    assert computed_by == {name: value for name, value in versions.items() if name != "poc_validation_inference"}
+    assert computed_by == {name: versions[name] for name in COMPUTED_BY}
     assert "gonka_poc_version" in computed_by
     assert found["computed_by"] == computed_by
     advised = [part for name, value in found["stat_test"].items() for part in (f"--{name.replace('_', '-')}", value)]
