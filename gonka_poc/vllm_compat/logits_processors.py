@@ -109,7 +109,7 @@ class ForcingProcessor(V1LogitsProcessor):
     def validate_params(cls, sampling_params: Any) -> None:
         """Refuse a replay that did not come through the gate, with ValueError.
 
-        vLLM asks this in the API process: 0.14 for chats and completions, later releases for every route.
+        vLLM asks this in the API process: 0.14 for chats and completions, 0.25 and later for every route.
         """
         admitted_ids(sampling_params)
 
