@@ -16,10 +16,10 @@ from typing import ClassVar
 from host_common import PACKAGE, ROOT, InstallError, RefusalError, say, sha256, version_of
 from host_gpus import Generation
 from host_journal import Journal, change_file, edited_files, install_packages
-from host_kept import is_kept, keep_wheel, kept_wheel
+from host_kept import is_kept, kept_wheel
 from host_options import Options
 from host_others import others_of, refuse_others
-from host_places import note_of
+from host_places import note_of, state_in
 from host_target import SUPPORTED_TEXT, Host, Target, existing, is_supported, pythons_of
 from host_wheels import bundled_wheel
 from mlnode_python import same_python
@@ -234,6 +234,7 @@ class VllmStep(Step):
 
 class PackageStep(Step):
     title = "gonka_poc"
+    wheel: tuple[str, bytes] | None = None  # name and content of what `act` installed
 
     def check(self) -> str:
         target = self.host.target
@@ -268,7 +269,7 @@ class PackageStep(Step):
                 install_packages(self.host, journal, dependencies)
             others = sorted(others_of(self.host.target.look()))
             install_packages(self.host, journal, ["--no-deps", "--force-reinstall", str(wheel)], others)
-            keep_wheel(journal, wheel)
+            self.wheel = wheel.name, wheel.read_bytes()
 
 
 def wheel_requirements(wheel: Path) -> list[str]:
@@ -371,7 +372,9 @@ class RunnerStep(Step):
         try:
             current = read_file(path)
             original, marks = remove_patch(current)
-            return current, make_patched(original, variant, note_in(current) if marks else note_of(self.host.state))
+            # a note that names no journal is an earlier release's, by which nothing is found
+            note = note_in(current) if marks and state_in(current) else note_of(self.host.state)
+            return current, make_patched(original, variant, note)
         except UnknownShapeError as error:
             raise RefusalError(f"{path}: its shape is not known: {error}\n{error.advice}") from error
         except PatchError as error:
