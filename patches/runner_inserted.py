@@ -33,9 +33,7 @@ def _gonka_poc_command(command):
         return command
     compiling = [str(word) for word in command if str(word).replace("_", "-").startswith(_GONKA_POC_COMPILING)]
     if "--enforce-eager" in options and compiling and "skip_compiled" in has:
-        log.warning(
-            "%s is given: vLLM starts without --enforce-eager, proof runs beside its compiled model", compiling[0]
-        )
+        log.warning("%s is given: vLLM starts without --enforce-eager, proof skips its compiled model", compiling[0])
         del options["--enforce-eager"]
     words, processors = _gonka_poc_replay(list(command), options, has, log)
     kept, names = [], set()

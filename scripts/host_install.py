@@ -106,7 +106,7 @@ KEPT_OPTIONS = ("profile", "replay", "gpus", "keep_vllm", "force")
 
 
 def settings_of(host: Host) -> dict[str, Any]:
-    """What an update is to find: the Python, the runner.py and the options of this installation."""
+    """The Python, the runner.py and the options of this installation, for the next update."""
     settings = {name: getattr(host.options, name) for name in KEPT_OPTIONS}
     return {"python": host.target.python, "runner": str(host.runner), **settings}
 
@@ -266,7 +266,7 @@ def uninstall(host: Host) -> int:
 
 
 def state_before(journal: Journal) -> dict[str, Any]:
-    """What the host was like before the first change; empty where nobody looked, as earlier releases did not."""
+    """The look at the host before the first change; empty where nobody looked, as earlier releases did not."""
     files = {change["path"]: change["old_sha256"] for change in reversed(journal.changes) if change["kind"] == "file"}
     return {**journal.before, "files": {**journal.before["files"], **files}} if journal.before else {}
 

@@ -97,7 +97,7 @@ def cuda_of_torch(target: Target) -> int | None:
 
 
 def live_command(target: Target) -> str:
-    """What asks a running server for a proof."""
+    """The command that asks a running server for a proof."""
     return f"{own_command(target)} doctor --live http://127.0.0.1:5001"
 
 
@@ -273,7 +273,7 @@ class PackageStep(Step):
 
 
 def wheel_requirements(wheel: Path) -> list[str]:
-    """What the wheel requires, without its extras."""
+    """The requirements of the wheel, without its extras."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         metadata = email.message_from_bytes(archive.read(name))
@@ -345,7 +345,7 @@ def build_wheel(host: Host, folder: Path) -> Path:
 
 
 def wanted_files(options: Options) -> dict[str, str]:
-    """As `package_files`, of what is to be installed: of the checkout, or of the wheel beside the kept scripts."""
+    """As `package_files`, of what is to be installed: the checkout, or the wheel that is kept with these scripts."""
     wheel = given_wheel(options)
     if not is_kept() or wheel is None:
         return package_files(ROOT)
@@ -384,7 +384,7 @@ class RunnerStep(Step):
 
     def check(self) -> str:
         if self.host.options.profile == "graphs" and not can_skip_compiled(self):
-            problem = f"--profile graphs: vLLM {self.choice.version} cannot run proof beside a compiled model"
+            problem = f"--profile graphs: vLLM {self.choice.version} cannot run proof without its compiled model"
             raise RefusalError(f"{problem}\ntake vLLM 0.15 or newer, or --profile standard")
         current, wanted = self._patched()
         chosen = self.host.options.profile + (", with replays" if self.host.options.replay else "")

@@ -64,7 +64,10 @@ print(json.dumps({
 
 @dataclass(frozen=True)
 class Distribution:
-    """One installed package; `own`: it lies under the prefix; `files` is None if not, or where nothing lists them."""
+    """One installed package.
+
+    `own`: it lies under the prefix or in site-packages. `files` is None if not, or where nothing lists them.
+    """
 
     version: str
     folder: str

@@ -30,6 +30,7 @@ def import_scripts() -> Iterator[ModuleType]:
             "others",
             "steps",
             "runners",
+            "wheels",
             "install",
         ):
             yield importlib.import_module(f"host_{name}")
@@ -40,7 +41,7 @@ def import_scripts() -> Iterator[ModuleType]:
 
 
 host_gpus, host_options, host_target, host_look, host_journal, *others = import_scripts()
-host_kept, host_places, host_others, host_steps, host_runners, host_install, *patches = others
+host_kept, host_places, host_others, host_steps, host_runners, host_wheels, host_install, *patches = others
 patch_runner, runner_inserted, runner_shape = patches
 
 

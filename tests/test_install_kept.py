@@ -21,12 +21,15 @@ from hosts import (
     host_places,
     host_steps,
     host_target,
+    host_wheels,
     make_wheel,
     patch_runner,
 )
 
+from gonka_poc import safe_files
 from gonka_poc.cli import installer
 from gonka_poc.errors import ToolError
+from gonka_poc.safe_files import tree_writer
 
 
 @pytest.fixture
@@ -119,7 +122,8 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
     commands: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda path, words: commands.append(words))
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
-    monkeypatch.setattr(installer, "other_writer", lambda _: "")
+    for name in ("other_writer", "tree_writer"):
+        monkeypatch.setattr(installer, name, lambda _: "")
     return commands
 
 
@@ -160,6 +164,9 @@ def test_where_nothing_is_kept_the_way_is_named(started: list[list[str]], tmp_pa
     with pytest.raises(ToolError, match="pip uninstall gonka-poc-vllm"):
         installer.kept_script()
     script = keep(tmp_path)
+    folder = Path(script).parent
+    folder.rename(folder.with_name(".installer.old"))  # killed before the new one took its place
+    assert (str(installer.kept_script()), folder.is_dir()) == (script, True)
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(ToolError, match="with sudo"):
         installer.kept_script()
@@ -170,11 +177,35 @@ def test_where_nothing_is_kept_the_way_is_named(started: list[list[str]], tmp_pa
         installer.trusted(Path(script))
 
 
+@pytest.mark.parametrize("source", ["checkout", "wheels", "gonka_poc_vllm-9-py3-none-any.whl"])
+def test_root_installs_nothing_that_others_can_write(
+    source: str, started: list[list[str]], tmp_path: Path, monkeypatch: Any
+) -> None:
+    keep(tmp_path)
+    path = tmp_path / source
+    inner = {"checkout": path / "install.sh", "wheels": path / "SHA256SUMS"}.get(source, path)
+    deep = inner if inner == path else path / "scripts" / "host_install.py"
+    for file in (inner, deep):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("")
+    monkeypatch.setattr(installer, "tree_writer", tree_writer)
+    monkeypatch.setattr(safe_files, "other_writer", lambda name: safe_files.describe_writer(name, os.stat(name)))
+    run = CliRunner(env={"GONKA_POC_WHEEL": None})
+    if os.geteuid() != 0:
+        pytest.skip("only root is refused anything")
+    for mode, is_refused in ((0o666, True), (0o644, False)):
+        deep.chmod(mode)
+        done = run.invoke(installer.update_command, [str(path)])
+        assert (isinstance(done.exception, ToolError), started == []) == (is_refused, is_refused)
+        assert not is_refused or f"can write to {deep}" in str(done.exception)
+
+
 @pytest.mark.parametrize("prefix", ["/usr", "/usr/local", "/opt/venv"])
 def test_the_command_looks_where_the_installer_writes(prefix: str) -> None:
     target = host_target.Target("python", prefix=prefix)
     assert installer.state_folder(prefix) == host_target.state_folder(target)
     assert f"{host_kept.KEPT_INSTALLER}/install.sh" == installer.KEPT
+    assert host_wheels.SUMS == installer.SUMS
 
 
 # --- settings, and journals that lead to each other
