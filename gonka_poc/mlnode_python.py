@@ -45,8 +45,9 @@ def named_pythons(
 ) -> list[NamedPython]:
     """The interpreters that MLNode starts vLLM with, each once: several only where places of one rank contradict.
 
-    The first of these that says something: `environment`, the processes of the MLNode that `runner` belongs to, systemd
-    units that set the variable, and `text`, the content of `runner`. What cannot be read says nothing.
+    The first of these that says something: `environment`, the processes of the MLNode that `runner` belongs to, the
+    systemd units that set the variable and speak of its folder (without a `runner` all that set it), and `text`, the
+    content of `runner`. What cannot be read says nothing.
     """
     if environment.get(PYTHON_VARIABLE):
         return [NamedPython(environment[PYTHON_VARIABLE], f"{PYTHON_VARIABLE} of this environment")]
@@ -121,9 +122,15 @@ def _pairs(texts: list[str]) -> Iterator[tuple[str, str]]:
             yield name, value
 
 
+def other_units(runner: Path, folders: tuple[str, ...] = UNIT_FOLDERS) -> list[NamedPython]:
+    """The Pythons that systemd services set which do not speak of MLNode's folder: hints, as they may be another's."""
+    near = {named.source for named in _of_units(runner, folders)}
+    return [named for named in _of_units(None, folders) if named.source not in near]
+
+
 def _of_units(runner: Path | None, folders: tuple[str, ...]) -> list[NamedPython]:
-    """The Python that systemd services set; if several, those that speak of MLNode's folder count."""
-    every, near = [], []
+    """The Python that systemd services set: those that speak of MLNode's folder, or every one without a `runner`."""
+    found = []
     seen = set()
     for path in (path for folder in folders for path in sorted(glob.glob(f"{glob.escape(folder)}/*.service"))):
         name = os.path.basename(path)
@@ -134,11 +141,9 @@ def _of_units(runner: Path | None, folders: tuple[str, ...]) -> list[NamedPython
         text = "\n".join(_text_of(file) for file in [path, *sorted(drop_ins, key=os.path.basename)])
         is_near = runner is not None and any(folder in text for folder in _folders_of(runner))
         python = _set_by(text, read_files=is_near)
-        if python:
-            named = NamedPython(python, f"the unit {name}")
-            every.append(named)
-            near += [named] if is_near else []
-    return near or every
+        if python and (is_near or runner is None):
+            found.append(NamedPython(python, f"the unit {name}"))
+    return found
 
 
 def _set_by(unit: str, read_files: bool) -> str:

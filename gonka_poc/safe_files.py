@@ -87,6 +87,44 @@ def describe_writer(place: str, status: os.stat_result) -> str:
     return ""
 
 
+def tree_writer(top: str) -> str:
+    """The others who can write to something under `top` or where its links and .pth files lead; empty if nobody can."""
+    left, seen = [top], set()
+    while left:
+        place = left.pop()
+        found = other_writer(place)
+        if found:
+            return found
+        folders = [os.path.realpath(place)] if os.path.exists(place) else []
+        while folders:
+            folder = folders.pop()
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen or not stat.S_ISDIR(status.st_mode):
+                continue  # checked already, or a file, which other_writer has looked at
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_symlink():
+                        left.append(entry.path)
+                        continue
+                    found = describe_writer(entry.path, entry.stat(follow_symlinks=False))
+                    if found:
+                        return found
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                    elif entry.name.endswith(".pth"):
+                        left += _pth_folders(folder, entry.path)
+    return ""
+
+
+def _pth_folders(folder: str, path: str) -> list[str]:
+    """The folders that a .pth file adds to where modules are looked for."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = [line.strip() for line in file]
+    named = [os.path.join(folder, line) for line in lines if line and not line.startswith(("#", "import ", "import\t"))]
+    return [path for path in named if os.path.isdir(path)]
+
+
 @contextlib.contextmanager
 def opened_folder(path: str) -> Iterator[int]:
     """A descriptor of the folder `path`, in which the links are resolved already: one on the way is refused."""

@@ -33,9 +33,7 @@ def _gonka_poc_command(command):
         return command
     compiling = [str(word) for word in command if str(word).replace("_", "-").startswith(_GONKA_POC_COMPILING)]
     if "--enforce-eager" in options and compiling and "skip_compiled" in has:
-        log.warning(
-            "%s is given: vLLM starts without --enforce-eager, proof runs beside its compiled model", compiling[0]
-        )
+        log.warning("%s is given: vLLM starts without --enforce-eager, proof skips its compiled model", compiling[0])
         del options["--enforce-eager"]
     words, processors = _gonka_poc_replay(list(command), options, has, log)
     kept, names = [], set()
@@ -59,6 +57,10 @@ def _gonka_poc_command(command):
 _GONKA_POC_COMPILING = ("--compilation-config", "--optimization-level", "-cc", "-O")
 
 
+# a file may bring any of the others
+_GONKA_POC_NO_REPLAY = ("-sc", "--runner", "--convert", "--config", "--enable-trace-replay")
+
+
 def _gonka_poc_replay(words, options, has, log):
     """`words` without --logits-processors, and those with ours behind them, for replays. Where these cannot be, `words`
     stay, and `options` loses what is theirs."""
@@ -73,11 +75,12 @@ def _gonka_poc_replay(words, options, has, log):
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") not in ("", "0"):
         why = "VLLM_USE_V2_MODEL_RUNNER is set"
     for index, option in enumerate(names):
-        value = str(words[index]).partition("=")[2] or "".join(words[index + 1 : index + 2])
-        if option.startswith("--spec") or option in ("-sc", "--runner", "--convert"):
+        if option.startswith("--spec") or option in _GONKA_POC_NO_REPLAY:
             why = option + " is given"
-        elif option == mode and not value.endswith("_logprobs"):
-            why = mode + " " + value + " is given"
+        elif option == mode:
+            value = str(words[index]).partition("=")[2] or "".join(map(str, words[index + 1 : index + 2]))
+            if not value.endswith("_logprobs"):
+                why = mode + " " + value + " is given"
     if why:
         log.warning("vLLM starts without replays of chats: %s", why)
         options.pop(mode, None)

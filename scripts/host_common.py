@@ -12,7 +12,7 @@ sys.path.append(str(ROOT / "patches"))  # for patch_runner and safe_files
 
 
 PACKAGE, IMPORT_NAME = "gonka-poc-vllm", "gonka_poc"
-KEPT_INSTALLER = "installer"  # beside the journal; gonka_poc.cli.installer starts its install.sh
+KEPT_INSTALLER = "installer"  # next to the journal; gonka_poc.cli.installer starts its install.sh
 
 
 class InstallError(Exception):

@@ -15,14 +15,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from host_common import InstallError, InterruptionError, RefusalError, complain, say, sha256
+from host_common import PACKAGE, InstallError, InterruptionError, RefusalError, complain, say, sha256
 from host_gpus import find_gpus
-from host_journal import Journal, undo_file, undo_packages
+from host_journal import Journal, edited_files, forget_edits, undo_file, undo_packages
 from host_kept import keep_installer
 from host_look import differences, look_at
 from host_options import HELP, Options, parse_options
-from host_places import find_recorded, find_runner_of, introduce, tell_others
-from host_runners import marks_of, stray_patches, take_out
+from host_places import find_recorded, find_runner_of, link_journals, print_other_installations
+from host_runners import marks_of, remove_stray_patches, stray_patches
 from host_steps import (
     STEPS,
     DoctorStep,
@@ -34,7 +34,7 @@ from host_steps import (
     live_command,
     own_command,
 )
-from host_target import Host, existing, find_python, find_runner, locked, state_folder
+from host_target import Host, existing, find_python, find_runner, lock_folders, locked, state_folder
 from host_wheels import check_wheels
 from safe_files import read_file
 
@@ -73,7 +73,7 @@ def install(host: Host) -> int:
         if busy:
             journal.settings = journal.settings or settings_of(host)
             journal.open()
-        if busy or journal.changes:
+        if busy and not begun:  # for a first run that is killed; later ones have the last release's until they end
             keep_installer(journal)
         for number, step in enumerate(steps, 1):
             if step.todo or isinstance(step, DoctorStep):
@@ -81,13 +81,17 @@ def install(host: Host) -> int:
             if step.todo:
                 step.act(journal)
             step.verify()
+        if busy or journal.changes:
+            own = host.target.own()
+            wheel = next((step.wheel for step in steps if isinstance(step, PackageStep)), None)
+            keep_installer(journal, own[PACKAGE].version if PACKAGE in own else "", wheel)
     except BaseException as error:
         roll_back(host, journal, begun, before, error)
         raise
     if busy:
         journal.settings = settings_of(host)
         journal.save()
-    introduce(host, journal)
+    link_journals(host, journal)
     if not busy:
         say("Everything was in place; there was nothing to do.")
         return DONE
@@ -98,11 +102,11 @@ def install(host: Host) -> int:
 
 
 # Of the options, those that an update takes from the last installation.
-KEPT_OPTIONS = ("profile", "replay", "gpus")
+KEPT_OPTIONS = ("profile", "replay", "gpus", "keep_vllm", "force")
 
 
 def settings_of(host: Host) -> dict[str, Any]:
-    """What an update is to find: the Python, the runner.py and the options of this installation."""
+    """The Python, the runner.py and the options of this installation, for the next update."""
     settings = {name: getattr(host.options, name) for name in KEPT_OPTIONS}
     return {"python": host.target.python, "runner": str(host.runner), **settings}
 
@@ -114,8 +118,12 @@ def take_settings(host: Host, journal: Journal) -> None:
         raise RefusalError(f"{problem}\ninstall it: bash install.sh, from a checkout")
     settings = journal.settings or settings_in(host.runner)
     for name in KEPT_OPTIONS:
-        if not {name, f"no_{name}"} & host.options.given and name in settings:
+        overruling = {name, f"no_{name}"} | ({"vllm_version"} if name == "keep_vllm" else set())
+        if not overruling & host.options.given and name in settings:
             setattr(host.options, name, settings[name])
+    if "profile" not in settings and "profile" not in host.options.given:
+        problem = "the profile of the last installation is not known: an earlier release did not record it"
+        raise RefusalError(f"{problem}, and {host.runner or 'runner.py'} has no patch\nname it: --profile NAME")
 
 
 def settings_in(runner: Path | None) -> dict[str, Any]:
@@ -178,6 +186,7 @@ def finish_earlier_run(host: Host, journal: Journal) -> None:
         say("An earlier run was cut short; its unfinished step is taken back first:")
         confirm(host, "Go on?")
         for change in unfinished:
+            forget_edits(journal, change)
             undo(host, journal, change, force=False)
         host.target.look()
 
@@ -205,6 +214,7 @@ def roll_back(host: Host, journal: Journal, begun: int, before: Mapping[str, Any
         say("Taking back what this run did:")
     try:
         for change in reversed(journal.changes[begun:]):
+            forget_edits(journal, change)
             undo(host, journal, change, force=True)
         journal.sweep()
         left = differences(before, host)
@@ -222,7 +232,7 @@ def uninstall(host: Host) -> int:
     journal = Journal(host.state)
     if not host.options.dry_run:
         journal.sweep()
-    strays = stray_patches(host, journal)
+    strays = stray_patches(host, journal, after_uninstall=True)
     if not journal.changes and not strays:
         say(f"Nothing is recorded in {host.state}: there is nothing to take back.")
         return DONE
@@ -236,13 +246,14 @@ def uninstall(host: Host) -> int:
         say("Dry run: nothing was changed.")
         return DONE
     confirm(host, "Take it back?")
+    lock_folders(host, {str(path.parent) for path in strays})
     before = state_before(journal)
     for change in list(reversed(journal.changes)):
         try:
             undo(host, journal, change, force=host.options.force)
         except InstallError as error:
             raise InstallError(f"{error}\nwhat is not taken back yet stays recorded in {journal.path}") from error
-    take_out(host, journal)
+    remove_stray_patches(host, journal, strays)
     left = differences(before, host) if before else []
     if left:
         say("\n    ".join(["All that was recorded is taken back. Not as before the installation:", *left]))
@@ -255,7 +266,7 @@ def uninstall(host: Host) -> int:
 
 
 def state_before(journal: Journal) -> dict[str, Any]:
-    """What the host was like before the first change; empty where nobody looked, as earlier releases did not."""
+    """The look at the host before the first change; empty where nobody looked, as earlier releases did not."""
     files = {change["path"]: change["old_sha256"] for change in reversed(journal.changes) if change["kind"] == "file"}
     return {**journal.before, "files": {**journal.before["files"], **files}} if journal.before else {}
 
@@ -272,7 +283,7 @@ def status(host: Host) -> int:
     """0: installed and as we left it; 3: not installed; 1: something was changed since."""
     journal = Journal(host.state)
     strays = stray_patches(host, journal)
-    tell_others(host)
+    print_other_installations(host)
     for path, marks in strays.items():
         say(f"Patched ({marks}), and no Python that it starts has the package: {path} [take it out: --uninstall]")
     if not journal.changes:
@@ -294,6 +305,8 @@ def status(host: Host) -> int:
             for name, record in change["records"].items():
                 if last_of[name] is change and (name not in own or sha256(own[name].record.encode()) != record):
                     trouble.append(f"{name} was changed since")
+                elif last_of[name] is change and name == PACKAGE:
+                    trouble += [f"{path} was edited since" for path in edited_files(own[name])]
         problems += len(trouble)
         say(f"    {describe(change)}" + "".join(f" [{text}]" for text in trouble))
     return FAILED if problems or strays else DONE

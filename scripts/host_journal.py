@@ -310,6 +310,16 @@ def record_edits(journal: Journal, found: Distribution) -> None:
             return
 
 
+def forget_edits(journal: Journal, change: dict[str, Any]) -> None:
+    """Take back what `record_edits` noted for `change`, an update that is rolled back: the edits are there again, and
+    nobody has agreed to lose them."""
+    if PACKAGE in change.get("replaced", {}):
+        for earlier in reversed(journal.changes[: journal.changes.index(change)]):
+            if PACKAGE in earlier.get("planned", {}):
+                earlier.pop("edits", None)
+                return
+
+
 def hash_edits(found: Distribution) -> dict[str, str]:
     """The files that were edited, each with its hash."""
     return {path: sha256(Path(path).read_bytes()) for path in edited_files(found)}

@@ -1,4 +1,4 @@
-"""What stays in the journal's folder, so that the installation can be taken back or updated without the checkout."""
+"""The scripts and the wheel that stay in the journal's folder, to take back or update without the checkout."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ SCRIPTS += ("patches/*.py", "patches/runner_patch.md")
 
 
 def is_kept() -> bool:
-    """True if these scripts are the kept ones: there is no package beside them, at most a wheel of it."""
+    """True if these scripts are the kept ones: there is no package next to them, at most a wheel of it."""
     return not (ROOT / "gonka_poc").is_dir()
 
 
 def kept_wheel() -> Path | None:
-    """The wheel beside the kept scripts."""
+    """The wheel that was kept with these scripts; None where they are a checkout's."""
     return next(iter(sorted((ROOT / WHEELS).glob("*.whl"))), None) if is_kept() else None
 
 
-def keep_installer(journal: Journal) -> None:
-    """Put these scripts into the journal's folder, with the wheel that is there."""
-    wheels = _files(journal.folder / KEPT_INSTALLER, (f"{WHEELS}/*.whl",))
+def keep_installer(journal: Journal, version: str = "", wheel: tuple[str, bytes] | None = None) -> None:
+    """Put these scripts into the journal's folder, with the wheel that was installed: its name and content.
+
+    Without one the wheel that is there stays, if it is of the `version` that is installed: another would be installed
+    by the next update.
+    """
+    kept = _files(journal.folder / KEPT_INSTALLER, (f"{WHEELS}/*.whl",))
+    wheels = {name: data for name, data in kept.items() if Path(name).name.split("-")[1:2] == [version]}
+    if wheel:
+        wheels = {f"{WHEELS}/{wheel[0]}": wheel[1]}
     _replace(journal, {**_files(ROOT, SCRIPTS), **wheels})
-
-
-def keep_wheel(journal: Journal, wheel: Path) -> None:
-    """Put the wheel that was installed beside the kept scripts, in place of an earlier one."""
-    scripts = _files(journal.folder / KEPT_INSTALLER, SCRIPTS)
-    _replace(journal, {**scripts, f"{WHEELS}/{wheel.name}": wheel.read_bytes()})
 
 
 def _files(root: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:

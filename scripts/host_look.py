@@ -13,7 +13,7 @@ from safe_files import UnsafePathError, read_file
 
 
 def look_at(host: Host) -> dict[str, Any]:
-    """What there is as of the target's last look: packages, the names in site-packages and beside the interpreter, and
+    """The state as of the target's last look: packages, the names in site-packages and in the interpreter's folder, and
     the hash of MLNode's runner.py. JSON can hold it."""
     return {
         "packages": {name: [found.version, sha256(found.record.encode())] for name, found in host.target.own().items()},
@@ -23,7 +23,7 @@ def look_at(host: Host) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], host: Host) -> list[str]:
-    """What is not as it was `before`, a line each; empty where all is."""
+    """A line for each thing that is not as it was `before`; empty where all is."""
     now = host.target.look().own()
     lines = []
     for name, (version, record) in before["packages"].items():

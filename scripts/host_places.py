@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote, unquote
 
 from host_common import InstallError, complain, say
 from host_journal import Journal
 from host_options import Options
-from host_target import Host, Target, find_python, find_runner, pythons_of, state_folder
+from host_target import Host, Target, find_python, find_runner, journal_lock, pythons_of, state_folder
 from mlnode_python import same_python
 from patch_runner import note_in
 from safe_files import read_file
@@ -18,13 +22,18 @@ NOTE = "journal: "
 
 
 def note_of(state: Path) -> str:
-    """What the markers in runner.py say, by which its journal is found; in ASCII, whatever the file's coding is."""
+    """The note for the markers in runner.py, by which its journal is found; ASCII, whatever the file's coding is."""
     return f"{NOTE}{quote(str(state))}"
 
 
 def state_of(runner: Path | None) -> Path | None:
     """The journal's folder that the markers in the file name."""
-    note = note_in(read_file(str(runner))) if runner else ""
+    return state_in(read_file(str(runner))) if runner else None
+
+
+def state_in(data: bytes) -> Path | None:
+    """As `state_of`, of a file's content."""
+    note = note_in(data)
     return Path(unquote(note.removeprefix(NOTE))) if note.startswith(f"{NOTE}/") else None
 
 
@@ -59,7 +68,7 @@ def others(host: Host) -> list[Journal]:
         seen.add(state)
         try:
             found[state] = Journal(state)
-        except InstallError as error:
+        except (InstallError, OSError) as error:
             complain(f"warning: not looked at: {error}")
         else:
             left += map(Path, found[state].peers)
@@ -73,7 +82,7 @@ def _state_of_python(python: str) -> list[Path]:
         return []
 
 
-def tell_others(host: Host) -> None:
+def print_other_installations(host: Host) -> None:
     """Say what else is installed on this host."""
     for journal in others(host):
         files = [change["path"] for change in journal.changes if change["kind"] == "file"]
@@ -82,16 +91,38 @@ def tell_others(host: Host) -> None:
         say(f"Also installed: into {python}{patched}; recorded in {journal.folder}")
 
 
-def introduce(host: Host, journal: Journal) -> None:
+def link_journals(host: Host, journal: Journal) -> None:
     """Let this journal and those of other Pythons of this host name each other, so that each leads to all."""
     for other in others(host):
-        for one, peer in ((journal, other), (other, journal)):
-            if one.changes and str(peer.folder) not in one.peers:
-                one.peers.append(str(peer.folder))
-                try:
-                    one.save()
-                except OSError as error:
-                    complain(f"warning: {one.path} does not name {peer.folder}: {error.strerror}")
+        if journal.changes:
+            _add_peer(journal, other.folder)
+        try:
+            with locked_journal(other.folder):
+                now = Journal(other.folder)
+                if journal.changes and now.changes:
+                    _add_peer(now, journal.folder)
+        except (InstallError, OSError) as error:
+            complain(f"warning: {other.path} does not name {journal.folder}: {error}")
+
+
+def _add_peer(journal: Journal, folder: Path) -> None:
+    if str(folder) not in journal.peers:
+        journal.peers.append(str(folder))
+        journal.save()
+
+
+@contextlib.contextmanager
+def locked_journal(state: Path) -> Iterator[None]:
+    """No run of that Python's writes its journal meanwhile; InstallError where one is at work."""
+    folder = journal_lock(state)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise InstallError(f"another run is at work on {folder}") from None
+    finally:
+        os.close(descriptor)
 
 
 def find_runner_of(options: Options, journal: Journal) -> Path | None:

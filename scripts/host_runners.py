@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from host_common import PACKAGE, InstallError, RefusalError, say
@@ -14,12 +15,18 @@ from patch_runner import PatchError, remove_patch
 from safe_files import clear_temporary, read_file, write_file
 
 
-def stray_patches(host: Host, journal: Journal) -> dict[Path, str]:
+def stray_patches(host: Host, journal: Journal, after_uninstall: bool = False) -> dict[Path, str]:
     """The patched runner.py files that the journal does not have, with what their markers name, where no Python that
-    they start has the package."""
+    they start has the package; with `after_uninstall`, where none has it once the journal's changes are taken back."""
+    has_package = PACKAGE in host.target.distributions
+    if after_uninstall:
+        firsts = [change for change in journal.changes if PACKAGE in change.get("planned", {})][:1]
+        has_package = has_package and all(PACKAGE in change["replaced"] for change in firsts)
     recorded = {change["path"] for change in journal.changes if change["kind"] == "file"}
     found = {path: marks_of(path) for path in known_runners(host) if str(path) not in recorded}
-    return {path: marks for path, marks in found.items() if marks and not _is_served(path, host.target)}
+    return {
+        path: marks for path, marks in found.items() if marks and not (has_package or _is_served(path, host.target))
+    }
 
 
 def known_runners(host: Host) -> list[Path]:
@@ -30,7 +37,8 @@ def known_runners(host: Host) -> list[Path]:
 
 
 def marks_of(path: Path) -> str:
-    """What the markers in the file name ("v3 standard"); empty where there are none, or it cannot be read."""
+    """The versions and profiles that the markers in the file name ("v3 standard"); empty where there are none, or where
+    the file cannot be read."""
     try:
         return ", ".join(sorted(remove_patch(read_file(str(path)))[1]))
     except PatchError:
@@ -40,9 +48,7 @@ def marks_of(path: Path) -> str:
 
 
 def _is_served(path: Path, target: Target) -> bool:
-    """True if a Python that this file starts vLLM with has the package: `target`, or the one that the file names."""
-    if PACKAGE in target.distributions:
-        return True
+    """True if a Python other than `target` that this file starts vLLM with has the package."""
     for named in pythons_of(path):
         python = shutil.which(named.python)
         if python and not same_python(python, target.python):
@@ -52,12 +58,14 @@ def _is_served(path: Path, target: Target) -> bool:
     return False
 
 
-def take_out(host: Host, journal: Journal) -> None:
-    """Take every stray patch out; every other byte of the files stays."""
+def remove_stray_patches(host: Host, journal: Journal, planned: Iterable[Path]) -> None:
+    """Take the patch out of those of the `planned` files that still have a stray one; all else in them stays."""
     host.target.look()
-    for path in known_runners(host):
+    strays = stray_patches(host, journal)
+    for path in planned:
         clear_temporary(str(path))
-    for path in stray_patches(host, journal):
+        if path not in strays:
+            continue
         try:
             original, _ = remove_patch(read_file(str(path)))
         except PatchError as error:

@@ -16,10 +16,10 @@ from typing import ClassVar
 from host_common import PACKAGE, ROOT, InstallError, RefusalError, say, sha256, version_of
 from host_gpus import Generation
 from host_journal import Journal, change_file, edited_files, install_packages
-from host_kept import is_kept, keep_wheel, kept_wheel
+from host_kept import is_kept, kept_wheel
 from host_options import Options
 from host_others import others_of, refuse_others
-from host_places import note_of
+from host_places import note_of, state_in
 from host_target import SUPPORTED_TEXT, Host, Target, existing, is_supported, pythons_of
 from host_wheels import bundled_wheel
 from mlnode_python import same_python
@@ -97,7 +97,7 @@ def cuda_of_torch(target: Target) -> int | None:
 
 
 def live_command(target: Target) -> str:
-    """What asks a running server for a proof."""
+    """The command that asks a running server for a proof."""
     return f"{own_command(target)} doctor --live http://127.0.0.1:5001"
 
 
@@ -234,6 +234,7 @@ class VllmStep(Step):
 
 class PackageStep(Step):
     title = "gonka_poc"
+    wheel: tuple[str, bytes] | None = None  # name and content of what `act` installed
 
     def check(self) -> str:
         target = self.host.target
@@ -268,11 +269,11 @@ class PackageStep(Step):
                 install_packages(self.host, journal, dependencies)
             others = sorted(others_of(self.host.target.look()))
             install_packages(self.host, journal, ["--no-deps", "--force-reinstall", str(wheel)], others)
-            keep_wheel(journal, wheel)
+            self.wheel = wheel.name, wheel.read_bytes()
 
 
 def wheel_requirements(wheel: Path) -> list[str]:
-    """What the wheel requires, without its extras."""
+    """The requirements of the wheel, without its extras."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         metadata = email.message_from_bytes(archive.read(name))
@@ -344,7 +345,7 @@ def build_wheel(host: Host, folder: Path) -> Path:
 
 
 def wanted_files(options: Options) -> dict[str, str]:
-    """As `package_files`, of what is to be installed: of the checkout, or of the wheel beside the kept scripts."""
+    """As `package_files`, of what is to be installed: the checkout, or the wheel that is kept with these scripts."""
     wheel = given_wheel(options)
     if not is_kept() or wheel is None:
         return package_files(ROOT)
@@ -371,7 +372,9 @@ class RunnerStep(Step):
         try:
             current = read_file(path)
             original, marks = remove_patch(current)
-            return current, make_patched(original, variant, note_in(current) if marks else note_of(self.host.state))
+            # a note that names no journal is an earlier release's, by which nothing is found
+            note = note_in(current) if marks and state_in(current) else note_of(self.host.state)
+            return current, make_patched(original, variant, note)
         except UnknownShapeError as error:
             raise RefusalError(f"{path}: its shape is not known: {error}\n{error.advice}") from error
         except PatchError as error:
@@ -381,7 +384,7 @@ class RunnerStep(Step):
 
     def check(self) -> str:
         if self.host.options.profile == "graphs" and not can_skip_compiled(self):
-            problem = f"--profile graphs: vLLM {self.choice.version} cannot run proof beside a compiled model"
+            problem = f"--profile graphs: vLLM {self.choice.version} cannot run proof without its compiled model"
             raise RefusalError(f"{problem}\ntake vLLM 0.15 or newer, or --profile standard")
         current, wanted = self._patched()
         chosen = self.host.options.profile + (", with replays" if self.host.options.replay else "")

@@ -9,7 +9,7 @@ import os
 import pwd
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from host_common import InstallError, RefusalError, version_of
 from host_gpus import Gpus
 from host_options import Options
 from host_trust import refuse_foreign_python
-from mlnode_python import NamedPython, named_pythons
+from mlnode_python import NamedPython, named_pythons, other_units
 from safe_files import other_writer, read_file
 
 # Tests compare these with pyproject.toml and gonka_poc.vllm_compat.
@@ -64,7 +64,10 @@ print(json.dumps({
 
 @dataclass(frozen=True)
 class Distribution:
-    """One installed package; `own`: it lies under the prefix; `files` is None if not, or where nothing lists them."""
+    """One installed package.
+
+    `own`: it lies under the prefix or in site-packages. `files` is None if not, or where nothing lists them.
+    """
 
     version: str
     folder: str
@@ -213,6 +216,8 @@ def find_python(named: str | None, runner: Path | None) -> Target:
             tried.append(f"{path}: is Python {have}; {need} or newer is needed" + ("" if named else " unless named"))
             continue
         return target
+    if runner and not named:
+        tried += [f"{one.python}: named by {one.source}, perhaps another MLNode's" for one in other_units(runner)]
     raise RefusalError(
         "\n".join(["no Python to install into:", *tried, "name the one that MLNode starts vLLM with: --python P"])
     )
@@ -231,15 +236,18 @@ class Host:
     state: Path
     runner: Path | None
     gpus: Gpus | None = None  # only an installation looks for them
-    locks: list[int] = field(default_factory=list)
+    locks: dict[str, int] = field(default_factory=dict)  # by the folder that is locked
 
     def pip(self, *words: str) -> str:
-        """Run pip. One that outlives us still holds the locks."""
-        flags = ["--break-system-packages"] if self.target.managed and self.options.force else []
-        flags = flags if words[0] in ("install", "uninstall") else []
+        """Run pip. One that outlives us still holds the locks. What an installation put into a Python that the
+        operating system manages is taken back without asking for --force again."""
+        overrules = words[0] == "uninstall" or (words[0] == "install" and self.options.force)
+        flags = ["--break-system-packages"] if self.target.managed and overrules else []
         if self.options.wheels and words[0] == "install":
             flags += ["--no-index", "--find-links", os.path.abspath(self.options.wheels)]
-        return self.target.run("-m", "pip", words[0], *flags, *words[1:], keep_open=self.locks, merged=True)
+        return self.target.run(
+            "-m", "pip", words[0], *flags, *words[1:], keep_open=list(self.locks.values()), merged=True
+        )
 
 
 def existing(path: str | Path) -> str:
@@ -249,19 +257,29 @@ def existing(path: str | Path) -> str:
 
 @contextlib.contextmanager
 def locked(host: Host) -> Iterator[None]:
-    """Nobody else installs into this Python or patches this MLNode. The lock sits on the folders: no file is left."""
-    folders = {existing(host.target.purelib), *([str(host.runner.parent)] if host.runner else [])}
+    """Nobody else installs into this Python, patches this MLNode or writes this journal. The locks sit on folders that
+    are there anyway: no file is left."""
+    folders = {existing(host.target.purelib), journal_lock(host.state)}
     try:
-        for folder in sorted(folders):
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            host.locks.append(descriptor)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                problem = f"another run is at work on {folder}; wait until it has ended, then run this again"
-                raise RefusalError(problem) from None
+        lock_folders(host, folders | ({str(host.runner.parent)} if host.runner else set()))
         yield
     finally:
-        for descriptor in host.locks:
+        for descriptor in host.locks.values():
             os.close(descriptor)
         host.locks.clear()
+
+
+def journal_lock(state: Path) -> str:
+    """The folder that is locked for the journal in `state`, whose own folder comes and goes."""
+    return existing(state.parents[1])
+
+
+def lock_folders(host: Host, folders: Iterable[str]) -> None:
+    """Lock these too, those that are not locked yet. RefusalError where another run has one."""
+    for folder in sorted(set(folders) - set(host.locks)):
+        host.locks[folder] = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(host.locks[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = f"another run is at work on {folder}; wait until it has ended, then run this again"
+            raise RefusalError(problem) from None

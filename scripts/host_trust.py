@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import glob
 import os
-import stat
 
 from host_common import RefusalError
-from safe_files import describe_writer, other_writer
+from safe_files import describe_writer, other_writer, tree_writer
 
 
 def refuse_foreign_python(python: str) -> None:
@@ -35,44 +34,6 @@ def folders_of_python(python: str) -> list[str]:
         for name in ("pyvenv.cfg", "pip.conf", "lib*/python3*", "local/lib/python3*"):
             found += glob.glob(f"{prefix}/{name}")
     return found
-
-
-def tree_writer(top: str) -> str:
-    """The others who can write to something under `top` or where its links and .pth files lead; empty if nobody can."""
-    left, seen = [top], set()
-    while left:
-        place = left.pop()
-        found = other_writer(place)
-        if found:
-            return found
-        folders = [os.path.realpath(place)] if os.path.exists(place) else []
-        while folders:
-            folder = folders.pop()
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen or not stat.S_ISDIR(status.st_mode):
-                continue  # checked already, or a file, which other_writer has looked at
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.is_symlink():
-                        left.append(entry.path)
-                        continue
-                    found = describe_writer(entry.path, entry.stat(follow_symlinks=False))
-                    if found:
-                        return found
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(entry.path)
-                    elif entry.name.endswith(".pth"):
-                        left += pth_folders(folder, entry.path)
-    return ""
-
-
-def pth_folders(folder: str, path: str) -> list[str]:
-    """The folders that a .pth file adds to where modules are looked for."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        lines = [line.strip() for line in file]
-    named = [os.path.join(folder, line) for line in lines if line and not line.startswith(("#", "import ", "import\t"))]
-    return [path for path in named if os.path.isdir(path)]
 
 
 def refuse_foreign_journal(path: str) -> None:

@@ -19,7 +19,20 @@ RUNNER = "packages/api/src/api/inference/vllm/runner.py"
 def import_scripts() -> Iterator[ModuleType]:
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
-        for name in ("gpus", "options", "target", "look", "journal", "kept", "places", "others", "steps", "install"):
+        for name in (
+            "gpus",
+            "options",
+            "target",
+            "look",
+            "journal",
+            "kept",
+            "places",
+            "others",
+            "steps",
+            "runners",
+            "wheels",
+            "install",
+        ):
             yield importlib.import_module(f"host_{name}")
         for name in ("patch_runner", "runner_inserted", "runner_shape"):
             yield importlib.import_module(name)
@@ -28,7 +41,7 @@ def import_scripts() -> Iterator[ModuleType]:
 
 
 host_gpus, host_options, host_target, host_look, host_journal, *others = import_scripts()
-host_kept, host_places, host_others, host_steps, host_install, *patches = others
+host_kept, host_places, host_others, host_steps, host_runners, host_wheels, host_install, *patches = others
 patch_runner, runner_inserted, runner_shape = patches
 
 

@@ -32,6 +32,7 @@ from hosts import (
     host_journal,
     host_look,
     host_options,
+    host_runners,
     host_steps,
     host_target,
     make_wheel,
@@ -655,6 +656,48 @@ def test_a_patch_that_is_served_is_left(host: FakeHost, served_by: str) -> None:
     assert host.runner.read_bytes() == patched
 
 
+def test_patches_that_lose_their_package_are_planned(
+    packages: FakeHost, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file that is served by the package which goes: named before, locked, and nothing else is changed."""
+    make_wheel(packages.folder / "wheels", "gonka_poc_vllm", "0.1.0", {"gonka_poc/__init__.py": ""})
+    host = make_host(packages, yes=True)
+    journal = host_journal.Journal(host.state)
+    host_journal.install_packages(host, journal, ["gonka-poc-vllm"])
+    original = packages.runner.read_bytes()
+    patched = patch_runner.make_patched(original, patch_runner.Variant())
+    usual, late = (packages.folder / name / RUNNER for name in ("mlnode", "late"))
+    for path in (usual, late):
+        path.parent.mkdir(parents=True)
+    usual.write_bytes(patched)
+    late.write_bytes(original)
+    monkeypatch.setattr(
+        host_runners, "MLNODE_FOLDERS", tuple(str(packages.folder / name) for name in ("mlnode", "late"))
+    )
+    host.target.look()
+    assert host_runners.stray_patches(host, journal) == {}
+    host.options.dry_run = True
+    assert host_install.uninstall(host) == 0
+    assert f"has no package: {usual}" in capsys.readouterr().out
+    host.options.dry_run = False
+    folder = os.open(usual.parent, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    with pytest.raises(host_target.RefusalError, match="another run is at work on"):
+        host_install.uninstall(host)
+    os.close(folder)
+    assert len(host_journal.Journal(host.state).changes) == 1
+    host = make_host(packages, yes=True)
+    undo = host_install.undo
+
+    def undo_and_patch(*words: object, **options: object) -> None:
+        undo(*words, **options)
+        late.write_bytes(patched)
+
+    monkeypatch.setattr(host_install, "undo", undo_and_patch)
+    assert host_install.uninstall(host) == 0
+    assert (usual.read_bytes(), late.read_bytes()) == (original, patched)
+
+
 def test_a_damaged_stray_patch_is_named(host: FakeHost) -> None:
     patched = patch_runner.make_patched(host.runner.read_bytes(), patch_runner.Variant())
     damaged = patched.replace(b'"VLLM_USE_V1": "1"', b'"VLLM_USE_V1": "0"')
@@ -1172,6 +1215,31 @@ def test_an_edited_file_of_ours_is_not_thrown_away(packages: FakeHost, journal: 
     assert not edited.parent.exists()
 
 
+def test_a_failed_update_does_not_agree_to_lose_edits(packages: FakeHost, journal: object) -> None:
+    """The plan of an update names what was edited; taken back, it is there again and is protected as before."""
+    for version in ("0.1.0", "0.2.0"):
+        files = {"gonka_poc/__init__.py": f"x = {version!r}\n"}
+        make_wheel(packages.folder / "wheels", "gonka_poc_vllm", version, files)
+    host = make_host(packages, yes=True)
+    host_journal.install_packages(host, journal, ["gonka-poc-vllm==0.1.0"])
+    edited = Path(host.target.purelib, "gonka_poc", "__init__.py")
+    edited.write_text("x = 2\n")
+    before = host_look.look_at(host)
+    for is_killed in (False, True):
+        host_journal.install_packages(host, journal, ["gonka-poc-vllm==0.2.0"])
+        if is_killed:
+            journal.set_state(journal.changes[-1], "begun")
+            host_install.finish_earlier_run(host, journal)
+        else:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(host_install.signal, "signal", lambda *_: None)
+                host_install.roll_back(host, journal, 1, before, host_target.InstallError("no room"))
+        assert edited.read_text() == "x = 2\n"
+        again = host_journal.Journal(journal.folder)
+        with pytest.raises(host_target.InstallError, match="edited since it was installed"):
+            host_journal.undo_packages(host, again, again.changes[0], force=False)
+
+
 # --- our package: by force, and in place of others
 
 
@@ -1340,6 +1408,18 @@ def test_status_sees_what_changed(packages: FakeHost, capsys: pytest.CaptureFixt
     assert "[changed since]" in capsys.readouterr().out
     content = json.loads(journal.path.read_text())
     assert [change["kind"] for change in content["changes"]] == ["packages", "file"]
+
+
+def test_status_compares_the_files_of_our_package(packages: FakeHost, capsys: pytest.CaptureFixture[str]) -> None:
+    make_wheel(packages.folder / "wheels", "gonka_poc_vllm", "0.1.0", {"gonka_poc/__init__.py": ""})
+    host = make_host(packages)
+    host_journal.install_packages(host, host_journal.Journal(host.state), ["gonka-poc-vllm"])
+    host.target.look()
+    assert host_install.status(host) == 0
+    edited = Path(host.target.purelib, "gonka_poc", "__init__.py")
+    edited.write_text("x = 2\n")
+    assert host_install.status(host) == 1
+    assert f"[{edited} was edited since]" in capsys.readouterr().out
 
 
 def test_what_a_killed_run_left_beside_the_journal_goes_with_it(tmp_path: Path) -> None:

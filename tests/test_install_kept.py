@@ -21,12 +21,15 @@ from hosts import (
     host_places,
     host_steps,
     host_target,
+    host_wheels,
     make_wheel,
     patch_runner,
 )
 
+from gonka_poc import safe_files
 from gonka_poc.cli import installer
 from gonka_poc.errors import ToolError
+from gonka_poc.safe_files import tree_writer
 
 
 @pytest.fixture
@@ -66,8 +69,9 @@ def test_the_wheel_that_was_installed_is_kept_beside_them(journal: Any, tmp_path
     host_kept.keep_installer(journal)
     for version in ("0.2.0", "0.3.0"):
         make_wheel(tmp_path, "gonka_poc_vllm", version, {"gonka_poc/__init__.py": version, "gonka_poc/a/b.py": ""})
-        host_kept.keep_wheel(journal, tmp_path / f"gonka_poc_vllm-{version}-py3-none-any.whl")
-        host_kept.keep_installer(journal)
+        name = f"gonka_poc_vllm-{version}-py3-none-any.whl"
+        host_kept.keep_installer(journal, version, (name, (tmp_path / name).read_bytes()))
+        host_kept.keep_installer(journal, version)
     kept = journal.folder / host_kept.KEPT_INSTALLER
     assert [path.name for path in (kept / "wheel").iterdir()] == ["gonka_poc_vllm-0.3.0-py3-none-any.whl"]
     for module in (host_kept, host_steps):
@@ -80,7 +84,11 @@ def test_the_wheel_that_was_installed_is_kept_beside_them(journal: Any, tmp_path
     (tmp_path / "package" / "gonka_poc" / "__init__.py").write_text("0.3.0")
     (tmp_path / "package" / "gonka_poc" / "a" / "b.py").write_text("")
     assert host_steps.package_files(tmp_path / "package") == host_steps.wanted_files(options)
-    shutil.rmtree(kept / "wheel")
+    monkeypatch.undo()
+    host_kept.keep_installer(journal, "0.4.0")  # killed before that one's wheel was kept: no update goes back to 0.3.0
+    assert not (kept / "wheel").exists()
+    monkeypatch.setattr(host_steps, "ROOT", kept)
+    monkeypatch.setattr(host_kept, "ROOT", kept)
     step = host_steps.PackageStep(host_target.Host(options, host_target.Target(sys.executable), kept, None), None)
     with pytest.raises(host_target.RefusalError, match="gonka-poc update CHECKOUT"):
         step.check()
@@ -114,7 +122,8 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
     commands: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda path, words: commands.append(words))
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
-    monkeypatch.setattr(installer, "other_writer", lambda _: "")
+    for name in ("other_writer", "tree_writer"):
+        monkeypatch.setattr(installer, name, lambda _: "")
     return commands
 
 
@@ -155,6 +164,9 @@ def test_where_nothing_is_kept_the_way_is_named(started: list[list[str]], tmp_pa
     with pytest.raises(ToolError, match="pip uninstall gonka-poc-vllm"):
         installer.kept_script()
     script = keep(tmp_path)
+    folder = Path(script).parent
+    folder.rename(folder.with_name(".installer.old"))  # killed before the new one took its place
+    assert (str(installer.kept_script()), folder.is_dir()) == (script, True)
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(ToolError, match="with sudo"):
         installer.kept_script()
@@ -165,11 +177,35 @@ def test_where_nothing_is_kept_the_way_is_named(started: list[list[str]], tmp_pa
         installer.trusted(Path(script))
 
 
+@pytest.mark.parametrize("source", ["checkout", "wheels", "gonka_poc_vllm-9-py3-none-any.whl"])
+def test_root_installs_nothing_that_others_can_write(
+    source: str, started: list[list[str]], tmp_path: Path, monkeypatch: Any
+) -> None:
+    keep(tmp_path)
+    path = tmp_path / source
+    inner = {"checkout": path / "install.sh", "wheels": path / "SHA256SUMS"}.get(source, path)
+    deep = inner if inner == path else path / "scripts" / "host_install.py"
+    for file in (inner, deep):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("")
+    monkeypatch.setattr(installer, "tree_writer", tree_writer)
+    monkeypatch.setattr(safe_files, "other_writer", lambda name: safe_files.describe_writer(name, os.stat(name)))
+    run = CliRunner(env={"GONKA_POC_WHEEL": None})
+    if os.geteuid() != 0:
+        pytest.skip("only root is refused anything")
+    for mode, is_refused in ((0o666, True), (0o644, False)):
+        deep.chmod(mode)
+        done = run.invoke(installer.update_command, [str(path)])
+        assert (isinstance(done.exception, ToolError), started == []) == (is_refused, is_refused)
+        assert not is_refused or f"can write to {deep}" in str(done.exception)
+
+
 @pytest.mark.parametrize("prefix", ["/usr", "/usr/local", "/opt/venv"])
 def test_the_command_looks_where_the_installer_writes(prefix: str) -> None:
     target = host_target.Target("python", prefix=prefix)
     assert installer.state_folder(prefix) == host_target.state_folder(target)
     assert f"{host_kept.KEPT_INSTALLER}/install.sh" == installer.KEPT
+    assert host_wheels.SUMS == installer.SUMS
 
 
 # --- settings, and journals that lead to each other
@@ -192,7 +228,7 @@ class Place:
             note = host_places.note_of(self.host.state)
             new = patch_runner.make_patched(old, patch_runner.Variant(), note)
             host_journal.change_file(self.journal, self.host.runner, old, new)
-        host_places.introduce(self.host, self.journal)
+        host_places.link_journals(self.host, self.journal)
 
 
 @pytest.fixture
@@ -232,7 +268,7 @@ def test_each_journal_leads_to_the_others(places: tuple[Place, Place], capsys: p
     second.install()  # finds the file patched
     for one, other in ((first, second), (second, first)):
         assert [journal.folder for journal in host_places.others(one.host)] == [other.host.state]
-        host_places.tell_others(one.host)
+        host_places.print_other_installations(one.host)
         told = capsys.readouterr().out
         assert f"into {other.target.python}" in told
         assert str(other.host.state) in told
@@ -241,6 +277,83 @@ def test_each_journal_leads_to_the_others(places: tuple[Place, Place], capsys: p
         first.journal.forget(first.journal.changes[-1])
     assert host_places.others(second.host) == []  # a journal that is gone is no error
     capsys.readouterr()
+
+
+def test_markers_of_an_earlier_release_get_the_note(places: tuple[Place, Place]) -> None:
+    first, _ = places
+    first.host.runner.write_bytes(
+        patch_runner.make_patched(first.host.runner.read_bytes(), patch_runner.Variant("graphs", False))
+    )
+    assert host_places.state_of(first.host.runner) is None
+    choice = host_steps.Choice("0.25.1", "0.25.1", None, "")
+    step = host_steps.RunnerStep(first.host, choice)
+    assert step.check()
+    step.act(first.journal)
+    assert host_places.state_of(first.host.runner) == first.host.state
+    patched = first.host.runner.read_bytes()
+    assert (step.check(), step.todo, first.host.runner.read_bytes()) == (step.check(), "", patched)
+
+
+def test_a_journal_at_work_is_not_written(places: tuple[Place, Place], capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = places
+    first.install()
+    with host_target.locked(first.host):
+        at_work = host_journal.Journal(first.host.state)
+        second.install()
+        assert "another run is at work" in capsys.readouterr().err
+        at_work.begin({"kind": "packages", "planned": {}, "replaced": {}, "kept": None})
+    assert len(host_journal.Journal(first.host.state).changes) == len(at_work.changes) == 3
+    host_places.link_journals(second.host, second.journal)  # another time
+    again = host_journal.Journal(first.host.state)
+    assert (again.peers, len(again.changes)) == ([str(second.host.state)], 3)
+    assert second.journal.peers == [str(first.host.state)]
+
+
+def test_changes_since_the_journal_was_read_stay(places: tuple[Place, Place], monkeypatch: Any) -> None:
+    first, second = places
+    first.install()
+    stale = host_journal.Journal(first.host.state)
+    first.journal.begin({"kind": "packages", "planned": {}, "replaced": {}, "kept": None})
+    monkeypatch.setattr(host_places, "others", lambda _: [stale])
+    second.install()
+    assert len(host_journal.Journal(first.host.state).changes) == 3
+
+
+def test_the_journal_of_another_that_cannot_be_read(
+    places: tuple[Place, Place], monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = places
+    first.install()
+
+    def refuse(path: str) -> bytes:
+        if path == str(first.journal.path):
+            raise PermissionError(13, "Permission denied", path)
+        return Path(path).read_bytes()
+
+    monkeypatch.setattr(host_journal, "read_file", refuse)
+    assert host_places.others(second.host) == []
+    assert "warning: not looked at:" in capsys.readouterr().err
+
+
+def test_what_was_forced_is_forced_again(places: tuple[Place, Place], monkeypatch: Any) -> None:
+    """A Python that the operating system manages: an update needs no --force again, taking back none at all."""
+    first, _ = places
+    first.install(force=True, keep_vllm=True)
+    update = first.host.options = host_options.parse_options(["--update"])
+    host_install.take_settings(first.host, host_journal.Journal(first.host.state))
+    assert (update.force, update.keep_vllm) == (True, True)
+    update = first.host.options = host_options.parse_options(["--update", "--vllm-version", "0.25.1"])
+    host_install.take_settings(first.host, host_journal.Journal(first.host.state))
+    assert not update.keep_vllm
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(host_target.Target, "run", lambda self, *words, **_: asked.append(words))
+    first.target.managed = True
+    flag = "--break-system-packages"
+    for words, force in ((["--uninstall"], False), ([], False), (["--force"], True)):
+        first.host.options = host_options.parse_options(words)
+        first.host.pip("uninstall", "--yes", "a")
+        first.host.pip("install", "a")
+        assert [flag in words for words in asked[-2:]] == [True, force]
 
 
 def test_an_update_takes_the_settings_of_the_last_installation(places: tuple[Place, Place]) -> None:
@@ -268,5 +381,13 @@ def test_an_update_takes_the_settings_of_the_last_installation(places: tuple[Pla
         update = first.host.options = host_options.parse_options(["--update"])
         host_install.take_settings(first.host, host_journal.Journal(first.host.state))
         assert (update.profile, update.replay) == (profile, replay)
+    first.host.runner.write_bytes(original)  # a new one of MLNode: nothing says any more what was chosen
+    for words in (["--update", "--profile", "hardened"], ["--update"]):
+        first.host.options = host_options.parse_options(words)
+        if "--profile" in words:
+            host_install.take_settings(first.host, host_journal.Journal(first.host.state))
+            continue
+        with pytest.raises(host_target.RefusalError, match="name it: --profile"):
+            host_install.take_settings(first.host, host_journal.Journal(first.host.state))
     with pytest.raises(host_target.RefusalError, match="no installation to update"):
         host_install.take_settings(second.host, second.journal)

@@ -12,7 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hosts import RUNNERS, host_install, host_journal, host_look, host_options, host_target, patch_runner, tree
+from hosts import (
+    RUNNERS,
+    host_gpus,
+    host_install,
+    host_journal,
+    host_look,
+    host_options,
+    host_steps,
+    host_target,
+    patch_runner,
+    tree,
+)
 
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "shutil.rmtree"}
 KILLED = 9
@@ -96,19 +107,19 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     made = host_target.Host(host_options.Options(yes=True), target, host_target.state_folder(target), runner)
     monkeypatch.setattr(os, "fsync", lambda _: None)  # no power fails here
     monkeypatch.setattr(host_journal, "plan_packages", lambda *_: {"head": "1.0", "tail": "2.0"})
-    monkeypatch.setattr(host_install, "stray_patches", lambda *_: {})
-    monkeypatch.setattr(host_install, "take_out", lambda *_: None)
+    monkeypatch.setattr(host_install, "stray_patches", lambda *_, **__: {})
+    monkeypatch.setattr(host_install, "remove_stray_patches", lambda *_: None)
     return made
 
 
-def pip_of(host: Any, killer: Killer | None = None) -> Callable[..., str]:
+def pip_of(host: Any, killer: Killer | None = None, head: str = "1.0") -> Callable[..., str]:
     """A pip that goes on to its end when the run is killed, as the real one does."""
 
     def pip(*words: str) -> str:
         if killer:
             killer.armed = False
         if words[0] == "install":
-            host.target.put("head", "1.0")
+            host.target.put("head", head)
             host.target.put("tail", "2.0")
         else:
             assert all(host.target.own()[name].files for name in words[2:]), "pip takes none without its RECORD"
@@ -195,6 +206,90 @@ def test_what_was_kept_goes_after_its_record(host: Any, tmp_path: Path) -> None:
     assert hashlib.sha256(Path(host.target.purelib, "tail/__init__.py").read_bytes()).digest() == digest.digest()
     again.sweep()
     assert not kept.exists()
+
+
+class ReleaseStep(host_steps.PackageStep):
+    """Installs `head` as one change, in the release that the host's options name, and has a wheel of it."""
+
+    def check(self) -> str:
+        self.todo = "install"
+        return ""
+
+    def act(self, journal: Any) -> None:
+        host_journal.install_packages(self.host, journal, ["head"])
+        version = self.host.options.vllm_version
+        self.wheel = f"gonka_poc_vllm-{version}-py3-none-any.whl", version.encode()
+
+    def verify(self) -> None:
+        pass
+
+
+class LastStep(ReleaseStep):
+    title = "the last one"
+
+    def act(self, journal: Any) -> None:
+        if self.host.options.force:
+            raise host_target.InstallError("no room")
+
+
+def release(host: Any, version: str, fails: bool = False, killer: Killer | None = None) -> None:
+    host.options = host_options.Options(yes=True, vllm_version=version, force=fails)
+    host.pip = pip_of(host, killer, version)
+    host_install.install(host)
+
+
+@pytest.fixture
+def releases(host: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(host_install, "STEPS", (ReleaseStep, LastStep))
+    monkeypatch.setattr(host_install, "choose_vllm", lambda *_: None)
+    monkeypatch.setattr(host_install, "refuse_unwritable", lambda *_: None)
+    monkeypatch.setattr(host_install, "link_journals", lambda *_: None)
+    monkeypatch.setattr(host_install.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(
+        host_journal, "plan_packages", lambda host, _: {"head": host.options.vllm_version, "tail": "2.0"}
+    )
+    host.gpus = host_gpus.Gpus("", "", host_gpus.UNIVERSAL)
+    return host
+
+
+def test_a_roll_back_leaves_the_kept_installer(
+    releases: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = tree(tmp_path)
+    with pytest.raises(host_target.InstallError, match="no room"):
+        release(releases, "1.0", fails=True)
+    assert tree(tmp_path) == before
+    release(releases, "1.0")
+    kept = releases.state / "installer"
+    assert [path.name for path in (kept / "wheel").iterdir()] == ["gonka_poc_vllm-1.0-py3-none-any.whl"]
+    (kept / "install.sh").write_text("of the last release")
+    before = tree(kept)
+    with pytest.raises(host_target.InstallError, match="no room"):
+        release(releases, "2.0", fails=True)
+    assert "The host is as it was before this run." in capsys.readouterr().err
+    assert tree(kept) == before
+    release(releases, "2.0")
+    assert [path.name for path in (kept / "wheel").iterdir()] == ["gonka_poc_vllm-2.0-py3-none-any.whl"]
+    assert (kept / "install.sh").read_text() != "of the last release"
+
+
+@pytest.mark.nightly
+def test_a_killed_update_leaves_one_installer_or_the_other(releases: Any, tmp_path: Path) -> None:
+    release(releases, "1.0")
+    kept, copy = releases.state / "installer", tmp_path.with_name("copy")
+    (kept / "install.sh").write_text("of the last release")
+    shutil.copytree(tmp_path, copy)
+    old, found, number, is_killed = tree(kept), [], 0, True
+    while is_killed:
+        number += 1
+        shutil.rmtree(tmp_path)
+        shutil.copytree(copy, tmp_path)
+        is_killed = ends_killed(lambda killer: release(releases, "2.0", killer=killer), number)
+        host_journal.Journal(releases.state).sweep()
+        if tree(kept) not in found:
+            found.append(tree(kept))
+    assert (found[0], len(found)) == (old, 2)
+    assert any("-2.0-" in name for name in found[1])
 
 
 def test_a_run_that_failed_says_what_it_leaves(host: Any, capsys: pytest.CaptureFixture[str]) -> None:

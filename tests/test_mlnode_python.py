@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gonka_poc.mlnode_python import NamedPython, named_pythons, same_python
+from gonka_poc.mlnode_python import NamedPython, named_pythons, other_units, same_python
 
 TEXT = 'class VLLMRunner:\n    VLLM_PYTHON_PATH = "/default/python"\n'
 SERVER = "vllm.entrypoints.openai.api_server"
@@ -24,6 +24,7 @@ class Machine:
         self.runner = self.mlnode / "packages/api/src/api/inference/vllm/runner.py"
         self.runner.parent.mkdir(parents=True)
         self.runner.write_text(TEXT)
+        self.service = f"[Service]\nWorkingDirectory={self.mlnode}\n"
 
     def process(self, pid: int, cmdline: str, cwd: Path, root: str = "/", **environment: str) -> Path:
         folder = self.proc / str(pid)
@@ -51,7 +52,7 @@ def machine(tmp_path: Path) -> Machine:
 
 def test_the_environment_goes_before_all_and_the_default_comes_last(machine: Machine) -> None:
     assert machine.named() == ["/default/python"]
-    machine.unit("mlnode.service", "[Service]\nEnvironment=VLLM_PYTHON_PATH=/unit/python\n")
+    machine.unit("mlnode.service", f"{machine.service}Environment=VLLM_PYTHON_PATH=/unit/python\n")
     assert machine.named() == ["/unit/python"]
     machine.process(7, "/usr/bin/python -m uvicorn api.app:app", machine.mlnode, VLLM_PYTHON_PATH="/process/python")
     assert machine.named() == ["/process/python"]
@@ -128,12 +129,13 @@ UNITS = {
 @pytest.mark.parametrize(("text", "python"), UNITS.values(), ids=UNITS)
 def test_units(machine: Machine, tmp_path: Path, text: str, python: str) -> None:
     (tmp_path / "env").write_text(FILE)
-    machine.unit("mlnode.service", "[Service]\n" + text.format(mlnode=machine.mlnode, file=tmp_path / "env"))
+    own = "[Service]\n" if text.startswith("EnvironmentFile={file}") else machine.service
+    machine.unit("mlnode.service", own + text.format(mlnode=machine.mlnode, file=tmp_path / "env"))
     assert machine.named() == [python]
 
 
 def test_drop_ins_and_folders_of_units(machine: Machine) -> None:
-    machine.unit("mlnode.service", "[Service]\nEnvironment=VLLM_PYTHON_PATH=/lib/python\n", place=1)
+    machine.unit("mlnode.service", f"{machine.service}Environment=VLLM_PYTHON_PATH=/lib/python\n", place=1)
     assert machine.named() == ["/lib/python"]
     machine.unit("mlnode.service", f"[Service]\nWorkingDirectory={machine.mlnode}\n")
     assert machine.named() == ["/default/python"]  # it hides the other
@@ -141,6 +143,17 @@ def test_drop_ins_and_folders_of_units(machine: Machine) -> None:
     assert machine.named() == ["/drop-in/python"]
     machine.unit("another.service", "[Service]\nEnvironment=VLLM_PYTHON_PATH=/another/python\n")
     assert machine.named() == ["/drop-in/python"]  # of the two the one that speaks of this MLNode
+
+
+def test_the_unit_of_another_mlnode_is_a_hint(machine: Machine) -> None:
+    machine.unit("other.service", "[Service]\nWorkingDirectory=/other\nEnvironment=VLLM_PYTHON_PATH=/other/python\n")
+    assert machine.named() == ["/default/python"]
+    units = tuple(map(str, machine.units))
+    hint = NamedPython("/other/python", "the unit other.service")
+    assert other_units(machine.runner, units) == [hint]
+    assert named_pythons(None, "", {}, str(machine.proc), units) == [hint]
+    machine.unit("mlnode.service", f"{machine.service}Environment=VLLM_PYTHON_PATH=/unit/python\n")
+    assert (machine.named(), other_units(machine.runner, units)) == (["/unit/python"], [hint])
 
 
 def test_one_interpreter_by_two_names(tmp_path: Path) -> None:

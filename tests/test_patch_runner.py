@@ -367,6 +367,9 @@ def test_replays(
         (["--speculative_config={}"], "", "replay", "--speculative-config is given"),
         (["-sc", "{}"], "", "replay", "-sc is given"),
         (["--runner", "pooling"], "", "replay", "--runner is given"),
+        (["--config", "f.yaml"], "", "replay", "--config is given"),
+        (["--config=f.yaml"], "", "replay", "--config is given"),
+        (["--enable_trace_replay"], "", "replay", "--enable-trace-replay is given"),
         (["--logprobs-mode", "raw_logits"], "", "replay", "--logprobs-mode raw_logits is given"),
         ([], "1", "replay", "VLLM_USE_V2_MODEL_RUNNER is set"),
         ([], "", "", "its gonka_poc has none"),
@@ -392,6 +395,15 @@ def test_where_replays_cannot_be_proof_goes_without(
     assert run("apply", path, "--replay") == 0
     assert launch(path, *operators) == without
     assert f"vLLM starts without replays of chats: {why}" in caplog.text
+
+
+def test_words_that_are_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLNode's arguments come as JSON, with numbers."""
+    monkeypatch.setattr(runner_inserted, "_gonka_poc_look", lambda _: ["gonka_poc", "replay"])
+    words = ["python", "--seed", 1, "--logprobs-mode", 2, "--max-model-len", Path("4")]
+    assert runner_inserted._gonka_poc_command(words)[: len(words)] == words
+    words = ["python", "--seed", 1, "--logprobs-mode", "raw_logprobs"]
+    assert runner_inserted._gonka_poc_command(words)[-2:] == PROCESSOR
 
 
 REPLAY_FILES = ["gonka_poc/middleware.py", "gonka_poc/replay/processor.py"]

@@ -1,4 +1,4 @@
-"""`gonka-poc update` and `gonka-poc uninstall`: they start the scripts that the installer keeps beside its journal."""
+"""`gonka-poc update` and `gonka-poc uninstall`: they start the scripts that the installer keeps with its journal."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import click
 
 from gonka_poc.cli.common import options
 from gonka_poc.errors import ToolError
-from gonka_poc.safe_files import other_writer
+from gonka_poc.safe_files import other_writer, tree_writer
 
 KEPT = "installer/install.sh"
+KEPT_BEFORE = ".installer.old/install.sh"
 SUMS = "SHA256SUMS"
 
 run_options = options(
@@ -57,6 +58,8 @@ def update_command(source: Path | None, yes: bool, dry_run: bool, profile: str |
     """
     script, words = kept_script(), [] if profile is None else ["--profile", profile]
     words += [] if replay is None else ["--replay" if replay else "--no-replay"]
+    if source is not None:
+        trusted_source(source)
     if source is None:
         pass
     elif (source / "install.sh").is_file():
@@ -73,9 +76,15 @@ def update_command(source: Path | None, yes: bool, dry_run: bool, profile: str |
 
 
 def kept_script() -> Path:
-    """The installer that is kept for this Python. Raises ToolError where there is none that this user may run."""
+    """The installer that is kept for this Python, put back where a killed run left it aside.
+
+    Raises ToolError where there is none that this user may run.
+    """
     folder = state_folder(sys.prefix)
     script = folder / KEPT
+    old = folder / KEPT_BEFORE
+    if not script.is_file() and old.is_file():  # a run was killed while it exchanged the two
+        trusted(old).parent.rename(script.parent)
     if folder.is_dir() and not os.access(folder, os.X_OK):
         raise ToolError(f"{folder} is another user's; run the same command with sudo")
     if not script.is_file():
@@ -92,6 +101,16 @@ def trusted(script: Path) -> Path:
     if found:
         raise ToolError(f"{script} is not run by root: {found}; run this as that user")
     return script
+
+
+def trusted_source(source: Path) -> None:
+    """Raise ToolError for root where others can write any of the checkout, or of the wheels: root would run it."""
+    found = tree_writer(str(source.absolute())) if os.geteuid() == 0 else ""
+    if found:
+        raise ToolError(
+            f"root does not install from {source}: {found}; run this as that user, or copy it to a folder of root's, "
+            "compare the copy with what you know of it, and name that one"
+        )
 
 
 def start(script: Path, *words: str, **flags: bool) -> None:
