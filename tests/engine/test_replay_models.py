@@ -25,7 +25,7 @@ pytestmark = pytest.mark.nightly
 LIMITS = {"float32": 1e-6, "float16": 0.005}
 AT_A_TIME = {"float32": 1, "float16": 16}
 WAIT_SEC = 900  # 16 chats of a trained model at a time, on a machine that has other work
-LOWEST_THRESHOLD = 0.9  # of the network's models
+THRESHOLD = 0.92  # of the network, for most models; 0.90, its lowest, does not see a layer that is left out
 QUESTIONS = (
     "What is the capital of France?",
     "Write a short poem about the sea.",
@@ -142,7 +142,7 @@ def test_another_model_than_the_trained_one_is_caught(
     lesser = dataclasses.replace(honest, model=str(make(smollm2, tmp_path / "lesser")))
     verdicts = verdicts_of(servers, honest, bodies, originals_of(servers, lesser, bodies))
     figures(make.__name__, verdicts)
-    assert not [verdict for verdict in verdicts if verdict.similarity > LOWEST_THRESHOLD]
+    assert not [verdict for verdict in verdicts if verdict.similarity > THRESHOLD]
 
 
 def test_a_tiny_model_of_another_seed_is_caught(servers: Servers, tmp_path: Path) -> None:
