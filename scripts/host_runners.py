@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import shutil
 from collections.abc import Iterable
@@ -22,8 +23,11 @@ def stray_patches(host: Host, journal: Journal, after_uninstall: bool = False) -
     if after_uninstall:
         firsts = [change for change in journal.changes if PACKAGE in change.get("planned", {})][:1]
         has_package = has_package and all(PACKAGE in change["replaced"] for change in firsts)
-    recorded = {change["path"] for change in journal.changes if change["kind"] == "file"}
-    found = {path: marks_of(path) for path in known_runners(host) if str(path) not in recorded}
+    recorded = [change for change in journal.changes if change["kind"] == "file"]
+    found = {path: marks_of(path) for path in known_runners(host)}
+    for change in reversed(recorded):  # the first of a file comes last: its original is what will be there
+        original = base64.b64decode(change["original_base64"])
+        found[Path(change["path"])] = marks_in(original) if after_uninstall else ""
     return {
         path: marks for path, marks in found.items() if marks and not (has_package or _is_served(path, host.target))
     }
@@ -40,11 +44,17 @@ def marks_of(path: Path) -> str:
     """The versions and profiles that the markers in the file name ("v3 standard"); empty where there are none, or where
     the file cannot be read."""
     try:
-        return ", ".join(sorted(remove_patch(read_file(str(path)))[1]))
-    except PatchError:
-        return "damaged"
+        return marks_in(read_file(str(path)))
     except OSError:
         return ""
+
+
+def marks_in(content: bytes) -> str:
+    """The same of the content of a file."""
+    try:
+        return ", ".join(sorted(remove_patch(content)[1]))
+    except PatchError:
+        return "damaged"
 
 
 def _is_served(path: Path, target: Target) -> bool:

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -639,7 +640,14 @@ def test_a_server_under_nohup_outlives_its_terminal(begin, left):
         f"serve.main = lambda args: os.execv(sys.executable, [sys.executable, '-c', {look!r}]); main(['serve'])"
     )
     command = [*begin, sys.executable, "-c", program]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # these tests may run under nohup themselves
+    )
     assert done.stdout == f"{left}\n"
 
 
