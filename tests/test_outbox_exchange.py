@@ -18,7 +18,7 @@ import pytest
 from gonka_poc.callbacks import hold
 from gonka_poc.callbacks.admin import summary
 from gonka_poc.callbacks.outbox import Outbox
-from gonka_poc.errors import OutboxDamagedError, OutboxFullError
+from gonka_poc.errors import OutboxDamagedError, OutboxError, OutboxFullError
 
 URL = "http://a"
 CAP = 10**9
@@ -184,3 +184,19 @@ def test_a_server_that_starts_meanwhile_keeps_the_file_in_its_place(filled, tmp_
     assert [info.num_artifacts for info in summary(path)] == [20]
     other.close()
     one.close()
+
+
+@pytest.mark.parametrize("content", [b"", b"jobs of another program"], ids=["empty", "text"])
+def test_another_programs_file_with_the_name_of_a_new_one_stays(tmp_path, content):
+    """It would take the place of the outbox, and what waits there would be gone."""
+    path, other = str(tmp_path / "outbox"), tmp_path / "outbox.finished"
+    box = Outbox(path, CAP)
+    box.add_artifacts(URL, {}, [{"nonce": 1, "vector_b64": "AAAA"}])
+    box.close()
+    other.write_bytes(content)
+    with pytest.raises(OutboxError, match=r"outbox\.finished' is not an outbox; it was left as it is"):
+        Outbox(path, CAP)
+    assert other.read_bytes() == content
+    other.unlink()
+    with closing(Outbox(path, CAP)) as box:
+        assert box.counts().pending_artifacts == 1

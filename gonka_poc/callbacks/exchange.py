@@ -19,14 +19,14 @@ def begin_exchange(new: str, path: str) -> None:
     """Declare that the file `new` is finished and is to replace the one at `path`. Nobody may use either. Raises
     OSError; the file at `path` then stays."""
     _sync(new)
-    os.rename(new, _finished(path))
+    os.rename(new, finished_name(path))
     _sync(_folder(path))
 
 
 def finish_exchange(path: str) -> bool:
     """Go on with an exchange that was begun, from whichever step; False if there is none. Nobody may use the file.
     Raises OSError where a step fails; the next call goes on there."""
-    if not os.path.lexists(_finished(path)):
+    if not os.path.lexists(finished_name(path)):
         return False
     aside = name_aside(path)
     for suffix in ("", *LOGS):  # a second name first, so that each has one the whole time
@@ -37,7 +37,7 @@ def finish_exchange(path: str) -> bool:
         with suppress(FileNotFoundError):
             os.unlink(path + suffix)
     _sync(_folder(path))
-    os.replace(_finished(path), path)
+    os.replace(finished_name(path), path)
     _sync(_folder(path))
     return True
 
@@ -54,7 +54,8 @@ def name_aside(path: str) -> str:
     return name
 
 
-def _finished(path: str) -> str:
+def finished_name(path: str) -> str:
+    """The name of a finished new file, from `begin_exchange` until it has taken its place."""
     return f"{path}.finished"
 
 

@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from gonka_poc.callbacks.contents import read_text
-from gonka_poc.callbacks.exchange import finish_exchange
+from gonka_poc.callbacks.exchange import finish_exchange, finished_name
 from gonka_poc.callbacks.locks import IN_MEMORY, make_folders, open_private, opening
 from gonka_poc.callbacks.schema import (
     APPLICATION_ID,
@@ -81,9 +81,11 @@ def connect(path: str, create: bool, claim: Callable[[], object] = lambda: None)
         os.close(fd)
         # servers that start at once: one makes the file, and SQLite does not wait for a lock while it changes to WAL
         owner = (state.st_uid, state.st_gid)
-        alone = opening(path, OPEN_TIMEOUT_SEC, owner) if create or os.path.lexists(lock) else nullcontext()
+        has_lock = create or os.path.lexists(lock)
+        alone = opening(path, OPEN_TIMEOUT_SEC, owner) if has_lock else nullcontext()
         with alone, translate_errors(path):
-            _finish_exchange(path)
+            if has_lock:  # who begins an exchange has it too
+                _finish_exchange(path)
             _refuse_foreign(path, was_used)
             db = _prepared(path, create)
             try:
@@ -123,7 +125,14 @@ def check_artifacts(db: sqlite3.Connection, path: str) -> None:
 
 
 def _finish_exchange(path: str) -> None:
-    """Raise OutboxFullError where a new file was to replace a damaged one, and cannot."""
+    """Go on with an exchange that was begun. Raises OutboxFullError where the new file cannot take its place, and
+    OutboxError where another program's file has its name."""
+    finished = finished_name(path)
+    if os.path.lexists(finished) and not _is_outbox(_header_of(finished)):
+        raise OutboxError(
+            f"{finished!r} is not an outbox; it was left as it is, but that name is for a new file of {path!r}. Set "
+            "POC_OUTBOX_PATH to another file, or move that one away"
+        )
     try:
         if finish_exchange(path):
             logger.error("PoC: the outbox %a was damaged; a new file with what was whole of it took its place", path)
@@ -137,23 +146,35 @@ def _finish_exchange(path: str) -> None:
 def _refuse_foreign(path: str, was_used: bool) -> None:
     """Raise OutboxError for what is no outbox of this release; OutboxDamagedError where it was one."""
     # the header is right in the file itself, never only in the WAL: the schema is made before WAL is switched on
-    with open(path, "rb") as file:
-        header = file.read(100)
+    header = _header_of(path)
     if not header:
         return
-    application_id, version = (int.from_bytes(header[at : at + 4], "big") for at in (68, 60))
-    if version in NEWER_VERSIONS and application_id == APPLICATION_ID:
+    is_ours, version = _is_outbox(header), int.from_bytes(header[60:64], "big")
+    if version in NEWER_VERSIONS and _application_of(header) == APPLICATION_ID:
         raise OutboxError(
             f"the outbox {path!r} has format {version}, this release reads {FORMAT_VERSION}; deliver it with the "
             "release that wrote it, or set POC_OUTBOX_PATH to another file"
         )
-    is_ours = header.startswith(b"SQLite format 3\0") and application_id == APPLICATION_ID
     if was_used and not (is_ours and version in READABLE_VERSIONS):
         raise _damaged(path, "its header is not that of an outbox")
     if not is_ours:
         raise OutboxError(f"{path!r} is not an outbox; it was left as it is. Set POC_OUTBOX_PATH to another file")
     if version not in READABLE_VERSIONS:
         raise OutboxError(f"the outbox {path!r} has format {version}, which no release wrote; move it away")
+
+
+def _header_of(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(100)
+
+
+def _application_of(header: bytes) -> int:
+    return int.from_bytes(header[68:72], "big")
+
+
+def _is_outbox(header: bytes) -> bool:
+    """True if a file that begins so is an outbox, of whichever release."""
+    return header.startswith(b"SQLite format 3\0") and _application_of(header) == APPLICATION_ID
 
 
 def _prepared(path: str, create: bool) -> sqlite3.Connection:
