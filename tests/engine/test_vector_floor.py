@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -32,12 +31,6 @@ SEQ_LEN, K_DIM, PROOF = 32, 12, 200
 MINUTES = 3
 SPEC = {"block_hash": "test-block", "public_key": "test-key", "seq_len": SEQ_LEN, "k_dim": K_DIM}
 Change = Callable[[str, torch.Tensor], torch.Tensor]
-
-
-def cpu_seconds(pid: int) -> float:
-    """Seconds of a core that a process and all below it have had."""
-    process = psutil.Process(pid)
-    return sum(sum(each.cpu_times()[:2]) for each in (process, *process.children(recursive=True)))
 
 
 def run(*args: object) -> Any:
@@ -110,16 +103,14 @@ def test_recommended_thresholds(
     """Calibrated on one host in float16; `validate` there judges the others."""
     config = ServerConfig(model=str(smollm2), dtype="float16", env=(("POC_CALIBRATION", "1"),))
     url = str(servers.get(config).base_url)
-    assert servers.process is not None
     floor = tmp_path / "floor.json"
     sizes = ("--seq-len", str(SEQ_LEN), "--nonces", "128", "--blocks", "2")
-    started, computing = time.monotonic(), cpu_seconds(servers.process.pid)
+    started = time.monotonic()
     assert run("calibrate", "--vectors", "--url", url, *sizes, "--out", floor) == 0
-    computing = cpu_seconds(servers.process.pid) - computing
+    seconds = time.monotonic() - started
     with capsys.disabled():
-        print(f"\ncalibrate: {time.monotonic() - started:.0f} s, {computing:.0f} s of a core; {floor.read_text()}")
-    # on a machine that does nothing else it takes as long, since the server computes with one thread
-    assert computing < 60 * MINUTES
+        print(f"\ncalibrate: {seconds:.0f} s; {floor.read_text()}")
+    assert seconds < 60 * MINUTES
     found = json.loads(floor.read_text())
     assert (found["missed"], found["not_made"]) == ([], {})
     advised = found["stat_test"]
@@ -134,7 +125,7 @@ def test_recommended_thresholds(
 
 
 def assert_same_cheat(client: PoCClient, path: Path, cheat: str, threshold: float) -> None:
-    """What the server computes as `cheat` is what the host did that wrote `path`.
+    """The server computes as `cheat` the vectors of the host that wrote `path`.
 
     The files of rounded weights are bfloat16, the server rounds in float16: that is a part of what rounding moves.
     """
