@@ -108,7 +108,7 @@ def _gonka_poc_environment(command):
 
 
 def _gonka_poc_look(python):
-    """Which of gonka_poc, its replay and `skip_compiled` (vLLM 0.15) the Python of vLLM has; nothing is imported."""
+    """The names of gonka_poc, its replay and `skip_compiled` that vLLM's Python has; nothing is imported."""
     import subprocess
 
     code = (

@@ -18,7 +18,7 @@ SECONDS_OF_A_KILLED_RUN = 300
 
 
 class Acts:
-    """What is done to a host, in a circle; `killed` of one goes on from the state that the one before leaves."""
+    """Runs on a host, in a circle; `killed` of one goes on from the state that the one before leaves."""
 
     NAMES = ("install", "update", "switch", "uninstall")
 

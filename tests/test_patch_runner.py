@@ -1254,7 +1254,7 @@ def test_the_document_says_what_the_tool_does(tmp_path: Path) -> None:
 
 
 def test_the_names_are_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What vLLM is told to load exists in this package, and is what gonka_poc.serve tells it."""
+    """The names that vLLM is given to load exist in this package, and are those that gonka_poc.serve gives it."""
     assert PROCESSOR[1] == V1_PROCESSOR
     assert list(V1_RUNNER) == [serve.RUNNER_VARIABLE]
     monkeypatch.delenv(serve.RUNNER_VARIABLE, raising=False)

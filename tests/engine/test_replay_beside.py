@@ -1,4 +1,4 @@
-"""What --enable-replay does to chats that have nothing to do with it: nothing. Two servers, with it and without it."""
+"""Chats that have nothing to do with replays are the same with --enable-replay and without it: on two servers."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class Failure(BaseModel):
 
 
 class ReplayResult(BaseModel):
-    """What was found of the replay of chats, which may be tested later than the rest."""
+    """Results of the replay of chats, which may be tested later than the rest."""
 
     date: str
     commit: str | None = None

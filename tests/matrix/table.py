@@ -116,7 +116,7 @@ def versions_table(results: Sequence[Result]) -> str:
 
 
 def replay_cell(result: Result) -> str:
-    """What was found of the replay of chats."""
+    """The cell of the replay of chats."""
     found = result.replay
     if found is None:
         return "not run"
