@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
@@ -160,6 +161,11 @@ class ReceiverStatus(BaseModel):
     parked: int = Field(description="not tried any more, because the receiver refused the body or may not be asked")
     expired: int = Field(description="dropped because their stage was over")
     error: str | None = Field(default=None, exclude_if=is_none, description="why the last try failed, if it did")
+
+
+def oldest_sec(receivers: Iterable[ReceiverStatus]) -> float | None:
+    """How long the oldest artifact or verdict waits for its receiver, in seconds; None if none does."""
+    return max((receiver.oldest_sec for receiver in receivers if receiver.oldest_sec is not None), default=None)
 
 
 class OutboxStatus(BaseModel):

@@ -75,7 +75,8 @@ def build_app(
     metrics.receivers = lambda: callbacks.receivers
     metrics.state = lambda: slot.state
     metrics.engine = lambda: manager.engine
-    metrics.build = installed_releases
+    releases = installed_releases()  # of this process, also once others are installed; not looked up at each scrape
+    metrics.build = lambda: releases
     replay = make_gate(view, metrics)
     runner = None if replay is None else replay.runner
     service = PoCService(manager, settings, metrics, callbacks, slot, queue, proofs, background, runner)

@@ -21,6 +21,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -88,13 +89,14 @@ class Surroundings:
             return self.runner.read_text(encoding="utf-8", errors="replace") if self.runner else ""
         return ""
 
+    @cached_property
     def named_pythons(self) -> list[NamedPython]:
         """The interpreters that MLNode starts vLLM with, as far as can be known here."""
         return named_pythons(self.runner, self.runner_text(), self.environment)
 
     def mlnode_python(self) -> str:
         """The interpreter that was given, else the first that is named for MLNode, else this one."""
-        return self.python or next((named.python for named in self.named_pythons()), sys.executable)
+        return self.python or next((named.python for named in self.named_pythons), sys.executable)
 
 
 def _find(pattern: str, text: str) -> str | None:
@@ -110,14 +112,8 @@ def run_checks(runner: Path | None = None, python: str | None = None, look_at_gp
     checked without `look_at_gpus`: those are of the host that will run it.
     """
     here = Surroundings(runner, python, os.environ)
-    checks = [
-        check_python(),
-        check_interpreter(here),
-        check_vllm(),
-        check_settings(),
-        check_certificates(),
-        check_outbox(),
-    ]
+    checks = [check_python(), check_interpreter(here), check_vllm()]
+    checks += [check_settings(), check_certificates(), check_outbox()]
     checks += [check_gpu()] if look_at_gpus else []
     checks += [check_extension_points(), check_token(here)]
     checks += [check(here) for check in (check_package, check_runner, check_module, check_serialization, check_eager)]
@@ -323,7 +319,7 @@ def check_token(here: Surroundings) -> Check:
 def check_interpreter(here: Surroundings) -> Check:
     """This interpreter, in which vLLM is looked at, against the one that MLNode starts vLLM with."""
     name = "MLNode's Python"
-    found = [NamedPython(here.python, "--python")] if here.python else here.named_pythons()
+    found = [NamedPython(here.python, "--python")] if here.python else here.named_pythons
     if not found:
         return Check(name, "ok", "nothing names one (without MLNode: no --runner)")
     text = "; ".join(f"{named.python} ({named.source})" for named in found)
@@ -342,7 +338,7 @@ def check_package(here: Surroundings) -> Check:
     problem = why_not_found(python, "gonka_poc")
     if problem:
         return Check(name, "fail", problem, f"bash install.sh --python {python}; or set {PYTHON_VARIABLE} for MLNode")
-    for named in here.named_pythons():
+    for named in here.named_pythons:
         if here.python and not same_python(named.python, here.python):
             fix = f"start MLNode with {PYTHON_VARIABLE}={here.python}"
             return Check(name, "warn", f"{python} finds it, but MLNode here would use {named.python}", fix)
@@ -473,7 +469,7 @@ def print_checks(checks: Sequence[Check], json_output: bool) -> int:
 
 def print_table(checks: Sequence[Check]) -> None:
     """Print one row per check."""
-    console = Console(highlight=False, **({} if sys.stdout.isatty() else {"width": 160}))  # type: ignore[arg-type]
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     folded = [Column(title, overflow="fold") for title in ("found", "what to do")]
     table = Table("state", "check", *folded, box=None, pad_edge=False)
     for check in checks:

@@ -16,7 +16,7 @@ from cachetools import LRUCache
 from gonka_poc.answers import EngineStatus
 from gonka_poc.config import Settings
 from gonka_poc.data import BatchResult, DistanceSpec, Params, Randomization, Spec
-from gonka_poc.engine_report import computed_on, described, warmed_up
+from gonka_poc.engine_report import described, warmed_up
 from gonka_poc.engine_watch import EngineWatch
 from gonka_poc.errors import (
     ComputeError,
@@ -119,20 +119,15 @@ class BatchSizer:
     def record_batch(self, key: CostKey, nonces: int, seconds: float, device_sec: float | None = None) -> None:
         """A micro-batch was answered after `seconds`. `device_sec` is no less than what the device took for it, where
         that is more: a prefetched batch was begun before it was asked for."""
-        _append(self._sec_per_nonce, key, max(seconds, 1e-6) / nonces)
-        _append(self._sec_of_size, (key, nonces), max(seconds, device_sec or 0.0))
+        per_nonce = self._sec_per_nonce.setdefault(key, deque(maxlen=MEASUREMENTS))
+        per_nonce.append(max(seconds, 1e-6) / nonces)
+        of_size = self._sec_of_size.setdefault((key, nonces), deque(maxlen=MEASUREMENTS))
+        of_size.append(max(seconds, device_sec or 0.0))
 
     def record_out_of_memory(self, key: CostKey, nonces: int) -> int:
         """A micro-batch did not fit; returns the size of the next ones."""
         size = self._max_fitting[key] = max(1, nonces // 2)
         return size
-
-
-def _append(records: LRUCache[Any, deque[float]], key: Any, value: float) -> None:
-    """Add to the last MEASUREMENTS values of `key`."""
-    if records.get(key) is None:
-        records[key] = deque(maxlen=MEASUREMENTS)
-    records[key].append(value)
 
 
 class EngineView(Protocol):
@@ -191,7 +186,6 @@ class PoCManagerV1:
         self._unsupported: UnsupportedServerError | None = None
         self._warming_up: asyncio.Task[None] | None = None
         self.engine = EngineStatus()
-        self.computed_on: dict[str, Any] = {}
         # set from each call of the workers until their release; while there is none they keep nothing
         self._release_timer: asyncio.TimerHandle | None = None
         self._releasing: asyncio.Task[None] | None = None
@@ -254,7 +248,6 @@ class PoCManagerV1:
                 logger.info("PoC is ready on %d worker(s): %s", len(answers), answers)
                 self._must_warm_up = self._settings.compiles([a["device"] for a in answers if a is not None])
                 self.engine = described(self._view.model_names()[0], answers, self._must_warm_up)
-                self.computed_on = computed_on(self.engine)
                 self._reached, self._unsupported = True, None
 
     async def _warm_up_behind_chat(self) -> None:
@@ -300,7 +293,6 @@ class PoCManagerV1:
             answers = []  # the workers use the plain forward, whatever they said before
             logger.warning("PoC could not warm up with %d nonces of %d tokens: %a", num_nonces, seq_len, str(error))
         self._must_warm_up, self.engine = False, warmed_up(self.engine, answers)
-        self.computed_on = computed_on(self.engine)
 
     def micro_batch_size(self, spec: Spec) -> int:
         """Nonces of the next micro-batch: what fits, and less where chat was seen lately or memory was short."""

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from gonka_poc.answers import EngineStatus, OutboxStatus, ReceiverStatus, State
+from gonka_poc.answers import EngineStatus, OutboxStatus, ReceiverStatus, State, oldest_sec
 from gonka_poc.errors import printable
 
 STATES: tuple[State, ...] = get_args(State)
@@ -193,13 +193,14 @@ class Metrics(Collector):
         text = "nonces of requests that have not ended, as their limit counts them"
         yield GaugeMetricFamily("gonka_poc_queue_nonces", text, value=self.queue_nonces())
         outbox, receivers = self.outbox(), self.receivers()
+        oldest = oldest_sec(receivers) or 0.0
         for name, text, value in (
             ("pending", "callbacks that no receiver has taken yet", outbox.callbacks),
             ("artifacts", "artifacts in callbacks that no receiver has taken yet", outbox.artifacts),
             ("parked", "artifacts in callbacks that their receiver refused", outbox.parked),
             ("bytes", "bytes of the outbox's file in use", outbox.used_bytes),
             ("max_bytes", "bytes at which new work is refused", outbox.max_bytes),
-            ("oldest_seconds", "seconds that the oldest artifact or verdict of this server waits", oldest(receivers)),
+            ("oldest_seconds", "seconds that the oldest artifact or verdict of this server waits", oldest),
         ):
             yield GaugeMetricFamily(f"gonka_poc_outbox_{name}", text, value=value)
         text = "callbacks that were damaged in the outbox's file, and were set aside"
@@ -228,11 +229,6 @@ class Metrics(Collector):
         text = "1 while proof runs compiled decoder layers"
         yield GaugeMetricFamily("gonka_poc_compiled", text, value=float(engine.compiled is True))
         yield GaugeMetricFamily("gonka_poc_workers", "workers that describe themselves", value=len(engine.workers))
-
-
-def oldest(receivers: Sequence[ReceiverStatus]) -> float:
-    """Seconds that the oldest artifact or verdict waits for its receiver; 0 if none does."""
-    return max((receiver.oldest_sec or 0.0 for receiver in receivers), default=0.0)
 
 
 # family, name, text, and the field of ReceiverStatus that it shows

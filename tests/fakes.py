@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 from prometheus_client import CollectorRegistry
 
-from gonka_poc.answers import EngineStatus
+from gonka_poc.answers import EngineStatus, WorkerStatus
 from gonka_poc.app import PoCApp, build_app
 from gonka_poc.config import Settings
 from gonka_poc.data import PREFIX, VECTOR_DTYPE, BatchResult, DistanceSpec, Params, Spec, VectorSpec, spec_from
@@ -105,6 +105,27 @@ class Clock:
         return self.now
 
 
+def engine_of(
+    workers: int = 1,
+    gpu: str = "",
+    dtype: str = "",
+    attention_backend: str = "",
+    compiled: bool | None = None,
+    floor: float | None = None,
+) -> EngineStatus:
+    """An engine that serves MODEL, with equal workers."""
+    described = WorkerStatus(
+        rank=0,
+        gpu=gpu,
+        dtype=dtype,
+        attention_backend=attention_backend,
+        first_layer=0,
+        last_layer=0,
+        is_output_rank=True,
+    )
+    return EngineStatus(model=MODEL, workers=[described] * workers, compiled=compiled, floor=floor)
+
+
 class FakeManager:
     """PoCManagerV1 without workers.
 
@@ -117,7 +138,6 @@ class FakeManager:
         self.specs: list[Spec] = []  # of each batch that was asked for
         self.script: deque[str | Exception] = deque()
         self.nan_nonces: set[int] = set()
-        self.computed_on: dict[str, Any] = {}
         self.engine = EngineStatus(model=MODEL)
         self.refusal: PoCError | None = None
         self.dead = False

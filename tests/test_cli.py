@@ -20,7 +20,7 @@ import httpx
 import numpy as np
 import pytest
 from engineless import engineless_server, run
-from fakes import MODEL, FakeManager, generate_body, round_body
+from fakes import MODEL, FakeManager, engine_of, generate_body, round_body
 
 from gonka_poc import serve
 from gonka_poc.answers import ReceiverStatus, StatusAnswer
@@ -432,10 +432,8 @@ def all_right(**changes: Any) -> StatusAnswer:
 
 
 def test_status_says_what_a_host_is_and_that_it_is_all_right(server, capsys):
-    server.manager.computed_on = {
-        **{"workers": 2, "gpu": "chip", "dtype": "bfloat16", "attention_backend": "FLASH_ATTN"},
-        **{"compiled": True, "noise_floor": 0.0234},
-    }
+    hardware = {"workers": 2, "gpu": "chip", "dtype": "bfloat16", "attention_backend": "FLASH_ATTN"}
+    server.manager.engine = engine_of(**hardware, compiled=True, floor=0.0234)
     assert run("status", "--url", server.url) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert f"model {MODEL} versions vLLM" in shown
@@ -446,7 +444,7 @@ def test_status_says_what_a_host_is_and_that_it_is_all_right(server, capsys):
 
 def test_status_of_a_round(server, capsys):
     """Its block, its speed, and what was computed; a plain server says so."""
-    server.manager.computed_on = {"compiled": False}
+    server.manager.engine = engine_of(compiled=False)
     body = round_body(block_height=7)
     httpx.post(f"{server.url}{PREFIX}/init/generate", json=body).raise_for_status()
     assert run("status", "--url", server.url) == 0

@@ -13,6 +13,7 @@ from fakes import MODEL, FakeManager, FakeView, generate_body, made_up_value, ma
 
 from gonka_poc.config import Settings
 from gonka_poc.data import DistanceSpec, GenerateRequest, Params, VectorSpec
+from gonka_poc.engine_report import computed_on
 from gonka_poc.errors import (
     ComputeError,
     ConflictError,
@@ -345,7 +346,7 @@ async def test_workers_are_described_once():
     for _ in range(3):
         await manager.check(params())
     assert view.calls == [("poc_describe", ())]
-    assert manager.computed_on == {"workers": 1, "dtype": "float16", "compiled": False}
+    assert computed_on(manager.engine) == {"workers": 1, "dtype": "float16", "compiled": False}
 
 
 @pytest.mark.parametrize("failure", [UnsupportedServerError("no layers"), RuntimeError("later")])

@@ -27,12 +27,12 @@ from gonka_poc.cli.calibrate import calibrate, measure_distances
 from gonka_poc.cli.checks import CaseResult, Finding, run_cases
 from gonka_poc.cli.client import PoCClient
 from gonka_poc.cli.coexist import Load, coexist
-from gonka_poc.cli.compare import compare, fabricated, with_turned_vectors
+from gonka_poc.cli.compare import compare, distinct_names, fabricated, with_turned_vectors
 from gonka_poc.cli.e2e import least_fraud
 from gonka_poc.cli.plots import as_svg
 from gonka_poc.cli.prover import RoundSizes, is_gapless
 from gonka_poc.cli.receive import ReceivedCallback, Receiver
-from gonka_poc.cli.report import distinct_names, plot_of
+from gonka_poc.cli.report import plot_of
 from gonka_poc.cli.server_process import wait_until
 from gonka_poc.cli.smoke import smoke
 from gonka_poc.data import VECTOR_DTYPE, DistanceSpec, StatTest, VectorSpec, encode_vector

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engineless import engineless_server, run
-from fakes import FakeManager
+from fakes import FakeManager, engine_of
 from scipy.optimize import brentq
 from scipy.stats import binom
 
@@ -250,12 +250,13 @@ def test_thresholds_below_the_floor_are_warned_of(
     server: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     floor, file = tmp_path / "floor.json", tmp_path / "a.json"
-    server.manager.computed_on = {"dtype": "bfloat16", "gpu": "chip", "attention_backend": "FLASH_ATTN"}
+    facts = {"dtype": "bfloat16", "gpu": "chip", "attention_backend": "FLASH_ATTN"}
+    server.manager.engine = engine_of(**facts)
     assert run("calibrate", "--vectors", "--url", server.url, *SIZES, "--out", floor) == 0
     written = json.loads(floor.read_text())
-    assert server.manager.computed_on.items() <= written["computed_by"].items()
+    assert facts.items() <= written["computed_by"].items()
     assert run("generate", "--nonces", "0-3", "--out", file, "--seq-len", "4", "--url", server.url) == 0
-    assert server.manager.computed_on.items() <= json.loads(file.read_text())["computed_by"].items()
+    assert facts.items() <= json.loads(file.read_text())["computed_by"].items()
     capsys.readouterr()
     tight = ("--dist-threshold", "0.001", "--floor", floor)
     options = [(f"--{name.replace('_', '-')}", str(value)) for name, value in written["stat_test"].items()]
@@ -292,7 +293,7 @@ def test_a_file_that_another_server_goes_on_with(
 ) -> None:
     file = tmp_path / "a.json"
     for nonces, dtype in (("0-3", "bfloat16"), ("0-5", "float16")):
-        server.manager.computed_on = {"dtype": dtype}
+        server.manager.engine = engine_of(dtype=dtype)
         assert run("generate", "--nonces", nonces, "--out", file, "--seq-len", "4", "--url", server.url) == 0
     assert "begun on another server" in capsys.readouterr().err
     assert json.loads(file.read_text())["computed_by"]["dtype"] == "bfloat16"

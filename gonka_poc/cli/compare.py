@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -91,3 +93,16 @@ def fabricated(file: ArtifactFile, nonces: Sequence[int]) -> ArtifactFile:
         Artifact(nonce=n, vector_b64=encode_vector(r.astype(VECTOR_DTYPE))) for n, r in zip(nonces, rows, strict=True)
     ]
     return file.model_copy(update={"artifacts": artifacts})
+
+
+def distinct_names(files: Sequence[Path]) -> list[str]:
+    """A name for each file: its own without the suffix, its path where another has that too, and a number where it was
+    named twice."""
+    stems, paths = Counter(file.stem for file in files), Counter(files)
+    seen: Counter[Path] = Counter()
+    names = []
+    for file in files:
+        seen[file] += 1
+        name = file.stem if stems[file.stem] == 1 else str(file)
+        names.append(name if paths[file] == 1 else f"{name} ({seen[file]})")
+    return names

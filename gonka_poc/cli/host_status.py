@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gonka_poc.answers import ReceiverStatus, StatusAnswer, VersionsAnswer
+from gonka_poc.answers import ReceiverStatus, StatusAnswer, VersionsAnswer, oldest_sec
 from gonka_poc.cli.client import PoCClient
 from gonka_poc.errors import ServerAnswerError, counted
 
@@ -166,7 +166,7 @@ def _standstill(status: StatusAnswer, figures: Mapping[str, Any]) -> list[str]:
 def _add_outbox(host: HostStatus, status: StatusAnswer, figures: Mapping[str, Any]) -> None:
     receivers = status.callbacks or []
     waiting = sum(receiver.waiting for receiver in receivers)
-    oldest = max((receiver.oldest_sec or 0.0 for receiver in receivers), default=0.0)
+    oldest = oldest_sec(receivers) or 0.0
     host.figures |= {"waiting": waiting, "oldest_sec": oldest}
     text = f"{counted(waiting, 'artifact')} {'waits' if waiting == 1 else 'wait'}"
     if waiting:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
@@ -14,8 +15,8 @@ class LazyGroup(click.Group):
     """A group of the commands in `commands_at`: by name, ("module:attribute", the line that a list has of it). They are
     listed in that order."""
 
-    def __init__(self, *args: object, commands_at: Mapping[str, tuple[str, str]], **more: object) -> None:
-        super().__init__(*args, **more)  # type: ignore[arg-type]
+    def __init__(self, *args: Any, commands_at: Mapping[str, tuple[str, str]], **more: Any) -> None:
+        super().__init__(*args, **more)
         self._commands_at = dict(commands_at)
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import click
 from gonka_poc.cli import common, plots
 from gonka_poc.cli.artifact_file import ArtifactFile, read_artifact_file, writing
 from gonka_poc.cli.common import PASS, FilePath
-from gonka_poc.cli.compare import HEAD, Comparison, compare
+from gonka_poc.cli.compare import HEAD, Comparison, compare, distinct_names
 from gonka_poc.cli.floor_file import floor_option, floor_warnings
 from gonka_poc.cli.thresholds import choose_thresholds, threshold_options
 from gonka_poc.data import StatTest
@@ -79,19 +78,6 @@ def as_html(reference: ArtifactFile, comparisons: Sequence[Comparison], stat_tes
         head="".join(f"<th>{cell}</th>" for cell in HEAD),
         rows="\n".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in c.cells)}</tr>" for c in comparisons),
     )
-
-
-def distinct_names(files: Sequence[Path]) -> list[str]:
-    """A name for each file: its own without the suffix, its path where another has that too, and a number where it was
-    named twice."""
-    stems, paths = Counter(file.stem for file in files), Counter(files)
-    seen: Counter[Path] = Counter()
-    names = []
-    for file in files:
-        seen[file] += 1
-        name = file.stem if stems[file.stem] == 1 else str(file)
-        names.append(name if paths[file] == 1 else f"{name} ({seen[file]})")
-    return names
 
 
 @click.command("report")

@@ -12,7 +12,7 @@ import numpy as np
 
 from gonka_poc.cli.artifact_file import ArtifactFile, read_artifact_file
 from gonka_poc.cli.client import PoCClient, Progress, ignore_progress
-from gonka_poc.cli.compare import finite_vector
+from gonka_poc.cli.compare import distinct_names, finite_vector
 from gonka_poc.data import MAX_CALIBRATION_STEP, StatTest, decode_vector
 from gonka_poc.errors import ArtifactFileError, ServerAnswerError, ToolError, UnsupportedServerError
 from gonka_poc.request_fields import Artifact
@@ -174,7 +174,7 @@ def add_files(
     distances: dict[str, np.ndarray], client: PoCClient, paths: Sequence[Path], model: str, batch_size: int
 ) -> None:
     """Add the `distances` of the vectors in files (of `gonka-poc generate`) from those that the server computes."""
-    for path in paths:
+    for path, name in zip(paths, distinct_names(paths), strict=True):
         file = read_artifact_file(path, model)
         if not file.artifacts:
             raise ArtifactFileError(f"{path} holds no artifacts")
@@ -187,7 +187,7 @@ def add_files(
             vector = decode_vector(artifact.vector_b64, file.k_dim)
             if vector is not None:
                 theirs["", artifact.nonce] = vector
-        distances[path.stem] = between(own, theirs)
+        distances[name] = between(own, theirs)
 
 
 def between(a: Vectors, b: Vectors) -> np.ndarray:

@@ -12,12 +12,11 @@ from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, Field
 
 from gonka_poc.access import shown_url
-from gonka_poc.answers import EngineStatus, OutboxStatus, StatusAnswer
+from gonka_poc.answers import EngineStatus, OutboxStatus, StatusAnswer, oldest_sec
 from gonka_poc.errors import EngineUnavailableError, printable
 from gonka_poc.metrics import History
 from gonka_poc.server.pages import page
 from gonka_poc.server.service import PoCService
-from gonka_poc.server.versions import installed_releases
 from gonka_poc.version import __version__
 
 MAX_ERRORS = 20
@@ -91,7 +90,7 @@ def dashboard_data(service: PoCService, recent_errors: RecentErrors) -> Dashboar
     spent, short = metrics.long_history.total(), _figures(metrics.history)
     return DashboardData(
         version=__version__,
-        vllm_version=installed_releases()["vllm_version"],
+        vllm_version=metrics.build()["vllm_version"],
         time=time.time(),
         host=printable(socket.gethostname()),
         started_at=metrics.started_at,
@@ -113,7 +112,7 @@ def dashboard_data(service: PoCService, recent_errors: RecentErrors) -> Dashboar
         queue_limit=service.settings.max_queued_nonces,
         outbox=metrics.outbox(),
         outbox_path=printable(service.callbacks.outbox_path),
-        oldest_sec=max((r.oldest_sec for r in status.callbacks or [] if r.oldest_sec is not None), default=None),
+        oldest_sec=oldest_sec(status.callbacks or []),
         errors=list(reversed(recent_errors.errors)),
     )
 

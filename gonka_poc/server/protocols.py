@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 from gonka_poc.answers import EngineStatus
 from gonka_poc.data import BatchResult, Params, Spec
@@ -13,11 +13,6 @@ ASLEEP_POLL_SEC = 0.5  # between two questions to an engine that sleeps
 
 class Manager(Protocol):
     """Drives the workers; PoCManagerV1 is one."""
-
-    @property
-    def computed_on(self) -> Mapping[str, Any]:
-        """dtype, attention_backend and gpu of the first worker, the number of workers, and once they are warmed up
-        whether proof runs compiled layers, with the noise floor; empty before they were reached."""
 
     @property
     def engine(self) -> EngineStatus:

@@ -15,6 +15,7 @@ from gonka_poc.callbacks.outbox import most_bytes
 from gonka_poc.callbacks.sender import CallbackSender
 from gonka_poc.config import Settings
 from gonka_poc.data import GenerateRequest, InitGenerateRequest, vector_chars
+from gonka_poc.engine_report import computed_on
 from gonka_poc.errors import (
     ConflictError,
     EngineUnavailableError,
@@ -255,7 +256,8 @@ class PoCService:
             text = f"the workers did not answer within {VERSIONS_SEC:g} s; ask again"
             raise EngineUnavailableError(text) from error
         # under `abort` chats end for a round that generates, as the network expects; validation waits for them
-        return versions_answer(supported and self.settings.priority != "poc", self._manager.computed_on, self.replay)
+        facts = computed_on(self._manager.engine)
+        return versions_answer(supported and self.settings.priority != "poc", facts, self.replay)
 
     def stop(self) -> StoppedWork:
         """End the round and drop queued requests, also a round that is about to start; what was computed is still

@@ -24,7 +24,7 @@ def versions_answer(
     poc_validation_inference: bool, computed_on: Mapping[str, Any], replay: ReplayRunner | None = None
 ) -> VersionsAnswer:
     """The releases that are installed; `poc_validation_inference`: chat is answered while this server validates.
-    `computed_on`: Manager.computed_on."""
+    `computed_on`: `engine_report.computed_on` of the engine."""
     releases: dict[str, Any] = installed_releases()
     return VersionsAnswer(
         **releases,
